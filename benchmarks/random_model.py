@@ -1,0 +1,88 @@
+"""Save a model of a real one's shape with random weights: sizes and speed as the real one's.
+
+python benchmarks/random_model.py Qwen3-8B /tmp/qwen3-8b
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "Qwen3-0.6B": {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
+    "Qwen3-8B": {
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+    },
+}
+SHARED = {
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+}
+WORDS = "the of and to in is was for on that with as by it from at are this be which".split()
+
+
+def save(shape: str, folder: Path) -> None:
+    """Write the model in bfloat16 with a byte-level tokenizer and calibration text."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(**SHARED, **SHAPES[shape])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(config)
+    model = model.to(torch.bfloat16).to_empty(device=device)
+    model.tie_weights()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1)
+            else:
+                parameter.normal_(std=0.02)
+    model.save_pretrained(folder, max_shard_size="4GB")
+    _tokenizer().save_pretrained(folder)
+    with (folder / "calibration.jsonl").open("w", encoding="utf-8") as stream:
+        for row in range(512):
+            text = " ".join(WORDS[(row * 7 + column) % len(WORDS)] for column in range(400))
+            stream.write(json.dumps({"text": text}) + "\n")
+
+
+def _tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: number for number, character in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    save(args.shape, args.folder)
+
+
+if __name__ == "__main__":
+    main()

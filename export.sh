@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Megatron checkpoint -> Hugging Face folder that an inference engine loads.
+#
+#   MLM_MODEL_CKPT=/work/quant bash export.sh <conf> [flags]
+#   MLM_MODEL_CKPT=/work/quant EXPORT_DIR=/models/out PP=2 bash export.sh Qwen/Qwen3-0.6B
+#
+#   MLM_MODEL_CKPT  Megatron checkpoint to export (needed)
+#   EXPORT_DIR      where to write (default: $MLM_WORK_DIR/<conf>_export)
+#   HF_MODEL_CKPT   folder or hub name with configuration and tokenizer, for a checkpoint that
+#                   carries none (default: the conf's name)
+#
+# TP, ETP and EP are always 1 here: the exporter writes each tensor whole. PP may be larger.
+# Further variables: conf/arguments.sh. All flags: bash export.sh --help
+set -euo pipefail
+SCRIPT_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=conf/arguments.sh
+source "$SCRIPT_DIR/conf/arguments.sh"
+
+start export "$@"
+require MLM_MODEL_CKPT "the Megatron checkpoint to export"
+TP=1 ETP=1 EP=1 CP=1 DP=1
+launch export --load "$MLM_MODEL_CKPT" --pretrained-model-name "$HF_MODEL_CKPT" \
+    --export-dir "${EXPORT_DIR:-$MLM_WORK_DIR/${MLM_MODEL_CFG}_export}"

@@ -1,0 +1,230 @@
+"""Megatron-LM checkpoints (``torch_dist``) of a model and its ModelOpt state.
+
+Layout of a checkpoint folder::
+
+    run.json                              manifest
+    latest_checkpointed_iteration.txt     "release", or an iteration number
+    release/  or  iter_0000100/           torch_dist files, modelopt_state/
+    huggingface/                          config.json, tokenizer, generation config of the source
+
+The folder is written under another name and renamed, so a killed save costs nothing. Keys are those
+of the Transformer Engine layer spec, as Megatron-LM writes them. Loading at other tensor- and
+pipeline-parallel sizes than saving works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from post_training import files
+from post_training.architecture import Architecture
+from post_training.errors import UsageError
+from post_training.manifest import Manifest
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import MegatronModule
+
+logger = logging.getLogger(__name__)
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+HUGGINGFACE = "huggingface"
+MODELOPT_STATE = "modelopt_state"
+CHECKPOINT_VERSION = 3.0
+# Tells loaders how sharded tensors were cut; Megatron-LM reads it back from the checkpoint.
+_CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+
+
+def iteration_folder(folder: Path) -> Path:
+    """The folder with the weights: ``folder`` itself, or what its tracker file names.
+
+    Raises:
+        UsageError: if there is no checkpoint there.
+    """
+    files.recover(folder)
+    if (folder / "metadata.json").is_file():
+        return folder
+    tracker = folder / TRACKER
+    try:
+        text = tracker.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise UsageError(
+            f"checkpoint {folder}",
+            f"it has no {TRACKER} ({error.strerror})",
+            "name the folder that a stage saved, or convert the model first with convert.sh",
+        ) from error
+    name = text if text == RELEASE else f"iter_{int(text):07d}"
+    if not (folder / name / "metadata.json").is_file():
+        raise UsageError(
+            f"checkpoint {folder}",
+            f"its {TRACKER} says {text}, but {name}/metadata.json is missing",
+            "the copy is incomplete: copy or make it again",
+        )
+    return folder / name
+
+
+def save(
+    model: MegatronModule,
+    folder: Path,
+    manifest: Manifest,
+    *,
+    huggingface: Path | None = None,
+    write_huggingface: Callable[[Path], None] | None = None,
+) -> dict[str, Any] | None:
+    """Save ``model`` and its ModelOpt state to ``folder``, atomically; a collective call.
+
+    Args:
+        model: this rank's part.
+        folder: final name; a previous checkpoint there is replaced only when this one is whole.
+        manifest: completed and written as ``run.json``.
+        huggingface: folder whose small files (config, tokenizer) travel with the checkpoint.
+        write_huggingface: or a function that writes them into the folder it is given.
+
+    Returns:
+        The manifest's content on rank 0, None elsewhere.
+    """
+    import modelopt.torch.opt as mto
+    import torch
+    from megatron.core import dist_checkpointing
+    from modelopt.torch.opt.plugins import save_sharded_modelopt_state
+
+    is_main = torch.distributed.get_rank() == 0
+    work = files.incomplete(folder)
+    if is_main:
+        files.begin(folder)
+        (work / RELEASE).mkdir()
+    torch.distributed.barrier()
+    state = {
+        "args": _megatron_lm_arguments(manifest.architecture, model),
+        "checkpoint_version": CHECKPOINT_VERSION,
+        "iteration": 0,
+        "model": model.sharded_state_dict(metadata=_metadata()),
+    }
+    dist_checkpointing.save(state, str(work / RELEASE), content_metadata=dict(_CONTENT))
+    if mto.ModeloptStateManager.is_converted(model):
+        save_sharded_modelopt_state([model], str(work / RELEASE))
+    torch.distributed.barrier()
+    content = None
+    if is_main:
+        if write_huggingface is not None:
+            (work / HUGGINGFACE).mkdir()
+            write_huggingface(work / HUGGINGFACE)
+        elif huggingface is not None:
+            shutil.copytree(huggingface, work / HUGGINGFACE)
+        files.write_text(work / TRACKER, RELEASE)
+        content = manifest.write(work)
+        files.publish(folder)
+    torch.distributed.barrier()
+    return content
+
+
+def load(model: MegatronModule, folder: Path) -> None:
+    """Load weights, ModelOpt state first, into ``model`` (changed in place); a collective call.
+
+    Raises:
+        UsageError: if the checkpoint's tensors are not the model's; missing and unexpected names
+            and differing shapes are named.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+    from modelopt.torch.opt.plugins import restore_sharded_modelopt_state
+
+    weights = iteration_folder(folder)
+    if (weights / MODELOPT_STATE).is_dir():
+        restore_sharded_modelopt_state([model], str(weights))
+    wanted = {"model": model.sharded_state_dict(metadata=_metadata(weights))}
+    try:
+        state, missing, unexpected = dist_checkpointing.load(
+            wanted, str(weights), strict=StrictHandling.RETURN_ALL
+        )
+    except dist_checkpointing.core.CheckpointingException as error:
+        raise UsageError(
+            f"checkpoint {folder}",
+            f"it does not fit this model: {error}",
+            "use the conf of the model that was saved",
+        ) from error
+    missing = {name for name in missing if not name.endswith("_extra_state")}
+    unexpected = {name for name in unexpected if not name.endswith("_extra_state")}
+    if missing or unexpected:
+        raise UsageError(
+            f"checkpoint {folder}",
+            f"it lacks {_examples(missing)} and has {_examples(unexpected)} that the model lacks",
+            "use the conf of the model that was saved",
+        )
+    model.load_state_dict(state["model"], strict=False)
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether the checkpoint holds a ModelOpt state (quantized, pruned or drafted)."""
+    return (iteration_folder(folder) / MODELOPT_STATE).is_dir()
+
+
+def uses_transformer_engine_keys(folder: Path) -> bool:
+    """Whether norms are named as in the fused Transformer Engine spec.
+
+    Megatron-LM checkpoints of unfused specs name them ``input_layernorm``; ours never do.
+    """
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    names = FileSystemReader(str(iteration_folder(folder))).read_metadata().state_dict_metadata
+    return not any(
+        name.endswith((".input_layernorm.weight", ".pre_mlp_layernorm.weight"))
+        and "experts" not in name
+        for name in names
+    )
+
+
+def _metadata(weights: Path | None = None) -> dict[str, Any]:
+    from megatron.core import dist_checkpointing, parallel_state
+
+    content = dict(_CONTENT)
+    if weights is not None:
+        content = dist_checkpointing.load_content_metadata(str(weights)) or {}
+    return {
+        **content,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _megatron_lm_arguments(
+    architecture: dict[str, Any], model: MegatronModule
+) -> argparse.Namespace:
+    """What Megatron-LM's ``--use-checkpoint-args`` reads from a checkpoint, in its spellings."""
+    described = Architecture.from_json(architecture)
+    config = model.config
+    return argparse.Namespace(
+        **{
+            name: value
+            for name, value in described.transformer.items()
+            if isinstance(value, (int, float, str, bool, list, type(None)))
+        },
+        padded_vocab_size=described.vocab_size,
+        max_position_embeddings=described.max_position_embeddings,
+        seq_length=described.max_position_embeddings,
+        position_embedding_type=described.position_embedding_type,
+        rotary_base=described.rotary_base,
+        rotary_percent=described.rotary_percent,
+        use_rope_scaling=described.rope_scaling,
+        untie_embeddings_and_output_weights=not described.share_embeddings_and_output_weights,
+        swiglu=bool(config.gated_linear_unit),
+        group_query_attention=config.num_query_groups != config.num_attention_heads,
+        bf16=config.bf16,
+        fp16=config.fp16,
+        params_dtype=config.params_dtype,
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        consumed_train_samples=0,
+        ckpt_format="torch_dist",
+    )
+
+
+def _examples(names: set[str]) -> str:
+    if not names:
+        return "nothing"
+    shown = ", ".join(sorted(names)[:4])
+    return shown + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,167 @@
+"""One forward pass of a megatron-core model over tensor and pipeline parallelism, for inference.
+
+Internals of :mod:`post_training.generation`: the exchange between pipeline stages and the two hooks
+that keep a pass small, on the output layer and on attention after a cached prefix.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+
+def run(
+    core: Any,
+    input_ids: torch.Tensor,
+    positions: torch.Tensor | None,
+    context: StaticInferenceContext | None = None,
+) -> torch.Tensor | None:
+    """Run this rank's stage. Logits on the last one, None on the others.
+
+    Args:
+        core: the model.
+        input_ids: int64 [b, s].
+        positions: int64 [b]; logits of this position of each sequence only, [b, 1, vocabulary].
+            None: of all, [b, s, vocabulary].
+        context: cache holding ``sequence_len_offset`` tokens already; advanced by s.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.inference.utils import InferenceMode
+
+    _check(core)
+    core.eval()
+    batch, length = input_ids.shape
+    offset = 0 if context is None else int(context.sequence_len_offset)
+    position_ids = torch.arange(offset, offset + length, device=input_ids.device)
+    group = parallel_state.get_pipeline_model_parallel_group()
+    dtype = core.config.pipeline_dtype or core.config.params_dtype
+    if not core.pre_process:
+        received = torch.empty(
+            length, batch, core.config.hidden_size, dtype=dtype, device=input_ids.device
+        )
+        previous = parallel_state.get_pipeline_model_parallel_prev_rank()
+        torch.distributed.recv(received, src=previous, group=group)
+        core.set_input_tensor(received)
+    mask = None
+    hooks: list[contextlib.AbstractContextManager[None]] = []
+    if core.post_process and positions is not None:
+        hooks.append(_output_at(core, positions))
+    if offset and length > 1:
+        mask = _causal_mask(offset, length, input_ids.device)
+        hooks.append(_masked_attention(core))
+    with InferenceMode.active(), contextlib.ExitStack() as stack:
+        for hook in hooks:
+            stack.enter_context(hook)
+        output = core(
+            input_ids,
+            position_ids.expand(batch, -1),
+            mask,
+            inference_context=context,
+            runtime_gather_output=True,
+        )
+    if context is not None:
+        context.sequence_len_offset += length
+        context.enable_decode_mode()
+    if core.post_process:
+        return output
+    following = parallel_state.get_pipeline_model_parallel_next_rank()
+    torch.distributed.send(output.to(dtype).contiguous(), dst=following, group=group)
+    return None
+
+
+@contextlib.contextmanager
+def _output_at(core: Any, positions: torch.Tensor) -> Iterator[None]:
+    """Let the output layer see one position of each sequence: hidden [s, b, h] -> [1, b, h]."""
+    rows = torch.arange(len(positions), device=positions.device)
+
+    def gather(_module: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, *rest = arguments
+        return (hidden[positions, rows].unsqueeze(0), *rest)
+
+    handle = core.output_layer.register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _causal_mask(offset: int, length: int, device: torch.device) -> torch.Tensor:
+    """bool [1, 1, length, offset + length], True where attention is not allowed."""
+    keys = torch.arange(offset + length, device=device)
+    queries = torch.arange(offset, offset + length, device=device)
+    return (keys[None, :] > queries[:, None])[None, None]
+
+
+@contextlib.contextmanager
+def _masked_attention(core: Any) -> Iterator[None]:
+    """Let attention apply the mask it is given to several tokens that follow a cache.
+
+    megatron-core (transformer/attention.py) supposes one token after a filled static cache and
+    turns masking off.
+    """
+    from megatron.core.transformer.enums import AttnMaskType
+
+    def apply_mask(
+        _module: torch.nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return arguments, {**keywords, "attn_mask_type": AttnMaskType.arbitrary}
+
+    with contextlib.ExitStack() as stack:
+        for layer in core.decoder.layers:
+            attention = layer.self_attention.core_attention
+            handle = attention.register_forward_pre_hook(apply_mask, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+def new_context(batch: int, length: int) -> StaticInferenceContext:
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    context = StaticInferenceContext(batch, length)
+    # The positions are chosen here (see _output_at), before this would cut to the last one.
+    context.config.materialize_only_last_token_logits = False
+    return context
+
+
+def from_last_stage(
+    tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor:
+    """Give a tensor of the last pipeline stage to the others."""
+    from megatron.core import parallel_state
+
+    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        if tensor is None:
+            raise RuntimeError("the only pipeline stage gave no output")
+        return tensor
+    if tensor is None:
+        tensor = torch.empty(shape, dtype=dtype, device=torch.cuda.current_device())
+    torch.distributed.broadcast(
+        tensor := tensor.contiguous(),
+        src=parallel_state.get_pipeline_model_parallel_last_rank(),
+        group=parallel_state.get_pipeline_model_parallel_group(),
+    )
+    return tensor
+
+
+def _check(core: Any) -> None:
+    if core.config.sequence_parallel or core.config.context_parallel_size > 1:
+        raise ValueError(
+            "inference needs a model built with sequence_parallel=False and context_parallel_size=1"
+        )
+
+
+def device_of(core: torch.nn.Module) -> torch.device:
+    return next(core.parameters()).device
+
+
+def unwrap(model: torch.nn.Module) -> Any:
+    """The megatron-core model inside wrappers such as DistributedDataParallel."""
+    while isinstance(inner := getattr(model, "module", None), torch.nn.Module):
+        model = inner
+    return model

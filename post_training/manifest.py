@@ -1,0 +1,174 @@
+"""``run.json``: what made an output, from what, and what it contains.
+
+Every stage writes one beside its output; the next stage reads it. A manifest holds the stage, the
+command, the resolved configuration (the model's architecture included), package versions, the git
+commit, the inputs with their own manifests' hashes, the outputs with sizes and hashes, metrics,
+duration and peak memory. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from post_training import files
+from post_training.errors import UsageError
+
+FILE = "run.json"
+FORMAT = 1
+_PACKAGES = (
+    "torch",
+    "megatron-core",
+    "nvidia-modelopt",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "safetensors",
+    "transformer-engine",
+)
+# A Hub token is "hf_" and 30 or more characters; anything given to an option that names a
+# token, key, secret or password is hidden too.
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
+_SECRET_OPTION = re.compile(
+    r"--[\w-]*(token(?!izer)|api-key|secret|password)[\w-]*$", re.IGNORECASE
+)
+
+
+@dataclass
+class Manifest:
+    """The content of one ``run.json``. ``started`` is the Unix time at which the stage began."""
+
+    stage: str
+    architecture: dict[str, Any]
+    configuration: dict[str, Any] = field(default_factory=dict)
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    started: float = field(default_factory=time.time)
+    peak_memory_bytes: dict[str, int] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Describe every file of ``folder`` and write its ``run.json``. Returns the content."""
+        content = {
+            "format": FORMAT,
+            "stage": self.stage,
+            "command": command(),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.time() - self.started, 3),
+            "architecture": self.architecture,
+            "configuration": self.configuration,
+            "versions": versions(),
+            "git_commit": git_commit(),
+            "inputs": self.inputs,
+            "outputs": files.describe_tree(folder, skip=frozenset({FILE})),
+            "metrics": self.metrics,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            **self.extra,
+        }
+        files.write_json(folder / FILE, content)
+        return content
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The manifest of ``folder``, or None where there is none.
+
+    Raises:
+        UsageError: if it is not JSON or of a newer format than this version reads.
+    """
+    path = folder / FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"manifest {path}",
+            f"it cannot be read as JSON: {error}",
+            "make the output again, or delete the file to go on without a manifest",
+        ) from error
+    if content.get("format", 0) > FORMAT:
+        raise UsageError(
+            f"manifest {path}",
+            f"its format is {content['format']}, this version reads up to {FORMAT}",
+            "use the version that wrote it, named under git_commit",
+        )
+    return content
+
+
+def describe_input(role: str, location: str | Path) -> dict[str, Any]:
+    """An input as manifests record it: path (or hub name) and the hash of its own manifest.
+
+    A folder without a manifest is described by the names, sizes and times of its files instead.
+    """
+    folder = Path(location)
+    entry: dict[str, Any] = {"role": role, "path": str(location)}
+    if folder.exists():
+        entry["path"] = str(folder.resolve())
+        if (folder / FILE).is_file():
+            entry["manifest_sha256"] = files.sha256(folder / FILE)
+        else:
+            entry["listing_sha256"] = files.listing_sha256(folder)
+    return entry
+
+
+def damaged_outputs(folder: Path, content: dict[str, Any]) -> list[str]:
+    """Files that are missing or whose size is not the manifest's. Hashes are not recomputed."""
+    damaged = []
+    for entry in content.get("outputs", []):
+        path = folder / entry["file"]
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            damaged.append(entry["file"])
+    return damaged
+
+
+def command() -> str:
+    """This process's command line, quoted for a shell, with tokens and passwords hidden."""
+    words: list[str] = []
+    hide_next = False
+    for word in sys.argv:
+        name, equals, _ = word.partition("=")
+        if hide_next:
+            word = "***"
+        elif equals and _SECRET_OPTION.fullmatch(name):
+            word = f"{name}=***"
+        hide_next = not equals and bool(_SECRET_OPTION.fullmatch(word))
+        words.append(_TOKEN.sub("hf_***", word))
+    return shlex.join(words)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    found = {"python": sys.version.split()[0]}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """Commit of this source tree, with ``+changes`` where it is modified; None outside git."""
+    root = Path(__file__).resolve().parent
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+changes" if changed else "")
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10
+    )
+    return done.stdout.strip()

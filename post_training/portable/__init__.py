@@ -1,0 +1,138 @@
+"""What lets megatron-core and ModelOpt run on machines that lack CUDA or Transformer Engine.
+
+It holds stand-ins and nothing else; no feature of this repository lives here.
+
+- ``cuda``: the few ``torch.cuda`` calls that the two packages make without need, on the CPU.
+- ``site/transformer_engine``: a pure-PyTorch package in the shape of Transformer Engine.
+- ``quantization``: the block formats of ModelOpt (NVFP4, MXFP8, ...) without its CUDA kernels.
+- ``imports``: how the above reach the import system.
+
+Call :func:`install` once, before ``megatron.core`` or ``modelopt`` is imported::
+
+    from post_training import portable
+
+    print(portable.install())
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from post_training.portable import cuda, imports, quantization
+
+__all__ = ["PortableReport", "after_megatron_import", "install", "install_quantization"]
+
+logger = logging.getLogger(__name__)
+
+STAND_IN = "pure-PyTorch stand-in"
+_report: PortableReport | None = None
+
+
+@dataclass(frozen=True)
+class PortableReport:
+    """Which implementations run in this process.
+
+    Attributes:
+        transformer_engine: ``"transformer_engine 2.x"`` (the installed package and its version) or
+            ``"pure-PyTorch stand-in"``.
+        transformer_engine_version: the version that megatron-core sees.
+        cuda_stand_ins: whether ``torch.cuda`` calls are answered by the CPU.
+        reason: why the stand-in runs, empty for the real package.
+    """
+
+    transformer_engine: str
+    transformer_engine_version: str
+    cuda_stand_ins: bool
+    reason: str = ""
+
+    @property
+    def real_transformer_engine(self) -> bool:
+        return self.transformer_engine != STAND_IN
+
+    def __str__(self) -> str:
+        engine = self.transformer_engine
+        if not self.real_transformer_engine:
+            engine += f" {self.transformer_engine_version} ({self.reason})"
+        device = "CPU stand-ins for torch.cuda" if self.cuda_stand_ins else "CUDA"
+        return f"Transformer Engine: {engine}; device calls: {device}"
+
+
+def install() -> PortableReport:
+    """Make ``megatron.core`` and ``modelopt`` importable and runnable here. Idempotent.
+
+    The real Transformer Engine runs where it can be imported and a GPU is there (its modules have
+    no CPU code); anywhere else the stand-in is put on the import path. The ``torch.cuda``
+    stand-ins are active only if ``torch.cuda.is_available()`` is false. Changes that belong to a
+    module of megatron-core or ModelOpt are made when that module is imported.
+
+    Raises:
+        RuntimeError: if ``megatron.core`` was imported before the first call without a Transformer
+            Engine: it has then chosen its classes already.
+    """
+    global _report
+    if _report is not None:
+        return _report
+    reason = _why_not_real()
+    if reason:
+        _refuse_late_install()
+        imports.add_stand_in()
+        engine = importlib.import_module("transformer_engine")
+        name = STAND_IN
+    else:
+        engine = importlib.import_module("transformer_engine")
+        name = f"transformer_engine {engine.__version__}"
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        cuda.install()
+    quantization.install()
+    _report = PortableReport(name, str(engine.__version__), on_cpu, reason)
+    logger.debug("%s", _report)
+    return _report
+
+
+def after_megatron_import() -> None:
+    """Apply every change to modules of megatron-core and ModelOpt that are imported by now.
+
+    :func:`install` arranges this for each module at its import; calling it again is harmless, and
+    is only needed if something replaced the import system in between.
+    """
+    install()
+    imports.apply_to_imported()
+
+
+def install_quantization() -> None:
+    """Register the reference block quantization with ModelOpt now, importing it if necessary."""
+    install()
+    importlib.import_module("modelopt.torch.quantization.tensor_quant")
+    imports.apply_to_imported()
+
+
+def _why_not_real() -> str:
+    """Why the real Transformer Engine cannot run here; empty if it can."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "transformer_engine is not installed"
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, OSError, RuntimeError) as error:
+        logger.warning("the installed transformer_engine cannot be imported: %s", error)
+        for name in [each for each in sys.modules if each.split(".")[0] == "transformer_engine"]:
+            del sys.modules[name]
+        return f"the installed one cannot be imported: {error}"
+    return ""
+
+
+def _refuse_late_install() -> None:
+    extension = sys.modules.get("megatron.core.extensions.transformer_engine")
+    if extension is not None and not extension.HAVE_TE:
+        raise RuntimeError(
+            "post_training.portable.install() was called after megatron.core was imported without "
+            "Transformer Engine: call it before the first import of megatron.core or modelopt"
+        )

@@ -1,0 +1,113 @@
+"""How the stand-ins reach the import system: two meta-path finders, and nothing on ``sys.path``.
+
+One finder answers for the top-level name ``transformer_engine`` and leads to ``site/``. The other
+runs registered functions on a module right after its code ran, so that importing megatron-core
+lazily stays possible and names imported ``from`` a changed module are the changed ones.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+
+SITE = Path(__file__).parent / "site"
+PACKAGE = "transformer_engine"
+
+Change = Callable[[ModuleType], None]
+
+
+class _StandInFinder(MetaPathFinder):
+    """Finds the stand-in for ``transformer_engine``; its submodules are found as usual."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != PACKAGE:
+            return None
+        folder = SITE / PACKAGE
+        return importlib.util.spec_from_file_location(
+            PACKAGE, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+
+
+class _ChangingLoader(Loader):
+    """Runs a module with its own loader, then the changes registered for it."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        # From here on the module looks as if its own loader had been asked directly.
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        _apply(module)
+
+
+class _ChangingFinder(MetaPathFinder):
+    """Wraps the loader of every module that a change is registered for."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in _changes:
+            return None
+        for finder in sys.meta_path:
+            if finder is self:
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _ChangingLoader(spec.loader)
+                return spec
+        return None
+
+
+_changes: dict[str, list[Change]] = {}
+_applied: set[tuple[int, Change]] = set()
+
+
+def add_stand_in() -> None:
+    """Let ``import transformer_engine`` find the stand-in, whatever else is installed."""
+    if not any(isinstance(finder, _StandInFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _StandInFinder())
+
+
+def on_import(name: str, change: Change) -> None:
+    """Call ``change(module)`` once, after the module ``name`` is imported (now if it already is).
+
+    A change made while a module is half imported (an import cycle) waits for its end.
+    """
+    _changes.setdefault(name, []).append(change)
+    if not any(isinstance(finder, _ChangingFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _ChangingFinder())
+    _apply_if_ready(name)
+
+
+def apply_to_imported() -> None:
+    """Apply the registered changes to all modules that are imported and have not got them."""
+    for name in _changes:
+        _apply_if_ready(name)
+
+
+def _apply_if_ready(name: str) -> None:
+    module = sys.modules.get(name)
+    spec = getattr(module, "__spec__", None)
+    if module is not None and not getattr(spec, "_initializing", False):
+        _apply(module)
+
+
+def _apply(module: ModuleType) -> None:
+    for change in _changes.get(module.__name__, ()):
+        if (id(module), change) not in _applied:
+            _applied.add((id(module), change))
+            change(module)

@@ -1,0 +1,193 @@
+"""Normalization followed by a linear layer.
+
+ModelOpt's plugin replaces ``_LayerNormLinear`` and ``general_gemm`` of *this module* while a
+quantized layer runs: both are therefore looked up here at each call. It counts the products of the
+backward pass, first that for the input's gradient, second that for the weight's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformer_engine.pytorch.cpp_extensions import general_gemm
+from transformer_engine.pytorch.module._norms import normalize
+from transformer_engine.pytorch.module.linear import Linear, _Parallelism, weight_gradient
+
+__all__ = ["LayerNormLinear"]
+
+
+class _LayerNormLinear(torch.autograd.Function):
+    """``normalize(inp) @ weight.T + bias``; the normalization is computed again going back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inp: torch.Tensor,
+        ln_weight: torch.Tensor,
+        ln_bias: torch.Tensor | None,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        norm: tuple[str, float, bool],
+        parallelism: _Parallelism,
+        fuse_wgrad_accumulation: bool,
+    ) -> torch.Tensor:
+        """[..., in] to [..., out]; ``ctx`` is None where no gradient is wanted.
+
+        ``norm`` is (name, epsilon, whether the weight is stored minus one).
+        """
+        normalization, eps, zero_centered = norm
+        normalized = normalize(normalization, inp, ln_weight, ln_bias, eps, zero_centered)
+        out = general_gemm(weight, parallelism.gathered_input(normalized), bias=bias)[0]
+        if ctx is not None:
+            ctx.save_for_backward(inp, ln_weight, ln_bias, weight)
+            ctx.norm = norm
+            ctx.parallelism = parallelism
+            ctx.fuse = fuse_wgrad_accumulation
+            ctx.parameter = weight
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        inp, ln_weight, ln_bias, weight = ctx.saved_tensors
+        parallelism: _Parallelism = ctx.parallelism
+        normalization, eps, zero_centered = ctx.norm
+        needs_inp, needs_ln_weight, needs_ln_bias, needs_weight, needs_bias = (
+            ctx.needs_input_grad[:5]
+        )
+        grad = grads[0]
+        leaves = [
+            each.detach().requires_grad_(needed)
+            for each, needed in (
+                (inp, needs_inp),
+                (ln_weight, needs_ln_weight),
+                (ln_bias, needs_ln_bias),
+            )
+            if each is not None
+        ]
+        with torch.enable_grad():
+            norm_bias = leaves[2] if ln_bias is not None else None
+            normalized = normalize(
+                normalization, leaves[0], leaves[1], norm_bias, eps, zero_centered
+            )
+        product = general_gemm(weight, grad, layout="NN", grad=True)[0]
+        product = parallelism.reduced_gradient(product)
+        gradient = None
+        if needs_weight:
+            gathered = parallelism.gathered_input(normalized.detach())
+            gradient = weight_gradient(
+                ctx.parameter,
+                lambda: general_gemm(gathered, grad, layout="NT", grad=True)[0],
+                ctx.fuse,
+            )
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        found = iter(torch.autograd.grad(normalized, wanted, product) if wanted else ())
+        inp_gradient = next(found) if needs_inp else None
+        ln_weight_gradient = next(found) if needs_ln_weight else None
+        ln_bias_gradient = next(found) if needs_ln_bias else None
+        bias_gradient = grad.flatten(0, -2).sum(0) if needs_bias else None
+        return (
+            inp_gradient,
+            ln_weight_gradient,
+            ln_bias_gradient,
+            gradient,
+            bias_gradient,
+            None,
+            None,
+            None,
+        )
+
+
+class LayerNormLinear(Linear):
+    """A normalization with ``layer_norm_weight`` [in] (and ``layer_norm_bias``), then a linear."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        eps: float = 1e-5,
+        sequence_parallel: bool = False,
+        fuse_wgrad_accumulation: bool = False,
+        tp_group: dist.ProcessGroup | None = None,
+        tp_size: int = 1,
+        get_rng_state_tracker: Callable[[], Any] | None = None,
+        init_method: Callable[[torch.Tensor], Any] | None = None,
+        bias: bool = True,
+        normalization: str = "LayerNorm",
+        return_bias: bool = False,
+        params_dtype: torch.dtype | None = None,
+        parallel_mode: str | None = None,
+        return_layernorm_output: bool = False,
+        zero_centered_gamma: bool = False,
+        device: torch.device | str | int = "cpu",
+        **ignored: Any,
+    ) -> None:
+        """As :class:`Linear`, with the normalization's name, "LayerNorm" or "RMSNorm".
+
+        Raises:
+            NotImplementedError: for ``return_layernorm_output`` and for row parallelism, which
+                Transformer Engine's callers never ask for.
+            ValueError: for another normalization.
+        """
+        if return_layernorm_output or parallel_mode == "row":
+            raise NotImplementedError(
+                "LayerNormLinear of the stand-in: no return_layernorm_output, no parallel_mode row"
+            )
+        if normalization not in ("LayerNorm", "RMSNorm"):
+            raise ValueError(f"normalization {normalization!r}: LayerNorm or RMSNorm")
+        super().__init__(
+            in_features,
+            out_features,
+            sequence_parallel=sequence_parallel,
+            fuse_wgrad_accumulation=fuse_wgrad_accumulation,
+            tp_group=tp_group,
+            tp_size=tp_size,
+            get_rng_state_tracker=get_rng_state_tracker,
+            init_method=init_method,
+            bias=bias,
+            return_bias=return_bias,
+            params_dtype=params_dtype,
+            parallel_mode=parallel_mode,
+            device=device,
+        )
+        self.eps = eps
+        self.normalization = normalization
+        self.zero_centered_gamma = zero_centered_gamma
+        self.return_layernorm_output = return_layernorm_output
+        start = 0.0 if zero_centered_gamma else 1.0
+        self.layer_norm_weight = torch.nn.Parameter(
+            torch.full((in_features,), start, dtype=params_dtype, device=device)
+        )
+        self.layer_norm_bias: torch.nn.Parameter | None = None
+        if normalization == "LayerNorm":
+            self.layer_norm_bias = torch.nn.Parameter(
+                torch.zeros(in_features, dtype=params_dtype, device=device)
+            )
+        for parameter in (self.layer_norm_weight, self.layer_norm_bias):
+            if parameter is not None:
+                vars(parameter)["sequence_parallel"] = self.sequence_parallel
+
+    def forward(
+        self, inp: torch.Tensor, is_first_microbatch: bool | None = None, **ignored: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+        """[..., in] to [..., out], or (that without the bias, bias) with ``return_bias``.
+
+        With sequence parallelism the first dimension of ``inp`` is split over the ranks.
+        """
+        arguments = (
+            inp,
+            self.layer_norm_weight,
+            self.layer_norm_bias,
+            self.weight,
+            self.bias if self.apply_bias else None,
+            (self.normalization, self.eps, self.zero_centered_gamma),
+            _Parallelism(self.parallel_mode, self.sequence_parallel, self.tp_group),
+            self.fuse_wgrad_accumulation,
+        )
+        if torch.is_grad_enabled():
+            out = _LayerNormLinear.apply(*arguments)
+        else:
+            out = _LayerNormLinear.forward(None, *arguments)
+        return (out, self.bias) if self.return_bias else out

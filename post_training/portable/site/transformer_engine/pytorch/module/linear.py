@@ -1,0 +1,241 @@
+"""Linear layer, column- or row-parallel.
+
+ModelOpt's plugin finds :class:`_Linear` here, reads its signature (``weight``, ``inp``) and
+replaces ``apply`` (with gradients) or ``forward`` (without) while a quantized layer runs: both are
+therefore looked up on the class at each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformer_engine.pytorch.cpp_extensions import general_gemm
+from transformer_engine.pytorch.distributed import (
+    all_reduce,
+    gather_along_first_dim,
+    reduce_scatter_along_first_dim,
+)
+from transformer_engine.pytorch.module.base import (
+    TransformerEngineBaseModule,
+    default_init,
+    fill,
+    get_dummy_wgrad,
+    mark,
+)
+
+__all__ = ["Linear"]
+
+
+@dataclass(frozen=True)
+class _Parallelism:
+    """How a linear is split over ranks.
+
+    Attributes:
+        mode: "column" (output features split), "row" (input features split) or None.
+        sequence: whether activations outside the layer are split along their first dimension.
+        group: the ranks; None for one.
+    """
+
+    mode: str | None
+    sequence: bool
+    group: dist.ProcessGroup | None
+
+    def gathered_input(self, inp: torch.Tensor) -> torch.Tensor:
+        """What the product takes: the whole sequence."""
+        if self.mode == "column" and self.sequence:
+            return gather_along_first_dim(inp, self.group)
+        return inp
+
+    def reduced_output(self, out: torch.Tensor) -> torch.Tensor:
+        """What the layer gives, from this rank's product."""
+        if self.mode != "row":
+            return out
+        if self.sequence:
+            return reduce_scatter_along_first_dim(out, self.group)
+        return all_reduce(out, self.group)
+
+    def gathered_gradient(self, grad: torch.Tensor) -> torch.Tensor:
+        """The transpose of :meth:`reduced_output`."""
+        if self.mode == "row" and self.sequence:
+            return gather_along_first_dim(grad, self.group)
+        return grad
+
+    def reduced_gradient(self, grad: torch.Tensor) -> torch.Tensor:
+        """The transpose of :meth:`gathered_input` (for "column" without ``sequence``: of the
+        identity whose input every rank has)."""
+        if self.mode != "column":
+            return grad
+        if self.sequence:
+            return reduce_scatter_along_first_dim(grad, self.group)
+        return all_reduce(grad, self.group)
+
+
+def weight_gradient(
+    weight: torch.Tensor, compute: Callable[[], torch.Tensor], accumulate: bool
+) -> torch.Tensor:
+    """The gradient of ``weight``; with ``accumulate`` it is added to ``weight.main_grad`` instead.
+
+    megatron-core's data parallelism reads ``grad_added_to_main_grad`` to know which happened.
+    """
+    gradient = compute()
+    main = getattr(weight, "main_grad", None)
+    if not accumulate or main is None:
+        return gradient
+    main.add_(gradient)
+    vars(weight)["grad_added_to_main_grad"] = True
+    return get_dummy_wgrad(list(weight.shape), weight.dtype)
+
+
+class _Linear(torch.autograd.Function):
+    """``inp @ weight.T + bias`` with the communication of tensor parallelism."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: torch.Tensor,
+        inp: torch.Tensor,
+        bias: torch.Tensor | None,
+        parallelism: _Parallelism,
+        fuse_wgrad_accumulation: bool,
+    ) -> torch.Tensor:
+        """[..., in] to [..., out]; ``ctx`` is None where no gradient is wanted."""
+        # The bias of a row-parallel layer is added once, after the sum over the ranks.
+        late_bias = bias if parallelism.mode == "row" else None
+        early_bias = None if parallelism.mode == "row" else bias
+        out = general_gemm(weight, parallelism.gathered_input(inp), bias=early_bias)[0]
+        out = parallelism.reduced_output(out)
+        if late_bias is not None:
+            out = out + late_bias
+        if ctx is not None:
+            # A gathered input is gathered again in the backward pass: 1 / n of the memory.
+            ctx.save_for_backward(inp, weight)
+            ctx.parallelism = parallelism
+            ctx.fuse = fuse_wgrad_accumulation
+            ctx.parameter = weight
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        inp, weight = ctx.saved_tensors
+        parallelism: _Parallelism = ctx.parallelism
+        needs_weight, needs_inp, needs_bias = ctx.needs_input_grad[:3]
+        grad = grads[0]
+        bias_gradient = None
+        if needs_bias and parallelism.mode == "row":
+            bias_gradient = grad.flatten(0, -2).sum(0)
+        grad = parallelism.gathered_gradient(grad)
+        if needs_bias and parallelism.mode != "row":
+            bias_gradient = grad.flatten(0, -2).sum(0)
+        inp_gradient = None
+        if needs_inp:
+            product = general_gemm(weight, grad, layout="NN", grad=True)[0]
+            inp_gradient = parallelism.reduced_gradient(product)
+        gradient = None
+        if needs_weight:
+            gradient = weight_gradient(
+                ctx.parameter,
+                lambda: general_gemm(
+                    parallelism.gathered_input(inp), grad, layout="NT", grad=True
+                )[0],
+                ctx.fuse,
+            )
+        return gradient, inp_gradient, bias_gradient, None, None
+
+
+class Linear(TransformerEngineBaseModule):
+    """A linear layer whose weight is ``[out, in]``, this rank's part of it.
+
+    ``in_features`` and ``out_features`` are given for the whole layer; the attributes of these
+    names hold this rank's part.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        sequence_parallel: bool = False,
+        fuse_wgrad_accumulation: bool = False,
+        tp_group: dist.ProcessGroup | None = None,
+        tp_size: int = 1,
+        get_rng_state_tracker: Callable[[], Any] | None = None,
+        init_method: Callable[[torch.Tensor], Any] | None = None,
+        bias: bool = True,
+        return_bias: bool = False,
+        params_dtype: torch.dtype | None = None,
+        parallel_mode: str | None = None,
+        device: torch.device | str | int = "cpu",
+        rng_tracker_name: str | None = None,
+        save_original_input: bool = False,
+        **ignored: Any,
+    ) -> None:
+        """Arguments of communication overlap and of FP8 have no effect.
+
+        Raises:
+            ValueError: if the group's size does not divide the features.
+        """
+        super().__init__()
+        self.tp_group = tp_group
+        self.tp_size = tp_group.size() if tp_group is not None else tp_size
+        self.parallel_mode = parallel_mode
+        self.in_features = self._part("in_features", in_features, parallel_mode == "row")
+        self.out_features = self._part("out_features", out_features, parallel_mode == "column")
+        self.sequence_parallel = self.tp_size > 1 and sequence_parallel
+        self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
+        self.use_bias = bias
+        self.return_bias = return_bias
+        self.apply_bias = bias and not return_bias
+        self.rng_tracker_name = rng_tracker_name
+        self.save_original_input = save_original_input
+        self.get_rng_state_tracker = get_rng_state_tracker
+        self._init_method = init_method or default_init
+        shape = (self.out_features, self.in_features)
+        self.weight = torch.nn.Parameter(torch.empty(shape, dtype=params_dtype, device=device))
+        self.bias: torch.nn.Parameter | None
+        self.register_parameter("bias", None)
+        if bias:
+            self.bias = torch.nn.Parameter(
+                torch.empty(self.out_features, dtype=params_dtype, device=device)
+            )
+        self.reset_parameters()
+
+    def _part(self, name: str, features: int, split: bool) -> int:
+        if not split:
+            return features
+        if features % self.tp_size:
+            raise ValueError(f"{name}={features} is not divisible by tp_size={self.tp_size}")
+        return features // self.tp_size
+
+    def reset_parameters(self, defer_init: bool | None = None) -> None:
+        """Initialise, and mark how the parameters are split."""
+        fill(self.weight, self._init_method, self.get_rng_state_tracker, self.rng_tracker_name)
+        row = self.parallel_mode == "row"
+        mark(self.weight, self.parallel_mode is not None, 1 if row else 0, False)
+        if self.bias is not None:
+            if not self.bias.is_meta:
+                torch.nn.init.zeros_(self.bias)
+            mark(self.bias, self.parallel_mode == "column", 0, row and self.sequence_parallel)
+
+    def forward(
+        self, inp: torch.Tensor, is_first_microbatch: bool | None = None, **ignored: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+        """[..., in] to [..., out], or (that without the bias, bias) with ``return_bias``.
+
+        With sequence parallelism the first dimension is split over the ranks on the input side
+        ("column") or on the output side ("row").
+        """
+        arguments = (
+            self.weight,
+            inp,
+            self.bias if self.apply_bias else None,
+            _Parallelism(self.parallel_mode, self.sequence_parallel, self.tp_group),
+            self.fuse_wgrad_accumulation,
+        )
+        if torch.is_grad_enabled():
+            out = _Linear.apply(*arguments)
+        else:
+            out = _Linear.forward(None, *arguments)
+        return (out, self.bias) if self.return_bias else out

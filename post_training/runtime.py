@@ -1,0 +1,245 @@
+"""The process a stage runs in: versions, device, process groups, seeds, signals, memory, logs.
+
+:func:`session` is entered once by every stage after its arguments are checked. CUDA with NCCL is
+used where there is a GPU, the CPU with gloo where there is none; nothing else in this repository
+asks which.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import logging
+import os
+import random
+import resource
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from post_training import arguments, signals, versions
+from post_training.errors import UsageError, exit_with_usage_error
+from post_training.parallel import Parallel
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger("post_training")
+
+
+@dataclass
+class Session:
+    """What a stage knows of the process it runs in."""
+
+    stage: str
+    parallel: Parallel
+    device: torch.device
+    rank: int
+    world: int
+    started: float = field(default_factory=time.time)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def show_progress(self) -> bool:
+        """Whether this rank draws progress bars."""
+        return self.is_main and sys.stderr.isatty()
+
+    def peak_memory(self) -> dict[str, int]:
+        """Largest peak over all ranks, in bytes: host (resident set) and, on CUDA, device."""
+        import torch
+
+        peaks = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        if self.device.type == "cuda":
+            peaks["device"] = torch.cuda.max_memory_allocated()
+        gathered: list[Any] = [peaks]
+        if self.world > 1:
+            gathered = [None] * self.world
+            torch.distributed.all_gather_object(gathered, peaks)
+        return {name: max(each[name] for each in gathered) for name in peaks}
+
+
+@contextlib.contextmanager
+def session(args: argparse.Namespace) -> Iterator[Session]:
+    """Start and end everything a stage runs in. Exits the process on errors that it explains.
+
+    A UsageError ends with code 2, a signal with 128 + its number; any other exception passes.
+
+    Args:
+        args: checked arguments of the stage (:func:`post_training.arguments.parse`).
+    """
+    configure_logging(args.stage)
+    try:
+        with signals.prompt_exit():
+            versions.check()
+            parallel = arguments.parallel(args)
+            yield _start(args.stage, parallel, args.seed, args.distributed_timeout_minutes)
+    except UsageError as error:
+        _stop()
+        exit_with_usage_error(error)
+    except signals.Interrupted as error:
+        if _environment_int("RANK", 0) == 0:
+            print(
+                f"\n{args.stage}: ended by {error}. Finished outputs are untouched; what was "
+                "being written is discarded by the next run.",
+                file=sys.stderr,
+            )
+        sys.stderr.flush()
+        # Process groups may hold ranks that are gone: waiting for them would hang.
+        os._exit(error.exit_code)
+    _stop()
+
+
+def _start(stage: str, parallel: Parallel, seed: int, timeout_minutes: float) -> Session:
+    rank, world = _rendezvous()
+    import torch
+
+    device = _device()
+    report = _import_packages()
+    _initialize_groups(device, parallel, timeout_minutes)
+    _seed(seed)
+    current = Session(stage, parallel, device, rank, world)
+    logger.info("%s", report)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    logger.info(
+        "%d process%s on %s: TP=%d PP=%d CP=%d EP=%d",
+        world,
+        "" if world == 1 else "es",
+        name,
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.context,
+        parallel.expert,
+    )
+    return current
+
+
+def _import_packages() -> object:
+    """Import megatron-core and ModelOpt, stand-ins first, without what they say about each other.
+
+    Both warn at import time that Apex and Transformer Engine are missing (the log says what runs
+    instead) and, on a machine without a GPU, that there is none.
+    """
+    import warnings
+
+    import torch
+
+    from post_training import portable
+
+    if not torch.cuda.is_available():
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = portable.install()
+        import megatron.core.models.gpt
+        import megatron.core.post_training.modelopt.gpt.model_specs
+        import modelopt.torch.export
+        import modelopt.torch.quantization  # noqa: F401
+    # Said once per checkpoint about a choice that is made here: saves are synchronous.
+    logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").setLevel(logging.ERROR)
+    return report
+
+
+def _rendezvous() -> tuple[int, int]:
+    """Rank and world size; a process started without torchrun is a world of one."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(
+            RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_RANK="0",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+    return _environment_int("RANK", 0), _environment_int("WORLD_SIZE", 1)
+
+
+def _device() -> torch.device:
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    index = _environment_int("LOCAL_RANK", 0)
+    if index >= torch.cuda.device_count():
+        raise UsageError(
+            f"process {index} of this machine",
+            f"it has {torch.cuda.device_count()} GPUs, and each process needs its own",
+            "lower TP*PP*CP*DP or use more nodes; CUDA_VISIBLE_DEVICES= runs on the CPU",
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _initialize_groups(device: torch.device, parallel: Parallel, timeout_minutes: float) -> None:
+    import torch
+    from megatron.core import parallel_state
+
+    if not torch.distributed.is_initialized():
+        # Objects and checkpoints are exchanged on the host, tensors on the device.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(
+            backend, timeout=datetime.timedelta(minutes=timeout_minutes)
+        )
+    if not parallel_state.is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=parallel.expert_tensor,
+            distributed_timeout_minutes=max(1, round(timeout_minutes)),
+        )
+
+
+def _seed(seed: int) -> None:
+    import numpy
+    import torch
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def _stop() -> None:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_initialized():
+        return
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+def configure_logging(stage: str) -> None:
+    """Rank 0 logs to stderr as ``[stage] message``; other ranks log warnings only."""
+    rank = _environment_int("RANK", 0)
+    handler = logging.StreamHandler(sys.stderr)
+    prefix = f"[{stage}]" if rank == 0 else f"[{stage} rank {rank}]"
+    handler.setFormatter(logging.Formatter(f"{prefix} %(message)s"))
+    logger.handlers[:] = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    # mcore announces on every model that GPTModel will be replaced: known, and chosen in model.py.
+    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
+
+
+def _environment_int(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    try:
+        return int(text or default)
+    except ValueError:
+        raise UsageError(
+            f"environment variable {name}={text}",
+            "it is not a whole number",
+            "unset it, or let torchrun set it",
+        ) from None

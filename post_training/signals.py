@@ -1,0 +1,70 @@
+"""Ctrl-C and SIGTERM end a process promptly, also while it waits inside a collective.
+
+Python runs signal handlers between bytecodes only, so a rank blocked in C++ (a gloo or NCCL wait)
+never sees one. The interpreter's wake-up descriptor is written by the C-level handler at once; a
+thread reads it and ends the process if the main thread has not unwound within ``GRACE`` seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+GRACE = 5.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Raised in the main thread by the first signal. ``number`` is the signal's."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+    @property
+    def exit_code(self) -> int:
+        """128 + signal number, as shells report it."""
+        return 128 + self.number
+
+
+@contextlib.contextmanager
+def prompt_exit(cleanup: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Within this context a signal raises :class:`Interrupted`, and a stuck process still ends.
+
+    Args:
+        cleanup: called by the watching thread just before it ends a stuck process.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    finished = threading.Event()
+
+    def interrupt(number: int, _frame: object) -> None:
+        # A second signal must not break the unwinding that the first one began.
+        for each in _SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        raise Interrupted(number)
+
+    def watch() -> None:
+        received = reader.recv(1)
+        if not received or finished.wait(GRACE):
+            return
+        cleanup()
+        sys.stderr.flush()
+        os._exit(128 + received[0])
+
+    handlers = {number: signal.signal(number, interrupt) for number in _SIGNALS}
+    previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=watch, name="signal-watch", daemon=True).start()
+    try:
+        yield
+    finally:
+        finished.set()
+        signal.set_wakeup_fd(previous)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        writer.close()

@@ -1,0 +1,115 @@
+"""Which outputs of an earlier quickstart are still valid, and the table at the end.
+
+    python -m quickstart.progress valid OUTPUT INPUT    exit code 0 if OUTPUT was made from INPUT
+    python -m quickstart.progress table WORK_FOLDER     size, bits, score, time and place of each
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from post_training import files, manifest
+
+
+def is_valid(output: Path, source: Path) -> bool:
+    """Whether ``output`` is whole, and made from ``source`` as it is now by these versions."""
+    content = manifest.read(output)
+    if content is None or manifest.damaged_outputs(output, content):
+        return False
+    if content["versions"] != manifest.versions():
+        return False
+    current = manifest.describe_input("model", source)
+    return any(
+        {**each, "role": ""} == {**current, "role": ""} for each in content.get("inputs", [])
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the final table."""
+
+    step: str
+    folder: Path
+    scores: Path | None = None
+
+
+def rows(work: Path) -> list[Row]:
+    """The main job's outputs in the order they were made."""
+    return [
+        Row("trained (BF16)", work / "tiny"),
+        Row("convert", work / "tiny_mlm", work / "mmlu_bf16.json"),
+        Row("quantize (FP8)", work / "tiny_quant", work / "mmlu_fp8.json"),
+        Row("export (FP8)", work / "tiny_export"),
+    ]
+
+
+def show(work: Path) -> None:
+    """Print the table to stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from post_training import report
+
+    table = Table(title="The main job, from trained to ready", title_justify="left")
+    for column in ("step", "size", "bits/weight", "MMLU format score (95 %)", "time", "folder"):
+        table.add_column(column, overflow="fold", justify="left")
+    for row in rows(work):
+        content = manifest.read(row.folder) or {}
+        table.add_row(
+            row.step,
+            report.number_of_bytes(_weights(row.folder)),
+            _bits(content),
+            _score(row.scores),
+            f"{content['seconds']:.0f} s" if "seconds" in content else "-",
+            str(row.folder),
+        )
+    Console(soft_wrap=False, width=max(100, Console().width)).print(table)
+
+
+def _weights(folder: Path) -> int:
+    return sum(
+        path.stat().st_size
+        for path in files.tree(folder)
+        if path.suffix in (".safetensors", ".distcp")
+    )
+
+
+def _bits(content: dict[str, Any]) -> str:
+    metrics = content.get("metrics", {})
+    bits = metrics.get("bits_per_weight", metrics.get("effective_bits"))
+    return f"{bits:.2f}" if bits is not None else "16.00"
+
+
+def _score(path: Path | None) -> str:
+    if path is None or not path.is_file():
+        return "-"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    total = content["total"]
+    low, high = total["interval"]
+    return f"{100 * total['accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    valid = commands.add_parser("valid")
+    valid.add_argument("output", type=Path)
+    valid.add_argument("source", type=Path)
+    table = commands.add_parser("table")
+    table.add_argument("work", type=Path)
+    args = parser.parse_args()
+    if args.command == "table":
+        show(args.work)
+    elif not is_valid(args.output, args.source):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

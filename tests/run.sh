@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# The whole test suite: sets the environment up, then runs pytest.
+#
+#   bash tests/run.sh [pytest arguments]
+#   bash tests/run.sh tests/test_arguments.py -k conf
+#
+#   TEST_WORKERS  test files that run at the same time (default: 2)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=conf/environment.sh
+source conf/environment.sh
+setup_development_environment
+
+# The tests start processes of their own, several at a time: one thread each.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
+exec "$PYTHON" -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile "$@"

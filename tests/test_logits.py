@@ -1,0 +1,38 @@
+"""The Megatron model computes what transformers computes, at every layout.
+
+Tolerance in float32: 1e-4 at TP=1, where only the order of additions differs (fused QKV and
+gate/up products, SDPA against eager attention), 1e-3 where a product is also split over ranks.
+Logits are of the order of 1 to 10, so this is five to six decimal digits.
+"""
+
+from __future__ import annotations
+
+import pytest
+import tools
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Family -> folder and transformers model."""
+    root = tmp_path_factory.mktemp("models")
+    return {name: (root / name, tools.random_model(root / name, name)) for name in tools.FAMILIES}
+
+
+@pytest.mark.parametrize("layout", list(tools.LAYOUTS))
+def test_logits_equal_transformers_in_float32(models, layout, tmp_path):
+    processes, flags = tools.LAYOUTS[layout]
+    ids = tools.tokens()
+    tools.run_stages(
+        *(
+            tools.logits_job(
+                tmp_path / name, ids, "--pretrained-model-path", folder, "--fp32", *flags
+            )
+            for name, (folder, _) in models.items()
+        ),
+        processes=processes,
+    )
+    for name, (_, reference) in models.items():
+        wanted = tools.transformers_logits(reference, ids)
+        difference = (tools.read_logits(tmp_path / name) - wanted).abs().max().item()
+        assert wanted.std() > 0.5, "logits that hardly vary would agree by chance"
+        assert difference < (1e-4 if processes == 1 else 1e-3), (name, layout, difference)
