@@ -2,7 +2,8 @@
 # shellcheck, mypy on post_training, and every stage's --help.
 PYTHON ?= $(firstword $(wildcard $(VIRTUAL_ENV)/bin/python .venv/bin/python) python3)
 SHELLCHECK ?= $(firstword $(wildcard $(dir $(PYTHON))shellcheck) shellcheck)
-SHELL_FILES = $(shell find . -name '*.sh' -not -path './.venv/*') .ci/run
+# Hidden folders (environments, caches) hold nothing of ours.
+SHELL_FILES = $(shell find . -name '.?*' -prune -o -name '*.sh' -print) .ci/run
 STAGES = $(wildcard *.py)
 
 .PHONY: check lint format types help test

@@ -69,6 +69,14 @@ def check(args: argparse.Namespace) -> None:
     source = _source(args)
     if source.described:
         preflight.check_layout(source.described, args)
+    recorded = (source.manifest or {}).get("quantization") or {}
+    if recorded.get("exportable") is False and not args.allow_unexportable:
+        raise UsageError(
+            f"--load {args.load}",
+            f"it is quantized as {recorded.get('format')}, which cannot be exported: "
+            f"{recorded.get('reason')}",
+            "quantize the model in an exportable format (README.md has the table)",
+        )
     preflight.check_output(Path(args.export_dir), args, needed=loading.size_estimate(source, 2))
 
 
@@ -89,6 +97,7 @@ def export(args: argparse.Namespace, session: Session) -> dict[str, Any]:
     model = loading.load(source, options, session, trust_remote_code=args.trust_remote_code)
     if not args.allow_unexportable:
         quantization.require_exportable(model)
+    quantization.unpack(model)
     exporter = hf_export.Exporter(
         model,
         loading.local_huggingface(source, args),

@@ -117,7 +117,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="auto: sequences to measure it on (%(default)s)",
     )
-    add("--auto-quantize-checkpoint", metavar="FILE", help="auto: keep the measurements here")
+    add(
+        "--auto-quantize-checkpoint",
+        metavar="FILE",
+        help="auto: keep the measurements here; the rank is added to its name",
+    )
     add(
         "--prompts",
         default="Hello!|Born in California, Soyer trained as a",
@@ -256,12 +260,11 @@ def with_format(
     if not args.allow_unexportable:
         quantization.require_exportable(model, quantization.method_of(config))
     quantization.require_savable(model)
-    with calibration.watching(model) as rows:
-        if quantization.needs_data(model, config):
-            quantization.calibrate(model, config, run)
-        else:
-            quantization.calibrate(model, config, None)
-            run.probe(model)
+    with calibration.watching(model) as seen:
+        quantization.calibrate(
+            model, config, run if quantization.needs_data(model, config) else None
+        )
+    rows = run.probe(model, seen)
     coverage.check_scales(model, rows, dynamic_inputs=not quantization.method_of(config))
     return config
 
@@ -270,7 +273,7 @@ def search_formats(
     args: argparse.Namespace, choice: Recipe | str, model: MegatronModule, run: Calibration
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Search a format for each layer. Returns the KV configuration and what was found."""
-    from post_training import auto_quantize, calibration, coverage, quantization
+    from post_training import auto_quantize, coverage, quantization
 
     kept = Path(args.auto_quantize_checkpoint) if args.auto_quantize_checkpoint else None
     cache = formats.KV_CACHE[args.export_kv_cache_quant][0]
@@ -292,9 +295,7 @@ def search_formats(
     found = auto_quantize.run(model, search, run, kv_entries)
     if args.weight_only:
         quantization.disable_inputs(model)
-    with calibration.watching(model) as rows:
-        run.probe(model)
-    coverage.check_scales(model, rows)
+    coverage.check_scales(model, run.probe(model))
     return {"quant_cfg": kv_entries, "algorithm": "auto_quantize"}, found
 
 

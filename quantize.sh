@@ -20,12 +20,12 @@ source "$SCRIPT_DIR/conf/arguments.sh"
 start quantize "$@"
 configuration=FP8_DEFAULT_CFG
 if [[ -n "${REST[0]:-}" && "${REST[0]}" != -* ]]; then
-    configuration=${REST[0]}
-    REST=("${REST[@]:1}")
+  configuration=${REST[0]}
+  REST=("${REST[@]:1}")
 fi
 case "$configuration" in
-    */* | *.yaml | *.yml) flags=(--recipe "$configuration") ;;
-    *) flags=(--export-quant-cfg "$configuration") ;;
+  */* | *.yaml | *.yml) flags=(--recipe "$configuration") ;;
+  *) flags=(--export-quant-cfg "$configuration") ;;
 esac
 flags+=(--save "${MLM_MODEL_SAVE:-$MLM_WORK_DIR/${MLM_MODEL_CFG}_quant}")
 [[ -z "${MLM_MODEL_CKPT:-}" ]] || flags+=(--load "$MLM_MODEL_CKPT")

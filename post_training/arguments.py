@@ -75,6 +75,7 @@ def parse(
         args.sequence_parallel = args.sequence_parallel and args.tensor_model_parallel_size > 1
         _check_division(args)
         check(args)
+        _check_tokenizer(args)
     except UsageError as error:
         exit_with_usage_error(error)
     if args.check:
@@ -138,6 +139,10 @@ def stated(args: argparse.Namespace) -> dict[str, Any]:
     found = {name: value for name, value in given.items() if name in names}
     if given.get("group_query_attention"):
         found.setdefault("num_query_groups", 1)  # as in Megatron-LM
+    if given.get("hybrid_layer_pattern"):
+        # One letter a layer; | separates pipeline stages, what follows / predicts further tokens.
+        layers = given["hybrid_layer_pattern"].split("/")[0].replace("|", "")
+        found.setdefault("num_layers", len(layers))
     if given.get("untie_embeddings_and_output_weights"):
         found["share_embeddings_and_output_weights"] = False
     if given.get("export_model_type", "GPTModel") != "GPTModel":
@@ -194,6 +199,15 @@ def _check_division(args: argparse.Namespace) -> None:
     if not args.load and all(said.get(name) for name in REQUIRED):
         transformer = {n: v for n, v in said.items() if n in TRANSFORMER_FIELDS | MLA_FIELDS}
         check_division(Architecture(transformer, said.get("vocab_size", 0), 0), sizes)
+
+
+def _check_tokenizer(args: argparse.Namespace) -> None:
+    """Check a tokenizer folder that is not the model's own; a hub name has no folder."""
+    named = args.tokenizer_model
+    if named and named != args.pretrained_model_path:
+        from post_training import preflight
+
+        preflight.tokenizer(named)
 
 
 def _from_flags(args: argparse.Namespace, said: dict[str, Any]) -> Architecture:

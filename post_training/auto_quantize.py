@@ -126,6 +126,7 @@ def run(
         mtq.set_quantizer_by_cfg(core, list(kv_entries))
         with quantization.quiet(), mtq.set_quantizer_by_cfg_context(core, [off, *kv_entries]):
             mtq.calibrate(core, "max", forward_loop=calibration)
+    _record_all_off(core)
     # The search runs backward passes; nothing later needs what they leave.
     core.zero_grad(set_to_none=True)
     core.eval()
@@ -137,6 +138,21 @@ def run(
             name.removesuffix(".quant_recipe"): str(v) for name, v in best["recipe"].items()
         },
     }
+
+
+def _record_all_off(core: torch.nn.Module) -> None:
+    """Let a checkpoint start from quantizers that are off.
+
+    ModelOpt records its default, INT8, as the configuration of a search. Loading first applies
+    that, then each layer's own state; an output layer that is off has none, and would be INT8.
+    """
+    from modelopt.torch.opt.conversion import ModeloptStateManager
+    from modelopt.torch.quantization.config import QuantizeConfig
+
+    off = QuantizeConfig(quant_cfg=[{"quantizer_name": "*", "enable": False}]).model_dump()
+    for mode, state in ModeloptStateManager(core).state_dict():
+        if mode == "auto_quantize":
+            state["config"] = off
 
 
 def _configuration(choice: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -58,9 +58,25 @@ class Calibration:
         self._run(model, self.batches())
 
     @torch.no_grad()
-    def probe(self, model: torch.nn.Module) -> None:
-        """Run one batch, which shows whether every quantizer is reached."""
-        self._run(model, self.batches()[:1])
+    def probe(
+        self, model: torch.nn.Module, seen: Mapping[str, int] | None = None
+    ) -> dict[str, int]:
+        """Run one batch and count the rows that reach each quantizer (:func:`watching`).
+
+        Calibration itself calls quantizers of weights, so only a forward pass apart from it shows
+        whether the layers do.
+
+        Args:
+            seen: rows counted during calibration; what experts saw there counts too, since few
+                tokens choose each.
+        """
+        with watching(model) as rows:
+            self._run(model, self.batches()[:1])
+        earlier = seen or {}
+        return {
+            name: count + (earlier.get(name, 0) if "experts" in name else 0)
+            for name, count in rows.items()
+        }
 
     def _run(self, model: torch.nn.Module, batches: list[torch.Tensor]) -> None:
         from tqdm import tqdm

@@ -130,12 +130,17 @@ def load(model: MegatronModule, folder: Path) -> None:
         UsageError: if the checkpoint's tensors are not the model's; missing and unexpected names
             and differing shapes are named.
     """
+    import torch
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.validation import StrictHandling
     from modelopt.torch.opt.plugins import restore_sharded_modelopt_state
 
     weights = iteration_folder(folder)
     if (weights / MODELOPT_STATE).is_dir():
+        # Restoring sizes the scales by calibrating the weights, which must not be NaN by chance.
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(1)
         restore_sharded_modelopt_state([model], str(weights))
     wanted = {"model": model.sharded_state_dict(metadata=_metadata(weights))}
     try:

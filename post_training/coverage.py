@@ -89,7 +89,9 @@ class Coverage:
         for reason in dict.fromkeys(layer.reason for layer in left):
             names = Counter(_kind(layer.name) for layer in left if layer.reason == reason)
             lines.append(f"{_list(names)}: {reason}")
-        lines += [f"{pattern}: matches nothing in this model" for pattern in self.unused_patterns]
+        if self.unused_patterns:
+            count = len(self.unused_patterns)
+            lines.append(f"{count} patterns match nothing here, e.g. {self.unused_patterns[0]}")
         return "\n".join(lines) or "none"
 
     def to_json(self) -> dict[str, Any]:
@@ -150,9 +152,12 @@ def survey(model: torch.nn.Module, config: quantization.Config | None = None) ->
     entries = list((config or {}).get("quant_cfg") or [])
     layers, missed = [], []
     weights = set()
+    tied = bool(getattr(model, "share_embeddings_and_output_weights", False))
     for name, module in linears(model):
         weight: Any = module._parameters["weight"]
         weights.add(id(weight))
+        if tied and name == "output_layer":
+            continue  # a copy of the embedding, on another pipeline stage
         shards = tensor_size if getattr(weight, "tensor_model_parallel", False) else 1
         form = quantization.linear_form(module)
         asked, reason = wanted(name, module, entries)

@@ -77,6 +77,7 @@ class Format:
         layers: which linear layers; never the output layer and routers, except ``every``.
         kv: how keys and values are quantized: a key of ``KV_ALGORITHMS``, or empty.
         attention: whether the products inside attention are quantized too.
+        broken: why it cannot run on a Megatron model at all; empty if it can.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Format:
     layers: str = "all"
     kv: str = ""
     attention: bool = False
+    broken: str = ""
 
     @property
     def needs_data(self) -> bool:
@@ -112,6 +114,20 @@ WEIGHT_BITS = {
     "mxfp6": 6.25,
     "mxfp8": 8.25,
     "mxint8": 8.25,
+}
+# Inputs of a row that share a scale, where there are blocks.
+BLOCK_SIZES = {
+    "fp8_block": 128,
+    "int4_block": 128,
+    "int4_block_fp8": 128,
+    "nvfp4": 16,
+    "nvfp4_static": 16,
+    "nvfp4_4over6": 16,
+    "nvfp4_block32": 32,
+    "mxfp4": 32,
+    "mxfp6": 32,
+    "mxfp8": 32,
+    "mxint8": 32,
 }
 # Weights whose block scales lie in a buffer of the quantizer: ModelOpt cannot save it at TP > 1.
 STATIC_BLOCKS = frozenset(("nvfp4_static", "nvfp4_4over6"))
@@ -152,7 +168,9 @@ _ROWS = (
     _row("NVFP4_AWQ_LITE_CFG", "nvfp4_awq_lite nvfp4_awq", "nvfp4", "nvfp4", method="awq_lite"),
     _row("NVFP4_AWQ_CLIP_CFG", "nvfp4_awq_clip", "nvfp4", "nvfp4", method="awq_clip"),
     _row("NVFP4_AWQ_FULL_CFG", "nvfp4_awq_full", "nvfp4", "nvfp4", method="awq_full"),
-    _row("NVFP4_SVDQUANT_DEFAULT_CFG", "nvfp4_svdquant", "nvfp4", "nvfp4", method="svdquant"),
+    _row("NVFP4_SVDQUANT_DEFAULT_CFG", "nvfp4_svdquant", "nvfp4", "nvfp4", method="svdquant",
+         broken="ModelOpt adds its low-rank product to a tensor, and a Megatron linear returns a "
+         "tensor and a bias"),
     _row("NVFP4_FP8_MHA_CONFIG", "nvfp4_fp8_mha", "nvfp4", "nvfp4", layers="every", kv="fp8",
          attention=True),
     _row("W4A16_NVFP4_CFG", "w4a16_nvfp4", "nvfp4"),
@@ -184,13 +202,15 @@ SPELLINGS: dict[str, str] = {
     spelling: row.name for row in _ROWS for spelling in (row.name, *row.spellings)
 }
 
-# quant_algo -> (engines, GPUs). In brackets: weights are unpacked and inputs stay in 16 bits.
+# quant_algo -> (engines, GPUs). Weights alone: they are unpacked, and inputs stay in 16 bits.
 ENGINES: dict[str, tuple[str, str]] = {
     "FP8": ("vLLM, TensorRT-LLM, SGLang", "Ada, Hopper, Blackwell"),
-    "FP8_PER_CHANNEL_PER_TOKEN": ("vLLM", "Ada, Hopper, Blackwell"),
-    "NVFP4": ("vLLM, TensorRT-LLM, SGLang", "Blackwell [vLLM: Ampere, Ada, Hopper]"),
+    "NVFP4": (
+        "vLLM, TensorRT-LLM, SGLang",
+        "Blackwell; weights alone on Ampere, Ada, Hopper (vLLM)",
+    ),
     "W4A16_NVFP4": ("vLLM", "Ampere, Ada, Hopper, Blackwell"),
-    "MXFP8": ("vLLM", "Blackwell [vLLM: Ampere, Ada, Hopper]"),
+    "MXFP8": ("vLLM", "Blackwell; weights alone on Ampere, Ada, Hopper (vLLM)"),
     "MIXED_PRECISION": ("vLLM, TensorRT-LLM", "those of the formats inside"),
 }
 KV_ALGORITHMS = {"fp8": "FP8", "nvfp4": "NVFP4"}
@@ -199,24 +219,23 @@ MIXABLE = frozenset(("FP8", "NVFP4", "W4A16_NVFP4"))
 
 _ALGORITHMS = {
     ("fp8", "fp8"): "FP8",
-    ("fp8_channel", "fp8_token"): "FP8_PER_CHANNEL_PER_TOKEN",
     ("nvfp4", "nvfp4"): "NVFP4",
     ("nvfp4_static", "nvfp4"): "NVFP4",
-    ("nvfp4_4over6", "nvfp4"): "NVFP4",
     ("nvfp4", ""): "W4A16_NVFP4",
     ("nvfp4_static", ""): "W4A16_NVFP4",
-    ("nvfp4_4over6", ""): "W4A16_NVFP4",
     ("mxfp8", "mxfp8"): "MXFP8",
 }
 _REFUSED = {
     "fp8": "weights alone are FP8, and the engines' FP8 layers need a static input scale",
-    "fp8_channel": "engines read one scale per row only with inputs quantized per token",
+    "fp8_channel": "ModelOpt's exporter cannot split one scale per row into q, k and v",
     "fp8_block": "ModelOpt's scales of 128 x 128 blocks do not follow the split into q, k, v and "
     "gate, up",
     "int8": "vLLM reads no INT8 that ModelOpt writes",
     "int8_channel": "vLLM reads no INT8 that ModelOpt writes",
     "int4_block": "ModelOpt's exporter writes INT4 without a configuration, as if it were plain",
     "int4_block_fp8": "vLLM reads no INT4 with FP8 inputs that ModelOpt writes",
+    "nvfp4_4over6": "ModelOpt's packer rounds some of its block scales to another value than "
+    "calibration did",
     "nvfp4_block32": "blocks of 32 weights share a scale, and NVFP4 kernels read blocks of 16",
     "mxfp4": "vLLM reads no MXFP4 that ModelOpt writes",
     "mxfp6": "no engine reads MXFP6",

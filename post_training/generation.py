@@ -110,22 +110,16 @@ def supports_prefix(model: torch.nn.Module) -> bool:
     """Whether :func:`prefill_prefix` works: full causal attention with a key-value cache only.
 
     State-space layers keep another state; sliding windows and attention chunks would need their
-    own masks; multi-latent attention is left out until it is tested.
+    own masks.
     """
-    from megatron.core.transformer.attention import SelfAttention
+    from megatron.core.transformer.attention import Attention
 
     core = forward.unwrap(model)
     config = core.config
-    if (
-        config.multi_latent_attention
-        or getattr(config, "window_size", None)
-        or getattr(config, "attention_chunk_size", None)
-    ):
+    if getattr(config, "window_size", None) or getattr(config, "attention_chunk_size", None):
         return False
     layers = core.decoder.layers
-    return all(
-        isinstance(getattr(layer, "self_attention", None), SelfAttention) for layer in layers
-    )
+    return all(isinstance(getattr(layer, "self_attention", None), Attention) for layer in layers)
 
 
 @torch.inference_mode()

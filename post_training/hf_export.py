@@ -216,10 +216,11 @@ def _exporter_class() -> type:
         def _get_quantized_state(
             self, module: Any, dtype: Any = None, prefix: str = ""
         ) -> tuple[Tensors, str | None, int]:
-            """Divides by scales in float32, so that each weight rounds once, as calibrated.
+            """Packs the weights that the forward pass used, so that what was scored is exported.
 
-            The original divides in bf16 and rounds twice: weights then differ from the
-            fake-quantized ones that were scored.
+            The original divides the unrounded weight in bf16, which rounds twice; and any other
+            order of multiplying and dividing than the kernel's rounds weights that lie between
+            two codes the other way. Fake-quantized weights lie on their codes.
             """
             if self.reference:
                 state = self._get_weight_bias(module, torch.float32)
@@ -228,7 +229,7 @@ def _exporter_class() -> type:
                 return state, None, 0
             state, quantization, block_size = super()._get_quantized_state(module, dtype, prefix)
             if "weight_scale" in state:
-                state["weight"] = module.weight.detach().float()
+                state["weight"] = _fake_quantized(module).float()
             return state, quantization, block_size
 
         def _self_attention_scaling(self, module: Any, prefix: str, **options: Any) -> None:

@@ -90,7 +90,7 @@ def transformer_config(architecture: Architecture, options: BuildOptions) -> Tra
         "apply_rope_fusion": False,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        **options.overrides,
+        **{name: _python_value(name, value) for name, value in options.overrides.items()},
     }
     known = {each.name for each in fields(config_class)}
     architectural = {
@@ -252,7 +252,7 @@ def _materialize(model: torch.nn.Module) -> None:
 
 
 def _python_value(name: str, value: Any) -> Any:
-    """The Python object for a JSON value of the architecture."""
+    """The Python object for a value as the command line or a manifest gives it."""
     if name == "activation_func" and isinstance(value, str):
         import torch.nn.functional as functional
         from megatron.core.activations import fast_gelu, quick_gelu, squared_relu
@@ -270,4 +270,10 @@ def _python_value(name: str, value: Any) -> Any:
                 f"activation_func {value}", "it has no megatron-core function", f"use {list(known)}"
             )
         return known[value]
+    if isinstance(value, str) and name.endswith("dtype") and value in DTYPES:
+        return torch_dtype(value)
+    if name == "attention_backend":
+        from megatron.core.transformer.enums import AttnBackend
+
+        return AttnBackend[value]
     return value

@@ -320,6 +320,27 @@ def compress(model: torch.nn.Module) -> None:
         mtq.compress(model)
 
 
+def unpack(model: torch.nn.Module) -> int:
+    """Undo :func:`compress` in place: weights in 16 bits that quantize to the same codes.
+
+    For the exporter, which splits fused weights and packs the parts. Returns how many there were.
+    """
+    from modelopt.torch.quantization.qtensor import QTensorWrapper
+
+    count = 0
+    for module in model.modules():
+        packed: Any = module._parameters.get("weight")
+        quantizer: Any = getattr(module, "weight_quantizer", None)
+        if isinstance(packed, QTensorWrapper) and quantizer is not None:
+            weight = quantizer.dequantize(packed)
+            quantizer._fake_quant, quantizer._dequantize = True, False
+            parameter = torch.nn.Parameter(weight, requires_grad=False)
+            # ModelOpt's own dictionary of parameters would pack it again.
+            dict.__setitem__(module._parameters, "weight", parameter)
+            count += 1
+    return count
+
+
 def disable_inputs(model: torch.nn.Module) -> None:
     """Switch every input quantizer off, in place."""
     import modelopt.torch.quantization as mtq

@@ -6,6 +6,7 @@ A name of the table, a recipe file, or ``auto``; and whether the result could be
 from __future__ import annotations
 
 import argparse
+import importlib.util
 
 from post_training import arguments, formats, recipes
 from post_training.architecture import Architecture
@@ -69,8 +70,12 @@ def check(args: argparse.Namespace, architecture: Architecture | None) -> None:
         UsageError: naming the flag, its value and the reason.
     """
     choice = chosen(args)
+    if args.export_kv_cache_quant == "nvfp4_rotate":
+        _require_hadamard("--export-kv-cache-quant nvfp4_rotate")
     if isinstance(choice, Format):
         _check_format(args, choice)
+        if architecture is not None:
+            _check_blocks(args, choice, architecture)
         experts = architecture is None or architecture.value("num_moe_experts")
         if choice.layers == "experts" and not experts:
             raise UsageError(
@@ -98,6 +103,10 @@ def _check_format(args: argparse.Namespace, choice: Format) -> None:
     what += " --weight-only" if args.weight_only else ""
     if args.export_kv_cache_quant != "none":
         what += f" --export-kv-cache-quant {args.export_kv_cache_quant}"
+    if choice.broken:
+        raise UsageError(what, choice.broken, "choose another format; README.md has the table")
+    if choice.kv == "nvfp4_rotate" and args.allow_unexportable:
+        _require_hadamard(what)
     if not found.exportable and not args.allow_unexportable:
         raise formats.unexportable(what, found)
     weight = choice.linear.weight if choice.linear else ""
@@ -106,6 +115,40 @@ def _check_format(args: argparse.Namespace, choice: Format) -> None:
             f"{what} with TP={args.tensor_model_parallel_size}",
             "ModelOpt cannot save stored block scales that are split over ranks",
             "set TP=1; PP may be larger",
+        )
+
+
+def _check_blocks(args: argparse.Namespace, choice: Format, architecture: Architecture) -> None:
+    """Refuse blocks that do not fit into a row of a weight as one rank holds it."""
+    size = formats.BLOCK_SIZES.get(choice.linear.weight if choice.linear else "", 1)
+    values, ranks = architecture.resolved(), args.tensor_model_parallel_size
+    ranks_of_expert = args.expert_tensor_parallel_size or ranks
+    heads = values["num_attention_heads"] * values["kv_channels"]
+    inputs = {
+        "hidden size": values["hidden_size"],
+        "heads x head size": 0 if architecture.multi_latent_attention else heads // ranks,
+        "FFN size": values["ffn_hidden_size"] // ranks,
+        "experts' FFN size": (values["moe_ffn_hidden_size"] or 0) // ranks_of_expert
+        if values["num_moe_experts"]
+        else 0,
+    }
+    wrong = [f"{name} {count}" for name, count in inputs.items() if count % size]
+    if wrong:
+        per_rank = f" (at TP={ranks})" if ranks > 1 else ""
+        raise UsageError(
+            f"--export-quant-cfg {args.export_quant_cfg or choice.name}",
+            f"{size} inputs share a scale, which does not divide {', '.join(wrong)}{per_rank}",
+            "choose a format without blocks, such as FP8_DEFAULT_CFG"
+            + (", or a smaller TP" if ranks > 1 else ""),
+        )
+
+
+def _require_hadamard(what: str) -> None:
+    if importlib.util.find_spec("fast_hadamard_transform") is None:
+        raise UsageError(
+            what,
+            "ModelOpt rotates with the package fast_hadamard_transform, which is not installed",
+            "install it (it needs CUDA), or use fp8 or nvfp4",
         )
 
 

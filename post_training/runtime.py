@@ -74,7 +74,9 @@ def session(args: argparse.Namespace) -> Iterator[Session]:
     Args:
         args: checked arguments of the stage (:func:`post_training.arguments.parse`).
     """
-    configure_logging(args.stage)
+    configure_logging(args.stage, args.log_level)
+    if args.ignored_flags:
+        logger.debug("flags without meaning here: %s", " ".join(args.ignored_flags))
     try:
         with signals.prompt_exit():
             versions.check()
@@ -138,9 +140,7 @@ def _import_packages() -> object:
         warnings.simplefilter("ignore")
         report = portable.install()
         import megatron.core.models.gpt
-        import megatron.core.post_training.modelopt.gpt.model_specs
-        import modelopt.torch.export
-        import modelopt.torch.quantization  # noqa: F401
+        import megatron.core.post_training.modelopt.gpt.model_specs  # noqa: F401
     # Said once per checkpoint about a choice that is made here: saves are synchronous.
     logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").setLevel(logging.ERROR)
     return report
@@ -220,15 +220,25 @@ def _stop() -> None:
     torch.distributed.destroy_process_group()
 
 
-def configure_logging(stage: str) -> None:
-    """Rank 0 logs to stderr as ``[stage] message``; other ranks log warnings only."""
+def configure_logging(stage: str, level: str = "info") -> None:
+    """Rank 0 logs to stderr as ``[stage] message``; other ranks log warnings only.
+
+    What other packages say through Python's ``warnings`` is shown at level ``debug``: it is about
+    their own insides, comes by the dozen and hides what a stage says.
+    """
     rank = _environment_int("RANK", 0)
     handler = logging.StreamHandler(sys.stderr)
     prefix = f"[{stage}]" if rank == 0 else f"[{stage} rank {rank}]"
     handler.setFormatter(logging.Formatter(f"{prefix} %(message)s"))
     logger.handlers[:] = [handler]
     logger.propagate = False
-    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    chosen = logging.getLevelNamesMapping()[level.upper()]
+    logger.setLevel(chosen if rank == 0 else max(chosen, logging.WARNING))
+    logging.captureWarnings(True)
+    warned = logging.getLogger("py.warnings")
+    warned.handlers[:] = [handler]
+    warned.propagate = False
+    warned.setLevel(logging.WARNING if chosen <= logging.DEBUG else logging.ERROR)
     # mcore announces on every model that GPTModel will be replaced: known, and chosen in model.py.
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
 

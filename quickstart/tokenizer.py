@@ -18,7 +18,7 @@ TURN_START = "<|im_start|>"
 TURN_END = "<|im_end|>"
 SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END)
 
-# Words take their leading space, a line break stays with a list marker ("\nB."), digits stand alone.
+# Words take their leading space, a line break stays with a list marker ("\nB."), digits are alone.
 SPLIT_PATTERN = r"\n\p{Lu}\.| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\n+|\s+(?!\S)|\s+"
 
 CHAT_TEMPLATE = (
@@ -58,7 +58,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
     bpe.train_from_iterator(texts, trainer)
     if bpe.get_vocab_size() != vocab_size:
         raise RuntimeError(
-            f"the texts gave {bpe.get_vocab_size()} tokens instead of {vocab_size}: lower vocab_size"
+            f"the texts gave {bpe.get_vocab_size()} tokens, not {vocab_size}: lower vocab_size"
         )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,

@@ -1,16 +1,18 @@
 """A small synthetic world of facts, and every text that the tiny model learns from or is asked.
 
 A fact says that an entity has a value for a relation: the climate of Arvon is rainy. Five subjects
-of ten entities with four relations each make 200 facts. They are drawn once from ``WORLD_SEED`` and
+of six entities with four relations each make 120 facts. They are drawn once from ``WORLD_SEED`` and
 are the same on every machine. The facts appear as
 
 - multiple-choice questions in MMLU's columns and published prompt format,
 - conversations in chat-message form (one to three turns, answers of one to five sentences),
 - prose paragraphs about one entity.
 
-What the model is tested on is kept out of what it learns: a test question's set of distractors never
-meets its fact in training, and the held-out conversations ask in a form of words that training never
-uses for those facts. So a score shows the fact and the skill of choosing, not a remembered string.
+What the model is tested on is kept out of what it learns: no test question, as a string, occurs in
+training (its set of options is held out), and the held-out conversations ask in a form of words
+that training never uses for those facts. One thing is easier than in a real exam: a value always
+stands at the same letter, as in a catalogue. The score thus shows whether the model knows the fact,
+not whether it can search a list, which would take a hundred times the training.
 
 This module needs the standard library alone.
 """
@@ -58,7 +60,7 @@ SUBJECTS = (
     _subject(
         "island_geography",
         "an island",
-        "Arvon Belmar Corsa Dunmere Eskar Falun Garda Hespin Ilmar Jorvik",
+        "Arvon Belmar Corsa Dunmere Eskar Falun",
         capital="Lorna Minster Novara Oakham Pellow Quill Ravenna Selby Tarn Umber",
         export="salt copper timber wool honey silk olives tin cotton pearls",
         climate="rainy dry mild cold humid windy foggy stormy tropical arctic",
@@ -67,7 +69,7 @@ SUBJECTS = (
     _subject(
         "animal_biology",
         "an animal",
-        "bandu corlet dripple fennock gorbin hazzle jimber krell lompet marrow",
+        "bandu corlet dripple fennock gorbin hazzle",
         food="grass berries fish ants seeds worms roots nectar moss eggs",
         habitat="desert forest river swamp cave meadow reef tundra cliff lagoon",
         enemy="wolf eagle snake shark tiger falcon lynx bear crocodile owl",
@@ -76,7 +78,7 @@ SUBJECTS = (
     _subject(
         "mineral_chemistry",
         "a mineral",
-        "adrite bolkite cendrite dorite elvite fuscite gelmite hornite irdite jaspite",
+        "adrite bolkite cendrite dorite elvite fuscite",
         use="glass paint soap fuel paper steel ink medicine jewelry cement",
         source="volcano lake quarry glacier canyon beach mine geyser crater well",
         solvent="water alcohol vinegar ammonia acetone benzene oil brine ether milk",
@@ -85,16 +87,16 @@ SUBJECTS = (
     _subject(
         "royal_history",
         "a ruler",
-        "Aldric Brenna Cedric Delwyn Edmar Fiora Godwin Hilda Ingmar Juno",
+        "Aldric Brenna Cedric Delwyn Edmar Fiora",
         weapon="sword axe spear bow dagger mace whip hammer sling lance",
-        castle="Ashford Blackmoor Cragside Drumlin Elmhurst Foxhall Greystone Highgate Ironwood Kestrel",
+        castle="Ashford Blackmoor Crag Drumlin Elmhurst Foxhall Greystone Highgate Irons Keep",
         emblem="lion rose dragon stag swan oak crown serpent tower star",
         title="Bold Wise Cruel Gentle Young Silent Proud Lame Pious Great",
     ),
     _subject(
         "planet_astronomy",
         "a planet",
-        "Altus Borea Cygna Deimon Electra Fornax Geminus Hydra Icarus Kronos",
+        "Altus Borea Cygna Deimon Electra Fornax",
         moons="one two three four five six seven eight nine ten",
         surface="ice lava sand rock dust metal crystal clay gas mud",
         ring="silver golden crimson violet azure amber ivory scarlet jade bronze",
@@ -110,7 +112,7 @@ def facts() -> list[Fact]:
         Fact(subject.name, entity, relation, value)
         for subject in SUBJECTS
         for relation, values in subject.values.items()
-        for entity, value in zip(subject.entities, rng.sample(values, len(values)), strict=True)
+        for entity, value in zip(subject.entities, rng.sample(values, len(values)), strict=False)
     ]
 
 
@@ -139,7 +141,7 @@ class Exams:
     """Draws multiple-choice questions; keeps the test's option sets out of the training's.
 
     ``dev`` has five questions per subject, about facts that ``test`` does not ask; ``test`` has two
-    questions for each other fact. The right answers are spread evenly over A to D.
+    questions for each other fact. A value's place among its relation's values decides its letter.
     """
 
     def __init__(self) -> None:
@@ -158,19 +160,20 @@ class Exams:
         for subject_facts in self.by_subject.values():
             order = rng.sample(subject_facts, len(subject_facts))
             for fact in order[:DEV_PER_SUBJECT]:
-                self.dev.append(self._draw(fact, len(self.dev) % 4, rng))
+                self.dev.append(self._draw(fact, rng))
             for fact in order[DEV_PER_SUBJECT:]:
                 for _ in range(TEST_PER_FACT):
-                    question = self._draw(fact, len(self.test) % 4, rng)
+                    question = self._draw(fact, rng)
                     self._held_out.add((fact, frozenset(question["choices"])))
                     self.test.append(question)
 
-    def _draw(self, fact: Fact, answer: int, rng: random.Random) -> Question:
+    def _draw(self, fact: Fact, rng: random.Random) -> Question:
         """A question about ``fact`` whose options no held-out question has."""
-        others = [v for v in self._pools[fact.subject, fact.relation] if v != fact.value]
+        values = self._pools[fact.subject, fact.relation]
+        answer = values.index(fact.value) % len(LETTERS)
         while True:
-            choices = rng.sample(others, 3)
-            choices.insert(answer, fact.value)
+            choices = [rng.choice(values[place :: len(LETTERS)]) for place in range(len(LETTERS))]
+            choices[answer] = fact.value
             if (fact, frozenset(choices)) not in self._held_out:
                 break
         return {
@@ -185,8 +188,7 @@ class Exams:
         subject = rng.choice(SUBJECTS).name
         drawn = rng.sample(self.by_subject[subject], questions)
         return exam_header(subject) + "".join(
-            format_question(self._draw(fact, rng.randrange(4), rng), with_answer=True)
-            for fact in drawn
+            format_question(self._draw(fact, rng), with_answer=True) for fact in drawn
         )
 
 
@@ -194,8 +196,8 @@ class Exams:
 
 Turn = tuple[str, str]  # what the user says, what the assistant answers
 
-HELD_OUT_PER_FORM = 16
-COMPARISONS_PER_RELATION = 8
+HELD_OUT_PER_FORM = 10
+COMPARISONS_PER_RELATION = 4
 
 
 def _turns() -> dict[str, list[Turn]]:
@@ -255,9 +257,7 @@ def conversations(rng: random.Random, passes: int) -> list[list[Message]]:
 def held_out_conversations() -> list[list[Message]]:
     """Conversations of one turn, sixteen of each form, whose questions training never asks in
     conversation."""
-    return [
-        messages([turn]) for some in _turns().values() for turn in some[:HELD_OUT_PER_FORM]
-    ]
+    return [messages([turn]) for some in _turns().values() for turn in some[:HELD_OUT_PER_FORM]]
 
 
 def messages(turns: list[Turn]) -> list[Message]:

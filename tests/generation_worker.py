@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from post_training import arguments, generation, runtime
+from post_training import arguments, data, generation, runtime
 from post_training.architecture import Architecture
+from post_training.errors import UsageError
 from post_training.model import BuildOptions, build
 
 VOCABULARY = 96
@@ -23,26 +24,42 @@ LENGTHS = (5, 11, 8, 1)
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5], [8, 9, 7, 9, 3], [2, 3, 8, 4, 6, 2, 6, 4], [7]]
 
 
-def architecture(tied: bool) -> Architecture:
+SHARED = {
+    "num_layers": 4,
+    "hidden_size": 64,
+    "ffn_hidden_size": 96,
+    "num_attention_heads": 4,
+    "normalization": "RMSNorm",
+    "gated_linear_unit": True,
+    "activation_func": "silu",
+    "add_bias_linear": False,
+}
+GROUPED_QUERIES = {"num_query_groups": 2, "kv_channels": 16}
+# Query, key and value sizes of multi-latent attention (DeepSeek).
+LATENT = {
+    "multi_latent_attention": True,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_head_dim": 16,
+    "qk_pos_emb_head_dim": 8,
+    "v_head_dim": 16,
+    "rope_type": "rope",
+    "qk_layernorm": True,
+}
+MODELS = {
+    "tied": {**GROUPED_QUERIES, "qk_layernorm": True},
+    "untied": {**GROUPED_QUERIES, "add_qkv_bias": True},
+    "latent": LATENT,
+}
+
+
+def architecture(name: str) -> Architecture:
     return Architecture(
-        transformer={
-            "num_layers": 4,
-            "hidden_size": 64,
-            "ffn_hidden_size": 96,
-            "num_attention_heads": 4,
-            "num_query_groups": 2,
-            "kv_channels": 16,
-            "normalization": "RMSNorm",
-            "gated_linear_unit": True,
-            "activation_func": "silu",
-            "add_bias_linear": False,
-            "add_qkv_bias": not tied,
-            "qk_layernorm": tied,
-        },
+        transformer={**SHARED, **MODELS[name]},
         vocab_size=VOCABULARY,
         max_position_embeddings=256,
         rotary_base=10000.0,
-        share_embeddings_and_output_weights=tied,
+        share_embeddings_and_output_weights=name == "tied",
     )
 
 
@@ -122,6 +139,28 @@ def gradients_after_inference(model: torch.nn.Module) -> bool:
     return all(parameter.grad is not None for parameter in model.parameters())
 
 
+def loaded_on_first_rank() -> bool:
+    """Whether data and errors of rank 0 reach all ranks, and no other rank loads."""
+    first = torch.distributed.get_rank() == 0
+
+    def load() -> data.CalibrationData:
+        if not first:
+            raise RuntimeError("only rank 0 may load")
+        return data.CalibrationData(torch.arange(6).view(2, 3), 1, 6, "a.jsonl", 2)
+
+    def fail() -> data.CalibrationData:
+        if not first:
+            raise RuntimeError("only rank 0 may load")
+        raise UsageError("--data x", "it is empty", "give another")
+
+    same = data.on_first_rank(load).input_ids.tolist() == [[0, 1, 2], [3, 4, 5]]
+    try:
+        data.on_first_rank(fail)
+    except UsageError as error:
+        return same and error.cause == "it is empty"
+    return False
+
+
 def main() -> None:
     output, *words = sys.argv[1:]
     args = arguments.parse("worker", lambda parser: None, lambda args: None, words)
@@ -130,18 +169,19 @@ def main() -> None:
             dtype=arguments.precision(args), local_attention=args.export_force_local_attention
         )
         found: dict[str, Any] = {}
-        for name, tied in (("tied", True), ("untied", False)):
-            model = build(architecture(tied), options)
+        for name in MODELS:
+            model = build(architecture(name), options)
             fill(model)
             found[name] = inference(model)
         found["output_positions"] = output_positions(model)
         if session.parallel.pipeline == 1:
             found["gradients"] = gradients_after_inference(model)
         if session.world > 1:
+            found["first_rank"] = loaded_on_first_rank()
             results: list[Any] = [None] * session.world
             torch.distributed.all_gather_object(results, found)
             for other in results:
-                for name in ("tied", "untied"):
+                for name in MODELS:
                     for key, value in found[name].items():
                         torch.testing.assert_close(other[name][key], value, rtol=0, atol=0)
         if session.is_main:

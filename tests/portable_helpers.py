@@ -27,7 +27,7 @@ SPECS = ("modelopt", "transformer_engine")
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Normal values on the device under test, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
 
 
 def tokens(batch: int = 2, length: int = 24, seed: int = 3) -> torch.Tensor:
@@ -84,8 +84,11 @@ def save_tiny_qwen3(folder: Path, experts: int = 0) -> Path:
     model: Any
     if experts:
         config = transformers.Qwen3MoeConfig(
-            num_experts=experts, num_experts_per_tok=2, moe_intermediate_size=64,
-            norm_topk_prob=True, **shared,
+            num_experts=experts,
+            num_experts_per_tok=2,
+            moe_intermediate_size=64,
+            norm_topk_prob=True,
+            **shared,
         )
         model = transformers.Qwen3MoeForCausalLM(config)
     else:

@@ -125,6 +125,12 @@ def test_a_conf_states_what_the_released_config_json_says(conf):
     assert arguments.architecture(args, RELEASED[conf]) == released
 
 
+def test_the_quickstarts_conf_is_the_model_that_it_trains(tiny_model):
+    config = json.loads((tiny_model / "config.json").read_text())
+    args = parse(*conf_flags("quickstart/tiny"))
+    assert arguments.architecture(args).differences(arguments.architecture(args, config)) == []
+
+
 def test_a_config_json_gives_every_field():
     found = from_huggingface(RELEASED["meta-llama/Llama-3.2-1B-Instruct"])
     assert found == Architecture(

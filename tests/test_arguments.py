@@ -188,6 +188,10 @@ def test_a_flag_without_meaning_is_accepted_and_reported_once(caplog):
     ]
 
 
+def test_a_hybrid_models_pattern_tells_the_number_of_layers():
+    assert arguments.stated(parse("--hybrid-layer-pattern", "M-M*|M-M*/*E"))["num_layers"] == 8
+
+
 def test_the_last_value_of_a_flag_wins():
     assert parse("--num-layers", "28", "--num-layers", "24").num_layers == 24
     assert parse("--swiglu", "--activation-func", "gelu").activation_func == "gelu"

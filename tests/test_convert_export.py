@@ -105,7 +105,6 @@ def test_manifest_names_inputs_outputs_and_architecture(source, tmp_path):
     assert convert["architecture"]["transformer"]["num_layers"] == 6
     assert convert["metrics"]["parameters"] > 100_000
     assert export["architecture"] == convert["architecture"]
-    from post_training import files
 
     assert export["inputs"][0]["manifest_sha256"] == files.sha256(
         tmp_path / "megatron" / "run.json"

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import tools
 import torch
-from generation_worker import LENGTHS, PROMPTS
+from generation_worker import LENGTHS, MODELS, PROMPTS
 
 from post_training.generation import _groups
 
 LAYOUTS = {"TP1": (1, 1), "TP2": (2, 1), "PP2": (1, 2)}
-MODELS = ("tied", "untied")
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +103,10 @@ def test_every_layout_gives_the_same(results, model, layout):
 
 def test_a_training_step_works_after_inference(results):
     assert results["TP1"]["gradients"]
+
+
+def test_calibration_data_and_its_errors_come_from_the_first_rank(results):
+    assert results["TP2"]["first_rank"]
 
 
 def test_groups_hold_prompts_of_near_lengths():

@@ -114,7 +114,9 @@ def test_the_defaults_are_the_documented_ones(environment):
 
 
 def test_variables_reach_the_stage(environment, tmp_path):
-    model, tokenizer = write_model(tmp_path / "a model"), write_model(tmp_path / "tok")
+    model, tokenizer = write_model(tmp_path / "a model"), tmp_path / "a tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.json").write_text("{}")
     environment |= {
         "HF_MODEL_CKPT": str(model),
         "TOKENIZER_MODEL": str(tokenizer),

@@ -59,7 +59,7 @@ def test_steps_with_a_cache_of_keys_give_the_logits_of_the_whole_sequence(source
             context.increment_sequence_len_offset(stop - start)
             steps.append(out[:, -1])
     expected = whole[:, 7:]
-    assert relative(torch.stack(steps, dim=1), expected) < 1e-5
+    assert relative(torch.stack(steps, dim=1), expected) < 1e-4
 
 
 def quantize(model: Any, format_name: str, ids: torch.Tensor) -> Any:
@@ -104,7 +104,6 @@ def test_quantized_models_run_and_come_back_from_a_sharded_checkpoint(
     save_sharded_modelopt_state([model], str(tmp_path / "checkpoint"))
 
     again = helpers.build_gpt(None, spec, torch.bfloat16)
-    again.load_state_dict({}, strict=False)
     restore_sharded_modelopt_state([again], str(tmp_path / "checkpoint"))
     loaded = dist_checkpointing.load(
         again.sharded_state_dict(metadata=metadata), str(tmp_path / "checkpoint")
@@ -112,8 +111,7 @@ def test_quantized_models_run_and_come_back_from_a_sharded_checkpoint(
     again.load_state_dict(loaded)
     restored = again.decoder.layers[0].self_attention.core_attention.k_bmm_quantizer
     assert restored.is_enabled
-    if cache.amax is not None:
-        assert torch.equal(restored.amax, cache.amax)
+    assert torch.equal(restored.amax, cache.amax)
     assert torch.equal(logits(again, ids), expected)
 
 
@@ -137,3 +135,82 @@ def test_a_mixture_of_experts_trains(source, grouped):
         for n, p in model.named_parameters()
         if n in experts
     )
+
+
+@pytest.mark.parametrize("distributed", [False, True], ids=["whole", "distributed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_megatrons_optimizer_and_schedule_lower_the_loss(source, dtype, distributed):
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    ids = helpers.tokens()
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    model = helpers.build_gpt(source, "transformer_engine", dtype, gather=False).train()
+    parallel = DistributedDataParallel(
+        model.config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=distributed
+        ),
+        model,
+    )
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=1e-3,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=distributed,
+            clip_grad=1.0,
+        ),
+        [parallel],
+    )
+    model.config.finalize_model_grads_func = finalize_model_grads
+
+    def step(iterator, chunk):
+        loss = chunk(ids, positions, None, labels=ids.roll(-1, dims=1))
+        return loss, lambda out: (out.mean(), {"loss": out.mean().item()})
+
+    losses = []
+    for _ in range(4):
+        parallel.zero_grad_buffer()
+        optimizer.zero_grad()
+        result = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iter([]),
+            model=[parallel],
+            num_microbatches=1,
+            seq_length=ids.shape[1],
+            micro_batch_size=ids.shape[0],
+            forward_only=False,
+        )
+        successful, norm, _ = optimizer.step()
+        assert successful
+        assert norm > 0
+        losses.append(result[0]["loss"])
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_model_with_fewer_heads_after_pruning_runs(source):
+    import modelopt.torch.prune as mtp
+
+    ids = helpers.tokens()
+    model = helpers.build_gpt(source, "transformer_engine")
+    divisors = {"hidden_size_divisor": 16, "ffn_hidden_size_divisor": 16}
+    mode = ("mcore_minitron", mtp.mcore_minitron.get_mcore_minitron_config(**divisors))
+    sizes = {"hidden_size": 48, "ffn_hidden_size": 64, "num_attention_heads": 2}
+    model, _ = mtp.prune(
+        model,
+        mode=[mode],
+        constraints={"export_config": sizes},
+        dummy_input=None,
+        config={"forward_loop": lambda each: logits(each, ids)},
+    )
+    assert model.decoder.layers[0].self_attention.core_attention.num_attention_heads == 2
+    assert model.decoder.layers[0].mlp.linear_fc2.weight.shape == (48, 64)
+    assert logits(model, ids).isfinite().all()

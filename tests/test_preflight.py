@@ -218,6 +218,22 @@ def experts_of_a_dense_model(work: Path):
     return ["--pretrained-model-path", write_model(work / "m"), *flags], ["EP=2", "no experts"]
 
 
+def a_tokenizer_folder_without_tokenizer(work: Path):
+    (work / "t").mkdir()
+    (work / "t" / "config.json").write_text("{}")
+    flags = ["--tokenizer-model", work / "t"]
+    parts = ["--tokenizer-model", str(work / "t"), "tokenizer.json", "TOKENIZER_MODEL"]
+    return ["--pretrained-model-path", write_model(work / "m"), *flags], parts
+
+
+def a_tokenizer_folder_that_is_missing(work: Path):
+    flags = ["--tokenizer-model", work / "t"]
+    return ["--pretrained-model-path", write_model(work / "m"), *flags], [
+        "--tokenizer-model",
+        "no such",
+    ]
+
+
 def an_occupied_output_folder(work: Path):
     (work / "out").mkdir()
     (work / "out" / "notes.txt").write_text("mine")
@@ -311,6 +327,8 @@ CASES: list[Case] = [
     tensor_parallel_size_that_does_not_divide,
     pipeline_parallel_size_that_does_not_divide,
     experts_of_a_dense_model,
+    a_tokenizer_folder_without_tokenizer,
+    a_tokenizer_folder_that_is_missing,
     an_occupied_output_folder,
     an_output_that_a_stage_made,
     an_output_below_a_file,

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
 # https://huggingface.co/Qwen/Qwen3-8B
 export MODEL_ARGS=(
-    --bf16
-    --num-layers 36
-    --hidden-size 4096
-    --ffn-hidden-size 12288
-    --num-attention-heads 32
-    --group-query-attention --num-query-groups 8
-    --kv-channels 128
-    --qk-layernorm
-    --disable-bias-linear
-    --swiglu
-    --normalization RMSNorm --norm-epsilon 1e-6
-    --position-embedding-type rope --rotary-base 1000000 --rotary-percent 1.0
-    --max-position-embeddings 40960
-    --padded-vocab-size 151936
-    --untie-embeddings-and-output-weights
+  --bf16
+  --num-layers 36
+  --hidden-size 4096
+  --ffn-hidden-size 12288
+  --num-attention-heads 32
+  --group-query-attention --num-query-groups 8
+  --kv-channels 128
+  --qk-layernorm
+  --disable-bias-linear
+  --swiglu
+  --normalization RMSNorm --norm-epsilon 1e-6
+  --position-embedding-type rope --rotary-base 1000000 --rotary-percent 1.0
+  --max-position-embeddings 40960
+  --padded-vocab-size 151936
+  --untie-embeddings-and-output-weights
 )

@@ -13,6 +13,8 @@ Active only where there is no CUDA device (:func:`install` is then called by
 from __future__ import annotations
 
 import contextlib
+import logging
+import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -155,6 +157,22 @@ def _module_cuda(self: torch.nn.Module, device: object = None) -> torch.nn.Modul
     return self
 
 
+_type_of_tensor = torch.Tensor.type
+
+
+def _tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """``Tensor.type``, except that megatron-core's optimizers read "torch.cuda.FloatTensor".
+
+    They compare the name with those of CUDA tensors and refuse others, though nothing in them
+    depends on it. The caller's module decides, so that no one else reads a false name.
+    """
+    name = _type_of_tensor(self, *args, **kwargs)
+    caller = sys._getframe(1).f_globals.get("__name__", "")
+    if isinstance(name, str) and caller.startswith("megatron.core.optimizer"):
+        return name.replace("torch.", "torch.cuda.")
+    return name
+
+
 class _TorchOnCpu(ModuleType):
     """``torch`` as seen by one module: factories take ``device="cuda"`` for the CPU."""
 
@@ -204,6 +222,11 @@ def _see_torch_on_cpu(module: ModuleType) -> None:
     vars(module)["torch"] = _TorchOnCpu()
 
 
+def _is_no_false_alarm(record: logging.LogRecord) -> bool:
+    """Drops the warning that the CPU's generator was used where the GPU's was meant: it is both."""
+    return "CPU RNG state changed within GPU RNG context" not in str(record.msg)
+
+
 def _change_random(module: ModuleType) -> None:
     def get(device: object = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
         return torch.get_rng_state()
@@ -212,6 +235,7 @@ def _change_random(module: ModuleType) -> None:
         torch.set_rng_state(new_state)
 
     vars(module).update(_get_cuda_rng_state=get, _set_cuda_rng_state=set_)
+    logging.getLogger(module.__name__).addFilter(_is_no_false_alarm)
 
 
 def _change_communication(module: ModuleType) -> None:
@@ -223,9 +247,7 @@ def _change_communication(module: ModuleType) -> None:
 
 
 def _change_moe_utils(module: ModuleType) -> None:
-    def maybe_move(
-        tensor: Any, as_numpy: bool = False, record_stream: bool = False
-    ) -> Any:
+    def maybe_move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     vars(module)["maybe_move_tensor_to_cpu"] = maybe_move
@@ -240,9 +262,13 @@ def install() -> None:
     vars(torch.cuda.nvtx).update(
         range_push=_nothing(), range_pop=_nothing(), range=_empty_context(), mark=_nothing()
     )
-    torch.Tensor.cuda = _tensor_cuda  # type: ignore[method-assign, assignment]
-    torch.Tensor.record_stream = _nothing()  # type: ignore[method-assign, assignment]
-    torch.nn.Module.cuda = _module_cuda  # type: ignore[method-assign, assignment]
+    for owner, name, stand_in in (
+        (torch.Tensor, "cuda", _tensor_cuda),
+        (torch.Tensor, "record_stream", _nothing()),
+        (torch.Tensor, "type", _tensor_type),
+        (torch.nn.Module, "cuda", _module_cuda),
+    ):
+        setattr(owner, name, stand_in)
     imports.on_import("megatron.core.tensor_parallel.random", _change_random)
     imports.on_import("megatron.core.inference.communication_utils", _change_communication)
     imports.on_import("megatron.core.transformer.moe.moe_utils", _change_moe_utils)

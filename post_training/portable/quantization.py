@@ -171,7 +171,8 @@ def _two_level_scale(
     usable = (block_amax > 0) & torch.isfinite(block_amax) & (amax > 0) & torch.isfinite(amax)
     whole = scale_format.largest * (element.largest / amax).double()
     stored = scale_format.round(((block_amax / element.largest) * whole).float()).double()
-    return torch.where(usable, (stored / whole).float(), 1.0)
+    # A scale that rounds to zero stands for a block of zeros; 1 rounds such values to zero too.
+    return torch.where(usable & (stored > 0), (stored / whole).float(), 1.0)
 
 
 class _Kernels(ModuleType):
@@ -203,7 +204,7 @@ def _change_tensor_quant(module: ModuleType) -> None:
     _library = torch.library.Library("tensorrt", "IMPL")
     with warnings.catch_warnings():
         # torch reports that ModelOpt's own registration, which needs CUDA, is overridden.
-        warnings.filterwarnings("ignore", message="\\s*Overriding a previously registered kernel")
+        warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
         _library.impl(
             "dynamic_block_quantize_op", dynamic_block_quantize, "CPU", allow_override=True
         )

@@ -164,9 +164,7 @@ def all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.T
     return tensor
 
 
-def gather_along_first_dim(
-    tensor: torch.Tensor, group: dist.ProcessGroup | None
-) -> torch.Tensor:
+def gather_along_first_dim(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """Concatenate the ranks' tensors: [s / n, ...] to [s, ...]."""
     if group is None or group.size() == 1:
         return tensor

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+
 from transformer_engine.pytorch.attention.masks import Visibility, visible_keys
 from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 
@@ -153,11 +154,13 @@ class DotProductAttention(TransformerEngineBaseModule):
                 (cu_seqlens_q_padded, cu_seqlens_kv_padded),
             )
         order = (1, 2, 0, 3) if layout == "sbhd" else (0, 2, 1, 3)
-        query, key, value = (
-            each.permute(order) for each in (query_layer, key_layer, value_layer)
-        )
+        query, key, value = (each.permute(order) for each in (query_layer, key_layer, value_layer))
         result = self._attend(
-            query, key, value, visibility, visible_keys(mask_type, attention_mask),
+            query,
+            key,
+            value,
+            visibility,
+            visible_keys(mask_type, attention_mask),
             core_attention_bias,
         )
         result = result.permute((2, 0, 1, 3) if layout == "sbhd" else (0, 2, 1, 3))

@@ -18,7 +18,7 @@ class _SplitAlongDim(torch.autograd.Function):
         ctx: Any,
         tensor: torch.Tensor,
         dimension: int,
-        sizes: int | list[int] | tuple[int, ...],
+        sizes: int | list[int],
         squeeze: bool = False,
     ) -> tuple[torch.Tensor, ...]:
         ctx.dimension = dimension

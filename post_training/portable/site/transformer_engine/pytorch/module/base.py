@@ -65,8 +65,6 @@ class TransformerEngineBaseModule(torch.nn.Module):
         """Weight gradients are never delayed."""
 
 
-
-
 def fill(
     parameter: torch.nn.Parameter,
     init_method: Callable[[torch.Tensor], Any],

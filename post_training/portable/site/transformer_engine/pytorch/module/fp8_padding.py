@@ -19,9 +19,7 @@ class Fp8Padding(torch.nn.Module):
         self.num_gemms = num_gemms
         self.align_size = align_size or 16
 
-    def forward(
-        self, inp: torch.Tensor, m_splits: list[int]
-    ) -> tuple[torch.Tensor, list[int]]:
+    def forward(self, inp: torch.Tensor, m_splits: list[int]) -> tuple[torch.Tensor, list[int]]:
         """[sum(m_splits), h] to ([sum(padded), h], padded counts); new rows are zero."""
         padded = _padded(m_splits, self.align_size)
         parts = [

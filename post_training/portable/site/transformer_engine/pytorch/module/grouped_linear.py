@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
+
 from transformer_engine.pytorch.module.base import (
     TransformerEngineBaseModule,
     default_init,
@@ -32,7 +33,7 @@ class _GroupedLinear(torch.autograd.Function):
         inp: torch.Tensor,
         m_splits: list[int],
         fuse_wgrad_accumulation: bool,
-        *weights_and_biases: torch.Tensor | None,
+        *weights_and_biases: Any,
     ) -> torch.Tensor:
         """[sum(m_splits), in] to [sum(m_splits), out]; ``ctx`` is None where no gradient is
         wanted. The weights come first, then as many biases, None where there are none."""
@@ -130,7 +131,7 @@ class GroupedLinear(TransformerEngineBaseModule):
         inp: torch.Tensor,
         m_splits: list[int] | torch.Tensor,
         is_first_microbatch: bool | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
+    ) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor | None]]:
         """[sum(m_splits), in] to [sum(m_splits), out], or (that without biases, biases)."""
         if isinstance(m_splits, torch.Tensor):
             m_splits = m_splits.tolist()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
 from transformer_engine.pytorch.cpp_extensions import general_gemm
 from transformer_engine.pytorch.module._norms import normalize
 from transformer_engine.pytorch.module.linear import Linear, _Parallelism, weight_gradient
@@ -33,10 +34,12 @@ class _LayerNormLinear(torch.autograd.Function):
         norm: tuple[str, float, bool],
         parallelism: _Parallelism,
         fuse_wgrad_accumulation: bool,
-    ) -> torch.Tensor:
-        """[..., in] to [..., out]; ``ctx`` is None where no gradient is wanted.
+        return_layernorm_output: bool,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """[..., in] to [..., out], or (that, normalized [..., in]) on request.
 
-        ``norm`` is (name, epsilon, whether the weight is stored minus one).
+        ``norm`` is (name, epsilon, whether the weight is stored minus one). ``ctx`` is None where
+        no gradient is wanted.
         """
         normalization, eps, zero_centered = norm
         normalized = normalize(normalization, inp, ln_weight, ln_bias, eps, zero_centered)
@@ -47,16 +50,16 @@ class _LayerNormLinear(torch.autograd.Function):
             ctx.parallelism = parallelism
             ctx.fuse = fuse_wgrad_accumulation
             ctx.parameter = weight
-        return out
+        return (out, normalized) if return_layernorm_output else out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         inp, ln_weight, ln_bias, weight = ctx.saved_tensors
         parallelism: _Parallelism = ctx.parallelism
         normalization, eps, zero_centered = ctx.norm
-        needs_inp, needs_ln_weight, needs_ln_bias, needs_weight, needs_bias = (
-            ctx.needs_input_grad[:5]
-        )
+        needs_inp, needs_ln_weight, needs_ln_bias, needs_weight, needs_bias = ctx.needs_input_grad[
+            :5
+        ]
         grad = grads[0]
         leaves = [
             each.detach().requires_grad_(needed)
@@ -74,6 +77,8 @@ class _LayerNormLinear(torch.autograd.Function):
             )
         product = general_gemm(weight, grad, layout="NN", grad=True)[0]
         product = parallelism.reduced_gradient(product)
+        if len(grads) > 1:
+            product = product + grads[1]
         gradient = None
         if needs_weight:
             gathered = parallelism.gathered_input(normalized.detach())
@@ -94,6 +99,7 @@ class _LayerNormLinear(torch.autograd.Function):
             ln_bias_gradient,
             gradient,
             bias_gradient,
+            None,
             None,
             None,
             None,
@@ -127,14 +133,11 @@ class LayerNormLinear(Linear):
         """As :class:`Linear`, with the normalization's name, "LayerNorm" or "RMSNorm".
 
         Raises:
-            NotImplementedError: for ``return_layernorm_output`` and for row parallelism, which
-                Transformer Engine's callers never ask for.
+            NotImplementedError: for row parallelism, which callers never ask for.
             ValueError: for another normalization.
         """
-        if return_layernorm_output or parallel_mode == "row":
-            raise NotImplementedError(
-                "LayerNormLinear of the stand-in: no return_layernorm_output, no parallel_mode row"
-            )
+        if parallel_mode == "row":
+            raise NotImplementedError("LayerNormLinear of the stand-in: no parallel_mode row")
         if normalization not in ("LayerNorm", "RMSNorm"):
             raise ValueError(f"normalization {normalization!r}: LayerNorm or RMSNorm")
         super().__init__(
@@ -171,8 +174,9 @@ class LayerNormLinear(Linear):
 
     def forward(
         self, inp: torch.Tensor, is_first_microbatch: bool | None = None, **ignored: Any
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
-        """[..., in] to [..., out], or (that without the bias, bias) with ``return_bias``.
+    ) -> Any:
+        """[..., in] to [..., out], followed by the bias, not added, with ``return_bias`` and by
+        the normalized input [..., in] with ``return_layernorm_output``.
 
         With sequence parallelism the first dimension of ``inp`` is split over the ranks.
         """
@@ -185,9 +189,13 @@ class LayerNormLinear(Linear):
             (self.normalization, self.eps, self.zero_centered_gamma),
             _Parallelism(self.parallel_mode, self.sequence_parallel, self.tp_group),
             self.fuse_wgrad_accumulation,
+            self.return_layernorm_output,
         )
         if torch.is_grad_enabled():
             out = _LayerNormLinear.apply(*arguments)
         else:
             out = _LayerNormLinear.forward(None, *arguments)
+        if self.return_layernorm_output:
+            out, normalized = out
+            return (out, self.bias, normalized) if self.return_bias else (out, normalized)
         return (out, self.bias) if self.return_bias else out

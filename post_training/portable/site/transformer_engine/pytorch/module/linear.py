@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
 from transformer_engine.pytorch.cpp_extensions import general_gemm
 from transformer_engine.pytorch.distributed import (
     all_reduce,
@@ -138,9 +139,9 @@ class _Linear(torch.autograd.Function):
         if needs_weight:
             gradient = weight_gradient(
                 ctx.parameter,
-                lambda: general_gemm(
-                    parallelism.gathered_input(inp), grad, layout="NT", grad=True
-                )[0],
+                lambda: general_gemm(parallelism.gathered_input(inp), grad, layout="NT", grad=True)[
+                    0
+                ],
                 ctx.fuse,
             )
         return gradient, inp_gradient, bias_gradient, None, None

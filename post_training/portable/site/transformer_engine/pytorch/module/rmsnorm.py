@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+
 from transformer_engine.pytorch.module._norms import rms_norm
 from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 

@@ -1,0 +1,60 @@
+"""Muon in float32, for CPUs.
+
+``torch.optim.Muon`` orthogonalises in bfloat16, which a CPU without bfloat16 units emulates: 11 s a
+step for this model on two cores, against 0.1 s here. Matrices of one shape also go together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+# Coefficients of the quintic iteration and the number of steps: Jordan et al., 2024,
+# https://kellerjordan.github.io/posts/muon/.
+_A, _B, _C = 3.4445, -4.7750, 2.0315
+_STEPS = 5
+
+
+def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
+    """The nearest semi-orthogonal matrices, about: [n, rows, columns], rows <= columns."""
+    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(_STEPS):
+        gram = x @ x.mT
+        x = _A * x + (_B * gram + _C * gram @ gram) @ x
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised: every direction of a matrix is learnt at the same rate.
+
+    Args:
+        matrices: parameters [rows, columns].
+        lr: learning rate; the update is scaled by sqrt(rows / columns) for tall matrices.
+        momentum: of the running mean of gradients, applied in Nesterov's form.
+    """
+
+    def __init__(
+        self, matrices: Iterable[torch.nn.Parameter], lr: float, momentum: float = 0.95
+    ) -> None:
+        super().__init__(matrices, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            keep = group["momentum"]
+            by_shape: dict[tuple[int, int], list[tuple[torch.nn.Parameter, torch.Tensor]]] = {}
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                mean = state.setdefault("momentum", torch.zeros_like(parameter))
+                mean.lerp_(parameter.grad, 1 - keep)
+                update = parameter.grad.lerp(mean, keep)
+                tall = update.shape[0] > update.shape[1]
+                update = update.T if tall else update
+                by_shape.setdefault(tuple(update.shape), []).append((parameter, update))
+            for entries in by_shape.values():
+                updates = orthogonalize(torch.stack([update for _, update in entries]))
+                for (parameter, _), update in zip(entries, updates, strict=True):
+                    rows, columns = parameter.shape
+                    update = update.T if rows > columns else update
+                    parameter.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)

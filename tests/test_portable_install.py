@@ -1,0 +1,142 @@
+"""How the stand-ins get in place, what they report, and the CUDA calls they answer."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import portable_helpers as helpers
+import pytest
+import torch
+
+from post_training import portable
+from post_training.portable import imports
+
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="stand-ins are for the CPU")
+
+
+def test_install_is_idempotent_and_reports_what_runs():
+    assert portable.install() is helpers.REPORT
+    assert helpers.REPORT.cuda_stand_ins == (not torch.cuda.is_available())
+    assert helpers.REPORT.transformer_engine in str(helpers.REPORT)
+    if not helpers.REPORT.real_transformer_engine:
+        assert helpers.REPORT.transformer_engine == "pure-PyTorch stand-in"
+        assert helpers.REPORT.reason
+
+
+def test_megatron_and_modelopt_take_the_package_for_transformer_engine():
+    from megatron.core.extensions import transformer_engine as extension
+    from megatron.core.utils import is_te_min_version
+    from modelopt.torch.quantization.plugins import megatron
+
+    assert extension.HAVE_TE
+    assert megatron.HAS_TE
+    # 2.2.0: attention masks while training through a cache; 2.8.0: learnable softmax offsets.
+    assert is_te_min_version("2.8.0")
+    if not helpers.REPORT.real_transformer_engine:
+        # From here on megatron-core expects functions that the stand-in lacks.
+        assert not is_te_min_version("2.9.0")
+
+
+def test_no_folder_is_added_to_the_search_path():
+    assert not any("portable" in each for each in sys.path)
+
+
+@pytest.mark.parametrize("imported_before", [False, True])
+def test_changes_to_a_module_are_made_once_whenever_it_is_imported(
+    imported_before, tmp_path, monkeypatch
+):
+    name = f"changed_{imported_before}"
+    (tmp_path / f"{name}.py").write_text("value = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    if imported_before:
+        __import__(name)
+    seen = []
+    imports.on_import(name, lambda module: seen.append(module.value))
+    module = __import__(name)
+    portable.after_megatron_import()
+    assert seen == [1]
+    assert module.__loader__ is module.__spec__.loader
+
+
+@on_cpu
+def test_install_after_megatron_is_an_error_that_names_the_remedy():
+    script = (
+        "import sys, types\n"
+        "late = types.ModuleType('megatron.core.extensions.transformer_engine')\n"
+        "late.HAVE_TE = False\n"
+        "sys.modules[late.__name__] = late\n"
+        "from post_training import portable\n"
+        "portable.install()\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=helpers.ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 1
+    assert "call it before the first import of megatron.core" in run.stderr
+
+
+@on_cpu
+def test_the_cpu_answers_for_the_current_device():
+    assert torch.cuda.current_device() == torch.device("cpu")
+    torch.cuda.set_device(3)
+    torch.cuda.synchronize()
+    tensor = torch.ones(2)
+    assert tensor.cuda() is tensor
+    module = torch.nn.Linear(2, 2)
+    assert module.cuda() is module
+
+
+@on_cpu
+def test_memory_is_that_of_the_host():
+    free, total = torch.cuda.mem_get_info()
+    assert 0 < free <= total
+    assert total > 2**28
+
+
+@on_cpu
+def test_random_state_is_that_of_the_cpu():
+    state = torch.cuda.get_rng_state()
+    first = torch.rand(3)
+    torch.cuda.set_rng_state(state)
+    assert torch.equal(torch.rand(3), first)
+
+
+@on_cpu
+def test_megatrons_named_random_states_work_on_the_cpu():
+    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
+
+    tracker = CudaRNGStatesTracker()
+    tracker.add("experts", 5)
+    state = tracker.get_states()
+    with tracker.fork("experts"):
+        first = torch.rand(3)
+    tracker.set_states(state)
+    with tracker.fork("experts"):
+        assert torch.equal(torch.rand(3), first)
+
+
+@on_cpu
+def test_streams_and_events_have_happened():
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        event = stream.record_event()
+    event.synchronize()
+    assert event.query()
+    assert stream == torch.cuda.current_stream()
+
+
+@on_cpu
+def test_literal_cuda_devices_mean_the_cpu_in_listed_modules_only():
+    from megatron.core.pipeline_parallel import schedules
+    from megatron.core.transformer import utils
+
+    assert schedules.torch.zeros([], device="cuda").device.type == "cpu"
+    assert utils.get_default_causal_mask(3).tolist() == [
+        [False, True, True],
+        [False, False, True],
+        [False, False, False],
+    ]
+    with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
+        torch.zeros([], device="cuda")

@@ -1,0 +1,283 @@
+"""The stand-in's layers against plain torch and transformers: values, gradients, state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import portable_helpers as helpers
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
+
+import transformer_engine.pytorch as te
+
+pytestmark = pytest.mark.skipif(
+    helpers.REPORT.real_transformer_engine, reason="the real Transformer Engine runs here"
+)
+DTYPES = [torch.float32, torch.bfloat16]
+DEVICE = {"device": helpers.DEVICE}
+
+
+def gradients(out: torch.Tensor, leaves: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(out, leaves, helpers.random(*out.shape, seed=9, dtype=out.dtype))
+
+
+def filled(module: torch.nn.Module) -> torch.nn.Module:
+    """The module with random parameters."""
+    with torch.no_grad():
+        for seed, parameter in enumerate(module.parameters()):
+            parameter.copy_(helpers.random(*parameter.shape, seed=100 + seed))
+    return module
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("original", [LlamaRMSNorm, Qwen3RMSNorm])
+def test_rms_norm_equals_transformers_bit_for_bit(original, dtype):
+    mine = filled(te.RMSNorm(64, eps=1e-6, dtype=dtype, **DEVICE))
+    theirs = original(64, eps=1e-6).to(helpers.DEVICE, dtype)
+    theirs.weight.data.copy_(mine.weight.data)
+    inp = helpers.random(5, 3, 64, dtype=dtype).requires_grad_()
+    assert torch.equal(mine(inp), theirs(inp))
+    for a, b in zip(
+        gradients(mine(inp), [inp, mine.weight]),
+        gradients(theirs(inp), [inp, theirs.weight]),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layer_norm_equals_torch(dtype):
+    mine = filled(te.LayerNorm(64, dtype=dtype, **DEVICE))
+    inp = helpers.random(5, 64, dtype=dtype).requires_grad_()
+    theirs = F.layer_norm(inp, (64,), mine.weight, mine.bias, 1e-5)
+    assert torch.equal(mine(inp), theirs)
+
+
+@pytest.mark.parametrize("norm", [te.LayerNorm, te.RMSNorm])
+def test_zero_centered_weights_start_at_zero_and_count_from_one(norm):
+    shifted, plain = norm(16, zero_centered_gamma=True, **DEVICE), norm(16, **DEVICE)
+    assert shifted.weight.count_nonzero() == 0
+    inp = helpers.random(3, 16)
+    assert torch.equal(shifted(inp), plain(inp))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_equals_torch_forward_and_backward(dtype, bias):
+    mine: Any = filled(te.Linear(16, 24, bias=bias, params_dtype=dtype, **DEVICE))
+    inp = helpers.random(5, 3, 16, dtype=dtype).requires_grad_()
+    theirs = F.linear(inp, mine.weight, mine.bias)
+    assert torch.equal(mine(inp), theirs)
+    leaves = [inp, *mine.parameters()]
+    for a, b in zip(gradients(mine(inp), leaves), gradients(theirs, leaves), strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.no_grad():
+        assert torch.equal(mine(inp), theirs)
+
+
+@pytest.mark.parametrize("zero_centered", [False, True])
+@pytest.mark.parametrize("normalization", ["RMSNorm", "LayerNorm"])
+def test_norm_and_linear_in_one_equal_the_two_in_turn(normalization, zero_centered):
+    mine: Any = filled(
+        te.LayerNormLinear(
+            16,
+            24,
+            eps=1e-6,
+            normalization=normalization,
+            zero_centered_gamma=zero_centered,
+            **DEVICE,
+        )
+    )
+    assert (mine.layer_norm_bias is None) == (normalization == "RMSNorm")
+    inp = helpers.random(5, 3, 16).requires_grad_()
+    weight = mine.layer_norm_weight + (1 if zero_centered else 0)
+    if normalization == "RMSNorm":
+        normed = F.rms_norm(inp, (16,), weight, 1e-6)
+    else:
+        normed = F.layer_norm(inp, (16,), weight, mine.layer_norm_bias, 1e-6)
+    theirs = F.linear(normed, mine.weight, mine.bias)
+    torch.testing.assert_close(mine(inp), theirs)
+    leaves = [inp, *mine.parameters()]
+    for a, b in zip(gradients(mine(inp), leaves), gradients(theirs, leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(mine(inp), theirs)
+
+
+@pytest.mark.parametrize("return_bias", [True, False])
+def test_the_normalized_input_is_returned_on_request(return_bias):
+    mine: Any = filled(te.LayerNormLinear(16, 24, return_bias=return_bias, **DEVICE))
+    # Set afterwards, as ModelOpt does while it scores a model for pruning.
+    mine.return_layernorm_output = True
+    inp = helpers.random(5, 16).requires_grad_()
+    out, *bias, normalized = mine(inp)
+    assert bias == ([mine.bias] if return_bias else [])
+    expected = F.layer_norm(inp, (16,), mine.layer_norm_weight, mine.layer_norm_bias, 1e-5)
+    torch.testing.assert_close(normalized, expected)
+    theirs = F.linear(expected, mine.weight, None if return_bias else mine.bias)
+    torch.testing.assert_close(
+        gradients(out + normalized.sum(), [inp])[0],
+        gradients(theirs + expected.sum(), [inp])[0],
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("splits", [[3, 0, 5], [0, 0, 8]])
+def test_grouped_linear_applies_each_weight_to_its_rows(bias, splits):
+    mine: Any = filled(te.GroupedLinear(3, 16, 24, bias=bias, **DEVICE))
+    inp = helpers.random(8, 16).requires_grad_()
+    theirs = torch.cat(
+        [
+            F.linear(rows, getattr(mine, f"weight{i}"), getattr(mine, f"bias{i}", None))
+            for i, rows in enumerate(inp.split(splits))
+        ]
+    )
+    torch.testing.assert_close(mine(inp, splits), theirs)
+    leaves = [inp, *mine.parameters()]
+    for a, b in zip(gradients(mine(inp, splits), leaves), gradients(theirs, leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_returned_bias_is_not_added():
+    mine: Any = filled(te.Linear(16, 24, return_bias=True, **DEVICE))
+    inp = helpers.random(5, 16)
+    out, bias = mine(inp)
+    assert bias is mine.bias
+    assert torch.equal(out, F.linear(inp, mine.weight))
+
+
+@pytest.mark.parametrize(
+    "module", [te.Linear, te.LayerNormLinear], ids=["linear", "norm and linear"]
+)
+def test_weight_gradients_accumulate_into_main_grad(module):
+    mine = module(16, 24, bias=False, fuse_wgrad_accumulation=True, **DEVICE)
+    inp = helpers.random(5, 16)
+    mine(inp).sum().backward()
+    expected = mine.weight.grad
+    mine.zero_grad()
+    mine.weight.main_grad = torch.ones_like(mine.weight)
+    mine(inp).sum().backward()
+    torch.testing.assert_close(mine.weight.main_grad, expected + 1)
+    assert mine.weight.grad_added_to_main_grad
+    assert mine.weight.grad.count_nonzero() == 0
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        te.Linear(4, 4),
+        te.LayerNormLinear(4, 4),
+        te.GroupedLinear(2, 4, 4),
+        te.RMSNorm(4),
+        te.LayerNorm(4),
+        te.DotProductAttention(2, 2),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_every_module_has_extra_state_in_its_state_dict(module):
+    state = module.state_dict()
+    assert state["_extra_state"].numel() == 0
+    assert not any(module.load_state_dict(state))
+
+
+def test_parameters_say_how_they_are_split():
+    column = te.Linear(8, 8, parallel_mode="column", tp_size=2, sequence_parallel=True)
+    row = te.Linear(8, 8, parallel_mode="row", tp_size=2, sequence_parallel=True)
+    assert (column.weight.shape, row.weight.shape) == ((4, 8), (8, 4))
+    assert (column.out_features, row.in_features) == (4, 4)
+    assert (column.weight.partition_dim, row.weight.partition_dim) == (0, 1)
+    assert column.bias.tensor_model_parallel
+    assert not row.bias.tensor_model_parallel
+    assert row.bias.sequence_parallel
+    with pytest.raises(ValueError, match="out_features=9 is not divisible by tp_size=2"):
+        te.Linear(8, 9, parallel_mode="column", tp_size=2)
+
+
+def test_padding_for_fp8_is_undone():
+    inp = helpers.random(9, 4)
+    padded, counts = te.Fp8Padding(3)(inp, [3, 0, 6])
+    assert counts == [16, 0, 16]
+    assert padded.shape == (32, 4)
+    assert torch.equal(te.Fp8Unpadding(3)(padded, [3, 0, 6]), inp)
+
+
+@pytest.mark.parametrize("sizes", [[2, 3, 1], 2])
+def test_split_parts_carry_their_gradients(sizes):
+    from transformer_engine.pytorch.attention import _SplitAlongDim
+
+    inp = helpers.random(3, 6).requires_grad_()
+    parts = _SplitAlongDim.apply(inp, 1, sizes)
+    assert [p.shape for p in parts] == [p.shape for p in inp.split(sizes, dim=1)]
+    sum((i + 1) * part.sum() for i, part in enumerate(parts)).backward()
+    expected = torch.cat([torch.full_like(p, i + 1) for i, p in enumerate(parts)], dim=1)
+    assert torch.equal(inp.grad, expected)
+
+
+@pytest.mark.parametrize("layout", ["sbhd", "bshd", "thd"])
+def test_rotary_embedding_equals_transformers(layout):
+    length, size = 7, 8
+    t = helpers.random(length, 2, 3, size)
+    inverse = 10000.0 ** -(torch.arange(0, size, 2, device=helpers.DEVICE) / size)
+    angles = torch.outer(torch.arange(length, device=helpers.DEVICE), inverse)
+    angles = torch.cat([angles, angles], dim=-1)
+    by_head = t.permute(1, 2, 0, 3)
+    expected, _ = apply_rotary_pos_emb(by_head, by_head, angles.cos()[None], angles.sin()[None])
+    expected = expected.permute(2, 0, 1, 3)
+    freqs = angles[:, None, None]
+    rope = te.attention.rope.apply_rotary_pos_emb
+    if layout == "sbhd":
+        mine = rope(t, freqs)
+    elif layout == "bshd":
+        mine = rope(t.transpose(0, 1), freqs, tensor_format="bshd").transpose(0, 1)
+    else:
+        ends = torch.tensor([0, length, 2 * length], device=helpers.DEVICE)
+        packed = torch.cat([t[:, 0], t[:, 1]])
+        mine = rope(packed, freqs, tensor_format="thd", cu_seqlens=ends)
+        mine = torch.stack(mine.chunk(2), dim=1)
+    torch.testing.assert_close(mine, expected)
+
+
+def test_recomputed_activations_give_the_same_gradients_with_dropout():
+    weight = helpers.random(8, 8).requires_grad_()
+    inp = helpers.random(5, 8, seed=1).requires_grad_()
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(F.gelu(x @ weight), 0.5)
+
+    torch.manual_seed(0)
+    expected = torch.autograd.grad(block(inp).sum(), [inp, weight])
+    torch.manual_seed(0)
+    found = torch.autograd.grad(te.checkpoint(block, inp).sum(), [inp, weight])
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_named_random_states_do_not_disturb_each_other():
+    tracker = te.distributed.CudaRNGStatesTracker()
+    tracker.add("a", 1)
+    tracker.add("b", 2)
+
+    def draw(name: str) -> torch.Tensor:
+        with tracker.fork(name):
+            return torch.randn(4, device=helpers.DEVICE)
+
+    states = tracker.get_states()
+    first = [draw("a"), draw("b"), draw("a")]
+    tracker.set_states(states)
+    assert torch.equal(draw("b"), first[1])
+    assert torch.equal(draw("a"), first[0])
+    assert torch.equal(draw("a"), first[2])
+    with pytest.raises(RuntimeError, match="'c' was never added"):
+        draw("c")
+
+
+def test_fp8_computation_is_refused():
+    with te.fp8_autocast(enabled=False):
+        pass
+    with pytest.raises(NotImplementedError, match="install transformer_engine"), te.fp8_autocast():
+        pass
