@@ -26,7 +26,7 @@ export MLM_WORK_DIR
 work=$MLM_WORK_DIR
 mkdir -p "$work"
 conf=quickstart/tiny
-question="What is the capital of Velm?"
+question="What is the capital of Arvon?"
 
 say() { printf '\n== %s\n' "$*" >&2; }
 
@@ -63,7 +63,7 @@ made "quantize: FP8" "$work/tiny_quant" "$work/tiny_mlm" \
   MLM_MODEL_CKPT="$work/tiny_mlm" MLM_MODEL_SAVE="$work/tiny_quant" \
   bash quantize.sh "$conf" FP8_DEFAULT_CFG --overwrite \
   --calib-dataset-path-or-name "$work/tiny/data/chat.jsonl" \
-  --calib-size 64 --calib-max-sequence-length 512 --calib-batch-size 4
+  --calib-size 32 --calib-max-sequence-length 256 --calib-batch-size 4
 score "mmlu: score in FP8" "$work/tiny_quant" "$work/mmlu_fp8.json"
 made "export: Megatron -> Hugging Face, read back and compared" "$work/tiny_export" \
   "$work/tiny_quant" \

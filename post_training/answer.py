@@ -1,6 +1,6 @@
 """Ask an exported folder: verify it independently, then generate an answer with transformers.
 
-    python -m post_training.answer FOLDER "What is the capital of Velm?"
+    python -m post_training.answer FOLDER "What is the capital of Arvon?"
 
 The weights are dequantized by :mod:`post_training.readback` and run by transformers on the CPU, so
 neither ModelOpt nor megatron-core nor an inference engine is involved. Activations stay in the
@@ -21,10 +21,12 @@ from post_training.errors import UsageError, exit_with_usage_error
 def answer(folder: readback.Folder, question: str, max_new_tokens: int) -> str:
     """Greedy answer to ``question``, through the chat template where the tokenizer has one."""
     import torch
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, GenerationConfig
 
     tokenizer: Any = AutoTokenizer.from_pretrained(folder.path)
     model: Any = folder.load()
+    if (folder.path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder.path)
     text = question
     if tokenizer.chat_template:
         text = tokenizer.apply_chat_template(

@@ -83,7 +83,7 @@ def _weights(folder: Path) -> int:
 
 def _bits(content: dict[str, Any]) -> str:
     metrics = content.get("metrics", {})
-    bits = metrics.get("bits_per_weight", metrics.get("effective_bits"))
+    bits = metrics.get("bits_per_weight", metrics.get("coverage", {}).get("bits_per_weight"))
     return f"{bits:.2f}" if bits is not None else "16.00"
 
 
@@ -91,9 +91,8 @@ def _score(path: Path | None) -> str:
     if path is None or not path.is_file():
         return "-"
     content = json.loads(path.read_text(encoding="utf-8"))
-    total = content["total"]
-    low, high = total["interval"]
-    return f"{100 * total['accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+    low, high = content["interval_95"]
+    return f"{100 * content['accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def main() -> None:

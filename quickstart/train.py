@@ -58,7 +58,7 @@ class Recipe:
     """
 
     seed: int = 0
-    tokens: int = 440_000
+    tokens: int = 360_000
     exam_share: float = 0.6
     length: int = 256
     batch: int = 4

@@ -1,7 +1,8 @@
 """On a GPU: Megatron in bfloat16 computes what transformers computes in bfloat16.
 
-Both round every activation to 8 bits of mantissa (2**-9 relative each), after other orders of
-additions. Over six layers this adds up; the difference is held to 1 % in the Euclidean norm.
+Both round every activation to 8 bits of mantissa, after other orders of additions; mcore rounds once
+more where it adds a bias after the product. Over six layers this adds up, so the difference is held
+to 1 % in the Euclidean norm, and neither may be further from the float32 logits than the other.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ def test_logits_equal_transformers_in_bfloat16(tmp_path):
     jobs, references = [], {}
     for family in tools.FAMILIES:
         folder = tmp_path / family
-        references[family] = tools.random_model(folder, family, torch.bfloat16)
+        references[family] = tools.random_model(folder, family, torch.bfloat16, scale=0.25)
         jobs.append(
             tools.logits_job(tmp_path / f"{family}_logits", ids, "--pretrained-model-path", folder)
         )
     tools.run_stages(*jobs)
     for family, reference in references.items():
-        wanted = tools.transformers_logits(reference.cuda(), ids.cuda()).cpu()
-        difference = tools.read_logits(tmp_path / f"{family}_logits") - wanted
-        assert difference.norm() < 0.01 * wanted.norm(), (family, difference.norm() / wanted.norm())
+        peer = tools.transformers_logits(reference.cuda(), ids.cuda()).cpu()
+        exact = tools.transformers_logits(reference.cpu().float(), ids)
+        ours = tools.read_logits(tmp_path / f"{family}_logits")
+        difference = ((ours - peer).norm() / peer.norm()).item()
+        assert difference < 0.01, (family, difference)
+        assert (ours - exact).norm() < 1.2 * (peer - exact).norm(), family

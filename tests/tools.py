@@ -52,7 +52,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def random_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, **changes: Any):
+def random_model(
+    folder: Path,
+    family: str,
+    dtype: torch.dtype = torch.float32,
+    scale: float = 1.0,
+    **changes: Any,
+):
     """Save a tiny random model of ``family`` with a byte-level tokenizer; returns the model.
 
     Every parameter is random, norms and biases included, so that a tensor in a wrong place shows.
@@ -68,9 +74,9 @@ def random_model(folder: Path, family: str, dtype: torch.dtype = torch.float32, 
             if name.endswith(("norm.weight", "layernorm.weight")):
                 parameter.uniform_(0.5, 1.5)
             elif parameter.dim() == 1:
-                parameter.normal_(std=0.5)
+                parameter.normal_(std=0.5 * scale)
             else:
-                parameter.normal_(std=0.08)
+                parameter.normal_(std=0.08 * scale)
     model.eval().save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return model

@@ -7,10 +7,11 @@ export MODEL_ARGS=(
   --ffn-hidden-size 256
   --num-attention-heads 4
   --group-query-attention --num-query-groups 2
+  --kv-channels 64
   --qk-layernorm
   --disable-bias-linear
   --swiglu
   --normalization RMSNorm --norm-epsilon 1e-6
   --position-embedding-type rope --rotary-base 1000000 --rotary-percent 1.0
-  --padded-vocab-size 1152
+  --padded-vocab-size 1024
 )
