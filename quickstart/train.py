@@ -58,8 +58,8 @@ class Recipe:
     """
 
     seed: int = 0
-    tokens: int = 360_000
-    exam_share: float = 0.6
+    tokens: int = 440_000
+    exam_share: float = 0.55
     length: int = 256
     batch: int = 4
     adamw_rate: float = 5e-3
