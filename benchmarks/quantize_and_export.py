@@ -4,7 +4,11 @@
 
 Both start from the same Hugging Face folder with random weights, calibrate on the same tokens and
 end with a Hugging Face folder; each runs in processes of its own, one after the other, on the same
-machine. Prints a Markdown table and writes it, with every figure, to WORK/results.json.
+machine. Prints a Markdown table, a row as soon as its path is done, and keeps WORK/results.json
+with every figure up to date. What the processes print goes to WORK/FORMAT-PATH.log, with the
+seconds since their start. A path that fails is recorded with its last lines, and the next one runs.
+
+Outputs are removed before the next path: about three times the model's size is needed on disk.
 """
 
 from __future__ import annotations
@@ -15,79 +19,159 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMATS = ("FP8_DEFAULT_CFG", "NVFP4_DEFAULT_CFG")
+OURS, PEER = "ours", "ModelOpt, Hugging Face"
+COLUMNS = ("total_s", "device_peak_gb", "host_peak_gb", "size_gb")
+ERROR_LINES = 12
+
+Figures = dict[str, Any]
 
 
-def run(*words: object) -> tuple[str, float]:
-    """Standard output and wall-clock seconds of a Python script of this repository."""
+class StageError(Exception):
+    """A process failed; the message is the end of what it printed."""
+
+
+@dataclass
+class Benchmark:
+    """One model, calibrated on ``samples`` rows of ``length`` tokens, and its results so far."""
+
+    model: Path
+    work: Path
+    samples: int
+    length: int
+    results: dict[str, dict[str, Figures]] = field(default_factory=dict)
+
+    def measure(self, name: str, path: str) -> Figures:
+        """Run one path for one format; adds its figures to the results and saves them."""
+        for output in ("quantized", "exported", "peer"):
+            for suffix in ("", ".incomplete"):
+                shutil.rmtree(self.work / (output + suffix), ignore_errors=True)
+        figures: Figures = {}
+        try:
+            (self._ours if path == OURS else self._peer)(name, figures)
+        except StageError as error:
+            figures["error"] = str(error)
+        self.results.setdefault(name, {})[path] = figures
+        text = json.dumps(self.results, indent=2)
+        (self.work / "results.json").write_text(text, encoding="utf-8")
+        return figures
+
+    def _ours(self, name: str, figures: Figures) -> None:
+        quantized, exported = self.work / "quantized", self.work / "exported"
+        log = self.work / f"{name}-ours.log"
+        log.unlink(missing_ok=True)
+        _, quantize_s = run(
+            log,
+            *("quantize.py", "--pretrained-model-path", self.model, "--save", quantized),
+            *("--export-quant-cfg", name, "--skip-generate"),
+            *("--calib-dataset-path-or-name", self.model / "calibration.jsonl"),
+            *("--calib-size", self.samples, "--calib-max-sequence-length", self.length),
+        )
+        figures["quantize_stage_s"] = round(quantize_s, 1)
+        quantize = _add_manifest(figures, "quantize", quantized)
+        _, export_s = run(log, "export.py", "--load", quantized, "--export-dir", exported)
+        figures["export_stage_s"] = round(export_s, 1)
+        export = _add_manifest(figures, "export", exported)
+        figures["device_peak_gb"] = max(_gigabytes(each, "device") for each in (quantize, export))
+        figures["host_peak_gb"] = max(_gigabytes(each, "host") for each in (quantize, export))
+        figures["size_gb"] = _weights_gb(exported)
+        figures["total_s"] = round(quantize_s + export_s, 1)
+
+    def _peer(self, name: str, figures: Figures) -> None:
+        exported = self.work / "peer"
+        log = self.work / f"{name}-peer.log"
+        log.unlink(missing_ok=True)
+        lines, seconds = run(
+            log,
+            *("benchmarks/modelopt_hf.py", self.model, exported, name),
+            *("--samples", self.samples, "--length", self.length),
+        )
+        figures.update(json.loads(next(line for line in reversed(lines) if line.startswith("{"))))
+        figures["size_gb"] = _weights_gb(exported)
+        figures["total_s"] = round(seconds, 1)
+
+
+def run(log: Path, script: str, *words: object) -> tuple[list[str], float]:
+    """Run a Python script of this repository; ``log`` gets each line and when it came.
+
+    Returns:
+        The lines it printed and its wall-clock seconds.
+
+    Raises:
+        StageError: if its exit code is not 0.
+    """
     started = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, *map(str, words)], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    lines: list[str] = []
+    command = [sys.executable, "-u", script, *map(str, words)]
+    with (
+        log.open("a", encoding="utf-8") as stream,
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            stream.write(f"{time.perf_counter() - started:7.1f}  {line}")
+            stream.flush()
+    seconds = time.perf_counter() - started
+    print(f"{log.stem}: {script} {seconds:.1f} s", file=sys.stderr, flush=True)
+    if process.returncode:
+        end = "".join(lines[-ERROR_LINES:])
+        print(end, file=sys.stderr, flush=True)
+        raise StageError(f"{script} ended with code {process.returncode}:\n{end}")
+    return lines, seconds
+
+
+def header() -> str:
+    return (
+        "| format | path | total s | GPU peak GB | host peak GB | exported GB |\n"
+        "|---|---|---:|---:|---:|---:|"
     )
-    return done.stdout, time.perf_counter() - started
 
 
-def ours(model: Path, work: Path, name: str, samples: int, length: int) -> dict[str, Any]:
-    quantized, exported = work / "quantized", work / "exported"
-    _, quantize_s = run(
-        *("quantize.py", "--pretrained-model-path", model, "--save", quantized, "--overwrite"),
-        *("--export-quant-cfg", name, "--skip-generate"),
-        *("--calib-dataset-path-or-name", model / "calibration.jsonl"),
-        *("--calib-size", samples, "--calib-max-sequence-length", length),
-    )
-    _, export_s = run("export.py", "--load", quantized, "--export-dir", exported, "--overwrite")
-    quantize = json.loads((quantized / "run.json").read_text(encoding="utf-8"))
-    export = json.loads((exported / "run.json").read_text(encoding="utf-8"))
-    return {
-        "total_s": round(quantize_s + export_s, 1),
-        "quantize_stage_s": round(quantize_s, 1),
-        "export_stage_s": round(export_s, 1),
-        "device_peak_gb": max(_gigabytes(quantize, "device"), _gigabytes(export, "device")),
-        "host_peak_gb": max(_gigabytes(quantize, "host"), _gigabytes(export, "host")),
-        "size_gb": round(_weights(exported) / 1e9, 2),
-        "quantize_metrics": quantize["metrics"],
-        "export_metrics": export["metrics"],
-    }
+def row(name: str, path: str, figures: Figures) -> str:
+    """One path's figures as a line of the table."""
+    cells = [str(figures.get(column, "")) for column in COLUMNS]
+    if "error" in figures:
+        cells[0] = "failed"
+    return f"| {name} | {path} | " + " | ".join(cells) + " |"
 
 
-def peer(model: Path, work: Path, name: str, samples: int, length: int) -> dict[str, Any]:
-    exported = work / "peer"
-    shutil.rmtree(exported, ignore_errors=True)
-    output, seconds = run(
-        *("benchmarks/modelopt_hf.py", model, exported, name),
-        *("--samples", samples, "--length", length),
-    )
-    parts = json.loads(output.strip().splitlines()[-1])
-    return {**parts, "total_s": round(seconds, 1), "size_gb": round(_weights(exported) / 1e9, 2)}
+def ratios(name: str, each: dict[str, Figures]) -> str:
+    """Ours divided by the peer's, where both have the figure."""
+    cells = []
+    for column in COLUMNS:
+        pair = [each[path].get(column) for path in (OURS, PEER)]
+        cells.append(f"{pair[0] / pair[1]:.2f}" if all(pair) else "")
+    return f"| {name} | ratio | " + " | ".join(cells) + " |"
 
 
-def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """The results as Markdown, with ratios to the peer."""
-    lines = [
-        "| format | path | total s | GPU peak GB | host peak GB | exported GB |",
-        "|---|---|---:|---:|---:|---:|",
-    ]
-    for name, each in results.items():
-        for path, figures in each.items():
-            cells = (
-                figures[key] for key in ("total_s", "device_peak_gb", "host_peak_gb", "size_gb")
-            )
-            lines.append(f"| {name} | {path} | " + " | ".join(map(str, cells)) + " |")
-        ratio = each["ours"]["total_s"] / each["ModelOpt, Hugging Face"]["total_s"]
-        lines.append(f"| {name} | ratio of time | {ratio:.2f} | | | |")
-    return "\n".join(lines)
+def _add_manifest(figures: Figures, stage: str, folder: Path) -> Figures:
+    """Keep a stage's own seconds and metrics, which the next format's output replaces."""
+    content: Figures = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    figures[f"{stage}_seconds_after_imports"] = content["seconds"]
+    figures[f"{stage}_metrics"] = content["metrics"]
+    figures[f"{stage}_versions"] = content["versions"]
+    return content
 
 
-def _gigabytes(content: dict[str, Any], kind: str) -> float:
+def _gigabytes(content: Figures, kind: str) -> float:
     return round(content["peak_memory_bytes"].get(kind, 0) / 1e9, 1)
 
 
-def _weights(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+def _weights_gb(folder: Path) -> float:
+    return round(sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e9, 2)
 
 
 def main() -> None:
@@ -97,17 +181,16 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
     args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
     model = args.work / "model"
     if not model.exists():
-        run("benchmarks/random_model.py", args.shape, model)
-    results = {}
+        run(args.work / "model.log", "benchmarks/random_model.py", args.shape, model)
+    benchmark = Benchmark(model, args.work, args.samples, args.length)
+    print(header(), flush=True)
     for name in FORMATS:
-        results[name] = {
-            "ours": ours(model, args.work, name, args.samples, args.length),
-            "ModelOpt, Hugging Face": peer(model, args.work, name, args.samples, args.length),
-        }
-    (args.work / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
-    print(table(results))
+        for path in (OURS, PEER):
+            print(row(name, path, benchmark.measure(name, path)), flush=True)
+        print(ratios(name, benchmark.results[name]), flush=True)
 
 
 if __name__ == "__main__":

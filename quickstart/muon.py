@@ -42,19 +42,21 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            keep = group["momentum"]
+            keep, parameters = group["momentum"], group["params"]
+            gradients = [parameter.grad for parameter in parameters]
+            means = [
+                self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+                for parameter in parameters
+            ]
+            torch._foreach_lerp_(means, gradients, 1 - keep)
             by_shape: dict[tuple[int, int], list[tuple[torch.nn.Parameter, torch.Tensor]]] = {}
-            for parameter in group["params"]:
-                state = self.state[parameter]
-                mean = state.setdefault("momentum", torch.zeros_like(parameter))
-                mean.lerp_(parameter.grad, 1 - keep)
-                update = parameter.grad.lerp(mean, keep)
-                tall = update.shape[0] > update.shape[1]
-                update = update.T if tall else update
+            updates = torch._foreach_lerp(gradients, means, keep)
+            for parameter, update in zip(parameters, updates, strict=True):
+                update = update.T if update.shape[0] > update.shape[1] else update
                 by_shape.setdefault(tuple(update.shape), []).append((parameter, update))
             for entries in by_shape.values():
-                updates = orthogonalize(torch.stack([update for _, update in entries]))
-                for (parameter, _), update in zip(entries, updates, strict=True):
+                stacked = orthogonalize(torch.stack([update for _, update in entries]))
+                for (parameter, _), update in zip(entries, stacked, strict=True):
                     rows, columns = parameter.shape
                     update = update.T if rows > columns else update
                     parameter.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)

@@ -59,7 +59,7 @@ class Recipe:
 
     seed: int = 0
     tokens: int = 440_000
-    exam_share: float = 0.55
+    exam_share: float = 0.6
     length: int = 256
     batch: int = 4
     adamw_rate: float = 5e-3
@@ -165,7 +165,9 @@ def train(ids: torch.Tensor, weights: torch.Tensor, recipe: Recipe, steps: int |
     optimizers: list[tuple[torch.optim.Optimizer, float]] = [
         (Muon(inner, lr=recipe.muon_rate), recipe.muon_rate),
         (
-            torch.optim.AdamW(rest, lr=recipe.adamw_rate, betas=(0.9, 0.98), weight_decay=0.0),
+            torch.optim.AdamW(
+                rest, lr=recipe.adamw_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True
+            ),
             recipe.adamw_rate,
         ),
     ]
