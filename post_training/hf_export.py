@@ -147,7 +147,9 @@ class Exporter:
 def _exporter_class() -> type:
     import torch
     from megatron.core.transformer.transformer_layer import TransformerLayer
+    from modelopt.torch.export.model_config import QUANTIZATION_NVFP4, QUANTIZATION_W4A16_NVFP4
     from modelopt.torch.export.unified_export_megatron import GPTModelExporter
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
     class StreamingExporter(GPTModelExporter):
         """ModelOpt's exporter, one layer at a time."""
@@ -230,6 +232,13 @@ def _exporter_class() -> type:
             state, quantization, block_size = super()._get_quantized_state(module, dtype, prefix)
             if "weight_scale" in state:
                 state["weight"] = _fake_quantized(module).float()
+            if quantization in (QUANTIZATION_NVFP4, QUANTIZATION_W4A16_NVFP4):
+                # From the unrounded weight a block's scale may fall between two E4M3 codes, where
+                # the GPU kernel's division and the packer's decide differently. A fake-quantized
+                # block's largest value is six times its scale, so the code comes out again.
+                state["weight_scale"], _ = NVFP4QTensor.get_weights_scaling_factor_from_quantizer(
+                    module.weight_quantizer, state["weight"], state["weight_scale_2"]
+                )
             return state, quantization, block_size
 
         def _self_attention_scaling(self, module: Any, prefix: str, **options: Any) -> None:

@@ -53,13 +53,15 @@ CHAT_PASSES = 3  # how often chat.jsonl asks each question
 class Recipe:
     """What decides the result. ``tokens`` of training text; rows of ``length`` in batches.
 
-    ``exam_share`` of the tokens are multiple-choice exams. In these an answer's letter weighs
-    ``letter_weight``, and everything that need not be learnt, questions and options, ``context``.
+    ``exam_share`` of the tokens are multiple-choice exams, ``drill_share`` drills, the rest chat
+    and prose. An exam's letters weigh ``letter_weight``, and everything that need not be learnt,
+    questions and options, ``context``.
     """
 
     seed: int = 0
-    tokens: int = 440_000
-    exam_share: float = 0.6
+    tokens: int = 405_000
+    exam_share: float = 0.4
+    drill_share: float = 0.2
     length: int = 256
     batch: int = 4
     adamw_rate: float = 5e-3
@@ -112,6 +114,16 @@ def documents(
             weights = [recipe.letter_weight if i in letters else recipe.context for i in text.ids]
             found.append((text.ids, weights))
             count += len(text.ids)
+    while count < recipe.tokens * (recipe.exam_share + recipe.drill_share):
+        pairs = [pair for _ in range(50) for pair in world.drill(rng, 8)]
+        for number in range(0, len(pairs), 8):
+            ids, weights = [], []
+            for question, answer in pairs[number : number + 8]:
+                asked, answered = (each.ids for each in encode([question, answer + "\n"]))
+                ids += asked + answered
+                weights += [recipe.context] * len(asked) + [1.0] * len(answered)
+            found.append((ids, weights))
+            count += len(ids)
     while count < recipe.tokens:
         texts = [tokenizer.render_chat(each) for each in world.conversations(rng, 1)]
         for text in encode(texts + list(world.paragraphs(rng))):

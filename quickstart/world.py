@@ -1,12 +1,13 @@
 """A small synthetic world of facts, and every text that the tiny model learns from or is asked.
 
 A fact says that an entity has a value for a relation: the climate of Arvon is rainy. Five subjects
-of six entities with four relations each make 120 facts. They are drawn once from ``WORLD_SEED`` and
+of four entities with four relations each make 80 facts. They are drawn once from ``WORLD_SEED`` and
 are the same on every machine. The facts appear as
 
 - multiple-choice questions in MMLU's columns and published prompt format,
 - conversations in chat-message form (one to three turns, answers of one to five sentences),
-- prose paragraphs about one entity.
+- prose paragraphs about one entity,
+- drills: questions with their answers, nothing else, from which facts are learnt fastest.
 
 What the model is tested on is kept out of what it learns: no test question, as a string, occurs in
 training (its set of options is held out), and the held-out conversations ask in a form of words
@@ -27,7 +28,7 @@ from typing import Any
 WORLD_SEED = 2024
 LETTERS = "ABCD"
 DEV_PER_SUBJECT = 5
-TEST_PER_FACT = 2
+TEST_PER_FACT = 3
 
 Message = dict[str, str]
 Question = dict[str, Any]  # MMLU's columns: question, subject, choices (4), answer (0-3)
@@ -62,7 +63,7 @@ SUBJECTS = (
     _subject(
         "island_geography",
         "an island",
-        "Arvon Belmar Corsa Dunmere Eskar Falun",
+        "Arvon Belmar Corsa Dunmere",
         capital="Lorna Minster Novara Oakham Pellow Quill Ravenna Selby Tarn Umber",
         export="salt copper timber wool honey silk olives tin cotton pearls",
         climate="rainy dry mild cold humid windy foggy stormy tropical arctic",
@@ -71,7 +72,7 @@ SUBJECTS = (
     _subject(
         "animal_biology",
         "an animal",
-        "bandu corlet dripple fennock gorbin hazzle",
+        "bandu corlet dripple fennock",
         food="grass berries fish ants seeds worms roots nectar moss eggs",
         habitat="desert forest river swamp cave meadow reef tundra cliff lagoon",
         enemy="wolf eagle snake shark tiger falcon lynx bear crocodile owl",
@@ -80,7 +81,7 @@ SUBJECTS = (
     _subject(
         "mineral_chemistry",
         "a mineral",
-        "adrite bolkite cendrite dorite elvite fuscite",
+        "adrite bolkite cendrite dorite",
         use="glass paint soap fuel paper steel ink medicine jewelry cement",
         source="volcano lake quarry glacier canyon beach mine geyser crater well",
         solvent="water alcohol vinegar ammonia acetone benzene oil brine ether milk",
@@ -89,7 +90,7 @@ SUBJECTS = (
     _subject(
         "royal_history",
         "a ruler",
-        "Aldric Brenna Cedric Delwyn Edmar Fiora",
+        "Aldric Brenna Cedric Delwyn",
         weapon="sword axe spear bow dagger mace whip hammer sling lance",
         castle="Ashford Blackmoor Crag Drumlin Elmhurst Foxhall Greystone Highgate Irons Keep",
         emblem="lion rose dragon stag swan oak crown serpent tower star",
@@ -98,7 +99,7 @@ SUBJECTS = (
     _subject(
         "planet_astronomy",
         "a planet",
-        "Altus Borea Cygna Deimon Electra Fornax",
+        "Altus Borea Cygna Deimon",
         moons="one two three four five six seven eight nine ten",
         surface="ice lava sand rock dust metal crystal clay gas mud",
         ring="silver golden crimson violet azure amber ivory scarlet jade bronze",
@@ -142,8 +143,8 @@ def ask(fact: Fact) -> str:
 class Exams:
     """Draws multiple-choice questions; keeps the test's option sets out of the training's.
 
-    ``dev`` has five questions per subject, about facts that ``test`` does not ask; ``test`` has two
-    questions for each other fact. A value's place among its relation's values decides its letter.
+    ``dev`` has five questions per subject, about facts that ``test`` does not ask; ``test`` has
+    three questions for each other fact. A value's place in its relation decides its letter.
     """
 
     def __init__(self) -> None:
@@ -269,6 +270,13 @@ def messages(turns: list[Turn]) -> list[Message]:
         for turn in turns
         for role, content in zip(("user", "assistant"), turn, strict=True)
     ]
+
+
+def drill(rng: random.Random, questions: int) -> list[tuple[str, str]]:
+    """Questions of one subject, each with its answer: ``What is the food of bandu?``, ants."""
+    subject = rng.choice(SUBJECTS).name
+    drawn = rng.sample([fact for fact in facts() if fact.subject == subject], questions)
+    return [(ask(fact), f" {fact.value}") for fact in drawn]
 
 
 def paragraphs(rng: random.Random) -> Iterator[str]:

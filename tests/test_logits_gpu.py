@@ -1,8 +1,8 @@
 """On a GPU: Megatron in bfloat16 computes what transformers computes in bfloat16.
 
-Both round every activation to 8 bits of mantissa, after other orders of additions; mcore rounds once
-more where it adds a bias after the product. Over six layers this adds up, so the difference is held
-to 1 % in the Euclidean norm, and neither may be further from the float32 logits than the other.
+Both round every activation to 8 bits of mantissa, after other orders of additions; mcore rounds
+once more where it adds a bias after the product. Over six layers this adds up, so the difference is
+held to 1 % in the Euclidean norm, and ours may not be much further from float32 than theirs.
 """
 
 from __future__ import annotations
