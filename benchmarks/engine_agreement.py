@@ -1,9 +1,11 @@
 """Compare an engine's greedy tokens with ours, prompt by prompt.
 
-    python benchmarks/engine_agreement.py OURS.json ENGINE.json
+    python benchmarks/engine_agreement.py OURS.json ENGINE.json --end-token 2
 
 OURS.json is written by greedy_tokens.py; ENGINE.json has ``outputs`` with ``prompt_token_ids`` and
-``token_ids``. Exit code 1 if fewer than 95 % of the prompts have the same tokens.
+``token_ids``. With --end-token, tokens are compared up to the first of it: an engine that was told
+to ignore the end goes on into turns that nobody asked for. Exit code 1 if fewer than 95 % of the
+prompts have the same tokens.
 """
 
 from __future__ import annotations
@@ -17,17 +19,23 @@ NEEDED = 0.95
 
 
 def first_difference(mine: list[int], theirs: list[int]) -> int | None:
-    """Index of the first token that differs; None for the same tokens."""
-    for index, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+    """Index of the first token that differs or is missing in one; None for the same tokens."""
+    for index, (a, b) in enumerate(zip(mine, theirs, strict=False)):
         if a != b:
             return index
-    return None
+    return None if len(mine) == len(theirs) else min(len(mine), len(theirs))
+
+
+def until(tokens: list[int], end: int | None) -> list[int]:
+    """The tokens up to the first ``end``, that one included."""
+    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ours", type=Path)
     parser.add_argument("engine", type=Path)
+    parser.add_argument("--end-token", type=int)
     args = parser.parse_args()
     ours = json.loads(args.ours.read_text(encoding="utf-8"))
     engine = json.loads(args.engine.read_text(encoding="utf-8"))["outputs"]
@@ -36,14 +44,15 @@ def main() -> None:
         if mine["prompt_token_ids"] != theirs["prompt_token_ids"]:
             print(f"prompt {number}: the prompt itself has other tokens")
             continue
-        length = min(len(mine["token_ids"]), len(theirs["token_ids"]))
-        index = first_difference(mine["token_ids"][:length], theirs["token_ids"][:length])
+        mine_ids = until(mine["token_ids"], args.end_token)
+        their_ids = until(theirs["token_ids"], args.end_token)
+        index = first_difference(mine_ids, their_ids)
         if index is None:
             same += 1
         else:
             print(
-                f"prompt {number}: token {index} is {mine['token_ids'][index]} here and "
-                f"{theirs['token_ids'][index]} in the engine"
+                f"prompt {number}: token {index}: here {mine_ids[index : index + 1]}, "
+                f"in the engine {their_ids[index : index + 1]}"
             )
     print(f"{same} of {len(ours)} prompts have the same greedy tokens")
     if same < NEEDED * len(ours):
