@@ -109,7 +109,7 @@ def export(args: argparse.Namespace, session: Session) -> dict[str, Any]:
     if session.is_main:
         files.begin(target)
     torch.distributed.barrier()
-    exporter.write(work, int(args.max_shard_size * _GIGABYTE))
+    exporter.write(work, int(args.max_shard_size * _GIGABYTE), session.show_progress)
     metrics = verify(exporter, work, torch_dtype(options.dtype), session)
     content = None
     peak_memory = session.peak_memory()
@@ -141,16 +141,17 @@ def verify(
 
     from post_training import readback
 
-    written = readback.Folder(folder)
+    written = readback.Folder(folder, session.device)
     problems = written.problems() if session.is_main else []
-    compared = 0
-    for group in exporter.reference():
-        weights = [(name, tensor) for name, tensor in group.items()]
-        compared += len(weights)
-        problems += readback.compare(written, weights, dtype)
+    names: list[str] = []
+    for group in exporter.reference(session.show_progress):
+        names += group
+        problems += readback.compare(written, group.items(), dtype)
     gathered: list[Any] = [None] * session.world
-    torch.distributed.all_gather_object(gathered, (problems, compared))
+    torch.distributed.all_gather_object(gathered, (problems, names))
+    compared = {name for _, each in gathered for name in each}
     found = [problem for each, _ in gathered for problem in each]
+    found += [f"{name} was not compared" for name in sorted(written.weight_names() - compared)]
     if found:
         raise UsageError(
             f"export {folder}",
@@ -158,14 +159,13 @@ def verify(
             "this is a fault of the exporter, and the folder was not given its final name: report "
             "it with the command and run.json of the checkpoint",
         )
-    compared = sum(count for _, count in gathered)
     algorithm = written.quantization.get("quant_algo")
-    logger.info("read back: %d tensors equal the model's, format %s", compared, algorithm)
+    logger.info("read back: %d tensors equal the model's, format %s", len(compared), algorithm)
     return {
-        "tensors_compared": compared,
+        "tensors_compared": len(compared),
         "quant_algo": algorithm,
         "kv_cache_quant_algo": written.quantization.get("kv_cache_quant_algo"),
-        "bits_per_weight": round(written.bits_per_weight(), 3),
+        "bits_per_weight": round(written.bits_per_weight(), 4),
     }
 
 
@@ -180,7 +180,7 @@ def main() -> None:
             report.summary(
                 "exported and verified",
                 {
-                    "format": metrics["quant_algo"] or options_name(content),
+                    "format": metrics["quant_algo"] or "not quantized",
                     "KV cache": metrics["kv_cache_quant_algo"] or "not quantized",
                     "bits per weight": f"{metrics['bits_per_weight']:.2f}, scales included",
                     "read back": f"{metrics['tensors_compared']} tensors equal the model's",
@@ -189,11 +189,6 @@ def main() -> None:
                 },
                 next_step=f"vllm serve {args.export_dir}",
             )
-
-
-def options_name(content: dict[str, Any]) -> str:
-    """How to call a model that is not quantized."""
-    return str(content["configuration"].get("dtype", "BF16, not quantized"))
 
 
 def _source(args: argparse.Namespace) -> Source:

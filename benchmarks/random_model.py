@@ -57,14 +57,15 @@ def save(shape: str, folder: Path) -> None:
             else:
                 parameter.normal_(std=0.02)
     model.save_pretrained(folder, max_shard_size="4GB")
-    _tokenizer().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     with (folder / "calibration.jsonl").open("w", encoding="utf-8") as stream:
         for row in range(512):
             text = " ".join(WORDS[(row * 7 + column) % len(WORDS)] for column in range(400))
             stream.write(json.dumps({"text": text}) + "\n")
 
 
-def _tokenizer() -> Any:
+def byte_tokenizer() -> Any:
+    """A tokenizer with one token a byte, and an end-of-text token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

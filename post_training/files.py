@@ -48,6 +48,7 @@ def publish(target: Path) -> None:
         OSError: if a rename fails; the previous output then still has its name.
     """
     work = incomplete(target)
+    _allow_reading(work)
     _sync_tree(work)
     if not target.exists():
         work.rename(target)
@@ -148,6 +149,17 @@ def _exchange(first: Path, second: Path) -> bool:
     if code in (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.ENOTSUP):
         return False
     raise OSError(code, os.strerror(code), str(second))
+
+
+def _allow_reading(folder: Path) -> None:
+    """Give every file the permissions of the user's umask.
+
+    Some libraries write weights with mode 0600, which a server under another account cannot read.
+    """
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in tree(folder):
+        path.chmod(path.stat().st_mode | (0o666 & ~mask))
 
 
 def _sync_tree(folder: Path) -> None:

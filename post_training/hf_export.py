@@ -57,13 +57,13 @@ class Exporter:
         }
         self._exporter = self._new(reference=False)
 
-    def write(self, folder: Path, max_shard_bytes: int, progress: Any = iter) -> None:
+    def write(self, folder: Path, max_shard_bytes: int, show_progress: bool = False) -> None:
         """Write shards, index and every small file into ``folder``, which exists and is empty."""
         import torch
 
         rank = torch.distributed.get_rank()
         writer = _ShardWriter(folder, f"rank{rank:05d}", max_shard_bytes)
-        for group in progress(self._exporter.groups()):
+        for group in self._progress(self._exporter.groups(), "writing", show_progress):
             writer.add(group)
         _join_shards(folder, writer.finish())
         quantization = self.quantization_config()
@@ -76,12 +76,20 @@ class Exporter:
                 files.write_json(folder / QUANT_CONFIG, quantization)
         torch.distributed.barrier()
 
-    def reference(self) -> Iterator[Tensors]:
+    def reference(self, show_progress: bool = False) -> Iterator[Tensors]:
         """This rank's weights once more, fake-quantized by the model itself, in float32.
 
-        Independent of how :meth:`write` packs: what an exact export dequantizes to.
+        Independent of how :meth:`write` packs: what an exact export dequantizes to. The scales of
+        inputs, keys and values come along, from the calibrated maxima.
         """
-        yield from self._new(reference=True).groups()
+        groups = self._new(reference=True).groups()
+        yield from self._progress(groups, "reading back", show_progress)
+
+    def _progress(self, groups: Iterator[Tensors], name: str, shown: bool) -> Iterator[Tensors]:
+        from tqdm import tqdm
+
+        total = len(self.model.decoder.layers) + 1 + hasattr(self.model, "embedding")
+        yield from tqdm(groups, desc=name, total=total, unit="layer", disable=not shown)
 
     def quantization_config(self) -> dict[str, Any] | None:
         """Content of ``hf_quant_config.json``; None for a model that is not quantized."""
@@ -228,6 +236,9 @@ def _exporter_class() -> type:
                 state = self._get_weight_bias(module, torch.float32)
                 if "weight" in state:
                     state["weight"] = _fake_quantized(module).float()
+                scale = _calibrated_scale(getattr(module, "input_quantizer", None))
+                if scale is not None:
+                    state["input_scale"] = scale
                 return state, None, 0
             state, quantization, block_size = super()._get_quantized_state(module, dtype, prefix)
             if "weight_scale" in state:
@@ -244,6 +255,11 @@ def _exporter_class() -> type:
         def _self_attention_scaling(self, module: Any, prefix: str, **options: Any) -> None:
             if not self.reference:
                 super()._self_attention_scaling(module, prefix, **options)
+                return
+            for kind in ("k", "v"):
+                scale = _calibrated_scale(getattr(module, f"{kind}_bmm_quantizer", None))
+                if scale is not None:
+                    self._state_dict[prefix + options[f"{kind}_scale_name"]] = scale
 
     return StreamingExporter
 
@@ -258,6 +274,21 @@ def _fake_quantized(module: Any) -> torch.Tensor:
         return weight
     with torch.no_grad():
         return quantizer(weight).detach()
+
+
+def _calibrated_scale(quantizer: Any) -> torch.Tensor | None:
+    """The scale that follows from a quantizer's maximum: E4M3 ends at 448, E2M1 at 6.
+
+    None where nothing was calibrated: off, dynamic, or in blocks with a power of two (MX).
+    """
+    amax = getattr(quantizer, "amax", None)
+    if amax is None or not quantizer.is_enabled or amax.numel() != 1:
+        return None
+    largest = {(4, 3): 448.0, (2, 1): 6.0 * 448.0}.get(quantizer.num_bits)
+    blocks = quantizer.block_sizes or {}
+    if largest is None or blocks.get("scale_bits") == (8, 0):
+        return None
+    return amax.detach().float().reshape(()) / largest
 
 
 class _ShardWriter:

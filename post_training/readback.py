@@ -37,10 +37,12 @@ class Folder:
 
     Args:
         path: folder with ``config.json`` and safetensors; ``hf_quant_config.json`` if quantized.
+        device: where tensors are decoded; a GPU decodes a large model much faster.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
         self.path = path
+        self.device = torch.device(device)
         self.config: dict[str, Any] = _json(path / "config.json")
         self.index = safetensors_index.read(path)
         self.quantization: dict[str, Any] = {}
@@ -52,7 +54,7 @@ class Folder:
         from safetensors import safe_open
 
         with safe_open(self.index[name].path, framework="pt") as shard:
-            return shard.get_tensor(name)
+            return shard.get_tensor(name).to(self.device)
 
     def algorithm(self, module: str) -> str | None:
         """``quant_algo`` of a linear such as ``model.layers.0.mlp.up_proj``; None: plain."""
@@ -90,13 +92,7 @@ class Folder:
             if name not in self.index:
                 found.append(f"{name} is missing")
                 continue
-            try:
-                actual = tuple(self.dequantized(name).shape)
-            except (ValueError, KeyError) as error:
-                found.append(str(error))
-                continue
-            if actual != shape:
-                found.append(f"{name} has shape {actual}, the architecture needs {shape}")
+            found += self._form_problems(name, shape)
         modules = {name.removesuffix(".weight") for name in expected if name.endswith(".weight")}
         for name in self.index:
             if name not in expected:
@@ -104,6 +100,10 @@ class Folder:
         found += self._configuration_problems(modules)
         found += self._kv_problems()
         return found
+
+    def weight_names(self) -> set[str]:
+        """Every parameter that the architecture has."""
+        return {name for name, _ in self._expected_tensors()}
 
     def bits_per_weight(self) -> float:
         """Stored bits of all tensors, scales included, per parameter of the architecture."""
@@ -143,6 +143,20 @@ class Folder:
             model = AutoModelForCausalLM.from_config(config)
         for name, parameter in model.named_parameters():
             yield name, tuple(parameter.shape)
+
+    def _form_problems(self, name: str, shape: tuple[int, ...]) -> Iterable[str]:
+        """Stored dtype and shape against the configuration's, from the file's header alone."""
+        entry = self.index[name]
+        module, _, kind = name.rpartition(".")
+        algorithm = self.algorithm(module) if kind == "weight" else None
+        dtypes, packed = _STORED.get(algorithm, ((), 1)) if algorithm else (_PLAIN, 1)
+        if not dtypes:
+            yield f"{name}: no decoder for quant_algo {algorithm}"
+        elif entry.dtype not in dtypes:
+            said = f"{algorithm} needs {dtypes[0]}" if algorithm else "not said to be quantized"
+            yield f"{name} is stored as {entry.dtype}, but {said}"
+        elif (*entry.shape[:-1], entry.shape[-1] * packed) != shape:
+            yield f"{name} has shape {entry.shape}, the architecture needs {shape}"
 
     def _scale_problems(self, name: str, modules: set[str]) -> Iterable[str]:
         module, _, kind = name.rpartition(".")
@@ -204,7 +218,7 @@ def compare(
     """Compare stored weights with the weights of the model they came from.
 
     Args:
-        reference: name and fake-quantized weight in float32.
+        reference: name and value in float32: fake-quantized weights, and scales.
         dtype: in which the model computed its fake quantization. The folder's product
             ``code * scale`` is rounded once, to float32; the model multiplies and divides by the
             scale's parts and rounds to ``dtype``. Equality is required to one unit in the last
@@ -221,7 +235,9 @@ def compare(
         except (KeyError, ValueError) as error:
             found.append(f"{name}: {error}")
             continue
-        wanted = wanted.cpu()
+        wanted = wanted.to(actual.device)
+        if wanted.dim() == 0 and actual.numel() == 1:
+            actual = actual.reshape(())
         if actual.shape != wanted.shape:
             found.append(f"{name}: shape {tuple(actual.shape)} instead of {tuple(wanted.shape)}")
             continue
@@ -250,7 +266,7 @@ def _nvfp4(folder: Folder, module: str, stored: torch.Tensor) -> torch.Tensor:
     scale = folder.tensor(f"{module}.weight_scale")
     _require_dtype(f"{module} scale", scale, torch.float8_e4m3fn)
     _require_shape(module, scale, (rows, columns // NVFP4_BLOCK))
-    table = torch.tensor(E2M1)
+    table = torch.tensor(E2M1, device=stored.device)
     codes = torch.stack((stored & 0xF, stored >> 4), dim=-1).reshape(rows, columns)
     values = table[codes.long()].reshape(rows, -1, NVFP4_BLOCK)
     block_scale = scale.float() * folder.tensor(f"{module}.weight_scale_2").float()
@@ -263,11 +279,21 @@ def _mxfp8(folder: Folder, module: str, stored: torch.Tensor) -> torch.Tensor:
     scale = folder.tensor(f"{module}.weight_scale")
     _require_dtype(f"{module} scale", scale, torch.uint8)
     _require_shape(module, scale, (stored.shape[0], stored.shape[1] // MXFP8_BLOCK))
-    power = torch.ldexp(torch.ones(()), scale.int() - 127)
+    power = torch.ldexp(torch.ones((), device=stored.device), scale.int() - 127)
     blocks = stored.float().reshape(stored.shape[0], -1, MXFP8_BLOCK)
     return (blocks * power.unsqueeze(-1)).reshape(stored.shape)
 
 
+# Safetensors' names of the dtypes that a plain weight may have, and by algorithm: the dtype of a
+# quantized one, and how many values an element holds.
+_PLAIN = ("BF16", "F16", "F32")
+_STORED: dict[str, tuple[tuple[str, ...], int]] = {
+    "FP8": (("F8_E4M3",), 1),
+    "FP8_PER_CHANNEL_PER_TOKEN": (("F8_E4M3",), 1),
+    "NVFP4": (("U8",), 2),
+    "W4A16_NVFP4": (("U8",), 2),
+    "MXFP8": (("F8_E4M3",), 1),
+}
 _DECODERS: dict[str, Callable[[Folder, str, torch.Tensor], torch.Tensor]] = {
     "FP8": _fp8,
     "FP8_PER_CHANNEL_PER_TOKEN": _fp8,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from post_training import files, manifest
+from quickstart import train
 
 
 def is_valid(output: Path, source: Path) -> bool:
@@ -58,8 +59,9 @@ def show(work: Path) -> None:
     from post_training import report
 
     table = Table(title="The main job, from trained to ready", title_justify="left")
-    for column in ("step", "size", "bits/weight", "MMLU format score (95 %)", "time", "folder"):
-        table.add_column(column, overflow="fold", justify="left")
+    for column in ("step", "size", "bits/weight", "score (95 % interval)", "time"):
+        table.add_column(column)
+    table.add_column("folder", no_wrap=True)
     for row in rows(work):
         content = manifest.read(row.folder) or {}
         table.add_row(
@@ -67,10 +69,10 @@ def show(work: Path) -> None:
             report.number_of_bytes(_weights(row.folder)),
             _bits(content),
             _score(row.scores),
-            f"{content['seconds']:.0f} s" if "seconds" in content else "-",
+            _time(row.folder, content),
             str(row.folder),
         )
-    Console(soft_wrap=False, width=max(100, Console().width)).print(table)
+    Console(width=max(80 + len(str(work)), Console().width)).print(table)
 
 
 def _weights(folder: Path) -> int:
@@ -79,6 +81,12 @@ def _weights(folder: Path) -> int:
         for path in files.tree(folder)
         if path.suffix in (".safetensors", ".distcp")
     )
+
+
+def _time(folder: Path, content: dict[str, Any]) -> str:
+    if not content and (folder / train.RECORD).is_file():
+        content = json.loads((folder / train.RECORD).read_text(encoding="utf-8"))
+    return f"{content['seconds']:.0f} s" if "seconds" in content else "-"
 
 
 def _bits(content: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import tools
@@ -24,6 +25,12 @@ def sources(tmp_path_factory):
 @pytest.fixture(scope="module")
 def source(sources):
     return sources / "qwen3"
+
+
+def umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def assert_same_tensors(first, second):
@@ -73,6 +80,7 @@ def test_shards_have_the_chosen_size_and_an_index(source, tmp_path):
     )
     shards = sorted((tmp_path / "exported").glob("*.safetensors"))
     assert len(shards) > 2
+    assert all(shard.stat().st_mode & 0o044 == 0o044 & ~umask() for shard in shards)
     assert all(shard.stat().st_size < 510_000 for shard in shards)
     assert_same_tensors(source, tmp_path / "exported")
 

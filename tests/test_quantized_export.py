@@ -230,3 +230,21 @@ def test_missing_quantization_config_is_seen(exported, tmp_path):
         if each.name != "hf_quant_config.json":
             (tmp_path / each.name).write_bytes(each.read_bytes())
     assert readback.Folder(tmp_path).problems()
+
+
+def test_a_wrong_input_scale_is_seen(exported, tmp_path):
+    from safetensors.torch import save_file
+
+    from post_training import readback
+
+    source = exported[0] / "FP8_DEFAULT_CFG_hf"
+    for each in source.glob("*.json"):
+        (tmp_path / each.name).write_bytes(each.read_bytes())
+    tensors = stored_tensors(source)
+    name = "model.layers.0.self_attn.q_proj.input_scale"
+    calibrated = tensors[name].clone()
+    tensors[name] = calibrated * 1.01
+    save_file(tensors, tmp_path / "model.safetensors")
+    reference = [(name, calibrated.reshape(()))]
+    assert readback.compare(readback.Folder(tmp_path), reference, torch.float32)
+    assert not readback.compare(readback.Folder(source), reference, torch.float32)

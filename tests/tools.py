@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.random_model import byte_tokenizer
+
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 512
 SHARED = {
@@ -78,21 +80,13 @@ def random_model(
             else:
                 parameter.normal_(std=0.08 * scale)
     model.eval().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    chat_tokenizer().save_pretrained(folder)
     return model
 
 
-def byte_tokenizer():
-    """A tokenizer with one token a byte, and an end-of-text token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {character: number for number, character in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+def chat_tokenizer():
+    """One token a byte, with a plain chat template."""
+    fast = byte_tokenizer()
     fast.chat_template = (
         "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}"
