@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,9 @@ RELEASE = "release"
 HUGGINGFACE = "huggingface"
 MODELOPT_STATE = "modelopt_state"
 CHECKPOINT_VERSION = 3.0
+# Bytes of a rank's weights for each file that it writes, and the most files.
+_FILE_BYTES = 1 << 30
+_MOST_FILES = 8
 # Tells loaders how sharded tensors were cut; Megatron-LM reads it back from the checkpoint.
 _CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 
@@ -105,7 +109,12 @@ def save(
         "iteration": 0,
         "model": model.sharded_state_dict(metadata=_metadata()),
     }
-    dist_checkpointing.save(state, str(work / RELEASE), content_metadata=dict(_CONTENT))
+    dist_checkpointing.save(
+        state,
+        str(work / RELEASE),
+        sharded_strategy=_save_strategy(model),
+        content_metadata=dict(_CONTENT),
+    )
     if mto.ModeloptStateManager.is_converted(model):
         save_sharded_modelopt_state([model], str(work / RELEASE))
     torch.distributed.barrier()
@@ -121,6 +130,16 @@ def save(
         files.publish(folder)
     torch.distributed.barrier()
     return content
+
+
+def _save_strategy(model: MegatronModule) -> Any:
+    """Several files for a large model: they are written, and later hashed, by a thread each."""
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+    return TorchDistSaveShardedStrategy(
+        thread_count=max(1, min(_MOST_FILES, size // _FILE_BYTES, os.cpu_count() or 1))
+    )
 
 
 def load(model: MegatronModule, folder: Path) -> None:

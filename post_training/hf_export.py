@@ -157,7 +157,6 @@ def _exporter_class() -> type:
     from megatron.core.transformer.transformer_layer import TransformerLayer
     from modelopt.torch.export.model_config import QUANTIZATION_NVFP4, QUANTIZATION_W4A16_NVFP4
     from modelopt.torch.export.unified_export_megatron import GPTModelExporter
-    from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
     class StreamingExporter(GPTModelExporter):
         """ModelOpt's exporter, one layer at a time."""
@@ -244,11 +243,11 @@ def _exporter_class() -> type:
             if "weight_scale" in state:
                 state["weight"] = _fake_quantized(module).float()
             if quantization in (QUANTIZATION_NVFP4, QUANTIZATION_W4A16_NVFP4):
-                # From the unrounded weight a block's scale may fall between two E4M3 codes, where
-                # the GPU kernel's division and the packer's decide differently. A fake-quantized
-                # block's largest value is six times its scale, so the code comes out again.
-                state["weight_scale"], _ = NVFP4QTensor.get_weights_scaling_factor_from_quantizer(
-                    module.weight_quantizer, state["weight"], state["weight_scale_2"]
+                state["weight_scale"] = nvfp4_block_scales(
+                    module.weight_quantizer,
+                    state["weight"],
+                    state["weight_scale"],
+                    state["weight_scale_2"],
                 )
             return state, quantization, block_size
 
@@ -274,6 +273,48 @@ def _fake_quantized(module: Any) -> torch.Tensor:
         return weight
     with torch.no_grad():
         return quantizer(weight).detach()
+
+
+def nvfp4_block_scales(
+    quantizer: Any,
+    weight: torch.Tensor,
+    from_unrounded: torch.Tensor,
+    tensor_scale: torch.Tensor,
+) -> torch.Tensor:
+    """The E4M3 scale of each block with which ``weight`` lies on E2M1 codes.
+
+    A block's maximum over six times the tensor's scale may fall on a tie between two E4M3 codes:
+    the kernel that computed the fake quantization, whose division is not correctly rounded, and
+    the packer then decide differently. The fake-quantized block tells which one it was, since its
+    maximum is six times its scale; except for scales in E4M3's subnormal range, whose rounding is
+    coarser than the step from 4 to 6, and there the unrounded weight is right.
+
+    Args:
+        quantizer: the weight's.
+        weight: fake-quantized, float32 [out, in].
+        from_unrounded: E4M3 [out, in / 16], computed from the weight before quantization.
+        tensor_scale: float32 scalar.
+    """
+    import torch
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+
+    from_rounded, _ = NVFP4QTensor.get_weights_scaling_factor_from_quantizer(
+        quantizer, weight, tensor_scale
+    )
+
+    def error(scales: torch.Tensor) -> torch.Tensor:
+        block = weight.unflatten(-1, (scales.shape[-1], -1))
+        step = (scales.float() * tensor_scale.to(weight.device)).unsqueeze(-1)
+        scaled = (block / step).abs_()
+        codes = torch.bucketize(scaled, NVFP4QTensor.get_e2m1_bounds(weight.device))
+        nearest = NVFP4QTensor.get_e2m1_values(weight.device)[codes]
+        return ((nearest - scaled).abs_() * step).amax(-1)
+
+    better = error(from_rounded) < error(from_unrounded)
+    # float8 has no torch.where: its bytes are chosen.
+    return torch.where(
+        better, from_rounded.view(torch.uint8), from_unrounded.view(torch.uint8)
+    ).view(torch.float8_e4m3fn)
 
 
 def _calibrated_scale(quantizer: Any) -> torch.Tensor | None:

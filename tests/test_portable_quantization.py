@@ -159,11 +159,27 @@ def test_unknown_formats_and_missing_maxima_are_errors():
     [((2, 1), (4, 3), 16), ((2, 1), (8, 0), 32), ((4, 3), (8, 0), 32), ((3, 2), (8, 0), 32)],
 )
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_reference_equals_the_gpu_kernels(num_bits, scale_bits, block_size, dtype):
+def test_the_gpu_kernels_equal_the_reference_but_for_ties(num_bits, scale_bits, block_size, dtype):
     x = values(dtype)
     amax = x.abs().amax() if scale_bits == (4, 3) else None
-    mine = fake(x, num_bits, scale_bits, block_size, amax)
     on_gpu = amax.cuda() if amax is not None else None
     kernel = fake(x.cuda(), num_bits, scale_bits, block_size, on_gpu).cpu()
-    # Approximate division on the GPU can put a value on the other side of a tie.
-    assert (mine != kernel).float().mean() < 1e-4
+    # CUDA's and Triton's fast division is right to two units in the last place, 2**-22: a quotient
+    # that close to a tie, a block's scale or a value, may go to either side. Nothing else may.
+    element, nudges = formats.FORMATS[num_bits], (1 - 2**-22, 1 + 2**-22)
+    blocks = x.float().unflatten(-1, (-1, block_size))
+    block_amax = blocks.abs().amax(-1, keepdim=True)
+    if scale_bits == (8, 0):
+        scales = [formats.power_of_two_scale(block_amax, element)]
+    else:
+        whole = amax.float() / (6 * 448)
+        quotient = block_amax / (6 * whole)
+        scales = [formats.FORMATS[scale_bits].round(quotient * nudge) * whole for nudge in nudges]
+        scales = [torch.where(scale >= 1e-5, scale, 1.0) for scale in scales]
+    allowed = torch.stack(
+        [element.round(blocks / scale * nudge) * scale for scale in scales for nudge in nudges]
+    )
+    kernel_blocks = kernel.unflatten(-1, (-1, block_size))
+    assert (allowed.to(dtype) == kernel_blocks).any(0).all()
+    # And ties are rare: float32 values hardly meet one, bfloat16 has few values.
+    assert (fake(x, num_bits, scale_bits, block_size, amax) != kernel).float().mean() < 1e-2

@@ -248,3 +248,36 @@ def test_a_wrong_input_scale_is_seen(exported, tmp_path):
     reference = [(name, calibrated.reshape(()))]
     assert readback.compare(readback.Folder(tmp_path), reference, torch.float32)
     assert not readback.compare(readback.Folder(source), reference, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("largest", "kernel_code"),
+    [
+        (0.75, 320.0),  # 336 in units of the tensor's scale: a tie, which the kernel may break
+        (0.75, 352.0),  # either way
+        (1.5 * 2**-9 / 448, 2 * 2**-9),  # subnormal: the maximum becomes 4 steps, not 6
+        (1.0, 448.0),
+    ],
+)
+def test_nvfp4_block_scales_are_those_that_the_weights_were_rounded_with(largest, kernel_code):
+    from types import SimpleNamespace
+
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+
+    from post_training.hf_export import nvfp4_block_scales
+
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.rand(2, 16, generator=generator) * 2 - 1
+    blocks[:, 0] = 1
+    unrounded = blocks * torch.tensor([[1.0], [largest]])
+    scales = torch.tensor([[448.0], [kernel_code]]) / (6 * 448)
+    rounded = nearest_code(unrounded / scales) * scales
+    quantizer = SimpleNamespace(block_sizes={-1: 16}, _amax=torch.tensor(1.0))
+    tensor_scale = torch.tensor(1 / (6 * 448))
+    found = nvfp4_block_scales(
+        quantizer,
+        rounded.reshape(1, 32),
+        NVFP4QTensor.get_weights_scaling_factor(unrounded.reshape(1, 32), 16, tensor_scale)[0],
+        tensor_scale,
+    )
+    assert found.float().tolist() == [[448.0, kernel_code]]
