@@ -1,0 +1,114 @@
+"""Draft training at several lengths: seconds a step, tokens/s and peak memory of this toolkit.
+
+    python benchmarks/eagle3_steps.py --pretrained-model-path MODEL --lengths 2048 8192 16384
+
+The model is loaded once and nothing is saved; otherwise the loop, the loss and the optimizer are
+those of eagle3.py. One sequence of random tokens a step. Prints a line of JSON for each length.
+eagle3_hf.py is the peer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from post_training import arguments, draft, loading
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 16384])
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--work", type=Path, required=True)
+
+
+class RandomTokens:
+    """Sequences of random bytes, every token an answer's."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return 64
+
+    def batch(self, indices: Sequence[int]) -> dict[str, Any]:
+        import torch
+
+        ids = torch.randint(0, 256, (len(indices), self.length))
+        return {"input_ids": ids, "loss_mask": torch.ones_like(ids)}
+
+
+class Unsaved:
+    """In place of checkpoints."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, *_: Any) -> None:
+        return None
+
+
+def measure(model: Any, plan: draft.Draft, length: int, args: Any, session: Any) -> dict[str, Any]:
+    import torch
+
+    from post_training import eagle_training
+    from post_training.training import Trainer
+    from post_training.training_options import TrainingOptions
+
+    on_gpu = session.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    seconds, metrics = {}, {}
+    for name, steps in (("warmup", args.warmup), ("timed", args.steps)):
+        options = TrainingOptions(steps, seq_length=length, eval_iters=0, log_interval=steps)
+        trainer = Trainer(
+            model, eagle_training.task(model, plan), options, session, Unsaved(args.work / name)
+        )
+        started = time.perf_counter()
+        metrics = trainer.run(RandomTokens(length)).metrics
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds[name] = time.perf_counter() - started
+        del trainer
+    step = seconds["timed"] / args.steps
+    peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else 0.0
+    return {
+        "length": length,
+        "step_s": round(step, 3),
+        "tokens_per_second": round(length / step),
+        "device_peak_gb": round(peak, 1),
+        "loss": round(metrics["loss"], 3),
+    }
+
+
+def main() -> None:
+    args = arguments.parse("eagle3_steps", add_arguments, loading.find)
+    from post_training import runtime
+
+    with runtime.session(args) as session:
+        import torch
+
+        from post_training import eagle
+
+        source = loading.fetch(loading.find(args), args)
+        build = replace(loading.build_options(args, source), sequence_parallel=False)
+        model = loading.load(source, build, session)
+        plan = draft.plan(source.architecture)
+        eagle.attach(model, plan, args.seed)
+        eagle.freeze_target(model)
+        for length in args.lengths:
+            try:
+                print(json.dumps(measure(model, plan, length, args, session)), flush=True)
+            except torch.OutOfMemoryError as error:
+                first_line = str(error).splitlines()[0]
+                print(json.dumps({"length": length, "error": first_line}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
