@@ -8,6 +8,7 @@ A stage names a Megatron checkpoint (``--load``) or a Hugging Face folder or hub
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -194,6 +195,17 @@ def tokenizer(source: Source, args: argparse.Namespace) -> Any:
         # A checkpoint of ours carries its tokenizer; a hub name is the conf's default.
         location = str(local_huggingface(source, args)) if source.huggingface else location
     return huggingface.load_tokenizer(location, trust_remote_code=args.trust_remote_code)
+
+
+def end_tokens(source: Source, args: argparse.Namespace, tokenizer: Any) -> list[int]:
+    """Ids of the tokens that end an answer: the tokenizer's, and those of the generation config."""
+    found = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    if source.huggingface is not None:
+        path = local_huggingface(source, args) / "generation_config.json"
+        if path.is_file():
+            stated = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            found += [stated] if isinstance(stated, int) else list(stated or ())
+    return sorted(set(found))
 
 
 def _find_checkpoint(args: argparse.Namespace) -> Source:

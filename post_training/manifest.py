@@ -58,7 +58,13 @@ class Manifest:
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Describe every file of ``folder`` and write its ``run.json``. Returns the content."""
-        content = {
+        content = self.content(files.describe_tree(folder, skip=frozenset({FILE})))
+        files.write_json(folder / FILE, content)
+        return content
+
+    def content(self, outputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """What is written, for outputs that are described as ``files.describe_tree`` does."""
+        return {
             "format": FORMAT,
             "stage": self.stage,
             "command": command(),
@@ -69,13 +75,11 @@ class Manifest:
             "versions": versions(),
             "git_commit": git_commit(),
             "inputs": self.inputs,
-            "outputs": files.describe_tree(folder, skip=frozenset({FILE})),
+            "outputs": outputs,
             "metrics": self.metrics,
             "peak_memory_bytes": self.peak_memory_bytes,
             **self.extra,
         }
-        files.write_json(folder / FILE, content)
-        return content
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -107,13 +111,16 @@ def read(folder: Path) -> dict[str, Any] | None:
 def describe_input(role: str, location: str | Path) -> dict[str, Any]:
     """An input as manifests record it: path (or hub name) and the hash of its own manifest.
 
-    A folder without a manifest is described by the names, sizes and times of its files instead.
+    A folder without a manifest is described by the names, sizes and times of its files instead, a
+    file by its hash.
     """
     folder = Path(location)
     entry: dict[str, Any] = {"role": role, "path": str(location)}
     if folder.exists():
         entry["path"] = str(folder.resolve())
-        if (folder / FILE).is_file():
+        if folder.is_file():
+            entry["sha256"] = files.sha256(folder)
+        elif (folder / FILE).is_file():
             entry["manifest_sha256"] = files.sha256(folder / FILE)
         else:
             entry["listing_sha256"] = files.listing_sha256(folder)
