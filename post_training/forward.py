@@ -8,8 +8,8 @@ attention after a cached prefix.
 from __future__ import annotations
 
 import contextlib
-import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,7 +74,8 @@ def run(
             inference_context=context,
             runtime_gather_output=True,
         )
-    collected += _take_features(core)
+    if features is not None:
+        collected += _take_features(core)
     if context is not None:
         context.sequence_len_offset += length
         context.enable_decode_mode()
@@ -89,24 +90,22 @@ def run(
     return None
 
 
-def has_draft(core: Any) -> bool:
-    """Whether ModelOpt attached an EAGLE draft; every pipeline stage knows."""
-    return getattr(core, "eagle_config", None) is not None
+def _target(core: Any) -> Callable[..., Any]:
+    """The model as a function; of a drafted one the target alone.
 
-
-def _target(core: Any) -> Any:
-    """The model's own forward pass. An attached draft overrides it with one for training."""
-    if not has_draft(core):
+    The class that ModelOpt's ``eagle`` mode gives a model computes training losses in its
+    ``forward``. The outputs of the auxiliary layers are left in ``core._aux_hidden_states``.
+    """
+    if not hasattr(core, "eagle_ttt_steps"):
         return core
     from megatron.core.models.gpt import GPTModel
 
-    return functools.partial(GPTModel.forward, core)
+    core._aux_hidden_states.clear()
+    return partial(GPTModel.forward, core)
 
 
 def _take_features(core: Any) -> list[torch.Tensor]:
-    """What the draft's hooks on this stage's auxiliary layers have kept since the last call."""
-    if not has_draft(core):
-        return []
+    """The outputs of this stage's auxiliary layers, which :func:`_target` has left."""
     kept = list(core._aux_hidden_states)
     core._aux_hidden_states.clear()
     return kept

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from post_training import forward, generation
+from post_training import eagle, forward, generation
 from post_training.acceptance import Acceptance, matching
 
 
@@ -85,7 +85,7 @@ def decode(
         watch: on the last pipeline stage, filled with the choice behind each emitted token.
     """
     core = forward.unwrap(model)
-    if not forward.has_draft(core):
+    if not eagle.is_drafted(core):
         raise ValueError("the model has no draft")
     total = len(prompt) + max_new_tokens + steps + 1
     target = _Target(core, total, vocab_size)
