@@ -14,22 +14,13 @@ Outputs: --output, one {"id", "messages", "metadata"} a line, and its manifest <
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training import (
-    arguments,
-    loading,
-    manifest,
-    preflight,
-    prompts,
-    records,
-    resumable,
-)
+from post_training import arguments, loading, manifest, preflight, prompts_arguments, resumable
 from post_training.errors import UsageError
 
 if TYPE_CHECKING:
@@ -37,21 +28,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("post_training")
 
-OPTION = "--prompts-path"
-_ROWS_CHECKED = 10_000  # of local prompts, before anything is loaded
 # A block is what a killed run loses at most, and where prompts of near lengths find each other.
 _BATCHES_PER_BLOCK = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("generate").add_argument
-    add(
-        OPTION,
-        metavar="PATH_OR_NAME",
-        help="JSONL, parquet, CSV or text (a prompt a line), a folder of such, or a hub name",
-    )
-    add("--prompts-split", metavar="NAME", help="of a data set on the hub (train, else its first)")
-    add("--prompts-limit", type=int, metavar="N", help="the first rows only")
     add("--output", metavar="FILE", help="JSONL to write")
     add("--max-new-tokens", type=int, default=512, metavar="N", help="of an answer (%(default)s)")
     add("--generate-batch-size", type=int, default=16, metavar="N", help="sequences (%(default)s)")
@@ -60,22 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--top-p", type=float, default=1.0, metavar="X", help="sample among this mass (%(default)s)"
     )
-    add(
-        "--chat-template-options",
-        default="{}",
-        metavar="JSON",
-        help="""variables of the chat template, such as '{"enable_thinking": false}'""",
-    )
+    prompts_arguments.add(parser)
 
 
 def check(args: argparse.Namespace) -> None:
-    preflight.required(args, OPTION, "PROMPTS_PATH")
+    preflight.required(args, prompts_arguments.OPTION, "PROMPTS_PATH")
     preflight.required(args, "--output", "OUTPUT_PATH")
-    for name in ("max_new_tokens", "generate_batch_size", "prompts_limit"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{flag} {value}", "it is not positive", "give 1 or more")
+    prompts_arguments.positive(args, "max_new_tokens", "generate_batch_size")
     if args.temperature < 0:
         raise UsageError(
             f"--temperature {args.temperature}", "it is negative", "0 is greedy, 1 is the model's"
@@ -90,7 +63,6 @@ def check(args: argparse.Namespace) -> None:
             "with --temperature 0 the most probable token is taken, and they have no effect",
             "give --temperature too, or leave them out",
         )
-    template_options(args)
     if args.context_parallel_size > 1:
         raise UsageError(
             f"CP={args.context_parallel_size}",
@@ -100,29 +72,8 @@ def check(args: argparse.Namespace) -> None:
     source = loading.find(args)
     if source.is_local:
         preflight.check_layout(source.architecture, args)
-    if records.is_local(args.prompts_path):
-        limit = min(args.prompts_limit or _ROWS_CHECKED, _ROWS_CHECKED)
-        prompts.load(args.prompts_path, OPTION, limit=limit)
+    prompts_arguments.check(args)
     resumable.check(Path(args.output), settings(args), overwrite=args.overwrite)
-
-
-def template_options(args: argparse.Namespace) -> dict[str, Any]:
-    """``--chat-template-options`` as a dictionary.
-
-    Raises:
-        UsageError: if it is no JSON object.
-    """
-    try:
-        found = json.loads(args.chat_template_options)
-    except ValueError as error:
-        found = error
-    if not isinstance(found, dict):
-        raise UsageError(
-            f"--chat-template-options {args.chat_template_options}",
-            "it is no JSON object",
-            """quote it for the shell: '{"enable_thinking": false}'""",
-        )
-    return found
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -141,7 +92,7 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
                 *("temperature", "top_k", "top_p", "seed"),
             )
         },
-        "chat_template_options": template_options(args),
+        "chat_template_options": prompts_arguments.template_options(args),
         "precision": arguments.precision(args),
         "parallel": sizes,
     }
@@ -152,12 +103,10 @@ def generate(args: argparse.Namespace, session: Session) -> dict[str, Any]:
     import torch
     from tqdm import tqdm
 
-    from post_training import dialogues, generation
+    from post_training import data, dialogues, generation
     from post_training.manifest import Manifest
 
-    read = prompts.load(
-        args.prompts_path, OPTION, limit=args.prompts_limit, split=args.prompts_split
-    )
+    read = data.on_first_rank(lambda: prompts_arguments.load(args))
     logger.info("%s", read.describe())
     source = loading.fetch(loading.find(args), args)
     options = loading.build_options(args, source)
@@ -174,8 +123,7 @@ def generate(args: argparse.Namespace, session: Session) -> dict[str, Any]:
         args.top_k,
         args.top_p,
         args.seed,
-        template_options(args),
-        OPTION,
+        prompts_arguments.template_options(args),
     )
     output = resumable.Rows(Path(args.output), settings(args)) if session.is_main else None
     block = args.generate_batch_size * _BATCHES_PER_BLOCK

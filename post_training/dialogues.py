@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from post_training import data_formats, generation, sampling
 from post_training.data_formats import Document
 from post_training.prompts import Dialogue
+from post_training.prompts_arguments import OPTION
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,6 @@ class Speaker:
         temperature: 0 for greedy decoding, else of the sampling.
         top_k, top_p, seed: as in :class:`post_training.sampling.Sampler`.
         template_options: further variables of the chat template.
-        option: the flag that named the prompts, for errors.
     """
 
     model: torch.nn.Module
@@ -46,7 +46,6 @@ class Speaker:
     top_p: float = 1.0
     seed: int = 0
     template_options: Mapping[str, Any] = field(default_factory=dict)
-    option: str = "--prompts-path"
 
     def prompt(self, dialogue: Dialogue, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Tokens of ``messages`` up to where the model's answer begins.
@@ -58,7 +57,7 @@ class Speaker:
         text = data_formats.render(
             document,
             self.tokenizer,
-            self.option,
+            OPTION,
             ask=True,
             template_options=self.template_options,
         )

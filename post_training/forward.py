@@ -47,7 +47,7 @@ def run(
     offset = 0 if context is None else int(context.sequence_len_offset)
     position_ids = torch.arange(offset, offset + length, device=input_ids.device)
     group = parallel_state.get_pipeline_model_parallel_group()
-    dtype = core.config.pipeline_dtype or core.config.params_dtype
+    dtype = dtype_of(core)
     collected: list[torch.Tensor] = []
     if not core.pre_process:
         width = core.config.hidden_size
@@ -207,6 +207,12 @@ def _check(core: Any) -> None:
 
 def device_of(core: torch.nn.Module) -> torch.device:
     return next(core.parameters()).device
+
+
+def dtype_of(core: Any) -> torch.dtype:
+    """Of the activations."""
+    dtype: torch.dtype = core.config.pipeline_dtype or core.config.params_dtype
+    return dtype
 
 
 def unwrap(model: torch.nn.Module) -> Any:

@@ -112,6 +112,22 @@ def find(args: argparse.Namespace) -> Source:
     )
 
 
+def require_draft(source: Source, args: argparse.Namespace) -> None:
+    """Raise UsageError unless the source is a checkpoint with a draft. No torch."""
+    if not source.is_checkpoint:
+        raise UsageError(
+            f"--pretrained-model-path {source.location}",
+            "a Hugging Face folder has no draft",
+            "set MLM_MODEL_CKPT to what eagle3.sh saved",
+        )
+    if source.draft is None and not checkpoint.holds(Path(args.load), "eagle_module."):
+        raise UsageError(
+            f"--load {args.load}",
+            "it has no draft",
+            "name what eagle3.sh saved, or attach one: convert.sh <conf> --algorithm eagle3",
+        )
+
+
 def fetch(source: Source, args: argparse.Namespace) -> Source:
     """The same source, local: a hub name is downloaded and checked as a folder would have been."""
     if source.is_checkpoint or source.is_local:

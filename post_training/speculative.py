@@ -228,6 +228,8 @@ class _Draft:
         self.context = forward.new_context(1, total)
         self.rotary = self.module.rotary_pos_emb(total)
         self.device = forward.device_of(core)
+        # The draft keeps the precision it was made in, whatever the target is loaded in.
+        self.dtype = self.module.fc.weight.dtype
 
     def propose(self, tokens: Sequence[int], features: torch.Tensor, steps: int) -> torch.Tensor:
         """int64 [steps]: the tokens that probably follow ``tokens``.
@@ -253,7 +255,7 @@ class _Draft:
 
     def fused(self, features: torch.Tensor) -> torch.Tensor:
         """[n, 1, layers * hidden] -> [n, 1, hidden]."""
-        mixed: torch.Tensor = self.module.fc(features)[0]
+        mixed: torch.Tensor = self.module.fc(features.to(self.dtype))[0]
         return mixed
 
     def run(self, ids: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -281,7 +283,7 @@ class _Draft:
             forward.attention_mask_type(self.module.decoder.layers, kind),
         ):
             output, following = self.module(
-                self.core.embedding(input_ids=ids, position_ids=positions),
+                self.core.embedding(input_ids=ids, position_ids=positions).to(self.dtype),
                 hidden,
                 mask,
                 self.rotary,
@@ -299,6 +301,7 @@ class _Draft:
             head = self.core.output_layer
             if self.core.share_embeddings_and_output_weights:
                 weight = self.core.shared_embedding_or_output_weight()
+            output = output.to(forward.dtype_of(self.core))
         logits: torch.Tensor = head(output, weight=weight, runtime_gather_output=True)[0]
         return logits
 
