@@ -93,7 +93,7 @@ def answer_spans(
                     count += 1
         marked.append(changed)
     outline = data_formats.render(replace(document, messages=tuple(marked)), tokenizer, option)
-    pieces = _split(outline, count)
+    present = [i for i in range(count) if _MARKER.format(i) in outline]
     originals = [
         str(message[name])
         for message in document.messages
@@ -101,17 +101,18 @@ def answer_spans(
         for name in _WRITTEN
         if str(message.get(name) or "").strip()
     ]
-    spans = _locate(text, pieces, originals)
-    if spans is None:
+    located = _locate(text, _split(outline, present), [originals[i] for i in present])
+    if located is None:
         raise UsageError(
             f"{option} {document.place}",
             "the chat template writes its text differently for other answers, so that the answers "
             "cannot be told from it",
             "mark them in the template with {% generation %}",
         )
+    spans = dict(zip(present, located, strict=True))
     joined = []
     for group in groups:
-        found = [spans[i] for i in group if spans[i] is not None]
+        found = [spans[i] for i in group if i in spans]
         if found:
             joined.append((found[0][0], _with_end_token(text, found[-1][1], tokenizer)))
     return joined
@@ -120,10 +121,11 @@ def answer_spans(
 def show(tokens: Tokens, tokenizer: PreTrainedTokenizerBase, color: bool) -> str:
     """The conversation as text, answers green or in brackets."""
     opening, closing = ("\x1b[32m", "\x1b[0m") if color else ("⟦", "⟧")
-    parts, start = [], 0
+    parts: list[str] = []
+    start = 0
     for i in range(1, len(tokens.ids) + 1):
         if i == len(tokens.ids) or tokens.mask[i] != tokens.mask[start]:
-            piece = tokenizer.decode(tokens.ids[start:i], skip_special_tokens=False)
+            piece = str(tokenizer.decode(tokens.ids[start:i], skip_special_tokens=False))
             parts.append(f"{opening}{piece}{closing}" if tokens.mask[start] else piece)
             start = i
     return "".join(parts)
@@ -138,30 +140,24 @@ def _template(tokenizer: Any) -> str:
     return str(getattr(tokenizer, "chat_template", None) or "")
 
 
-def _split(outline: str, count: int) -> list[str] | None:
-    """The template's text before, between and after the markers; a marker may be missing."""
-    pieces: list[str] = []
-    rest = outline
-    for i in range(count):
-        before, found, after = rest.partition(_MARKER.format(i))
-        if not found:
-            # The template leaves this answer out, e.g. the thoughts of earlier turns.
-            pieces.append("")
-            continue
+def _split(outline: str, present: Sequence[int]) -> list[str]:
+    """The template's text before, between and after the markers of these numbers."""
+    pieces = []
+    for i in present:
+        before, _, outline = outline.partition(_MARKER.format(i))
         pieces.append(before)
-        rest = after
-    return [*pieces, rest]
+    return [*pieces, outline]
 
 
 def _locate(
-    text: str, pieces: list[str] | None, originals: Sequence[str]
-) -> list[tuple[int, int] | None] | None:
-    """Where each answer stands; None for all if the template's text is not where it should be."""
-    if pieces is None or not text.startswith(pieces[0]):
+    text: str, pieces: Sequence[str], originals: Sequence[str]
+) -> list[tuple[int, int]] | None:
+    """Where each answer stands; None if the template's text is not where it should be."""
+    if not text.startswith(pieces[0]):
         return None
-    spans: list[tuple[int, int] | None] = []
+    spans: list[tuple[int, int]] = []
     position = len(pieces[0])
-    for original, after in zip(originals, pieces[1:], strict=True):
+    for i, (original, after) in enumerate(zip(originals, pieces[1:], strict=True)):
         start = position
         for written in (original, original.strip(), original.lstrip(), original.rstrip()):
             if text.startswith(written + after, start):
@@ -169,8 +165,9 @@ def _locate(
                 break
         else:
             # Changed by the template: it ends where the template's text goes on.
-            end = text.find(after, start) if after else len(text)
-            if end < 0:
+            last = i == len(originals) - 1
+            end = len(text) - len(after) if last else text.find(after, start)
+            if end < start or not text.startswith(after, end):
                 return None
         spans.append((start, end))
         position = end + len(after)
