@@ -23,6 +23,7 @@ from post_training import forward
 from post_training.draft import Draft
 
 if TYPE_CHECKING:
+    import numpy
     from megatron.core.transformer import MegatronModule
 
 # Names of the draft's tensors in a checkpoint begin so.
@@ -56,6 +57,35 @@ def draft_of(model: Any) -> Any | None:
 def is_drafted(model: Any) -> bool:
     """Whether the model (any pipeline stage of it) was converted to have a draft."""
     return hasattr(forward.unwrap(model), "eagle_ttt_steps")
+
+
+def freeze_target(model: Any) -> None:
+    """Let the draft alone be trained: every other parameter needs no gradient."""
+    core = forward.unwrap(model)
+    for name, parameter in core.named_parameters():
+        parameter.requires_grad_(name.startswith(PREFIX))
+
+
+def set_vocabulary(model: Any, counts: numpy.ndarray[Any, Any]) -> float:
+    """Let the draft propose the most frequent tokens; returns the part of all counts they cover.
+
+    ModelOpt leaves ``d2t`` at zero, which stands for the first tokens of the vocabulary.
+
+    Args:
+        model: this rank's part; its draft's vocabulary is smaller than the target's.
+        counts: int64 [vocabulary], how often each token is wanted.
+    """
+    import numpy
+    import torch
+
+    core = forward.unwrap(model)
+    size = core.eagle_config.draft_vocab_size
+    # By falling frequency, then by number; tokens that never occur fill up what is left.
+    chosen = numpy.sort(numpy.argsort(-counts, kind="stable")[:size])
+    if core.eagle_module is not None:
+        d2t = torch.from_numpy(chosen - numpy.arange(size))
+        core.eagle_module.d2t.copy_(d2t)
+    return float(counts[chosen].sum() / max(1, counts.sum()))
 
 
 def _modelopt_config(draft: Draft) -> dict[str, Any]:

@@ -115,6 +115,8 @@ class Trainer:
             self.progress = checkpoints.load(model, self.optimizer)
             self._say_what_differs()
         self._scheduler.step(self.progress.iteration)
+        # What is known last of each metric; evaluations' names begin with eval_.
+        self.metrics: dict[str, float] = {}
         self._window = self._new_sums()
         for i, name in enumerate(self._names):
             if self.progress.window and name in self.progress.window:
@@ -159,7 +161,6 @@ class Trainer:
         batches = iter(self._batches(data, self.progress.samples, shuffle=True))
         started, begun = time.monotonic(), self.progress.seconds
         logged, logged_at = time.monotonic(), self.progress.iteration
-        last: dict[str, float] = {}
         saved = self.progress.iteration
         content = None
         iteration = self.progress.iteration
@@ -188,7 +189,7 @@ class Trainer:
                     "memory_bytes": float(self._memory()),
                     "seconds": self.progress.seconds,
                 }
-                last |= values
+                self.metrics |= values
                 if metrics is not None:
                     metrics.log("train", iteration, self.progress.samples, values)
                 self._window.zero_()
@@ -196,7 +197,7 @@ class Trainer:
             if iteration % options.eval_interval == 0 or at_end:
                 before = time.monotonic()
                 values = self.evaluate(valid, iteration)
-                last |= {f"eval_{name}": value for name, value in values.items()}
+                self.metrics |= {f"eval_{name}": value for name, value in values.items()}
                 if metrics is not None and values:
                     metrics.log("eval", iteration, self.progress.samples, values)
                 logged += time.monotonic() - before
@@ -211,7 +212,7 @@ class Trainer:
                 break
         if saved != iteration:
             content = self._save()
-        return Outcome(iteration, iteration >= options.train_iters, last, content)
+        return Outcome(iteration, iteration >= options.train_iters, self.metrics, content)
 
     def evaluate(self, valid: Samples | None, iteration: int) -> dict[str, float]:
         """Averages over the first ``eval_iters`` global batches of ``valid``, and further metrics.

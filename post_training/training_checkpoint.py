@@ -68,8 +68,17 @@ def last_iteration(folder: Path) -> int:
     return int(text) if text.isdecimal() else 0
 
 
-def check_folder(folder: Path, stage: str, overwrite: bool = False) -> None:
-    """Raise UsageError unless ``folder`` is free, or holds a run of ``stage`` to go on with."""
+def check_folder(
+    folder: Path, stage: str, overwrite: bool = False, start: str | None = None
+) -> None:
+    """Raise UsageError unless ``folder`` is free, or holds a run of ``stage`` to go on with.
+
+    Args:
+        folder: of the run (``--save``).
+        stage: that trains.
+        overwrite: whether anything may lie there.
+        start: a stage whose output may lie there too, to be trained in its place.
+    """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"output {folder}", "it is a file", "name a folder")
     if not folder.is_dir() or overwrite:
@@ -82,6 +91,9 @@ def check_folder(folder: Path, stage: str, overwrite: bool = False) -> None:
                 f"it holds a training run of {content.get('stage')}, not of {stage}",
                 "name another folder in MLM_MODEL_SAVE",
             )
+        return
+    content = manifest.read(folder) or {}
+    if start is not None and content.get("stage") == start:
         return
     foreign = [
         path.name
