@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from post_training import (
     arguments,
     files,
+    ground_truth,
     loading,
     manifest,
     preflight,
@@ -34,6 +35,8 @@ from post_training import (
 from post_training.errors import UsageError
 
 if TYPE_CHECKING:
+    from post_training.dialogues import Speaker
+    from post_training.prompts import Prompts
     from post_training.runtime import Session
     from post_training.validation import Question
 
@@ -77,7 +80,7 @@ def check(args: argparse.Namespace) -> None:
     loading.require_draft(source, args)
     preflight.check_layout(source.architecture, args)
     if args.ground_truth_path:
-        validation.read_ground_truth(Path(args.ground_truth_path))
+        ground_truth.read(Path(args.ground_truth_path))
     if args.prompts_path or not args.ground_truth_path:
         args.prompts_path = args.prompts_path or MT_BENCH
         prompts_arguments.check(args)
@@ -100,6 +103,13 @@ def validate(args: argparse.Namespace, session: Session) -> dict[str, Any]:
 
     from post_training import data, dialogues, generation, speculative
 
+    # What needs the hub or a file comes first: a model may take minutes to load.
+    saved, read = None, None
+    if args.ground_truth_path:
+        saved = data.on_first_rank(lambda: ground_truth.read(Path(args.ground_truth_path)))
+    if args.prompts_path:
+        read = data.on_first_rank(lambda: prompts_arguments.load(args))
+        logger.info("%s; the first turn of each is asked", read.describe())
     source = loading.fetch(loading.find(args), args)
     options = loading.build_options(args, source)
     model = loading.load(source, options, session, trust_remote_code=args.trust_remote_code)
@@ -120,12 +130,10 @@ def validate(args: argparse.Namespace, session: Session) -> dict[str, Any]:
         args.osl,
         template_options=prompts_arguments.template_options(args),
     )
-    saved = None
-    if args.ground_truth_path:
-        saved = data.on_first_rank(
-            lambda: validation.read_ground_truth(Path(args.ground_truth_path))
-        )
-    asked, from_where = questions(args, speaker, saved)
+    if read is not None:
+        asked, from_where = questions(args, speaker, read), read.source
+    else:
+        asked, from_where = saved.questions, saved.settings["prompts"]
     if source.draft is not None and not source.draft.trained:
         logger.warning("the draft of %s has not been trained yet", args.load)
     rank, copies, _ = generation.data_parallel()
@@ -159,7 +167,7 @@ def validate(args: argparse.Namespace, session: Session) -> dict[str, Any]:
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "configuration": arguments.explicit(args),
         "inputs": source.inputs(),
-        "settings": validation.settings(
+        "settings": ground_truth.settings(
             asked, source=from_where, steps=args.steps, max_new_tokens=args.osl
         ),
         "acceptance": validation.summarize(measured, args.steps),
@@ -176,7 +184,7 @@ def validate(args: argparse.Namespace, session: Session) -> dict[str, Any]:
         "git_commit": manifest.git_commit(),
     }
     if saved is not None:
-        content["ground_truth"], notes = validation.compare(saved, measured, content["settings"])
+        content["ground_truth"], notes = ground_truth.compare(saved, measured, content["settings"])
         for note in notes:
             logger.warning("%s", note)
     write(args, content, measured, speaker.text)
@@ -187,18 +195,14 @@ def validate(args: argparse.Namespace, session: Session) -> dict[str, Any]:
     return content
 
 
-def questions(args: argparse.Namespace, speaker: Any, saved: Any) -> tuple[list[Question], str]:
-    """The prompts as tokens, and where they are from: the first turn of each dialogue.
+def questions(args: argparse.Namespace, speaker: Speaker, read: Prompts) -> list[Question]:
+    """The first turn of each dialogue, as tokens.
 
     Raises:
         UsageError: if none leaves room for an answer.
     """
-    from post_training import data
     from post_training.validation import Question
 
-    if not args.prompts_path:
-        return saved.questions, saved.settings["prompts"]
-    read = data.on_first_rank(lambda: prompts_arguments.load(args))
     found, too_long = [], 0
     for dialogue in read.dialogues:
         first = dialogue.first_turn()
@@ -207,7 +211,6 @@ def questions(args: argparse.Namespace, speaker: Any, saved: Any) -> tuple[list[
             too_long += 1
         else:
             found.append(Question(dialogue.id, prompt, dialogue.category))
-    logger.info("%s; the first turn of each is asked", read.describe())
     if too_long:
         logger.warning("%d prompts leave no room for --osl %d and are left out", too_long, args.osl)
     if not found:
@@ -216,7 +219,7 @@ def questions(args: argparse.Namespace, speaker: Any, saved: Any) -> tuple[list[
             f"no prompt leaves room for {args.osl} tokens in the model's {speaker.context_length}",
             "lower --osl, or give shorter prompts",
         )
-    return found, args.prompts_path
+    return found
 
 
 def write(args: argparse.Namespace, content: dict[str, Any], measured: Any, text: Any) -> None:
@@ -228,7 +231,7 @@ def write(args: argparse.Namespace, content: dict[str, Any], measured: Any, text
     files.write_json(path, content)
     validation_report.save_figure(content, path.with_suffix(".png"))
     if args.save_ground_truth_path:
-        validation.write_ground_truth(Path(args.save_ground_truth_path), content, measured, text)
+        ground_truth.write(Path(args.save_ground_truth_path), content, measured, text)
 
 
 def report_path(args: argparse.Namespace) -> Path:

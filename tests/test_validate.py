@@ -19,7 +19,7 @@ import tools
 from drafted_checkpoints import DECODED
 from speculative_jobs import NEW_TOKENS, PROMPTS, STEPS
 
-from post_training import validation
+from post_training import ground_truth
 from post_training.acceptance import Acceptance, matching, student_t
 from post_training.errors import UsageError
 from post_training.validation import Measured, Question
@@ -168,18 +168,18 @@ def measured(tokens, number=1, prompt=(1, 2), **more):
 def test_other_prompts_and_answers_are_said(tmp_path):
     answers = [measured([5, 6, 7]), measured([8, 9], 2)]
     content = {name: {} for name in ("command", "finished", "inputs", "versions", "git_commit")} | {
-        "settings": validation.settings(
+        "settings": ground_truth.settings(
             [each.question for each in answers], source="x", steps=3, max_new_tokens=3
         ),
         "acceptance": {"acceptance_length": 2.0},
     }
     path = tmp_path / "truth.json"
-    validation.write_ground_truth(path, content, answers, str)
+    ground_truth.write(path, content, answers, str)
     now = [measured([5, 6, 8]), measured([8, 9], 3)]
-    settings = validation.settings(
+    settings = ground_truth.settings(
         [each.question for each in now], source="x", steps=3, max_new_tokens=3
     )
-    found, notes = validation.compare(validation.read_ground_truth(path), now, settings)
+    found, notes = ground_truth.compare(ground_truth.read(path), now, settings)
     assert found["compared_answers"] == 1
     assert found["same_answers"] == 0
     assert (found["same_leading_tokens"], found["saved_tokens"]) == (2, 3)
@@ -251,7 +251,7 @@ def test_what_is_no_ground_truth_is_refused(tmp_path):
     for text in ("[1]", '{"answers": [{"id": 1}]}', "no json"):
         path.write_text(text)
         with pytest.raises(UsageError, match="no ground truth of validate"):
-            validation.read_ground_truth(path)
+            ground_truth.read(path)
 
 
 def test_an_untrained_draft_is_said_to_be_of_no_use(drafted):
