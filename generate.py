@@ -14,8 +14,10 @@ Outputs: --output, one {"id", "messages", "metadata"} a line, and its manifest <
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,7 +142,7 @@ def generate(args: argparse.Namespace, session: Session) -> dict[str, Any]:
         disable=not session.show_progress,
     )
     started, tokens = time.monotonic(), 0
-    with bar:
+    with bar, _resumable(output):
         for first in range(done, len(blocks), copies):
             mine = blocks[first + rank] if first + rank < len(blocks) else []
             begun = time.monotonic()
@@ -177,6 +179,17 @@ def generate(args: argparse.Namespace, session: Session) -> dict[str, Any]:
             peak_memory_bytes=session.peak_memory(),
         )
     )
+
+
+@contextlib.contextmanager
+def _resumable(output: resumable.Rows | None) -> Iterator[None]:
+    """Say what a signal leaves."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if output is not None:
+            logger.warning("%d rows are kept: the same command goes on after them", output.rows)
+        raise
 
 
 def _totals(answered: list[Any], seconds: float) -> dict[str, float]:
@@ -222,6 +235,7 @@ def main() -> None:
                     f"({report.number_of_bytes(Path(args.output).stat().st_size)})",
                     **report.cost(content),
                 },
+                next_step=f"bash eagle3.sh <conf> --finetune-data-files {args.output}",
             )
 
 

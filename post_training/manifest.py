@@ -37,10 +37,10 @@ _PACKAGES = (
     "transformer-engine",
 )
 # A Hub token is "hf_" and 30 or more characters; anything given to an option that names a
-# token, key, secret or password is hidden too.
+# token (not tokens, which are counted), key, secret or password is hidden too.
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 _SECRET_OPTION = re.compile(
-    r"--[\w-]*(token(?!izer)|api-key|secret|password)[\w-]*$", re.IGNORECASE
+    r"--[\w-]*(token(?!izer|s)|api-key|secret|password)[\w-]*$", re.IGNORECASE
 )
 
 
