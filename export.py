@@ -80,7 +80,7 @@ def check(args: argparse.Namespace) -> None:
     if args.export_extra_modules:
         loading.require_draft(source, args)
         if source.draft is not None:
-            draft_export.require_exportable(source.draft, args.load)
+            draft_export.require_exportable(source.draft.config, f"--load {args.load}")
         preflight.check_output(Path(args.export_dir), args)
         return
     recorded = (source.manifest or {}).get("quantization") or {}
@@ -108,11 +108,8 @@ def export(args: argparse.Namespace, session: Session) -> dict[str, Any]:
     options = loading.build_options(args, source)
     model = loading.load(source, options, session, trust_remote_code=args.trust_remote_code)
     target = Path(args.export_dir)
-    if session.is_main:
-        files.begin(target)
-    torch.distributed.barrier()
     write = write_draft if args.export_extra_modules else write_model
-    metrics = write(args, session, model, source, files.incomplete(target))
+    metrics = write(args, session, model, source)
     content = None
     peak_memory = session.peak_memory()
     if session.is_main:
@@ -131,10 +128,21 @@ def export(args: argparse.Namespace, session: Session) -> dict[str, Any]:
     return content or {}
 
 
+def _begin(args: argparse.Namespace, session: Session) -> Path:
+    """The empty folder that is written into; a collective call."""
+    import torch
+
+    target = Path(args.export_dir)
+    if session.is_main:
+        files.begin(target)
+    torch.distributed.barrier()
+    return files.incomplete(target)
+
+
 def write_model(
-    args: argparse.Namespace, session: Session, model: MegatronModule, source: Source, work: Path
+    args: argparse.Namespace, session: Session, model: MegatronModule, source: Source
 ) -> dict[str, Any]:
-    """Write the model into ``work`` and verify it. Returns the metrics."""
+    """Write the model into the working folder and verify it. Returns the metrics."""
     from post_training import hf_export, quantization
     from post_training.model import torch_dtype
 
@@ -148,14 +156,15 @@ def write_model(
         dtype,
         trust_remote_code=args.trust_remote_code,
     )
+    work = _begin(args, session)
     exporter.write(work, int(args.max_shard_size * _GIGABYTE), session.show_progress)
     return verify(exporter, work, dtype, session)
 
 
 def write_draft(
-    args: argparse.Namespace, session: Session, model: MegatronModule, source: Source, work: Path
+    args: argparse.Namespace, session: Session, model: MegatronModule, source: Source
 ) -> dict[str, Any]:
-    """Write the draft into ``work`` and verify it; a collective call. Returns the metrics.
+    """The same for the draft. Returns the metrics.
 
     Raises:
         UsageError: if the draft has no form that engines read, or what was written is not it.
@@ -174,6 +183,7 @@ def write_draft(
         source.architecture.max_position_embeddings,
         trust_remote_code=args.trust_remote_code,
     )
+    work = _begin(args, session)
     exporter.write(work, int(args.max_shard_size * _GIGABYTE))
     written = draft_readback.DraftFolder(work)
     trained = source.draft.aux_hidden_state_layer_ids if source.draft else None

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,20 +35,23 @@ if TYPE_CHECKING:
     import torch
     from megatron.core.transformer import MegatronModule
 
-    from post_training.draft import Draft
-
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 AUXILIARY_LAYERS = 3  # vLLM and SGLang build `fc` for three
 Tensors = dict[str, "torch.Tensor"]
 
 
-def require_exportable(draft: Draft, location: str) -> None:
-    """Raise UsageError for a draft of a form that no engine has. No torch."""
-    config = draft.config
+def require_exportable(config: Mapping[str, Any], what: str) -> None:
+    """Raise UsageError for a draft of a form that no engine has. No torch.
+
+    Args:
+        config: as :attr:`post_training.draft.Draft.config`.
+        what: to call the draft in the message.
+    """
+    layers = "eagle_aux_hidden_state_layer_ids"
     reasons = {
         "num_hidden_layers": (config["num_hidden_layers"] != 1, "engines load one layer"),
-        "eagle_aux_hidden_state_layer_ids": (
-            len(draft.aux_hidden_state_layer_ids) != AUXILIARY_LAYERS,
+        layers: (
+            len(config[layers]) != AUXILIARY_LAYERS,
             f"vLLM and SGLang read {AUXILIARY_LAYERS} auxiliary layers",
         ),
         "use_last_layernorm": (not config["use_last_layernorm"], "engines apply a last norm"),
@@ -56,12 +59,12 @@ def require_exportable(draft: Draft, location: str) -> None:
             not config["use_input_layernorm_in_first_layer"],
             "engines apply a norm to the features",
         ),
-        "mlp_bias": (config["mlp_bias"] or config["attention_bias"], "SGLang loads no biases"),
+        "mlp_bias": (config["mlp_bias"], "SGLang loads no biases"),
     }
     wrong = [(name, reason) for name, (refused, reason) in reasons.items() if refused]
     if wrong:
         raise UsageError(
-            f"--load {location}: the draft's {', '.join(f'{n}={config[n]}' for n, _ in wrong)}",
+            f"{what}: {', '.join(f'{name}={config[name]}' for name, _ in wrong)}",
             "; ".join(reason for _, reason in wrong),
             "attach and train a draft with the default form (convert.sh --algorithm eagle3)",
         )
@@ -87,6 +90,16 @@ class DraftExporter:
         self.dtype: torch.dtype = self.config.params_dtype
         self.max_position_embeddings = max_position_embeddings
         self._options = options
+        form = ("use_last_layernorm", "use_input_layernorm_in_first_layer")
+        require_exportable(
+            {
+                "num_hidden_layers": self.config.num_layers,
+                "mlp_bias": self.config.add_bias_linear,
+                "eagle_aux_hidden_state_layer_ids": self.config.eagle_aux_hidden_state_layer_ids,
+                **{name: getattr(self.config, name) for name in form},
+            },
+            "the draft",
+        )
         self._require_plain()
 
     @property

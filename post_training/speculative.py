@@ -40,7 +40,9 @@ class Choice(NamedTuple):
         """Of float32 [vocabulary]."""
         values, tokens = logits.topk(2)
         (first, second), (a, b) = tokens.tolist(), values.tolist()
-        return cls(first, a, second, b)
+        # Of equal logits argmax and topk may take different ones first.
+        token = int(logits.argmax())
+        return cls(token, a, second if token == first else first, b)
 
 
 @dataclass(frozen=True)

@@ -208,6 +208,7 @@ def test_the_manifest_names_inputs_and_the_output(outputs, setting):
     assert record["stage"] == "generate"
     assert [entry["role"] for entry in record["inputs"]] == ["model", "prompts"]
     assert record["inputs"][1]["sha256"] == resumable.files.sha256(setting.prompts)
+    assert "--max-new-tokens 10" in record["command"]  # not hidden as a secret
     assert record["outputs"][0]["sha256"] == resumable.files.sha256(outputs / "greedy.jsonl")
 
 

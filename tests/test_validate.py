@@ -16,12 +16,14 @@ import sys
 
 import pytest
 import tools
+import torch
 from drafted_checkpoints import DECODED
 from speculative_jobs import NEW_TOKENS, PROMPTS, STEPS
 
 from post_training import ground_truth
 from post_training.acceptance import Acceptance, matching, student_t
 from post_training.errors import UsageError
+from post_training.speculative import Choice
 from post_training.validation import Measured, Question
 
 LAYOUTS = ("TP=1", "TP=2", "PP=2")
@@ -198,6 +200,15 @@ def test_a_difference_is_shown_with_both_logits():
     assert re.search(r"answer 7 differs at its token 4.*'A' with 2\.50000 before 'B'", line)
     assert "'B' with 2.50000 before 'A' with 2.49980" in line
     assert "a tie within rounding" in line
+
+
+def test_of_equal_logits_the_choice_is_the_one_that_decoding_takes():
+    logits = torch.zeros(300)
+    logits[[200, 100, 7]] = torch.tensor([2.0, 2.0, 1.0])
+    choice = Choice.of(logits)
+    assert choice.token == int(logits.argmax())
+    assert {choice.token, choice.second} == {100, 200}
+    assert (choice.logit, choice.second_logit) == (2.0, 2.0)
 
 
 def check(*words: object) -> subprocess.CompletedProcess[str]:
