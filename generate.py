@@ -26,6 +26,9 @@ from post_training import arguments, loading, manifest, preflight, prompts_argum
 from post_training.errors import UsageError
 
 if TYPE_CHECKING:
+    from post_training.dialogues import Answered, Speaker
+    from post_training.loading import Source
+    from post_training.prompts import Dialogue
     from post_training.runtime import Session
 
 logger = logging.getLogger("post_training")
@@ -102,66 +105,25 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def generate(args: argparse.Namespace, session: Session) -> dict[str, Any]:
     """Answer what is not answered yet. Returns the manifest on rank 0."""
-    import torch
-    from tqdm import tqdm
-
-    from post_training import data, dialogues, generation
+    from post_training import data
     from post_training.manifest import Manifest
 
     read = data.on_first_rank(lambda: prompts_arguments.load(args))
     logger.info("%s", read.describe())
     source = loading.fetch(loading.find(args), args)
-    options = loading.build_options(args, source)
-    model = loading.load(source, options, session, trust_remote_code=args.trust_remote_code)
-    tokenizer = loading.tokenizer(source, args)
-    speaker = dialogues.Speaker(
-        model,
-        tokenizer,
-        loading.end_tokens(source, args, tokenizer),
-        source.architecture.max_position_embeddings,
-        args.max_new_tokens,
-        args.generate_batch_size,
-        args.temperature,
-        args.top_k,
-        args.top_p,
-        args.seed,
-        prompts_arguments.template_options(args),
-    )
+    speaker = load(args, session, source)
     output = resumable.Rows(Path(args.output), settings(args)) if session.is_main else None
+    found = data.on_first_rank(lambda: output.done if output else 0)
     block = args.generate_batch_size * _BATCHES_PER_BLOCK
+    if found:
+        logger.info("going on after %d prompts that are answered already", found * block)
     blocks = [read.dialogues[i : i + block] for i in range(0, len(read.dialogues), block)]
-    done = _from_main(output.done if output else 0)
-    if done:
-        logger.info("going on after %d prompts that are answered already", done * block)
-    rank, copies, group = generation.data_parallel()
-    questions = [sum(each.questions for each in part) for part in blocks]
-    bar = tqdm(
-        total=sum(questions),
-        initial=sum(questions[:done]),
-        unit="turn",
-        disable=not session.show_progress,
-    )
-    started, tokens = time.monotonic(), 0
-    with bar, _resumable(output):
-        for first in range(done, len(blocks), copies):
-            mine = blocks[first + rank] if first + rank < len(blocks) else []
-            begun = time.monotonic()
-            found = dialogues.answer(speaker, mine, lambda n: bar.update(n * copies))
-            gathered: list[Any] = [None] * copies
-            torch.distributed.all_gather_object(gathered, found, group=group)
-            every = [each for part in gathered for each in part]
-            tokens += sum(each.generated_tokens for each in every)
-            if output is not None:
-                output.append(
-                    [each.row() for each in every if each.has_answer],
-                    done=min(copies, len(blocks) - first),
-                    totals=_totals(every, time.monotonic() - begun),
-                )
-            bar.update(sum(questions[: first + copies]) - bar.n)
-    if output is None:
-        session.peak_memory()
-        return {}
+    started = time.monotonic()
+    tokens = answer(session, speaker, blocks, found, output)
     seconds = time.monotonic() - started
+    peak_memory = session.peak_memory()
+    if output is None:
+        return {}
     return output.finish(
         Manifest(
             "generate",
@@ -173,12 +135,82 @@ def generate(args: argparse.Namespace, session: Session) -> dict[str, Any]:
                 **output.totals,
                 "left_out": dict(read.left_out),
                 "tokens_per_second": round(tokens / seconds, 2) if tokens else None,
-                "resumed_after_prompts": done * block,
+                "resumed_after_prompts": found * block,
             },
             started=session.started,
-            peak_memory_bytes=session.peak_memory(),
+            peak_memory_bytes=peak_memory,
         )
     )
+
+
+def load(args: argparse.Namespace, session: Session, source: Source) -> Speaker:
+    """The model with its tokenizer and how it shall answer; a collective call."""
+    from post_training import dialogues
+
+    options = loading.build_options(args, source)
+    model = loading.load(source, options, session, trust_remote_code=args.trust_remote_code)
+    tokenizer = loading.tokenizer(source, args)
+    return dialogues.Speaker(
+        model,
+        tokenizer,
+        loading.end_tokens(source, args, tokenizer),
+        source.architecture.max_position_embeddings,
+        args.max_new_tokens,
+        batch_size=args.generate_batch_size,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+        template_options=prompts_arguments.template_options(args),
+    )
+
+
+def answer(
+    session: Session,
+    speaker: Speaker,
+    blocks: list[list[Dialogue]],
+    done: int,
+    output: resumable.Rows | None,
+) -> int:
+    """Answer the blocks after the first ``done``, one for each copy of the model at a time.
+
+    Args:
+        output: on rank 0, gets the rows of each round of blocks in order.
+
+    Returns:
+        Tokens generated by all copies.
+    """
+    import torch
+    from tqdm import tqdm
+
+    from post_training import dialogues, generation
+
+    rank, copies, group = generation.data_parallel()
+    questions = [sum(each.questions for each in part) for part in blocks]
+    tokens = 0
+    bar = tqdm(
+        total=sum(questions),
+        initial=sum(questions[:done]),
+        unit="turn",
+        disable=not session.show_progress,
+    )
+    with bar, _resumable(output):
+        for first in range(done, len(blocks), copies):
+            mine = blocks[first + rank] if first + rank < len(blocks) else []
+            begun = time.monotonic()
+            found = dialogues.answer(speaker, mine, lambda count: bar.update(count * copies))
+            gathered: list[Any] = [None] * copies
+            torch.distributed.all_gather_object(gathered, found, group=group)
+            every = [each for part in gathered for each in part]
+            tokens += sum(each.generated_tokens for each in every)
+            if output is not None:
+                output.append(
+                    [each.row() for each in every if each.has_answer],
+                    done=min(copies, len(blocks) - first),
+                    totals=_totals(every, time.monotonic() - begun),
+                )
+            bar.update(sum(questions[: first + copies]) - bar.n)
+    return tokens
 
 
 @contextlib.contextmanager
@@ -192,7 +224,7 @@ def _resumable(output: resumable.Rows | None) -> Iterator[None]:
         raise
 
 
-def _totals(answered: list[Any], seconds: float) -> dict[str, float]:
+def _totals(answered: list[Answered], seconds: float) -> dict[str, float]:
     reasons = [reason for each in answered for reason in each.finish_reasons]
     return {
         "prompts": len(answered),
@@ -203,15 +235,6 @@ def _totals(answered: list[Any], seconds: float) -> dict[str, float]:
         "generated_tokens": sum(each.generated_tokens for each in answered),
         "generation_seconds": round(seconds, 3),
     }
-
-
-def _from_main(value: int) -> int:
-    """Rank 0's value on every rank."""
-    import torch
-
-    shared = [value]
-    torch.distributed.broadcast_object_list(shared, src=0)
-    return shared[0]
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,9 +37,10 @@ from post_training.errors import UsageError
 
 if TYPE_CHECKING:
     from post_training.dialogues import Speaker
+    from post_training.loading import Source
     from post_training.prompts import Prompts
     from post_training.runtime import Session
-    from post_training.validation import Question
+    from post_training.validation import Measured, Question
 
 logger = logging.getLogger("post_training")
 
@@ -59,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="JSON report (beside the model: <model>.validate.json); the figure is FILE.png",
     )
-    prompts_arguments.add(parser)
+    prompts_arguments.add(parser, default=MT_BENCH)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -81,8 +83,9 @@ def check(args: argparse.Namespace) -> None:
     preflight.check_layout(source.architecture, args)
     if args.ground_truth_path:
         ground_truth.read(Path(args.ground_truth_path))
-    if args.prompts_path or not args.ground_truth_path:
-        args.prompts_path = args.prompts_path or MT_BENCH
+    if args.ground_truth_path and "prompts_path" not in args.explicit:
+        args.prompts_path = None  # it has prompts of its own
+    else:
         prompts_arguments.check(args)
     if args.save_ground_truth_path:
         _check_file(Path(args.save_ground_truth_path), "--save-ground-truth-path")
@@ -97,11 +100,7 @@ def check(args: argparse.Namespace) -> None:
 
 def validate(args: argparse.Namespace, session: Session) -> dict[str, Any]:
     """Decode every prompt twice, write the report. Returns it on rank 0."""
-    import torch
-    from megatron.core import parallel_state
-    from tqdm import tqdm
-
-    from post_training import data, dialogues, generation, speculative
+    from post_training import data, validation_report
 
     # What needs the hub or a file comes first: a model may take minutes to load.
     saved, read = None, None
@@ -111,56 +110,15 @@ def validate(args: argparse.Namespace, session: Session) -> dict[str, Any]:
         read = data.on_first_rank(lambda: prompts_arguments.load(args))
         logger.info("%s; the first turn of each is asked", read.describe())
     source = loading.fetch(loading.find(args), args)
-    options = loading.build_options(args, source)
-    model = loading.load(source, options, session, trust_remote_code=args.trust_remote_code)
-    if not speculative.can_verify(model):
-        raise UsageError(
-            f"--load {args.load}",
-            "its attention has a window, chunks or a state, of which several tokens after a cache "
-            "are not verified here",
-            "measure the exported draft in an engine",
-        )
-    tokenizer = loading.tokenizer(source, args)
-    ends = loading.end_tokens(source, args, tokenizer)
-    speaker = dialogues.Speaker(
-        model,
-        tokenizer,
-        ends,
-        source.architecture.max_position_embeddings,
-        args.osl,
-        template_options=prompts_arguments.template_options(args),
-    )
+    speaker = load(args, session, source)
     if read is not None:
-        asked, from_where = questions(args, speaker, read), read.source
+        asked, origin = questions(args, speaker, read), read.source
     else:
-        asked, from_where = saved.questions, saved.settings["prompts"]
-    if source.draft is not None and not source.draft.trained:
-        logger.warning("the draft of %s has not been trained yet", args.load)
-    rank, copies, _ = generation.data_parallel()
-    with tqdm(total=len(asked), unit="answer", disable=not session.show_progress) as bar:
-        found = validation.measure(
-            model,
-            asked[rank::copies],
-            max_new_tokens=args.osl,
-            steps=args.steps,
-            eos_ids=ends,
-            vocab_size=len(tokenizer),
-            progress=lambda: bar.update(copies),
-        )
-    # One rank of each copy speaks for it: one that has the logits.
-    speaks = parallel_state.get_tensor_model_parallel_rank() == 0
-    speaks &= parallel_state.is_pipeline_last_stage()
-    gathered: list[Any] = [None] * session.world
-    torch.distributed.all_gather_object(gathered, (rank, found if speaks else []))
+        asked, origin = saved.questions, saved.settings["prompts"]
+    measured = decode(args, session, speaker, asked)
     peak_memory = session.peak_memory()
     if not session.is_main:
         return {}
-    shares = {place: each for place, each in gathered if each}
-    measured = [
-        shares[number % copies][number // copies]
-        for number in range(len(asked))
-        if number % copies in shares
-    ]
     content = {
         "stage": "validate",
         "command": manifest.command(),
@@ -168,11 +126,11 @@ def validate(args: argparse.Namespace, session: Session) -> dict[str, Any]:
         "configuration": arguments.explicit(args),
         "inputs": source.inputs(),
         "settings": ground_truth.settings(
-            asked, source=from_where, steps=args.steps, max_new_tokens=args.osl
+            asked, source=origin, steps=args.steps, max_new_tokens=args.osl
         ),
         "acceptance": validation.summarize(measured, args.steps),
         "draft": source.draft.to_json() if source.draft else None,
-        "accepted": {str(each.question.id): each.accepted for each in measured},
+        "accepted": [{"id": each.question.id, "accepted": each.accepted} for each in measured],
         "peak_memory_bytes": peak_memory,
         "parallel": {
             "tensor": session.parallel.tensor,
@@ -189,10 +147,68 @@ def validate(args: argparse.Namespace, session: Session) -> dict[str, Any]:
             logger.warning("%s", note)
     write(args, content, measured, speaker.text)
     for each in content["acceptance"]["differences"]:
-        from post_training import validation_report
-
-        logger.warning("%s", validation_report.difference(each, tokenizer.decode))
+        logger.warning("%s", validation_report.difference(each, speaker.tokenizer.decode))
     return content
+
+
+def load(args: argparse.Namespace, session: Session, source: Source) -> Speaker:
+    """The model with its tokenizer; a collective call.
+
+    Raises:
+        UsageError: if its attention is of a kind that cannot verify several tokens at a time.
+    """
+    from post_training import dialogues, speculative
+
+    options = loading.build_options(args, source)
+    model = loading.load(source, options, session, trust_remote_code=args.trust_remote_code)
+    if not speculative.can_verify(model):
+        raise UsageError(
+            f"--load {args.load}",
+            "its attention has a window, chunks or a state, of which several tokens after a cache "
+            "are not verified here",
+            "measure the exported draft in an engine",
+        )
+    if source.draft is not None and not source.draft.trained:
+        logger.warning("the draft of %s has not been trained yet", args.load)
+    tokenizer = loading.tokenizer(source, args)
+    return dialogues.Speaker(
+        model,
+        tokenizer,
+        loading.end_tokens(source, args, tokenizer),
+        source.architecture.max_position_embeddings,
+        args.osl,
+        template_options=prompts_arguments.template_options(args),
+    )
+
+
+def decode(
+    args: argparse.Namespace, session: Session, speaker: Speaker, asked: list[Question]
+) -> list[Measured]:
+    """Every question's answers, in order, on rank 0; copies of the model share the questions."""
+    import torch
+    from megatron.core import parallel_state
+    from tqdm import tqdm
+
+    from post_training import generation
+
+    rank, copies, _ = generation.data_parallel()
+    with tqdm(total=len(asked), unit="answer", disable=not session.show_progress) as bar:
+        found = validation.measure(
+            speaker.model,
+            asked[rank::copies],
+            max_new_tokens=args.osl,
+            steps=args.steps,
+            eos_ids=speaker.eos_ids,
+            vocab_size=len(speaker.tokenizer),
+            progress=lambda: bar.update(copies),
+        )
+    # One rank of each copy speaks for it: one that has the logits.
+    speaks = parallel_state.get_tensor_model_parallel_rank() == 0
+    speaks &= parallel_state.is_pipeline_last_stage()
+    gathered: list[Any] = [None] * session.world
+    torch.distributed.all_gather_object(gathered, (rank, found if speaks else None))
+    shares = {place: each for place, each in gathered if each is not None}
+    return [shares[number % copies][number // copies] for number in range(len(asked))]
 
 
 def questions(args: argparse.Namespace, speaker: Speaker, read: Prompts) -> list[Question]:
@@ -222,7 +238,12 @@ def questions(args: argparse.Namespace, speaker: Speaker, read: Prompts) -> list
     return found
 
 
-def write(args: argparse.Namespace, content: dict[str, Any], measured: Any, text: Any) -> None:
+def write(
+    args: argparse.Namespace,
+    content: dict[str, Any],
+    measured: list[Measured],
+    text: Callable[[Sequence[int]], str],
+) -> None:
     """The report, the figure, and the ground truth if it is asked for."""
     from post_training import validation_report
 

@@ -42,7 +42,8 @@ def run(
     from megatron.core.inference.utils import InferenceMode
 
     _check(core)
-    core.eval()
+    if core.training:
+        core.eval()
     batch, length = input_ids.shape
     offset = 0 if context is None else int(context.sequence_len_offset)
     position_ids = torch.arange(offset, offset + length, device=input_ids.device)

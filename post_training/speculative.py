@@ -227,6 +227,8 @@ class _Draft:
     def __init__(self, core: Any, total: int) -> None:
         self.core = core
         self.module = core.eagle_module
+        if self.module.training:
+            self.module.eval()
         self.context = forward.new_context(1, total)
         self.rotary = self.module.rotary_pos_emb(total)
         self.device = forward.device_of(core)
