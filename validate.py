@@ -111,15 +111,14 @@ def validate(args: argparse.Namespace, session: Session) -> dict[str, Any]:
         logger.info("%s; the first turn of each is asked", read.describe())
     source = loading.fetch(loading.find(args), args)
     speaker = load(args, session, source)
+    asked, origin = (saved.questions, saved.settings["prompts"]) if saved else ([], "")
     if read is not None:
         asked, origin = questions(args, speaker, read), read.source
-    else:
-        asked, origin = saved.questions, saved.settings["prompts"]
     measured = decode(args, session, speaker, asked)
     peak_memory = session.peak_memory()
     if not session.is_main:
         return {}
-    content = {
+    content: dict[str, Any] = {
         "stage": "validate",
         "command": manifest.command(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),

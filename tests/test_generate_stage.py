@@ -19,7 +19,7 @@ import pytest
 import tools
 import torch
 
-from post_training import prompts, resumable
+from post_training import manifest, prompts, resumable
 from post_training.errors import UsageError
 
 ANSWER = 10
@@ -208,8 +208,15 @@ def test_the_manifest_names_inputs_and_the_output(outputs, setting):
     assert record["stage"] == "generate"
     assert [entry["role"] for entry in record["inputs"]] == ["model", "prompts"]
     assert record["inputs"][1]["sha256"] == resumable.files.sha256(setting.prompts)
-    assert "--max-new-tokens 10" in record["command"]  # not hidden as a secret
     assert record["outputs"][0]["sha256"] == resumable.files.sha256(outputs / "greedy.jsonl")
+
+
+def test_a_number_of_tokens_is_no_secret(monkeypatch):
+    words = ["generate.py", "--max-new-tokens", "10", "--hf-token", "hidden", "--x-token=hidden"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert manifest.command() == (
+        "generate.py --max-new-tokens 10 --hf-token '***' '--x-token=***'"
+    )
 
 
 @pytest.mark.parametrize(
