@@ -8,6 +8,7 @@ A stage names a Megatron checkpoint (``--load``) or a Hugging Face folder or hub
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from post_training import arguments, checkpoint, files, huggingface, manifest, parallel, preflight
 from post_training.architecture import Architecture
+from post_training.draft import Draft
 from post_training.errors import UsageError
 
 if TYPE_CHECKING:
@@ -61,10 +63,23 @@ class Source:
         """As the next manifest records it."""
         return [manifest.describe_input("model", self.location)]
 
+    @property
+    def draft(self) -> Draft | None:
+        """The draft that the checkpoint has beside its target; None without one."""
+        content = (self.manifest or {}).get("draft")
+        return Draft.from_json(content) if content else None
+
     def pruned_from(self) -> dict[str, Any]:
         """What a manifest carries on, so that the conf of the unpruned model stays usable."""
-        original = (self.manifest or {}).get("pruned_from")
-        return {"pruned_from": original} if original else {}
+        return self._carried("pruned_from")
+
+    def carried(self) -> dict[str, Any]:
+        """What a manifest carries on where the weights stay what they are."""
+        return self._carried("pruned_from", "quantization", "draft")
+
+    def _carried(self, *names: str) -> dict[str, Any]:
+        content = self.manifest or {}
+        return {name: content[name] for name in names if content.get(name)}
 
 
 def find(args: argparse.Namespace) -> Source:
@@ -95,6 +110,22 @@ def find(args: argparse.Namespace) -> Source:
         described=arguments.architecture(args, config),
         huggingface=args.pretrained_model_path,
     )
+
+
+def require_draft(source: Source, args: argparse.Namespace) -> None:
+    """Raise UsageError unless the source is a checkpoint with a draft. No torch."""
+    if not source.is_checkpoint:
+        raise UsageError(
+            f"--pretrained-model-path {source.location}",
+            "a Hugging Face folder has no draft",
+            "set MLM_MODEL_CKPT to what eagle3.sh saved",
+        )
+    if source.draft is None and not checkpoint.holds(Path(args.load), "eagle_module."):
+        raise UsageError(
+            f"--load {args.load}",
+            "it has no draft",
+            "name what eagle3.sh saved, or attach one: convert.sh <conf> --algorithm eagle3",
+        )
 
 
 def fetch(source: Source, args: argparse.Namespace) -> Source:
@@ -146,7 +177,9 @@ def load(
     """
     from post_training import model as model_building
 
-    model = model_building.build(source.architecture, options)
+    # Features stand for the layers of a target whose checkpoint was made without them.
+    offline = source.draft is not None and source.draft.offline
+    model = model_building.build(source.architecture, options, layers=not offline)
     if source.is_checkpoint:
         checkpoint.load(model, Path(source.location))
         logger.info("loaded checkpoint %s", source.location)
@@ -196,6 +229,17 @@ def tokenizer(source: Source, args: argparse.Namespace) -> Any:
     return huggingface.load_tokenizer(location, trust_remote_code=args.trust_remote_code)
 
 
+def end_tokens(source: Source, args: argparse.Namespace, tokenizer: Any) -> list[int]:
+    """Ids of the tokens that end an answer: the tokenizer's, and those of the generation config."""
+    found = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    if source.huggingface is not None:
+        path = local_huggingface(source, args) / "generation_config.json"
+        if path.is_file():
+            stated = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            found += [stated] if isinstance(stated, int) else list(stated or ())
+    return sorted(set(found))
+
+
 def _find_checkpoint(args: argparse.Namespace) -> Source:
     folder = Path(args.load)
     preflight.checkpoint_folder(folder)
@@ -211,6 +255,13 @@ def _find_checkpoint(args: argparse.Namespace) -> Source:
             f"checkpoint {folder}",
             f"{len(damaged)} of its files are missing or cut short, e.g. {damaged[0]}",
             "copy or make it again",
+        )
+    if (content.get("draft") or {}).get("offline") and args.stage not in ("eagle3", "convert"):
+        raise UsageError(
+            f"checkpoint {folder}",
+            "it has a draft and not the target's layers (convert.sh --export-offline-model)",
+            "join it with its target: convert.sh <conf> --algorithm eagle3 --draft-model-path "
+            f"{folder}",
         )
     described = arguments.architecture(args, manifest=content)
     return Source(args.load, True, described, origin, content)

@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -36,10 +37,10 @@ _PACKAGES = (
     "transformer-engine",
 )
 # A Hub token is "hf_" and 30 or more characters; anything given to an option that names a
-# token, key, secret or password is hidden too.
+# token (not tokens, which are counted), key, secret or password is hidden too.
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 _SECRET_OPTION = re.compile(
-    r"--[\w-]*(token(?!izer)|api-key|secret|password)[\w-]*$", re.IGNORECASE
+    r"--[\w-]*(token(?!izer|s)|api-key|secret|password)[\w-]*$", re.IGNORECASE
 )
 
 
@@ -56,9 +57,20 @@ class Manifest:
     peak_memory_bytes: dict[str, int] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 
-    def write(self, folder: Path) -> dict[str, Any]:
-        """Describe every file of ``folder`` and write its ``run.json``. Returns the content."""
-        content = {
+    def write(self, folder: Path, parts: Sequence[str] = ()) -> dict[str, Any]:
+        """Describe the files of ``folder`` and write its ``run.json``. Returns the content.
+
+        Args:
+            folder: of the output.
+            parts: subfolders whose files to describe, where others still change; by default all.
+        """
+        content = self.content(self._outputs(folder, parts))
+        files.write_json(folder / FILE, content)
+        return content
+
+    def content(self, outputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """What is written, for outputs that are described as ``files.describe_tree`` does."""
+        return {
             "format": FORMAT,
             "stage": self.stage,
             "command": command(),
@@ -69,13 +81,20 @@ class Manifest:
             "versions": versions(),
             "git_commit": git_commit(),
             "inputs": self.inputs,
-            "outputs": files.describe_tree(folder, skip=frozenset({FILE})),
+            "outputs": outputs,
             "metrics": self.metrics,
             "peak_memory_bytes": self.peak_memory_bytes,
             **self.extra,
         }
-        files.write_json(folder / FILE, content)
-        return content
+
+    def _outputs(self, folder: Path, parts: Sequence[str]) -> list[dict[str, Any]]:
+        if not parts:
+            return files.describe_tree(folder, skip=frozenset({FILE}))
+        return [
+            {**each, "file": f"{part}/{each['file']}"}
+            for part in parts
+            for each in files.describe_tree(folder / part)
+        ]
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -107,13 +126,16 @@ def read(folder: Path) -> dict[str, Any] | None:
 def describe_input(role: str, location: str | Path) -> dict[str, Any]:
     """An input as manifests record it: path (or hub name) and the hash of its own manifest.
 
-    A folder without a manifest is described by the names, sizes and times of its files instead.
+    A folder without a manifest is described by the names, sizes and times of its files instead, a
+    file by its hash.
     """
     folder = Path(location)
     entry: dict[str, Any] = {"role": role, "path": str(location)}
     if folder.exists():
         entry["path"] = str(folder.resolve())
-        if (folder / FILE).is_file():
+        if folder.is_file():
+            entry["sha256"] = files.sha256(folder)
+        elif (folder / FILE).is_file():
             entry["manifest_sha256"] = files.sha256(folder / FILE)
         else:
             entry["listing_sha256"] = files.listing_sha256(folder)
