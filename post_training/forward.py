@@ -21,6 +21,7 @@ def run(
     input_ids: torch.Tensor,
     positions: torch.Tensor | None,
     context: StaticInferenceContext | None = None,
+    labels: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Run this rank's stage. Logits on the last one, None on the others.
 
@@ -30,6 +31,7 @@ def run(
         positions: int64 [b]; logits of this position of each sequence only, [b, 1, vocabulary].
             None: of all, [b, s, vocabulary].
         context: cache holding ``sequence_len_offset`` tokens already; advanced by s.
+        labels: int64 [b, s]; the result is then the cross entropy of each, float32 [b, s].
     """
     from megatron.core import parallel_state
     from megatron.core.inference.utils import InferenceMode
@@ -55,15 +57,19 @@ def run(
     if offset and length > 1:
         mask = _causal_mask(offset, length, input_ids.device)
         hooks.append(_masked_attention(core))
-    with InferenceMode.active(), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        if labels is None:
+            # In this mode logits are always whole; the cross entropy takes them split.
+            stack.enter_context(InferenceMode.active())
         for hook in hooks:
             stack.enter_context(hook)
         output = core(
             input_ids,
             position_ids.expand(batch, -1),
             mask,
+            labels=labels,
             inference_context=context,
-            runtime_gather_output=True,
+            runtime_gather_output=labels is None,
         )
     if context is not None:
         context.sequence_len_offset += length

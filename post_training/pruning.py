@@ -1,0 +1,356 @@
+"""Minitron pruning of a megatron-core model by ModelOpt: widths by activations, layers by cosine.
+
+Each channel, head, expert and layer gets an importance from a calibration run; the least important
+ones are cut, alike in every layer (Minitron, arXiv 2407.14679). ModelOpt's searcher does the work.
+It is extended here so that its scores are kept with a description of what they are of, copies of
+the model (data parallelism) contribute to one ranking, and it does not print.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from post_training import generation
+from post_training.errors import UsageError
+from post_training.pruning_cache import ScoreCache
+from post_training.pruning_space import Dimension, Granularity
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import MegatronModule, TransformerConfig
+
+    from post_training.architecture import Architecture
+
+logger = logging.getLogger("post_training")
+
+_MEBIBYTE = 1 << 20
+_MEMORY = "memory_mb"  # ModelOpt's constraint, in MiB
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What inference memory is counted for: 16-bit weights and the cache of these tokens."""
+
+    sequence_length: int = 4096
+    batch_size: int = 1
+
+
+@dataclass(frozen=True)
+class Search:
+    """Limits that the pruned model must meet, and where to look for it.
+
+    Attributes:
+        limits: ``params``, ``active_params`` and ``memory`` (bytes), those that are given.
+        max_width: largest share of a width's choices that may be cut.
+        max_depth: the same for the depth.
+        top_k: candidates that are scored: the largest ones within the limits.
+        skip: hyper-parameters that stay as they are.
+        memory: what memory is counted for.
+    """
+
+    limits: Mapping[str, float]
+    max_width: float = 0.4
+    max_depth: float = 0.2
+    top_k: int = 10
+    skip: tuple[str, ...] = ()
+    memory: Memory = field(default_factory=Memory)
+
+    def spaces(self, allowed: Mapping[str, Dimension]) -> dict[str, tuple[int, ...]]:
+        """The values that are tried of each hyper-parameter (as ModelOpt chooses them)."""
+        found = {}
+        for name, each in allowed.items():
+            share = self.max_depth if name == "num_layers" else self.max_width
+            if len(each.choices) > 1 and name not in self.skip:
+                found[name] = each.choices[int((1 - share) * len(each.choices)) :]
+        return found
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters, those used for one token, and bytes of weights and cache."""
+
+    parameters: int
+    active: int
+    weights: int
+    cache: int
+
+    @property
+    def memory(self) -> int:
+        return self.weights + self.cache
+
+    def to_json(self) -> dict[str, int]:
+        return {
+            "parameters": self.parameters,
+            "active_parameters": self.active,
+            "weight_bytes": self.weights,
+            "cache_bytes": self.cache,
+        }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What pruning did.
+
+    Attributes:
+        config: hyper-parameters by name with their new values.
+        kept_layers: numbers of the layers that are left, from 1 as before pruning, ascending.
+        layer_scores: importance by layer number.
+        candidates: of a search, each with ``config`` and ``score``, the best one first.
+        fitting: number of architectures within the limits.
+        calibrated: whether scores were collected now, rather than taken from the cache.
+    """
+
+    config: dict[str, int]
+    kept_layers: list[int]
+    layer_scores: dict[int, float]
+    candidates: list[dict[str, Any]]
+    fitting: int
+    calibrated: bool
+
+
+def size(
+    architecture: Architecture, config: TransformerConfig, memory: Memory, **changes: int
+) -> Size:
+    """What a model takes, with ``changes`` to its hyper-parameters; computed, not measured."""
+    from modelopt.torch.nas.plugins import megatron_model_stats as stats
+
+    described = (
+        architecture.vocab_size,
+        architecture.share_embeddings_and_output_weights,
+        architecture.hybrid_layer_pattern,
+    )
+    total, active = stats.mcore_param_count(config, *described, **changes)
+    weights, cached, state, _ = stats.mcore_memory_footprint_mb(
+        config,
+        *described,
+        sequence_length=memory.sequence_length,
+        batch_size=memory.batch_size,
+        **changes,
+    )
+    return Size(total, active, round(weights * _MEBIBYTE), round((cached + state) * _MEBIBYTE))
+
+
+def within(found: Size, limits: Mapping[str, float]) -> bool:
+    values = {"params": found.parameters, "active_params": found.active, "memory": found.memory}
+    return all(values[name] <= limit for name, limit in limits.items())
+
+
+def check_reachable(
+    architecture: Architecture,
+    config: TransformerConfig,
+    allowed: Mapping[str, Dimension],
+    search: Search,
+) -> None:
+    """Raise UsageError if the limits are met already, or by no architecture of the search."""
+    smallest = {name: choices[0] for name, choices in search.spaces(allowed).items()}
+    if architecture.hybrid_layer_pattern:
+        smallest.pop("num_layers", None)  # its size depends on which layers go
+    least = size(architecture, config, search.memory, **smallest)
+    whole = size(architecture, config, search.memory)
+    wanted = ", ".join(f"{name} <= {limit:,.0f}" for name, limit in search.limits.items())
+    if within(whole, search.limits):
+        raise UsageError(
+            f"the target {wanted}",
+            f"the model meets it already: {_shown(whole)}",
+            "give a smaller target",
+        )
+    if not within(least, search.limits):
+        raise UsageError(
+            f"the target {wanted}",
+            f"the smallest architecture of the search has {_shown(least)}: {smallest}",
+            f"give a larger target, raise --prune-max-width-pruning {search.max_width} or "
+            f"--prune-max-depth-pruning {search.max_depth}, or name the widths with "
+            "--prune-export-config",
+        )
+
+
+def _shown(found: Size) -> str:
+    return (
+        f"params = {found.parameters:,}, active_params = {found.active:,}, "
+        f"memory = {found.memory:,} bytes"
+    )
+
+
+def prune(
+    model: MegatronModule,
+    target: Mapping[str, int] | Search,
+    granularity: Granularity,
+    *,
+    allowed: Mapping[str, Dimension],
+    calibrate: Callable[[torch.nn.Module], None],
+    describe_calibration: Callable[[], Mapping[str, Any]],
+    score: Callable[[torch.nn.Module], float] | None = None,
+    cache: ScoreCache | None = None,
+    show_progress: bool = False,
+) -> Outcome:
+    """Prune ``model`` in place; a collective call.
+
+    Args:
+        model: built with the Transformer Engine layer spec at TP=1.
+        target: new values by hyper-parameter, only those that change, or a search.
+        granularity: steps of the widths.
+        allowed: from :func:`pruning_space.dimensions` for the same granularity.
+        calibrate: runs this rank's share of the calibration data through the model.
+        describe_calibration: of the data that ``calibrate`` ran, for the cache.
+        score: of a candidate, larger is better; needed for a search.
+        cache: where scores are kept.
+        show_progress: let ModelOpt draw its progress bars on this rank.
+    """
+    import modelopt.torch.nas as mtn
+    from modelopt.torch.opt.conversion import ModeloptStateManager
+    from modelopt.torch.prune.plugins.mcore_minitron import get_mcore_minitron_config
+    from modelopt.torch.prune.pruning import PruneModeRegistry
+
+    steps = get_mcore_minitron_config(
+        hidden_size_divisor=granularity.hidden_size,
+        ffn_hidden_size_divisor=granularity.ffn_hidden_size,
+        num_layers_divisor=granularity.num_layers,
+        num_moe_experts_divisor=granularity.num_moe_experts,
+        mamba_head_dim_divisor=granularity.mamba_head_dim,
+    )
+    layers = model.config.num_layers
+    calibrated = False
+
+    def collect(dynamic: torch.nn.Module) -> None:
+        nonlocal calibrated
+        calibrated = True
+        calibrate(dynamic)
+        _add_over_copies(dynamic)
+
+    config: dict[str, Any] = {"forward_loop": collect}
+    if isinstance(target, Search):
+        config |= {
+            "score_func": score,
+            "max_width_pruning": target.max_width,
+            "max_depth_pruning": target.max_depth,
+            "hparams_to_skip": [name for name in target.skip if allowed[name].original],
+            "top_k": target.top_k,
+            "candidate_filter": lambda found: _is_allowed(found, allowed),
+            "seq_length": target.memory.sequence_length,
+            "batch_size": target.memory.batch_size,
+        }
+        constraints: dict[str, Any] = {n: float(v) for n, v in target.limits.items()}
+        if "memory" in constraints:
+            constraints[_MEMORY] = constraints.pop("memory") / _MEBIBYTE
+    else:
+        constraints = {"export_config": dict(target)}
+    searcher = _searcher_class()()
+    searcher.cache, searcher.describe_calibration = cache, describe_calibration
+    with _quiet(show_progress):
+        dynamic = mtn.convert(model, [("mcore_minitron", steps)], registry=PruneModeRegistry)
+        searcher.search(dynamic, constraints, None, config)
+        pruned = mtn.export(dynamic)
+    # The architecture says all there is to say about the pruned model; a state of ModelOpt's
+    # would only be restored, without effect, by every later stage.
+    ModeloptStateManager.remove_state(pruned)
+    state = searcher.state_dict()
+    chosen = dict(state["best"]["ss_config"] if isinstance(target, Search) else target)
+    fitting = _candidates(state["all_candidates_per_constraint"], constraints)
+    scored = [each for each in fitting if each.score is not None]
+    scored.sort(key=lambda each: each.score, reverse=True)
+    ranked = state["sorted_layers"] or range(1, layers + 1)
+    return Outcome(
+        config=chosen,
+        kept_layers=sorted(list(ranked)[: chosen.get("num_layers", layers)]),
+        layer_scores={number: float(value) for number, value in state["layer_scores"].items()},
+        candidates=[
+            {"config": dict(each.ss_config), "score": float(each.score)} for each in scored
+        ],
+        fitting=len(fitting),
+        calibrated=calibrated,
+    )
+
+
+def _is_allowed(candidate: Mapping[str, Any], allowed: Mapping[str, Dimension]) -> bool:
+    """Whether every value of a candidate can be: ModelOpt does not know the router's top-k."""
+    return all(
+        not allowed[name].choices or value in allowed[name].choices
+        for name, value in candidate.items()
+        if name in allowed
+    )
+
+
+def _candidates(found: Mapping[Any, Any], limits: Mapping[str, float]) -> list[Any]:
+    """Those that meet ``limits`` (ModelOpt's constraints), the largest first."""
+    for key, candidates in found.items():
+        if dict(key) == dict(limits):
+            return list(candidates)
+    return []
+
+
+def _add_over_copies(model: torch.nn.Module) -> None:
+    """Add up the activations that each data-parallel copy has seen, so that all rank alike."""
+    _, copies, group = generation.data_parallel()
+    if copies == 1:
+        return
+    for module in model.modules():
+        if hasattr(module, "_activations"):
+            kept = module._activations
+            for tensor in kept.values() if isinstance(kept, dict) else [kept]:
+                if tensor is not None:
+                    torch.distributed.all_reduce(tensor, group=group)
+        score: Any = getattr(module, "_scores", None)
+        if score is not None:
+            gathered: list[Any] = [None] * copies
+            torch.distributed.all_gather_object(gathered, float(score), group=group)
+            module._scores = sum(gathered)
+
+
+@cache
+def _searcher_class() -> Any:
+    from modelopt.torch.prune.plugins.mcore_minitron import MCoreMinitronSearcher
+    from modelopt.torch.utils import distributed
+
+    class Searcher(MCoreMinitronSearcher):
+        """ModelOpt's searcher with scores that are kept in a :class:`ScoreCache`."""
+
+        cache: ScoreCache | None = None
+        describe_calibration: Callable[[], Mapping[str, Any]] = dict
+        calibrated_on: Mapping[str, Any] | None = None
+
+        def load_search_checkpoint(self, strict: bool = True) -> bool:
+            if self.cache is None:
+                return False
+            device = next(self.model.parameters()).device
+            state = self.cache.read(distributed.rank(), device)
+            if state is None:
+                return False
+            for key, default in self.default_state_dict.items():
+                setattr(self, key, state.get(key, default))
+            self.calibrated_on = (self.cache.described() or {})["calibration"]
+            return True
+
+        def save_search_checkpoint(self, verbose: bool = False) -> None:
+            if self.cache is not None:
+                described = self.calibrated_on or self.describe_calibration()
+                self.cache.write(self.state_dict(), distributed.rank(), described)
+
+    return Searcher
+
+
+@contextlib.contextmanager
+def _quiet(show_progress: bool) -> Iterator[None]:
+    """Keep ModelOpt's tables off stdout and, where nobody watches, its bars off stderr.
+
+    The log writes to the stderr of before, so what a stage says comes through.
+    """
+    printed = io.StringIO()
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.redirect_stdout(printed))
+            if not show_progress:
+                stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            yield
+    finally:
+        for line in printed.getvalue().splitlines():
+            if line.strip():
+                logger.debug("ModelOpt: %s", line.rstrip())
+        sys.stdout.flush()
