@@ -10,7 +10,7 @@
 #   MLM_MODEL_SAVE  where to save (default: $MLM_WORK_DIR/<conf>_pruned)
 #   MLM_PROMPTS, MLM_REF_LABEL  prompts and expected texts of the smoke generation, split by |
 #
-# TP is 1; PP and DP may be larger. The pruned model needs distillation: distill.sh.
+# TP and DP are 1; PP may be larger. The pruned model needs distillation: distill.sh.
 # Further variables: conf/arguments.sh. All flags: bash prune.sh --help
 set -euo pipefail
 SCRIPT_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -18,6 +18,7 @@ SCRIPT_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$SCRIPT_DIR/conf/arguments.sh"
 
 start prune "$@"
+[[ "${DP:-1}" == 1 ]] || fail "DP=$DP" "pruning takes one copy of the model" "DP=1; PP may be larger"
 flags=(--save "${MLM_MODEL_SAVE:-$MLM_WORK_DIR/${MLM_MODEL_CFG}_pruned}")
 [[ -z "${MLM_MODEL_CKPT:-}" ]] || flags+=(--load "$MLM_MODEL_CKPT")
 [[ -z "${MLM_PROMPTS:-}" ]] || flags+=("--prompts=$MLM_PROMPTS")

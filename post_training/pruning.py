@@ -2,8 +2,8 @@
 
 Each channel, head, expert and layer gets an importance from a calibration run; the least important
 ones are cut, alike in every layer (Minitron, arXiv 2407.14679). ModelOpt's searcher does the work.
-It is extended here so that its scores are kept with a description of what they are of, copies of
-the model (data parallelism) contribute to one ranking, and it does not print.
+It is extended here so that its scores are kept with a description of what they are of, and that it
+does not print.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ import io
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from post_training import generation
 from post_training.errors import UsageError
 from post_training.pruning_cache import ScoreCache
 from post_training.pruning_space import Dimension, Granularity
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("post_training")
 
 _MEBIBYTE = 1 << 20
+_WEIGHT_BYTES = 2
 _MEMORY = "memory_mb"  # ModelOpt's constraint, in MiB
 
 
@@ -127,6 +127,7 @@ def size(
         architecture.share_embeddings_and_output_weights,
         architecture.hybrid_layer_pattern,
     )
+    values = {**architecture.resolved(), **changes}
     total, active = stats.mcore_param_count(config, *described, **changes)
     weights, cached, state, _ = stats.mcore_memory_footprint_mb(
         config,
@@ -135,10 +136,43 @@ def size(
         batch_size=memory.batch_size,
         **changes,
     )
-    return Size(total, active, round(weights * _MEBIBYTE), round((cached + state) * _MEBIBYTE))
+    more = 0
+    if values["add_qkv_bias"] and not values["add_bias_linear"]:
+        # ModelOpt counts biases of all linears or of none.
+        rows = values["num_attention_heads"] + 2 * values["num_query_groups"]
+        more = rows * values["kv_channels"] * values["num_layers"]
+    return Size(
+        total + more,
+        active + more,
+        round(weights * _MEBIBYTE) + more * _WEIGHT_BYTES,
+        round((cached + state) * _MEBIBYTE),
+    )
+
+
+def counted(model: MegatronModule, computed: Size) -> Size:
+    """``computed`` with the parameters that the model really has; a collective call."""
+    from modelopt.torch.nas.plugins import megatron_model_stats as stats
+
+    # Not model.count_parameters: after dropping layers the stages may hold unequal numbers.
+    actual = stats.mcore_param_count_live(model)
+    if actual != computed.parameters:
+        logger.warning(
+            "%s parameters were computed for this architecture, it has %s: a search may miss its "
+            "target by as much",
+            f"{computed.parameters:,}",
+            f"{actual:,}",
+        )
+    more = actual - computed.parameters
+    return replace(
+        computed,
+        parameters=actual,
+        active=computed.active + more,
+        weights=computed.weights + more * _WEIGHT_BYTES,
+    )
 
 
 def within(found: Size, limits: Mapping[str, float]) -> bool:
+    """Whether a size meets every limit of a search."""
     values = {"params": found.parameters, "active_params": found.active, "memory": found.memory}
     return all(values[name] <= limit for name, limit in limits.items())
 
@@ -179,12 +213,35 @@ def _shown(found: Size) -> str:
     )
 
 
+def acceptance(
+    architecture: Architecture,
+    config: TransformerConfig,
+    allowed: Mapping[str, Dimension],
+    target: Mapping[str, int] | Search,
+) -> Callable[[Mapping[str, Any]], bool]:
+    """What a candidate of ModelOpt's must meet besides: it knows no top-k and no biases of q, k, v.
+
+    The function takes a candidate's hyper-parameters by name, other names being skipped.
+    """
+
+    def accept(candidate: Mapping[str, Any]) -> bool:
+        found = {name: value for name, value in candidate.items() if allowed[name].choices}
+        if any(value not in allowed[name].choices for name, value in found.items()):
+            return False
+        if not isinstance(target, Search) or architecture.hybrid_layer_pattern:
+            return True
+        return within(size(architecture, config, target.memory, **found), target.limits)
+
+    return accept
+
+
 def prune(
     model: MegatronModule,
     target: Mapping[str, int] | Search,
     granularity: Granularity,
     *,
     allowed: Mapping[str, Dimension],
+    acceptable: Callable[[Mapping[str, Any]], bool],
     calibrate: Callable[[torch.nn.Module], None],
     describe_calibration: Callable[[], Mapping[str, Any]],
     score: Callable[[torch.nn.Module], float] | None = None,
@@ -198,7 +255,8 @@ def prune(
         target: new values by hyper-parameter, only those that change, or a search.
         granularity: steps of the widths.
         allowed: from :func:`pruning_space.dimensions` for the same granularity.
-        calibrate: runs this rank's share of the calibration data through the model.
+        acceptable: whether a candidate, given by all its hyper-parameters, may be chosen.
+        calibrate: runs the calibration data through the model.
         describe_calibration: of the data that ``calibrate`` ran, for the cache.
         score: of a candidate, larger is better; needed for a search.
         cache: where scores are kept.
@@ -223,7 +281,6 @@ def prune(
         nonlocal calibrated
         calibrated = True
         calibrate(dynamic)
-        _add_over_copies(dynamic)
 
     config: dict[str, Any] = {"forward_loop": collect}
     if isinstance(target, Search):
@@ -233,7 +290,7 @@ def prune(
             "max_depth_pruning": target.max_depth,
             "hparams_to_skip": [name for name in target.skip if allowed[name].original],
             "top_k": target.top_k,
-            "candidate_filter": lambda found: _is_allowed(found, allowed),
+            "candidate_filter": acceptable,
             "seq_length": target.memory.sequence_length,
             "batch_size": target.memory.batch_size,
         }
@@ -269,39 +326,12 @@ def prune(
     )
 
 
-def _is_allowed(candidate: Mapping[str, Any], allowed: Mapping[str, Dimension]) -> bool:
-    """Whether every value of a candidate can be: ModelOpt does not know the router's top-k."""
-    return all(
-        not allowed[name].choices or value in allowed[name].choices
-        for name, value in candidate.items()
-        if name in allowed
-    )
-
-
 def _candidates(found: Mapping[Any, Any], limits: Mapping[str, float]) -> list[Any]:
     """Those that meet ``limits`` (ModelOpt's constraints), the largest first."""
     for key, candidates in found.items():
         if dict(key) == dict(limits):
             return list(candidates)
     return []
-
-
-def _add_over_copies(model: torch.nn.Module) -> None:
-    """Add up the activations that each data-parallel copy has seen, so that all rank alike."""
-    _, copies, group = generation.data_parallel()
-    if copies == 1:
-        return
-    for module in model.modules():
-        if hasattr(module, "_activations"):
-            kept = module._activations
-            for tensor in kept.values() if isinstance(kept, dict) else [kept]:
-                if tensor is not None:
-                    torch.distributed.all_reduce(tensor, group=group)
-        score: Any = getattr(module, "_scores", None)
-        if score is not None:
-            gathered: list[Any] = [None] * copies
-            torch.distributed.all_gather_object(gathered, float(score), group=group)
-            module._scores = sum(gathered)
 
 
 @cache

@@ -31,7 +31,7 @@ class ScoreCache:
     Attributes:
         folder: may not exist yet.
         model: the model to prune, as a manifest describes an input.
-        layout: pipeline and data-parallel sizes, which decide what each rank's file holds.
+        layout: of the pipeline, which decides what each rank's file holds.
         search: what the candidates of a search depend on besides the scores.
     """
 
@@ -71,7 +71,7 @@ class ScoreCache:
             raise UsageError(
                 what,
                 f"its scores were saved with {theirs}, this run has {mine}",
-                "use the same PP and DP, name another folder, or delete this one",
+                "use the same PP, name another folder, or delete this one",
             )
         return content
 

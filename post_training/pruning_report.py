@@ -63,11 +63,11 @@ def show_candidates(candidates: list[dict[str, Any]], fitting: int, scored_by: s
     table.add_column("")
     for name in names:
         table.add_column(MEANINGS[name], justify="right")
-    for name in ("parameters", "memory", scored_by):
-        table.add_column(name, justify="right")
+    for name in ("params", "memory", scored_by):
+        table.add_column(name, justify="right", no_wrap=name != scored_by)
     for number, each in enumerate(candidates, start=1):
         table.add_row(
-            f"{number}",
+            str(number),
             *(f"{each['config'][name]:,}" for name in names),
             f"{each['parameters']:,}",
             report.number_of_bytes(each["weight_bytes"] + each["cache_bytes"]),
