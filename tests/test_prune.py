@@ -355,6 +355,17 @@ def test_two_pipeline_stages_prune_as_one(pruned, tmp_path):
         assert torch.equal(tensor, two[name]), name
 
 
+def test_experts_shared_experts_and_a_list_of_layers_are_pruned(tmp_path):
+    tools.run("tests/pruning_worker.py", tmp_path / "moe.pt", "--fp32")
+    found = torch.load(tmp_path / "moe.pt", weights_only=True)
+    assert found["experts"] == 4
+    assert found["pattern"] == [(0, 1, 1, 1)[number - 1] for number in found["kept_layers"]]
+    total, active = found["computed"]
+    assert found["counted"] == total > active
+    assert found["logits"].isfinite().all() and found["logits"].std() > 0.3
+    assert torch.equal(found["loaded"], found["logits"])
+
+
 REFUSED = {
     "TP=2": ((*named(SIZES), *TP), "TP=2", "PP spreads"),
     "width between steps": (named({"hidden_size": 100}), "hidden_size = 100", "use 96 or 128"),
