@@ -37,7 +37,6 @@ from post_training import (
 from post_training.errors import UsageError
 
 if TYPE_CHECKING:
-
     from post_training.loading import Source
     from post_training.runtime import Session
     from post_training.training import Outcome

@@ -37,7 +37,7 @@ HUGGINGFACE = "huggingface"
 MODELOPT_STATE = "modelopt_state"
 CHECKPOINT_VERSION = 3.0
 # Names under which an iteration of training keeps its own state (training_checkpoint.py).
-TRAINING_KEYS = ("optimizer.", "rng_state")
+TRAINING_KEYS = ("optimizer.", "rng_state", "_loss_modules.")
 # Tells loaders how sharded tensors were cut; Megatron-LM reads it back from the checkpoint.
 CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 

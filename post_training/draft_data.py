@@ -236,7 +236,7 @@ def prepare(
 
     data.on_first_rank(make)
     content = json.loads((target / "data.json").read_text(encoding="utf-8"))
-    return _mapped(target, "train"), _mapped(target, "valid"), content
+    return mapped(target, "train"), mapped(target, "valid"), content
 
 
 def _pack(
@@ -291,7 +291,8 @@ def _pack(
     files.publish(target)
 
 
-def _mapped(folder: Path, name: str) -> PackedConversations:
+def mapped(folder: Path, name: str) -> PackedConversations:
+    """The packed sequences ``train`` or ``valid`` of a folder that :func:`prepare` filled."""
     import numpy
 
     ids, mask = (
