@@ -90,7 +90,6 @@ def save(
     Returns:
         The manifest's content on rank 0, None elsewhere.
     """
-    import modelopt.torch.opt as mto
     import torch
     from megatron.core import dist_checkpointing
     from modelopt.torch.opt.plugins import save_sharded_modelopt_state
@@ -108,7 +107,7 @@ def save(
         "model": model.sharded_state_dict(metadata=metadata()),
     }
     dist_checkpointing.save(state, str(work / RELEASE), content_metadata=dict(CONTENT))
-    if mto.ModeloptStateManager.is_converted(model):
+    if has_modelopt_state(model):
         save_sharded_modelopt_state([model], str(work / RELEASE))
     torch.distributed.barrier()
     content = None
@@ -176,6 +175,18 @@ def load(model: MegatronModule, folder: Path, *, only: str = "") -> None:
             "use the conf of the model that was saved",
         )
     model.load_state_dict(state["model"], strict=False)
+
+
+def has_modelopt_state(model: MegatronModule) -> bool:
+    """Whether ModelOpt changed the model in a way that whoever loads it must repeat.
+
+    Quantizers and drafts are such changes; holding a teacher during distillation is not.
+    """
+    import modelopt.torch.opt as mto
+
+    if not mto.ModeloptStateManager.is_converted(model):
+        return False
+    return bool(mto.modelopt_state(model)["modelopt_state_dict"])
 
 
 def is_quantized(folder: Path) -> bool:
