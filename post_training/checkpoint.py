@@ -174,7 +174,8 @@ def load(model: MegatronModule, folder: Path, *, only: str = "") -> None:
             f"it lacks {_examples(missing)} and has {_examples(unexpected)} that the model lacks",
             "use the conf of the model that was saved",
         )
-    model.load_state_dict(state["model"], strict=False)
+    # A pipeline stage may have none of the tensors that ``only`` names.
+    model.load_state_dict(state.get("model", {}), strict=False)
 
 
 def has_modelopt_state(model: MegatronModule) -> bool:
