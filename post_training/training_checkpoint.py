@@ -184,6 +184,7 @@ class TrainingCheckpoints:
         common = dist_checkpointing.load_common_state_dict(str(weights))
         progress = Progress(**common[_PROGRESS])
         metadata = {**checkpoint.metadata(weights), **_OPTIMIZER}
+        _allocate_state(optimizer, progress.iteration)
         wanted: dict[str, Any] = {
             "optimizer": optimizer.sharded_state_dict(tensors, is_loading=True, metadata=metadata)
         }
@@ -194,7 +195,7 @@ class TrainingCheckpoints:
         if same_layout:
             wanted["rng_state"] = _sharded_random_state()
         state = dist_checkpointing.load(wanted, str(weights))
-        optimizer.load_state_dict(state["optimizer"])
+        _restore_optimizer(optimizer, state["optimizer"])
         if same_layout:
             _set_random_state(state["rng_state"])
         else:
@@ -218,6 +219,53 @@ class TrainingCheckpoints:
             shutil.rmtree(self.folder / f"iter_{number:07d}")
         for path in self.folder.glob("iter_*.incomplete"):
             shutil.rmtree(path)
+
+
+def _allocate_state(optimizer: Any, step: int) -> None:
+    """Give a new optimizer the state that is to be filled, where it is PyTorch's.
+
+    megatron-core (distrib_optimizer.py, state_dict) reads the step from the state of parameters,
+    which PyTorch's AdamW makes in its first step only.
+    """
+    import torch
+
+    for inner in _pytorch_optimizers(optimizer):
+        for parameter in (p for group in inner.param_groups for p in group["params"]):
+            if not inner.state[parameter]:
+                inner.state[parameter] = {
+                    "step": torch.tensor(float(step)),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def _restore_optimizer(optimizer: Any, state: Any) -> None:
+    """Load a state that was saved; where the optimizer is PyTorch's, with two corrections.
+
+    megatron-core (distrib_optimizer.py) looks for the step among the tensors of each parameter,
+    though it left it out when it saved them, and gives all parameters the same step tensor, which
+    PyTorch then counts up once for each of them.
+    """
+    inners = _pytorch_optimizers(optimizer)
+    if inners:
+        for each in getattr(optimizer, "chained_optimizers", [optimizer]):
+            fill = each._set_main_param_and_optimizer_states
+            each._set_main_param_and_optimizer_states = lambda parameter, tensors, fill=fill: fill(
+                parameter, {"step": None, **tensors}
+            )
+    optimizer.load_state_dict(state)
+    for inner in inners:
+        for each in inner.state.values():
+            each["step"] = each["step"].clone()
+
+
+def _pytorch_optimizers(optimizer: Any) -> list[Any]:
+    """The optimizers inside megatron-core's that are PyTorch's; none with Apex or the real TE."""
+    from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
+
+    if HAVE_APEX_OR_TE:
+        return []
+    return [each.optimizer for each in getattr(optimizer, "chained_optimizers", [optimizer])]
 
 
 def _world() -> int:
