@@ -28,6 +28,7 @@ skip_lm_loss: false
 kd_loss_scale: 2.0
 logit_kl_temperature: 1.5
 """
+EXPORTS = {"pruned": "pruned_hf", "everything": "distilled_hf", "quantized again": "fp8_hf"}
 # Relative difference of losses that were added up in another order.
 TOLERANCE = 2e-4
 
@@ -75,9 +76,10 @@ def runs(root):
         ("distill", flags(root, "answers", "--answers-only", data="chat.jsonl", iterations=1)),
         ("distill", flags(root, "quantized again", student="quantized", iterations=2)),
         ("distill", flags(root, "once", *once, iterations=1)),
-        ("export", ("--load", root / "pruned", "--export-dir", root / "pruned_hf", "--fp32")),
-        ("export", ("--load", root / "everything", "--export-dir", root / "distilled_hf", "--fp32")),
-        ("export", ("--load", root / "quantized again", "--export-dir", root / "fp8_hf", "--fp32")),
+        *(
+            ("export", ("--load", root / name, "--export-dir", root / to, "--fp32"))
+            for name, to in EXPORTS.items()
+        ),
         tools.logits_job(root / "logits of everything", tools.tokens(),
                          "--load", root / "everything", "--fp32"),
     ]  # fmt: skip
