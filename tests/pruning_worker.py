@@ -15,6 +15,7 @@ from generation_worker import GROUPED_QUERIES, SHARED, VOCABULARY, fill
 
 from post_training import arguments, generation, pruning, pruning_space, runtime
 from post_training.architecture import Architecture
+from post_training.errors import UsageError
 from post_training.model import BuildOptions, build, transformer_config
 
 MIXTURE = {
@@ -54,10 +55,19 @@ def run(folder: Path) -> dict[str, object]:
     steps = pruning_space.Granularity.of(original, {"hidden_size": 16})
     allowed = pruning_space.dimensions(original, steps)
     pruning_space.check_export_config(SIZES, allowed)
+    config = transformer_config(original, options)
+
+    def refusal(parameters: float) -> str:
+        try:
+            search = pruning.Search({"params": parameters})
+            pruning.check_reachable(original, config, allowed, search)
+        except UsageError as error:
+            return str(error)
+        return ""
+
     model = build(original, options)
     fill(model)
     ids = torch.arange(96).reshape(3, 32) % VOCABULARY
-    config = transformer_config(original, options)
     computed = pruning.size(original, config, pruning.Memory(), **SIZES)
     outcome = pruning.prune(
         model,
@@ -76,6 +86,8 @@ def run(folder: Path) -> dict[str, object]:
     loaded = build(after, BuildOptions(dtype="fp32"))
     checkpoint.load(loaded, folder)
     return {
+        "too small": refusal(1e3),
+        "too large": refusal(1e9),
         "kept_layers": outcome.kept_layers,
         "pattern": after.transformer["moe_layer_freq"],
         "computed": (computed.parameters, computed.active),

@@ -29,8 +29,8 @@ kd_loss_scale: 2.0
 logit_kl_temperature: 1.5
 """
 EXPORTS = {"pruned": "pruned_hf", "everything": "distilled_hf", "quantized again": "fp8_hf"}
-# Relative difference of losses that were added up in another order.
-TOLERANCE = 2e-4
+# Relative difference of losses that were added up in another order; 6e-7 was seen.
+TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -130,19 +130,11 @@ def test_distillation_lowers_the_loss_also_on_held_out_text(runs):
 
 @pytest.mark.parametrize("sizes", [TP, PP], ids=["TP=2", "PP=2"])
 def test_two_ranks_have_the_losses_of_one(runs, sizes, tmp_path):
-    (tmp_path / "x").mkdir()
     more = ("--export-kd-cfg", runs / "everything.yaml", *sizes)
-    tools.run_stages(
-        ("distill", flags(runs, tmp_path / "logits", *sizes)),
-        ("distill", flags(runs, tmp_path / "everything", *more)),
-        processes=2,
-    )
-    for name in ("logits", "everything"):
-        names = ("loss", "grad_norm", "logits")
-        names += ("intermediate", "cross_entropy") if name == "everything" else ()
-        for each in names:
-            one, two = losses(runs / name, each), losses(tmp_path / name, each)
-            assert two == pytest.approx(one, rel=TOLERANCE), (name, each)
+    tools.run_stages(("distill", flags(runs, tmp_path / "run", *more)), processes=2)
+    for name in ("loss", "grad_norm", "logits", "intermediate", "cross_entropy"):
+        one, two = losses(runs / "everything", name), losses(tmp_path / "run", name)
+        assert two == pytest.approx(one, rel=TOLERANCE), name
 
 
 def test_a_run_that_was_ended_goes_on_to_the_last_bit(runs):
