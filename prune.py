@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
 
     from post_training.architecture import Architecture
-    from post_training.pruning import Search
+    from post_training.pruning_search import Search
     from post_training.runtime import Session
 
 logger = logging.getLogger("post_training")
@@ -82,19 +82,19 @@ def prune(args: argparse.Namespace, session: Session) -> tuple[MegatronModule, d
         UsageError: if the sizes are not allowed, or no architecture meets the target.
     """
     from post_training import model as model_building
-    from post_training import pruning, pruning_measure, pruning_report
+    from post_training import pruning, pruning_measure, pruning_report, pruning_search
     from post_training.manifest import Manifest
 
     limits, config = pruning_choice.targets(args)
     source = loading.fetch(loading.find(args), args)
     original = source.architecture
     allowed = pruning_choice.dimensions(args, original)
-    memory = pruning.Memory(args.prune_memory_sequence_length, args.prune_memory_batch_size)
+    memory = pruning_search.Memory(args.prune_memory_sequence_length, args.prune_memory_batch_size)
     options = replace(loading.build_options(args, source), layer_spec="transformer_engine")
     transformer = model_building.transformer_config(original, options)
     target: dict[str, int] | Search
     if config is None:
-        target = pruning.Search(
+        target = pruning_search.Search(
             limits,
             args.prune_max_width_pruning,
             args.prune_max_depth_pruning,
@@ -102,7 +102,7 @@ def prune(args: argparse.Namespace, session: Session) -> tuple[MegatronModule, d
             pruning_choice.skipped(args),
             memory,
         )
-        pruning.check_reachable(original, transformer, allowed, target)
+        pruning_search.check_reachable(original, transformer, allowed, target)
     else:
         pruning_space.check_export_config(config, allowed)
         # Unchanged widths would be sorted for nothing.
@@ -110,14 +110,14 @@ def prune(args: argparse.Namespace, session: Session) -> tuple[MegatronModule, d
     folder = loading.local_huggingface(source, args)
     measure = pruning_measure.Measure(args, session, source)
     model = loading.load(source, options, session, trust_remote_code=args.trust_remote_code)
-    whole = pruning.counted(model, pruning.size(original, transformer, memory))
+    whole = pruning_search.counted(model, pruning_search.size(original, transformer, memory))
     before = measure.of(model, original, whole)
     outcome = pruning.prune(
         model,
         target,
         pruning_choice.granularity(args, original),
         allowed=allowed,
-        acceptable=pruning.acceptance(original, transformer, allowed, target),
+        acceptable=pruning_search.acceptance(original, transformer, allowed, target),
         calibrate=measure.run,
         describe_calibration=measure.run.to_json,
         score=measure.score,
@@ -126,12 +126,12 @@ def prune(args: argparse.Namespace, session: Session) -> tuple[MegatronModule, d
     )
     architecture = pruning_space.pruned_architecture(original, outcome.config, outcome.kept_layers)
     for each in outcome.candidates:
-        each |= pruning.size(original, transformer, memory, **each["config"]).to_json()
+        each |= pruning_search.size(original, transformer, memory, **each["config"]).to_json()
     if session.is_main and outcome.candidates:
         by = "MMLU accuracy" if args.mmlu_dataset else "log-likelihood"
         pruning_report.show_candidates(outcome.candidates, outcome.fitting, by)
-    small = pruning.size(original, transformer, memory, **outcome.config)
-    after = measure.of(model, architecture, pruning.counted(model, small))
+    small = pruning_search.size(architecture, model.config, memory)
+    after = measure.of(model, architecture, pruning_search.counted(model, small))
     content = checkpoint.save(
         model,
         Path(args.save),

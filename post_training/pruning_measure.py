@@ -16,8 +16,8 @@ from post_training import (
     perplexity,
 )
 from post_training.mmlu_data import Benchmark
-from post_training.pruning import Size
 from post_training.pruning_report import Measured
+from post_training.pruning_search import Size
 
 if TYPE_CHECKING:
     from post_training.architecture import Architecture

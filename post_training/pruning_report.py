@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from post_training import report
-from post_training.pruning import Memory, Outcome, Size
+from post_training.pruning import Outcome
+from post_training.pruning_search import Memory, Size
 from post_training.pruning_space import MEANINGS
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from generation_worker import GROUPED_QUERIES, SHARED, VOCABULARY, fill
 
-from post_training import arguments, generation, pruning, pruning_space, runtime
+from post_training import arguments, generation, pruning, pruning_search, pruning_space, runtime
 from post_training.architecture import Architecture
 from post_training.errors import UsageError
 from post_training.model import BuildOptions, build, transformer_config
@@ -59,8 +59,8 @@ def run(folder: Path) -> dict[str, object]:
 
     def refusal(parameters: float) -> str:
         try:
-            search = pruning.Search({"params": parameters})
-            pruning.check_reachable(original, config, allowed, search)
+            search = pruning_search.Search({"params": parameters})
+            pruning_search.check_reachable(original, config, allowed, search)
         except UsageError as error:
             return str(error)
         return ""
@@ -68,19 +68,19 @@ def run(folder: Path) -> dict[str, object]:
     model = build(original, options)
     fill(model)
     ids = torch.arange(96).reshape(3, 32) % VOCABULARY
-    computed = pruning.size(original, config, pruning.Memory(), **SIZES)
     outcome = pruning.prune(
         model,
         SIZES,
         steps,
         allowed=allowed,
-        acceptable=pruning.acceptance(original, config, allowed, SIZES),
+        acceptable=pruning_search.acceptance(original, config, allowed, SIZES),
         calibrate=lambda dynamic: generation.prefill_logits(dynamic, ids),
         describe_calibration=dict,
     )
     after = pruning_space.pruned_architecture(original, outcome.config, outcome.kept_layers)
     logits = generation.prefill_logits(model, ids)
-    counted = pruning.counted(model, computed)
+    computed = pruning_search.size(after, model.config, pruning_search.Memory())
+    counted = pruning_search.counted(model, computed)
     checkpoint.save(model, folder, Manifest("prune", after.to_json()))
     # As every later stage loads it: with ModelOpt's layer spec, from the architecture alone.
     loaded = build(after, BuildOptions(dtype="fp32"))
