@@ -193,7 +193,8 @@ class PackedConversations:
 
 def fingerprint(source: Source, tokenizer: Any, length: int, rows: int) -> str:
     """Hash of everything that decides the packed sequences."""
-    entries: list[Any] = [source.dataset, source.files, source.split, length, rows]
+    entries: list[Any] = [source.dataset, source.files, source.split, length]
+    entries.append(None if source.local else rows)
     for path, option in source.local:
         for file in records.list_files(Path(path).expanduser(), option):
             status = file.stat()
@@ -219,7 +220,7 @@ def prepare(
         source: of the conversations.
         tokenizer: of the target.
         length: of a sequence.
-        rows: sequences that are needed; reading ends there.
+        rows: sequences that are needed; reading from the hub ends there.
         folder: where packed data is kept; a file system that all ranks see.
         show_progress: draw a bar.
 
@@ -256,7 +257,9 @@ def _pack(
             tokens += len(found.ids)
             answers += sum(found.mask)
             bar.update(len(train.full) - before)
-            if len(train.full) >= rows:
+            # A data set on the hub may have millions of rows; local ones are read to their end, so
+            # that the data does not depend on how long a run is.
+            if len(train.full) >= rows and not source.local:
                 break
     for packer in (train, valid):
         packer.finish()

@@ -43,10 +43,28 @@ def attach(model: MegatronModule, draft: Draft, seed: int = 1234) -> None:
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     mtsp.convert(model, [("eagle", _modelopt_config(draft))])
+    _share_embedding(model)
     module = draft_of(model)
     if module is not None:
         _initialize(module, draft, seed)
     model.eval()
+
+
+def _share_embedding(core: Any) -> None:
+    """Give the last pipeline stage, where ModelOpt makes an empty one, the first one's embedding.
+
+    A checkpoint has it for both; weights from Hugging Face are read by the first stage only.
+    """
+    import torch
+    from megatron.core import parallel_state
+
+    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        return
+    if not (core.pre_process or core.post_process):
+        return
+    group = parallel_state.get_embedding_group()
+    first = torch.distributed.get_process_group_ranks(group)[0]
+    torch.distributed.broadcast(core.embedding.word_embeddings.weight.data, first, group=group)
 
 
 def draft_of(model: Any) -> Any | None:

@@ -152,8 +152,8 @@ class TrainingCheckpoints:
             "iteration": progress.iteration,
             _PROGRESS: vars(progress),
             "model": tensors,
-            "optimizer": optimizer.sharded_state_dict(
-                tensors, metadata={**checkpoint.metadata(), **_OPTIMIZER}
+            "optimizer": _optimizer_state(
+                optimizer, tensors, {**checkpoint.metadata(), **_OPTIMIZER}, progress.iteration
             ),
             "rng_state": _sharded_random_state(),
         }
@@ -184,9 +184,10 @@ class TrainingCheckpoints:
         common = dist_checkpointing.load_common_state_dict(str(weights))
         progress = Progress(**common[_PROGRESS])
         metadata = {**checkpoint.metadata(weights), **_OPTIMIZER}
-        _allocate_state(optimizer, progress.iteration)
         wanted: dict[str, Any] = {
-            "optimizer": optimizer.sharded_state_dict(tensors, is_loading=True, metadata=metadata)
+            "optimizer": _optimizer_state(
+                optimizer, tensors, metadata, progress.iteration, is_loading=True
+            )
         }
         layout = common["args"]
         now = (model.config.tensor_model_parallel_size, model.config.pipeline_model_parallel_size)
@@ -195,7 +196,8 @@ class TrainingCheckpoints:
         if same_layout:
             wanted["rng_state"] = _sharded_random_state()
         state = dist_checkpointing.load(wanted, str(weights))
-        _restore_optimizer(optimizer, state["optimizer"])
+        if _trains_something(optimizer):
+            _restore_optimizer(optimizer, state["optimizer"])
         if same_layout:
             _set_random_state(state["rng_state"])
         else:
@@ -221,51 +223,70 @@ class TrainingCheckpoints:
             shutil.rmtree(path)
 
 
-def _allocate_state(optimizer: Any, step: int) -> None:
-    """Give a new optimizer the state that is to be filled, where it is PyTorch's.
+def _optimizer_state(
+    optimizer: Any,
+    tensors: Mapping[str, Any],
+    metadata: Mapping[str, Any],
+    step: int,
+    is_loading: bool = False,
+) -> Any:
+    """The optimizer's sharded state; of a pipeline stage that trains nothing, too.
 
-    megatron-core (distrib_optimizer.py, state_dict) reads the step from the state of parameters,
-    which PyTorch's AdamW makes in its first step only.
+    megatron-core (distrib_optimizer.py, state_dict) wants a parameter to read the step from. What
+    rank 0, which may train nothing, says of the parameter groups is what every rank loads.
     """
-    import torch
+    if _trains_something(optimizer):
+        if is_loading:
+            for each in _parts(optimizer):
+                # PyTorch's Adam has no state before its first step, and state_dict wants one.
+                if not each.optimizer.state:
+                    each._init_optimizer_states_with_dummy_values()
+        return optimizer.sharded_state_dict(tensors, is_loading=is_loading, metadata=metadata)
+    from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 
-    for inner in _pytorch_optimizers(optimizer):
-        for parameter in (p for group in inner.param_groups for p in group["params"]):
-            if not inner.state[parameter]:
-                inner.state[parameter] = {
-                    "step": torch.tensor(float(step)),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+    groups = [
+        {**{name: value for name, value in group.items() if name != "params"}, "step": step}
+        for group in _parts(optimizer)[0].optimizer.state_dict()["param_groups"]
+    ]
+    if not HAVE_APEX_OR_TE:
+        groups = [{**group, "step": float(step)} for group in groups]
+    return {
+        "optimizer": {"param_groups": groups},
+        "param_state": {},
+        "param_state_sharding_type": _OPTIMIZER["distrib_optim_sharding_type"],
+    }
+
+
+def _parts(optimizer: Any) -> list[Any]:
+    """The optimizers that megatron-core chains, of which each wraps one of PyTorch's."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def _restore_optimizer(optimizer: Any, state: Any) -> None:
-    """Load a state that was saved; where the optimizer is PyTorch's, with two corrections.
+    """Load a state whose tensors have the parameters' shapes.
 
-    megatron-core (distrib_optimizer.py) looks for the step among the tensors of each parameter,
-    though it left it out when it saved them, and gives all parameters the same step tensor, which
-    PyTorch then counts up once for each of them.
+    megatron-core (distrib_optimizer.py) does not expect PyTorch's Adam there: it looks for each
+    parameter's step among the tensors, where it is not, and gives all parameters one step tensor,
+    which every parameter then increases. So the tensors are loaded while the steps are numbers, and
+    each parameter gets a step of its own.
     """
-    inners = _pytorch_optimizers(optimizer)
-    if inners:
-        for each in getattr(optimizer, "chained_optimizers", [optimizer]):
-            fill = each._set_main_param_and_optimizer_states
-            each._set_main_param_and_optimizer_states = lambda parameter, tensors, fill=fill: fill(
-                parameter, {"step": None, **tensors}
-            )
-    optimizer.load_state_dict(state)
-    for inner in inners:
-        for each in inner.state.values():
-            each["step"] = each["step"].clone()
+    import torch
+
+    parts = _parts(optimizer)
+    states = [state] if len(parts) == 1 else [state[i] for i in range(len(parts))]
+    for each, content in zip(parts, states, strict=True):
+        rest = {name: value for name, value in content.items() if name != "param_state"}
+        each.load_state_dict(rest)
+        counted = [own for own in each.optimizer.state.values() if torch.is_tensor(own.get("step"))]
+        for own in counted:
+            own["step"] = float(own["step"])
+        each.load_parameter_state_from_fully_reshardable(content["param_state"])
+        for own in counted:
+            own["step"] = torch.tensor(own["step"], dtype=torch.float32)
 
 
-def _pytorch_optimizers(optimizer: Any) -> list[Any]:
-    """The optimizers inside megatron-core's that are PyTorch's; none with Apex or the real TE."""
-    from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
-
-    if HAVE_APEX_OR_TE:
-        return []
-    return [each.optimizer for each in getattr(optimizer, "chained_optimizers", [optimizer])]
+def _trains_something(optimizer: Any) -> bool:
+    return any(group["params"] for group in optimizer.param_groups)
 
 
 def _world() -> int:
