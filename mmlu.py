@@ -26,9 +26,9 @@ from post_training import (
     loading,
     manifest,
     mmlu_data,
+    mmlu_options,
     mmlu_prompts,
     preflight,
-    records,
 )
 from post_training.errors import UsageError
 from post_training.report import beside
@@ -43,15 +43,7 @@ logger = logging.getLogger("post_training")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("mmlu")
     add = group.add_argument
-    add(
-        "--mmlu-dataset",
-        default="cais/mmlu",
-        metavar="NAME_OR_PATH",
-        help="hub name, folder (dev.*, test.*) or file: JSONL, parquet or CSV (cais/mmlu)",
-    )
-    add("--fraction", type=float, default=1.0, help="of each subject's questions, the first (1.0)")
-    add("--few-shots", type=int, default=0, help="solved examples before each question (0)")
-    add("--mmlu-batch-size", type=int, default=1, help="questions at a time (1)")
+    mmlu_options.add_arguments(add, dataset="cais/mmlu")
     add("--lower-bound", type=float, help="exit with code 1 if the average accuracy is below")
     add(
         "--mmlu-output",
@@ -62,14 +54,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    if not 0 < args.fraction <= 1:
-        raise UsageError(f"--fraction {args.fraction}", "it is no share", "give 0 < x <= 1")
-    if args.few_shots < 0:
-        raise UsageError(f"--few-shots {args.few_shots}", "it is negative", "give 0 or more")
-    if args.mmlu_batch_size < 1:
-        raise UsageError(
-            f"--mmlu-batch-size {args.mmlu_batch_size}", "it is not positive", "give 1 or more"
-        )
     if args.lower_bound is not None and not 0 <= args.lower_bound <= 1:
         raise UsageError(
             f"--lower-bound {args.lower_bound}", "an accuracy is 0 to 1", "give e.g. 0.68"
@@ -83,8 +67,7 @@ def check(args: argparse.Namespace) -> None:
     source = loading.find(args)
     if source.is_local:
         preflight.check_layout(source.architecture, args)
-    if records.is_local(args.mmlu_dataset):
-        mmlu_data.load(args.mmlu_dataset, args.few_shots)
+    mmlu_options.check(args)
     output = report_path(args)
     if not os.access(output.parent, os.W_OK) and output.parent.exists():
         raise UsageError(

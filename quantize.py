@@ -17,7 +17,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training import arguments, formats, loading, preflight, quantization_choice
+from post_training import (
+    arguments,
+    calibration_options,
+    formats,
+    loading,
+    preflight,
+    quantization_choice,
+    smoke_generation,
+)
 from post_training.errors import UsageError
 from post_training.recipes import Recipe
 
@@ -25,7 +33,6 @@ if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
 
     from post_training.calibration import Calibration
-    from post_training.loading import Source
     from post_training.runtime import Session
 
 logger = logging.getLogger("post_training")
@@ -65,32 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="quantize even if no engine would read the export correctly",
     )
-    add(
-        "--calib-dataset-path-or-name",
-        default="cnn_dailymail",
-        metavar="PATH_OR_NAME",
-        help="JSONL, parquet, CSV or text, a folder of such, or a hub name (%(default)s)",
-    )
-    add("--calib-size", type=int, default=1024, metavar="N", help="sequences (%(default)s)")
-    add(
-        "--calib-max-sequence-length",
-        type=int,
-        default=4096,
-        metavar="N",
-        help="tokens a sequence (%(default)s)",
-    )
-    add(
-        "--calib-batch-size",
-        type=int,
-        default=1,
-        metavar="N",
-        help="sequences a forward pass (%(default)s)",
-    )
-    add(
-        "--calib-use-random-offset",
-        action="store_true",
-        help="start each document at a random place",
-    )
+    calibration_options.add_arguments(add)
     add(
         "--auto-quantize-bits",
         type=float,
@@ -122,24 +104,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="auto: keep the measurements here; the rank is added to its name",
     )
-    add(
-        "--prompts",
-        default="Hello!|Born in California, Soyer trained as a",
-        metavar="A|B",
-        help="prompts of the smoke generation",
-    )
-    add("--references", default="", metavar="A|B", help="texts that it should begin with")
-    add("--generate-output-len", type=int, default=32, metavar="N", help="tokens (%(default)s)")
-    add("--skip-generate", action="store_true", help="no smoke generation")  # fmt: skip
+    smoke_generation.add_arguments(add)
 
 
 def check(args: argparse.Namespace) -> None:
     preflight.required(args, "--save", "MLM_MODEL_SAVE")
-    for name in ("calib_size", "calib_max_sequence_length", "calib_batch_size",
-                 "generate_output_len", "auto_quantize_score_size"):  # fmt: skip
-        if getattr(args, name) < 1:
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{flag} {getattr(args, name)}", "it is not positive", "1 or more")
+    calibration_options.positive(args, "auto_quantize_score_size")
+    smoke_generation.check(args)
     if args.context_parallel_size > 1:
         raise UsageError(
             f"CP={args.context_parallel_size}", "sequences are not divided here", "CP=1; raise DP"
@@ -156,7 +127,7 @@ def check(args: argparse.Namespace) -> None:
     quantization_choice.check(args, source.described)
     if args.tokenizer_model:
         preflight.tokenizer(args.tokenizer_model)
-    preflight.data(args.calib_dataset_path_or_name, "--calib-dataset-path-or-name")
+    calibration_options.check(args)
     preflight.check_output(Path(args.save), args, needed=loading.size_estimate(source, 2))
 
 
@@ -170,7 +141,6 @@ def quantize(args: argparse.Namespace, session: Session) -> tuple[MegatronModule
         calibration,
         checkpoint,
         coverage,
-        data,
         huggingface,
         quantization,
         quantization_report,
@@ -183,18 +153,7 @@ def quantize(args: argparse.Namespace, session: Session) -> tuple[MegatronModule
     options = replace(loading.build_options(args, source), sequence_parallel=False)
     small_files = loading.local_huggingface(source, args)
     tokenizer = loading.tokenizer(source, args)
-    length = min(args.calib_max_sequence_length, source.architecture.max_position_embeddings)
-    samples = data.on_first_rank(
-        lambda: data.load_calibration_data(
-            args.calib_dataset_path_or_name,
-            tokenizer,
-            args.calib_size,
-            length,
-            random_offset=args.calib_use_random_offset,
-            seed=args.seed,
-        )
-    )
-    logger.info("calibration data: %s", samples.describe())
+    samples = calibration_options.load(args, tokenizer, source.architecture)
     model = loading.load(source, options, session, trust_remote_code=args.trust_remote_code)
     run = calibration.Calibration(samples, args.calib_batch_size, session.show_progress)
     if quantization_choice.is_search(choice):
@@ -299,46 +258,13 @@ def search_formats(
     return {"quant_cfg": kv_entries, "algorithm": "auto_quantize"}, found
 
 
-def smoke_generation(args: argparse.Namespace, model: MegatronModule, source: Source) -> None:
-    """Let the quantized model continue the prompts, to be looked at.
-
-    The checkpoint is saved already: whatever fails here is a warning, and the stage succeeds.
-    """
-    from post_training import generation, quantization
-
-    try:
-        tokenizer = loading.tokenizer(source, args)
-        prompts = args.prompts.split("|")
-        references = args.references.split("|") if args.references else []
-        tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-        eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        with quantization.quiet():
-            new = generation.generate(
-                model, tokens, args.generate_output_len, eos, vocab_size=len(tokenizer)
-            )
-        for i, (prompt, ids) in enumerate(zip(prompts, new, strict=True)):
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            logger.info("smoke generation: %r -> %r", prompt, text)
-            if i < len(references) and not text.strip().startswith(references[i].strip()):
-                logger.warning("smoke generation: expected %r", references[i])
-    except Exception as error:  # any failure: the result is on disk, and must not look lost
-        logger.warning(
-            "the smoke generation failed: %s: %s. The checkpoint %s is complete.",
-            type(error).__name__,
-            error,
-            args.save,
-        )
-        logger.debug("smoke generation", exc_info=True)
-
-
 def main() -> None:
     args = arguments.parse("quantize", add_arguments, check)
     from post_training import runtime
 
     with runtime.session(args) as session:
         model, _ = quantize(args, session)
-        if not args.skip_generate:
-            smoke_generation(args, model, loading.find(args))
+        smoke_generation.run(args, model, loading.find(args))
 
 
 if __name__ == "__main__":

@@ -45,6 +45,22 @@ class Calibration:
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0
 
+    def to_json(self) -> dict[str, Any]:
+        """The data really used, for a manifest."""
+        samples = self.data
+        return {
+            "source": samples.source,
+            "sequences": len(samples.input_ids),
+            "requested": samples.requested,
+            "sequence_length": samples.input_ids.shape[1],
+            "documents": samples.documents,
+            "tokens": samples.tokens,
+            "tokens_computed": self.tokens,
+            "seconds": round(self.seconds, 3),
+            "tokens_per_second": round(self.tokens_per_second, 1),
+            "notes": list(samples.notes),
+        }
+
     def batches(self) -> list[torch.Tensor]:
         """This rank's batches, int64 [at most batch_size, s] each, as many as on any rank."""
         rank, size, _ = generation.data_parallel()

@@ -41,7 +41,7 @@ CHECKPOINT_VERSION = 3.0
 _FILE_BYTES = 1 << 30
 _MOST_FILES = 8
 # Names under which an iteration of training keeps its own state (training_checkpoint.py).
-TRAINING_KEYS = ("optimizer.", "rng_state")
+TRAINING_KEYS = ("optimizer.", "rng_state", "_loss_modules.")
 # Tells loaders how sharded tensors were cut; Megatron-LM reads it back from the checkpoint.
 CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 
@@ -94,7 +94,6 @@ def save(
     Returns:
         The manifest's content on rank 0, None elsewhere.
     """
-    import modelopt.torch.opt as mto
     import torch
     from megatron.core import dist_checkpointing
     from modelopt.torch.opt.plugins import save_sharded_modelopt_state
@@ -117,7 +116,7 @@ def save(
         sharded_strategy=save_strategy(model),
         content_metadata=dict(CONTENT),
     )
-    if mto.ModeloptStateManager.is_converted(model):
+    if has_modelopt_state(model):
         save_sharded_modelopt_state([model], str(work / RELEASE))
     torch.distributed.barrier()
     content = None
@@ -194,7 +193,20 @@ def load(model: MegatronModule, folder: Path, *, only: str = "") -> None:
             f"it lacks {_examples(missing)} and has {_examples(unexpected)} that the model lacks",
             "use the conf of the model that was saved",
         )
-    model.load_state_dict(state["model"], strict=False)
+    # A pipeline stage may have none of the tensors that ``only`` names.
+    model.load_state_dict(state.get("model", {}), strict=False)
+
+
+def has_modelopt_state(model: MegatronModule) -> bool:
+    """Whether ModelOpt changed the model in a way that whoever loads it must repeat.
+
+    Quantizers and drafts are such changes; holding a teacher during distillation is not.
+    """
+    import modelopt.torch.opt as mto
+
+    if not mto.ModeloptStateManager.is_converted(model):
+        return False
+    return bool(mto.modelopt_state(model)["modelopt_state_dict"])
 
 
 def holds(folder: Path, name: str) -> bool:

@@ -111,32 +111,27 @@ def load_calibration_data(
         for document in read_documents(source, option):
             if document.messages:
                 used_template.add(data_formats.has_template(tokenizer))
-            text = data_formats.render(document, tokenizer, option)
-            # A chat template writes the begin-of-text token itself.
-            special = not (document.messages and data_formats.has_template(tokenizer))
-            if generator is not None:
-                text, special = _from_random_place(text, generator, special)
-            yield _tokenize(text, tokenizer, special)
+            yield tokens(document, tokenizer, option, generator)
 
     needed = calib_size * sequence_length
-    tokens, documents = _concatenate(token_streams(), needed, tokenizer.eos_token_id)
-    if not tokens:
+    joined, documents = _concatenate(token_streams(), needed, tokenizer.eos_token_id)
+    if not joined:
         raise UsageError(
             f"{option} {source}", "it holds no text", "give a file with at least one document"
         )
     notes = []
-    if len(tokens) < needed:
+    if len(joined) < needed:
         notes.append(f"{calib_size:,} sequences were asked for and the data ended before")
     if False in used_template:
         notes.append("the tokenizer has no chat template: turns are joined by blank lines")
     if tokenizer.eos_token_id is None:
         notes.append("the tokenizer has no end-of-text token: documents follow each other directly")
-    full = len(tokens) // sequence_length
+    full = len(joined) // sequence_length
     if full == 0:
-        rows = [tokens]
+        rows = [joined]
         notes.append(f"the only sequence is shorter than {sequence_length:,} tokens")
     else:
-        rows = [tokens[i * sequence_length : (i + 1) * sequence_length] for i in range(full)]
+        rows = [joined[i * sequence_length : (i + 1) * sequence_length] for i in range(full)]
         # Documents that lie wholly in the unused rest do not count.
         documents = [start for start in documents if start < full * sequence_length]
     input_ids = torch.tensor(rows, dtype=torch.long)
@@ -166,6 +161,28 @@ def _concatenate(
         if len(tokens) >= needed:
             break
     return tokens[:needed], [start for start in starts if start < needed]
+
+
+def tokens(
+    document: Document,
+    tokenizer: PreTrainedTokenizerBase,
+    option: str,
+    generator: random.Random | None = None,
+) -> Iterator[list[int]]:
+    """Token ids of one document in pieces; a conversation goes through the chat template.
+
+    Args:
+        document: a text or a conversation.
+        tokenizer: of the model.
+        option: the flag that named the data, for errors.
+        generator: begin at a random place that it draws.
+    """
+    text = data_formats.render(document, tokenizer, option)
+    # A chat template writes the begin-of-text token itself.
+    special = not (document.messages and data_formats.has_template(tokenizer))
+    if generator is not None:
+        text, special = _from_random_place(text, generator, special)
+    yield from _tokenize(text, tokenizer, special)
 
 
 def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase, special: bool) -> Iterator[list[int]]:

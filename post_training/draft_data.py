@@ -239,7 +239,7 @@ def prepare(
 
     data.on_first_rank(make)
     content = json.loads((target / "data.json").read_text(encoding="utf-8"))
-    return {part: _mapped(target, part) for part in PARTS}, content
+    return {part: mapped(target, part) for part in PARTS}, content
 
 
 def _pack(
@@ -302,7 +302,8 @@ def _pack(
     files.publish(target)
 
 
-def _mapped(folder: Path, name: str) -> PackedConversations:
+def mapped(folder: Path, name: str) -> PackedConversations:
+    """The packed sequences ``train`` or ``valid`` of a folder that :func:`prepare` filled."""
     import numpy
 
     ids, mask = (

@@ -8,7 +8,7 @@ hybrid) add entries, with a function for what a table cannot say. Nothing here i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,8 @@ _RMSNORM_SWIGLU = {
     "activation_func": "silu",
     "add_bias_linear": False,
 }
+# Lists with one entry for each layer.
+_PER_LAYER_KEYS = ("layer_types", "mlp_layer_types", "no_rope_layers")
 # What megatron-core's Llama 3 scaling has fixed (rotary_pos_embedding.py, _apply_scaling).
 _LLAMA3_SCALING = {
     "low_freq_factor": 1.0,
@@ -115,6 +117,37 @@ def from_huggingface(config: Mapping[str, Any]) -> Architecture:
         huggingface_architecture=name,
         **rotary(config),
     )
+
+
+def with_shape(
+    config: Mapping[str, Any], values: Mapping[str, Any], kept_layers: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """``config`` with the sizes of a pruned model, under the family's own keys.
+
+    Args:
+        config: content of the ``config.json`` of the model before pruning, or already adapted.
+        values: TransformerConfig fields of the model, nothing left to follow from others.
+        kept_layers: numbers of the kept layers, from 1; by default the first ones.
+    """
+    changed = dict(config)
+    family = FAMILIES.get((config.get("architectures") or [None])[0], Family())
+    layers = config.get(family.keys["num_layers"])
+    # What a file that leaves the head size out means by it.
+    head_size = family.defaults.get(
+        "head_dim", values["hidden_size"] // values["num_attention_heads"]
+    )
+    for field_name, key in family.keys.items():
+        now, before = values.get(field_name), config.get(key)
+        if before is None and key == "head_dim":
+            before = head_size
+        if now is not None and before is not None and now != before:
+            changed[key] = now
+    if layers is not None and layers != values["num_layers"]:
+        kept = kept_layers or range(1, values["num_layers"] + 1)
+        for key in _PER_LAYER_KEYS:
+            if isinstance(config.get(key), list) and len(config[key]) == layers:
+                changed[key] = [config[key][number - 1] for number in kept]
+    return changed
 
 
 def rotary(config: Mapping[str, Any]) -> dict[str, Any]:

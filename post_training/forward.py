@@ -24,6 +24,7 @@ def run(
     positions: torch.Tensor | None,
     context: StaticInferenceContext | None = None,
     features: list[torch.Tensor] | None = None,
+    labels: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Run this rank's stage. Logits on the last one, None on the others.
 
@@ -37,6 +38,7 @@ def run(
         context: cache holding ``sequence_len_offset`` tokens already; advanced by s.
         features: on the last stage the hidden states that an attached draft is fed with are
             appended, one tensor [s, b, hidden] for each of its auxiliary layers, in order.
+        labels: int64 [b, s]; the result is then the cross entropy of each, float32 [b, s].
     """
     from megatron.core import parallel_state
     from megatron.core.inference.utils import InferenceMode
@@ -65,15 +67,19 @@ def run(
     if offset and length > 1:
         mask = causal_mask(offset, length, input_ids.device)
         hooks.append(attention_mask_type(core.decoder.layers, "arbitrary"))
-    with InferenceMode.active(), contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        if labels is None:
+            # In this mode logits are always whole; the cross entropy takes them split.
+            stack.enter_context(InferenceMode.active())
         for hook in hooks:
             stack.enter_context(hook)
         output = _target(core)(
             input_ids,
             position_ids.expand(batch, -1),
             mask,
+            labels=labels,
             inference_context=context,
-            runtime_gather_output=True,
+            runtime_gather_output=labels is None,
         )
     if features is not None:
         collected += _take_features(core)

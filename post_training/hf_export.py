@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training import files, huggingface, safetensors_index
+from post_training import families, files, huggingface, safetensors_index
 from post_training.errors import UsageError
 
 if TYPE_CHECKING:
@@ -114,34 +114,14 @@ class Exporter:
     def _config(self, quantization: dict[str, Any] | None) -> dict[str, Any]:
         from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
 
-        config = huggingface.read_config(self.source)
-        config.update(self._shape_fields(config))
+        # A checkpoint pruned elsewhere comes with the configuration of before.
+        config = families.with_shape(huggingface.read_config(self.source), vars(self.model.config))
         name = str(self._arguments["dtype"]).removeprefix("torch.")
         config["dtype" if "torch_dtype" not in config else "torch_dtype"] = name
         config.pop("quantization_config", None)
         if quantization is not None:
             config["quantization_config"] = convert_hf_quant_config_format(quantization)
         return config
-
-    def _shape_fields(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Fields that pruning changes, under the names that this ``config.json`` uses."""
-        ours = self.model.config
-        current = {
-            "num_hidden_layers": ours.num_layers,
-            "hidden_size": ours.hidden_size,
-            "intermediate_size": ours.ffn_hidden_size,
-            "num_attention_heads": ours.num_attention_heads,
-            "num_key_value_heads": ours.num_query_groups,
-            "head_dim": ours.kv_channels,
-        }
-        changed = {
-            name: value for name, value in current.items() if config.get(name, value) != value
-        }
-        if "num_hidden_layers" in changed and "layer_types" in config:
-            changed["layer_types"] = config["layer_types"][: ours.num_layers]
-        if "hidden_size" in changed and "head_dim" not in config:
-            changed["head_dim"] = ours.kv_channels
-        return changed
 
     def _new(self, *, reference: bool) -> Any:
         # ModelOpt announces on stdout what the log says already.

@@ -17,22 +17,7 @@ if TYPE_CHECKING:
 
 def metrics(run: Calibration, reached: Coverage, search: dict[str, Any] | None) -> dict[str, Any]:
     """The manifest's metrics: data really used, and what was quantized."""
-    samples = run.data
-    found: dict[str, Any] = {
-        "calibration": {
-            "source": samples.source,
-            "sequences": len(samples.input_ids),
-            "requested": samples.requested,
-            "sequence_length": samples.input_ids.shape[1],
-            "documents": samples.documents,
-            "tokens": samples.tokens,
-            "tokens_computed": run.tokens,
-            "seconds": round(run.seconds, 3),
-            "tokens_per_second": round(run.tokens_per_second, 1),
-            "notes": list(samples.notes),
-        },
-        "coverage": reached.to_json(),
-    }
+    found: dict[str, Any] = {"calibration": run.to_json(), "coverage": reached.to_json()}
     return found if search is None else {**found, "search": search}
 
 

@@ -134,7 +134,6 @@ class TrainingCheckpoints:
         self, model: MegatronModule, optimizer: MegatronOptimizer, progress: Progress
     ) -> dict[str, Any] | None:
         """Save one iteration. Returns the manifest's content on rank 0."""
-        import modelopt.torch.opt as mto
         import torch
         from megatron.core import dist_checkpointing
         from modelopt.torch.opt.plugins import save_sharded_modelopt_state
@@ -164,7 +163,7 @@ class TrainingCheckpoints:
             sharded_strategy=checkpoint.save_strategy(model),
             content_metadata=dict(checkpoint.CONTENT),
         )
-        if mto.ModeloptStateManager.is_converted(model):
+        if checkpoint.has_modelopt_state(model):
             save_sharded_modelopt_state([model], str(work))
         torch.distributed.barrier()
         content = None

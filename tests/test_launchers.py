@@ -100,6 +100,28 @@ def test_every_stage_starts_with_every_conf(stage, conf, environment, tmp_path):
     assert words[1 : 1 + len(flags)] == flags
 
 
+@pytest.mark.parametrize("conf", CONFS)
+def test_prune_and_distill_start_with_every_conf(conf, environment, tmp_path):
+    target = ("--prune-target-params", "1M")
+    words = started("prune.sh", conf, *target, **environment)
+    assert words[0] == str(ROOT / "prune.py")
+    assert option(words, "--save") == f"{environment['MLM_WORK_DIR']}/{conf}_pruned"
+    assert tuple(words[-2:]) == target
+    environment["MLM_MODEL_CKPT"] = str(write_checkpoint(tmp_path / "student"))
+    environment["TEACHER_CKPT"] = str(write_checkpoint(tmp_path / "teacher"))
+    words = started("distill.sh", conf, **environment, MLM_TRAIN_ARGS="--train-iters 7")
+    assert words[0] == str(ROOT / "distill.py")
+    assert option(words, "--save") == f"{environment['MLM_WORK_DIR']}/{conf}_distilled"
+    assert option(words, "--export-kd-teacher-load") == environment["TEACHER_CKPT"]
+    assert option(words, "--train-iters") == "7"
+
+
+def test_prune_takes_one_copy_of_the_model(environment):
+    target = ("--prune-target-params", "1M")
+    done = bash(ROOT / "prune.sh", "Qwen/Qwen3-0.6B", *target, **environment, DP="2", code=2)
+    assert "DP=2" in done.stderr and "DP=1" in done.stderr
+
+
 def test_the_defaults_are_the_documented_ones(environment):
     words = started("convert.sh", "Qwen/Qwen3-0.6B", **environment)
     work = environment["MLM_WORK_DIR"]

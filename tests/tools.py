@@ -133,13 +133,16 @@ def run(
     return done
 
 
-def run_stages(*jobs: tuple[str, tuple[object, ...]], processes: int = 1) -> None:
+def run_stages(
+    *jobs: tuple[str, tuple[object, ...]], processes: int = 1
+) -> subprocess.CompletedProcess[str]:
     """Run stages, given as (name, flags), one after the other in one set of processes.
 
     The flags of the first decide the parallel sizes; the others must not contradict them.
+    Returns what they printed.
     """
     listed = [[name, [str(flag) for flag in flags]] for name, flags in jobs]
-    run("tests/run_stages.py", json.dumps(listed), processes=processes)
+    return run("tests/run_stages.py", json.dumps(listed), processes=processes)
 
 
 def logits_job(work: Path, ids: torch.Tensor, *flags: object) -> tuple[str, tuple[object, ...]]:

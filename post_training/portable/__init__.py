@@ -3,6 +3,7 @@
 It holds stand-ins and nothing else; no feature of this repository lives here.
 
 - ``cuda``: the few ``torch.cuda`` calls that the two packages make without need, on the CPU.
+- ``distributed``: collectives that they call in a way that gloo refuses.
 - ``site/transformer_engine``: a pure-PyTorch package in the shape of Transformer Engine.
 - ``quantization``: the block formats of ModelOpt (NVFP4, MXFP8, ...) without its CUDA kernels.
 - ``imports``: how the above reach the import system.
@@ -24,7 +25,7 @@ from dataclasses import dataclass
 
 import torch
 
-from post_training.portable import cuda, imports, quantization
+from post_training.portable import cuda, distributed, imports, quantization
 
 __all__ = ["PortableReport", "after_megatron_import", "install", "install_quantization"]
 
@@ -90,6 +91,7 @@ def install() -> PortableReport:
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         cuda.install()
+        distributed.install()
     quantization.install()
     _report = PortableReport(name, str(engine.__version__), on_cpu, reason)
     logger.debug("%s", _report)

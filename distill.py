@@ -1,0 +1,239 @@
+"""Distill a model into a smaller or quantized form of it: the student learns the teacher's output.
+
+Inputs:  --load, the student, a Megatron checkpoint (prune.sh or quantize.sh made it); --teacher,
+         the model before that; --finetune-hf-dataset or --finetune-data-files, text or
+         conversations; --export-kd-cfg, what is compared (distill_config.py).
+Outputs: --save, a checkpoint of the student for each --save-interval, with run.json; in its folder
+         training/ metrics.jsonl, curves.png and TensorBoard files.
+
+Started again, the same command goes on where it was interrupted. Ended by SIGTERM, SIGUSR1 or a
+limit, it saves and leaves with exit code 75.
+
+    TEACHER_CKPT=/work/Qwen3-8B_mlm MLM_MODEL_CKPT=/work/Qwen3-8B_pruned \\
+        bash distill.sh Qwen/Qwen3-8B --finetune-data-files /data/text.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from post_training import (
+    arguments,
+    distill_config,
+    distill_data,
+    draft_data,
+    loading,
+    preflight,
+    training_checkpoint,
+    training_options,
+)
+from post_training.errors import UsageError
+
+if TYPE_CHECKING:
+    from post_training.loading import Source
+    from post_training.runtime import Session
+    from post_training.training import Outcome
+
+logger = logging.getLogger("post_training")
+
+DATASET = "cnn_dailymail"
+# ModelOpt's examples distill pruned models with these; eagle3's differ.
+DEFAULTS = {
+    "train_iters": 1000,
+    "lr": 1e-4,
+    "min_lr": 1e-5,
+    "weight_decay": 0.1,
+    "save_interval": 500,
+    "eval_interval": 100,
+    "log_interval": 10,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("distill").add_argument
+    distill_config.add_arguments(add)
+    add(
+        "--answers-only",
+        action="store_true",
+        help="of conversations, learn what the teacher says in the answers only",
+    )
+    draft_data.add_arguments(parser, DATASET)
+    training_options.add(parser, **DEFAULTS)
+
+
+def check(args: argparse.Namespace) -> None:
+    preflight.required(args, "--save", "MLM_MODEL_SAVE")
+    options = training_options.options(args)
+    if args.context_parallel_size > 1:
+        raise UsageError(
+            f"CP={args.context_parallel_size}", "sequences are not divided here", "CP=1; raise DP"
+        )
+    config = distill_config.read(args.export_kd_cfg)
+    teacher = distill_config.find_teacher(args)
+    student = find_student(args)
+    distill_config.check_pair(args, config, student, teacher)
+    for source in (student, teacher):
+        if source.described is not None:
+            preflight.check_layout(source.described, args)
+            limit = source.described.max_position_embeddings
+            if options.seq_length > limit:
+                raise UsageError(
+                    f"--seq-length {options.seq_length}",
+                    f"the texts of {source.location} have at most {limit} tokens",
+                    f"--seq-length {limit}",
+                )
+    (draft_data if args.answers_only else distill_data).check(draft_data.source(args))
+    needed = 2 * loading.size_estimate(student, 8)  # weights and optimizer, twice
+    preflight.disk_space(Path(args.save), needed)
+
+
+def find_student(args: argparse.Namespace) -> Source:
+    """The student: the run in --save, if there is one to go on with, else the given model."""
+    folder = Path(args.save)
+    training_checkpoint.check_folder(folder, "distill", args.overwrite)
+    if not args.overwrite and training_checkpoint.last_iteration(folder):
+        args.load = args.save
+    return loading.find(args)
+
+
+def distill(args: argparse.Namespace, session: Session) -> Outcome:
+    """Train to the end, or to an interruption.
+
+    Raises:
+        UsageError: for data or layers that cannot be trained on.
+    """
+    from post_training import distillation, huggingface
+    from post_training.manifest import Manifest, describe_input
+    from post_training.model import count_parameters
+    from post_training.training import Trainer
+    from post_training.training_checkpoint import TrainingCheckpoints
+
+    options = training_options.options(args)
+    config = distill_config.read(args.export_kd_cfg)
+    source = loading.fetch(find_student(args), args)
+    of_teacher = distill_config.teacher_arguments(args)
+    teacher_source = loading.fetch(distill_config.find_teacher(args), of_teacher)
+    distill_config.check_pair(args, config, source, teacher_source)
+    resume = bool(training_checkpoint.last_iteration(Path(args.save))) and not args.overwrite
+    small_files = loading.local_huggingface(source, args)
+    train, valid = samples(args, source, session)
+    student = load(args, source, session)
+    parameters = count_parameters(student)
+    teacher = load(of_teacher, teacher_source, session)
+    metrics: dict[str, Any] = {
+        "parameters": parameters,
+        "teacher_parameters": count_parameters(teacher),
+        "distillation": config.to_json(),
+    }
+    model = distillation.attach(student, teacher, config, args.seed)
+    if resume:
+        distillation.load_projection(model, Path(args.save))
+
+    def record(iteration: int) -> Manifest:
+        return Manifest(
+            "distill",
+            source.architecture.to_json(),
+            configuration=arguments.explicit(args),
+            inputs=[
+                *source.inputs(),
+                describe_input("teacher", teacher_source.location),
+                {"role": "data", "path": draft_data.source(args).describe()},
+            ],
+            metrics={**metrics, "iteration": iteration, **trainer.metrics},
+            started=session.started,
+            peak_memory_bytes=session.peak_memory(),
+            extra=source.carried(),
+        )
+
+    trainer = Trainer(
+        model,
+        distillation.task(model, config, options),
+        options,
+        session,
+        TrainingCheckpoints(
+            Path(args.save),
+            record,
+            lambda folder: huggingface.copy_small_files(
+                small_files, folder, python_files=args.trust_remote_code
+            ),
+            options.keep_checkpoints,
+        ),
+        resume=resume,
+    )
+    return trainer.run(train, valid)
+
+
+def load(args: argparse.Namespace, source: Source, session: Session) -> Any:
+    """This rank's part of a model with its weights."""
+    build = replace(loading.build_options(args, source), sequence_parallel=False)
+    return loading.load(source, build, session, trust_remote_code=args.trust_remote_code)
+
+
+def samples(args: argparse.Namespace, source: Source, session: Session) -> tuple[Any, Any]:
+    """Data to train on and held-out data; a collective call."""
+    options = training_options.options(args)
+    prepare = draft_data.prepare if args.answers_only else distill_data.prepare
+    parts, content = prepare(
+        draft_data.source(args),
+        loading.tokenizer(source, args),
+        options.seq_length,
+        options.train_iters * options.global_batch_size,
+        Path(args.save) / training_checkpoint.FOLDER / "data",
+        session.show_progress,
+    )
+    logger.info("training data: %s", distill_data.describe(content))
+    return parts["train"], parts["valid"]
+
+
+def show(args: argparse.Namespace, outcome: Outcome) -> None:
+    """Print the summary."""
+    from post_training import report
+
+    found = outcome.metrics
+    losses = {
+        "distillation loss": ("loss", "eval_loss"),
+        "of the logits": ("logits", "eval_logits"),
+        "of intermediate layers": ("intermediate", "eval_intermediate"),
+        "cross entropy": ("cross_entropy", "eval_cross_entropy"),
+    }
+    rows = {
+        text: ", held out ".join(f"{found[name]:.4f}" for name in names if name in found)
+        for text, names in losses.items()
+        if names[0] in found
+    }
+    done, total = outcome.finished, training_options.options(args).train_iters
+    report.summary(
+        "distilled" if done else "interrupted, and saved",
+        {
+            "iterations": f"{outcome.iteration:,} of {total:,}",
+            **rows,
+            "checkpoint": f"{args.save} ({report.size(Path(args.save))})",
+            "metrics": f"{args.save}/{training_checkpoint.FOLDER}/"
+            "{metrics.jsonl,curves.png,tensorboard/}",
+            **(report.cost(outcome.manifest) if outcome.manifest else {}),
+        },
+        next_step=f"MLM_MODEL_CKPT={args.save} bash mmlu.sh <conf>, then bash export.sh <conf>"
+        if done
+        else "the same command goes on from here",
+    )
+
+
+def main() -> None:
+    args = arguments.parse("distill", add_arguments, check)
+    from post_training import runtime
+
+    with runtime.session(args) as session:
+        outcome = distill(args, session)
+        if session.is_main:
+            show(args, outcome)
+    if not outcome.finished:
+        sys.exit(training_options.EXIT_UNFINISHED)
+
+
+if __name__ == "__main__":
+    main()
