@@ -198,6 +198,9 @@ def tokenizer(source: Source, args: argparse.Namespace) -> Any:
 
 def _find_checkpoint(args: argparse.Namespace) -> Source:
     folder = Path(args.load)
+    if args.dry_run and not folder.exists():
+        # An earlier job is going to make it, of the model that the conf describes.
+        return Source(args.load, True, arguments.architecture(args), args.pretrained_model_path)
     preflight.checkpoint_folder(folder)
     content = manifest.read(folder)
     carried = folder / checkpoint.HUGGINGFACE

@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -132,9 +133,14 @@ def damaged_outputs(folder: Path, content: dict[str, Any]) -> list[str]:
 
 def command() -> str:
     """This process's command line, quoted for a shell, with tokens and passwords hidden."""
+    return quoted(sys.argv)
+
+
+def quoted(line: Sequence[str]) -> str:
+    """The words of a command line, quoted for a shell, with tokens and passwords hidden."""
     words: list[str] = []
     hide_next = False
-    for word in sys.argv:
+    for word in line:
         name, equals, _ = word.partition("=")
         if hide_next:
             word = "***"
