@@ -27,8 +27,9 @@
 #     MLM_ENV_SETUP      shell file for the site, sourced next
 #     SANDBOX_ROOT       folder whose conf/model/<conf>.sh (or conf/<conf>.sh) is used instead
 #     PYTHON             interpreter  (the active environment's, else .venv's, else python3)
-#     MLM_LAUNCH         count: check, print the number of processes, and leave
-#                        words: print the stage's words, each ended by a NUL, and leave
+#     MLM_LAUNCH         what to do instead of launching: "count" prints the number of processes
+#                        once they fit the nodes, "words" the stage's words, each ended by a NUL,
+#                        "check" checks everything that --check does
 #
 # A conf sets MODEL_ARGS, the model's flags: an array here; a string, as in Megatron-LM, works too.
 
@@ -147,22 +148,29 @@ print(suggest(sys.argv[1], sys.argv[2:]) or "choose one of: " + " ".join(sys.arg
 }
 
 # to_array TARGET VARIABLE: append a variable's words to the array TARGET. An array is taken as it
-# is; a string is split at white space and nothing in it is expanded: [0]*3 stays [0]*3, and
-# {"num_layers":24} keeps its quotes. A value with spaces is quoted as a whole, '...' or "...", by
-# itself or after the = of --flag='...'; those outer quotes are removed and nothing else is.
+# is, a string is split (split_words).
 to_array() {
-  local -n target=$1 source=$2
+  local -n array=$1 source=$2
   if [[ "$(declare -p "$2" 2>/dev/null)" == "declare -a"* ]]; then
-    target+=("${source[@]}")
-    return
+    array+=("${source[@]}")
+  else
+    split_words "$1" "${source:-}" "$2"
   fi
-  local rest=${source:-} word quoted="^([^[:space:]'\"=]*=)?('[^']*'|\"[^\"]*\")([[:space:]]|\$)"
+}
+
+# split_words TARGET TEXT NAME: append the words of TEXT to the array TARGET; NAME is for messages.
+# Words end at white space and nothing in them is expanded: [0]*3 stays [0]*3, and {"num_layers":24}
+# keeps its quotes. A value with spaces is quoted as a whole, '...' or "...", by itself or after the
+# = of --flag='...'; those outer quotes are removed, and what is between them is taken as it is.
+split_words() {
+  local -n target=$1
+  local rest=$2 word quoted="^([^[:space:]'\"=]*=)?('[^']*'|\"[^\"]*\")([[:space:]]|\$)"
   while rest=${rest#"${rest%%[![:space:]]*}"} && [[ -n "$rest" ]]; do
     if [[ "$rest" =~ $quoted ]]; then
       word=${BASH_REMATCH[1]}${BASH_REMATCH[2]}
       target+=("${BASH_REMATCH[1]}${BASH_REMATCH[2]:1:-1}")
     elif [[ "$rest" == [\'\"]* ]]; then
-      fail "$2=... $rest" "the quote at its start is not closed at the end of a word" \
+      fail "$3: $rest" "the quote at its start is not closed at the end of a word" \
         "quote the whole value: '...' or \"...\""
     else
       word=${rest%%[[:space:]]*}
@@ -261,21 +269,17 @@ launch() {
   local arguments=("${FLAGS[@]}" "$@")
   to_array arguments MLM_EXTRA_ARGS
   arguments+=("${REST[@]}")
-  if [[ "${MLM_LAUNCH:-}" == words ]]; then
-    printf '%s\0' "$stage.py" "${arguments[@]}"
-    exit 0
-  fi
-  [[ " ${arguments[*]} ${MLM_LAUNCH:-} " != *" --dry-run "* ]] || planned=1
-  [[ "${MLM_LAUNCH:-}" != count ]] || planned=1
+  case "${MLM_LAUNCH:-}" in
+    count) echo "$WORLD" && exit 0 ;;
+    words) printf '%s\0' "$stage.py" "${arguments[@]}" && exit 0 ;;
+    check) planned=1 ;;
+  esac
+  [[ " ${arguments[*]} " != *" --dry-run "* ]] || planned=1
   choose_launcher "$planned"
   local line=("${LAUNCHER[@]}" "$SCRIPT_DIR/$stage.py" "${arguments[@]}")
   # A mistake shows here within a second, once, and not from every process of a job.
   MLM_PLANNED_PROCESSES=$WORLD MLM_PLANNED_NODES=$NNODES MLM_LAUNCH_LINE="${line[*]@Q}" \
     "$PYTHON" "$SCRIPT_DIR/$stage.py" "${arguments[@]}" --check
-  if [[ "${MLM_LAUNCH:-}" == count ]]; then
-    echo "$WORLD"
-    exit 0
-  fi
   [[ -z "$planned" ]] || exit 0
   export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
   # Megatron's overlap of communication relies on the order of launches on one connection.

@@ -22,6 +22,7 @@ from post_training import placement
 
 EXIT_CODE = 69  # EX_UNAVAILABLE of sysexits.h: another rank was lost
 GRACE = 5.0  # seconds in which a rank may still fail with a message of its own
+_SETTLE = 0.5  # seconds between a failed collective and the news of who is gone
 _CONNECT_SECONDS = 30.0
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 _USER_TIMEOUT = 30_000  # milliseconds until data that is not acknowledged breaks a connection
@@ -37,6 +38,7 @@ class Watch:
         self._speaks = rank == 0 or local_rank == 0
         self._connections: dict[int, socket.socket] = {}
         self._left = threading.Event()
+        self._missed = threading.Event()
         self._lock = threading.Lock()
 
     def leave(self) -> None:
@@ -46,6 +48,21 @@ class Watch:
             for connection in self._connections.values():
                 with contextlib.suppress(OSError):
                     connection.sendall(_BYE)
+
+    def follows_a_loss(self, error: Exception) -> bool:
+        """Whether ``error`` comes from the loss of another rank; then its traceback says nothing.
+
+        The message about the loss and the failure of a collective come at almost the same time.
+        """
+        if not self._missed.wait(_SETTLE):
+            return False
+        first = str(error).strip().splitlines()
+        print(
+            f"rank {self._rank}: ended by that: {type(error).__name__}: {first[0] if first else ''}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return True
 
     def serve(self, listener: socket.socket, token: str) -> None:
         """Rank 0: accept the others, and notice when one is gone. Runs in a thread."""
@@ -90,6 +107,7 @@ class Watch:
     def _lost(self, rank: int) -> None:
         if self._left.is_set():
             return
+        self._missed.set()
         if self._rank == 0:
             with self._lock:
                 for other, connection in self._connections.items():

@@ -146,7 +146,8 @@ def _experts(values: dict[str, Any], parallel: Parallel) -> int:
     hidden = values["hidden_size"]
     split, whole = _feed_forward(values, values["moe_ffn_hidden_size"])
     each = whole + split // parallel.expert_tensor
-    count = _norm(values, hidden) + values["num_moe_experts"] * hidden
+    router = values["num_moe_experts"] * (hidden + (1 if values["add_bias_linear"] else 0))
+    count = _norm(values, hidden) + router
     count += values["num_moe_experts"] // parallel.expert * each
     shared = values["moe_shared_expert_intermediate_size"]
     if shared:

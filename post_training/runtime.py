@@ -85,6 +85,7 @@ def session(args: argparse.Namespace) -> Iterator[Session]:
             watch = liveness.start(current.rank, current.world)
             yield current
     except UsageError as error:
+        _leave(watch)
         _stop()
         exit_with_usage_error(error)
     except SystemExit:
@@ -101,6 +102,10 @@ def session(args: argparse.Namespace) -> Iterator[Session]:
         sys.stderr.flush()
         # Process groups may hold ranks that are gone: waiting for them would hang.
         os._exit(error.exit_code)
+    except Exception as error:
+        if watch is not None and watch.follows_a_loss(error):
+            os._exit(liveness.EXIT_CODE)
+        raise
     _leave(watch)
     _stop()
 
