@@ -162,6 +162,7 @@ def report(
         "few_shots": args.few_shots,
         "fraction": args.fraction,
         **result.score.to_json(),
+        "passed": args.lower_bound is None or result.score.accuracy >= args.lower_bound,
         "ties": result.ties,
         "answers": result.letters(),
         "seconds": round(seconds, 3),

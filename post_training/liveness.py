@@ -56,9 +56,9 @@ class Watch:
         """
         if not self._missed.wait(_SETTLE):
             return False
-        first = str(error).strip().splitlines()
+        first = (str(error).strip().splitlines() or [""])[0]
         print(
-            f"rank {self._rank}: ended by that: {type(error).__name__}: {first[0] if first else ''}",
+            f"rank {self._rank}: ended by that: {type(error).__name__}: {first}",
             file=sys.stderr,
             flush=True,
         )
