@@ -4,6 +4,7 @@
 #   bash convert.sh <conf> [flags]
 #   HF_MODEL_CKPT=/models/Qwen3-0.6B TP=2 bash convert.sh Qwen/Qwen3-0.6B
 #   MLM_MODEL_CKPT=/work/a MLM_MODEL_SAVE=/work/b PP=2 bash convert.sh Qwen/Qwen3-0.6B
+#   MLM_MODEL_CKPT=/work/quant bash convert.sh Qwen/Qwen3-0.6B --algorithm eagle3
 #
 #   HF_MODEL_CKPT   Hugging Face folder or hub name (default: the conf's name)
 #   MLM_MODEL_CKPT  Megatron checkpoint, taken instead

@@ -36,8 +36,10 @@ RELEASE = "release"
 HUGGINGFACE = "huggingface"
 MODELOPT_STATE = "modelopt_state"
 CHECKPOINT_VERSION = 3.0
+# Names under which an iteration of training keeps its own state (training_checkpoint.py).
+TRAINING_KEYS = ("optimizer.", "rng_state")
 # Tells loaders how sharded tensors were cut; Megatron-LM reads it back from the checkpoint.
-_CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 
 
 def iteration_folder(folder: Path) -> Path:
@@ -100,12 +102,12 @@ def save(
         (work / RELEASE).mkdir()
     torch.distributed.barrier()
     state = {
-        "args": _megatron_lm_arguments(manifest.architecture, model),
+        "args": megatron_lm_arguments(manifest.architecture, model),
         "checkpoint_version": CHECKPOINT_VERSION,
         "iteration": 0,
-        "model": model.sharded_state_dict(metadata=_metadata()),
+        "model": model.sharded_state_dict(metadata=metadata()),
     }
-    dist_checkpointing.save(state, str(work / RELEASE), content_metadata=dict(_CONTENT))
+    dist_checkpointing.save(state, str(work / RELEASE), content_metadata=dict(CONTENT))
     if mto.ModeloptStateManager.is_converted(model):
         save_sharded_modelopt_state([model], str(work / RELEASE))
     torch.distributed.barrier()
@@ -123,8 +125,14 @@ def save(
     return content
 
 
-def load(model: MegatronModule, folder: Path) -> None:
+def load(model: MegatronModule, folder: Path, *, only: str = "") -> None:
     """Load weights, ModelOpt state first, into ``model`` (changed in place); a collective call.
+
+    Args:
+        model: this rank's part.
+        folder: a checkpoint folder, or one of its iterations.
+        only: load the tensors whose names begin so into a model that has them already; its ModelOpt
+            state stays.
 
     Raises:
         UsageError: if the checkpoint's tensors are not the model's; missing and unexpected names
@@ -136,13 +144,14 @@ def load(model: MegatronModule, folder: Path) -> None:
     from modelopt.torch.opt.plugins import restore_sharded_modelopt_state
 
     weights = iteration_folder(folder)
-    if (weights / MODELOPT_STATE).is_dir():
+    if (weights / MODELOPT_STATE).is_dir() and not only:
         # Restoring sizes the scales by calibrating the weights, which must not be NaN by chance.
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(1)
         restore_sharded_modelopt_state([model], str(weights))
-    wanted = {"model": model.sharded_state_dict(metadata=_metadata(weights))}
+    tensors = model.sharded_state_dict(metadata=metadata(weights))
+    wanted = {"model": {n: each for n, each in tensors.items() if n.startswith(only)}}
     try:
         state, missing, unexpected = dist_checkpointing.load(
             wanted, str(weights), strict=StrictHandling.RETURN_ALL
@@ -153,6 +162,11 @@ def load(model: MegatronModule, folder: Path) -> None:
             f"it does not fit this model: {error}",
             "use the conf of the model that was saved",
         ) from error
+    missing, unexpected = (
+        # What a training run keeps beside the weights is not the model's.
+        {n for n in names if n.startswith(only) and not n.startswith(TRAINING_KEYS)}
+        for names in (missing, unexpected)
+    )
     missing = {name for name in missing if not name.endswith("_extra_state")}
     unexpected = {name for name in unexpected if not name.endswith("_extra_state")}
     if missing or unexpected:
@@ -184,10 +198,11 @@ def uses_transformer_engine_keys(folder: Path) -> bool:
     )
 
 
-def _metadata(weights: Path | None = None) -> dict[str, Any]:
+def metadata(weights: Path | None = None) -> dict[str, Any]:
+    """What sharded states are cut by: a new checkpoint's, or those of one that was saved."""
     from megatron.core import dist_checkpointing, parallel_state
 
-    content = dict(_CONTENT)
+    content = dict(CONTENT)
     if weights is not None:
         content = dist_checkpointing.load_content_metadata(str(weights)) or {}
     return {
@@ -196,7 +211,7 @@ def _metadata(weights: Path | None = None) -> dict[str, Any]:
     }
 
 
-def _megatron_lm_arguments(
+def megatron_lm_arguments(
     architecture: dict[str, Any], model: MegatronModule
 ) -> argparse.Namespace:
     """What Megatron-LM's ``--use-checkpoint-args`` reads from a checkpoint, in its spellings."""

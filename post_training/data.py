@@ -265,7 +265,7 @@ def _take_turns(streams: list[Iterator[Document]]) -> Iterator[Document]:
         streams = alive
 
 
-def on_first_rank(load: Callable[[], CalibrationData]) -> CalibrationData:
+def on_first_rank[T](load: Callable[[], T]) -> T:
     """Run ``load`` on rank 0 and give its result, or its UsageError, to every rank.
 
     Without it each of many ranks would ask the hub, and one that failed would leave the others
@@ -282,5 +282,5 @@ def on_first_rank(load: Callable[[], CalibrationData]) -> CalibrationData:
     torch.distributed.broadcast_object_list(outcome, src=0)
     if isinstance(outcome[0], UsageError):
         raise outcome[0]
-    result: CalibrationData = outcome[0]
+    result: T = outcome[0]
     return result

@@ -22,6 +22,7 @@ TEXT_KEYS = ("text", "article", "content", "document")
 CHAT_KEYS = ("messages", "conversations", "conversation")
 PAIR_KEYS = (
     ("question", "answer"),
+    ("question", "response"),
     ("prompt", "completion"),
     ("prompt", "response"),
     ("instruction", "output"),
@@ -110,6 +111,7 @@ def _messages(turns: Any, place: str, option: str) -> tuple[dict[str, Any], ...]
 
 def _message(turn: Mapping[str, Any], place: str, option: str) -> dict[str, Any]:
     name = turn.get("role", turn.get("from"))
+    name = name.lower() if isinstance(name, str) else name
     if name not in ROLES:
         hint = suggest(str(name), list(ROLES))
         raise UsageError(

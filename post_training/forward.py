@@ -7,7 +7,8 @@ that keep a pass small, on the output layer and on attention after a cached pref
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,7 +59,7 @@ def run(
     with InferenceMode.active(), contextlib.ExitStack() as stack:
         for hook in hooks:
             stack.enter_context(hook)
-        output = core(
+        output = _target(core)(
             input_ids,
             position_ids.expand(batch, -1),
             mask,
@@ -73,6 +74,20 @@ def run(
     following = parallel_state.get_pipeline_model_parallel_next_rank()
     torch.distributed.send(output.to(dtype).contiguous(), dst=following, group=group)
     return None
+
+
+def _target(core: Any) -> Callable[..., Any]:
+    """The model as a function; of a drafted one the target alone.
+
+    The class that ModelOpt's ``eagle`` mode gives a model computes training losses in its
+    ``forward``. The outputs of the auxiliary layers are left in ``core._aux_hidden_states``.
+    """
+    if not hasattr(core, "eagle_ttt_steps"):
+        return core
+    from megatron.core.models.gpt import GPTModel
+
+    core._aux_hidden_states.clear()
+    return partial(GPTModel.forward, core)
 
 
 @contextlib.contextmanager

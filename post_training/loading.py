@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from post_training import arguments, checkpoint, files, huggingface, manifest, parallel, preflight
 from post_training.architecture import Architecture
+from post_training.draft import Draft
 from post_training.errors import UsageError
 
 if TYPE_CHECKING:
@@ -61,10 +62,23 @@ class Source:
         """As the next manifest records it."""
         return [manifest.describe_input("model", self.location)]
 
+    @property
+    def draft(self) -> Draft | None:
+        """The draft that the checkpoint has beside its target; None without one."""
+        content = (self.manifest or {}).get("draft")
+        return Draft.from_json(content) if content else None
+
     def pruned_from(self) -> dict[str, Any]:
         """What a manifest carries on, so that the conf of the unpruned model stays usable."""
-        original = (self.manifest or {}).get("pruned_from")
-        return {"pruned_from": original} if original else {}
+        return self._carried("pruned_from")
+
+    def carried(self) -> dict[str, Any]:
+        """What a manifest carries on where the weights stay what they are."""
+        return self._carried("pruned_from", "quantization", "draft")
+
+    def _carried(self, *names: str) -> dict[str, Any]:
+        content = self.manifest or {}
+        return {name: content[name] for name in names if content.get(name)}
 
 
 def find(args: argparse.Namespace) -> Source:
@@ -146,7 +160,9 @@ def load(
     """
     from post_training import model as model_building
 
-    model = model_building.build(source.architecture, options)
+    # Features stand for the layers of a target whose checkpoint was made without them.
+    offline = source.draft is not None and source.draft.offline
+    model = model_building.build(source.architecture, options, layers=not offline)
     if source.is_checkpoint:
         checkpoint.load(model, Path(source.location))
         logger.info("loaded checkpoint %s", source.location)
@@ -214,6 +230,13 @@ def _find_checkpoint(args: argparse.Namespace) -> Source:
             f"checkpoint {folder}",
             f"{len(damaged)} of its files are missing or cut short, e.g. {damaged[0]}",
             "copy or make it again",
+        )
+    if (content.get("draft") or {}).get("offline") and args.stage not in ("eagle3", "convert"):
+        raise UsageError(
+            f"checkpoint {folder}",
+            "it has a draft and not the target's layers (convert.sh --export-offline-model)",
+            "join it with its target: convert.sh <conf> --algorithm eagle3 --draft-model-path "
+            f"{folder}",
         )
     described = arguments.architecture(args, manifest=content)
     return Source(args.load, True, described, origin, content)

@@ -63,8 +63,13 @@ class Manifest:
     peak_memory_bytes: dict[str, int] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 
-    def write(self, folder: Path) -> dict[str, Any]:
-        """Describe every file of ``folder`` and write its ``run.json``. Returns the content."""
+    def write(self, folder: Path, parts: Sequence[str] = ()) -> dict[str, Any]:
+        """Describe the files of ``folder`` and write its ``run.json``. Returns the content.
+
+        Args:
+            folder: of the output.
+            parts: subfolders whose files to describe, where others still change; by default all.
+        """
         content = {
             "format": FORMAT,
             "stage": self.stage,
@@ -76,13 +81,22 @@ class Manifest:
             "versions": versions(),
             "git_commit": git_commit(),
             "inputs": self.inputs,
-            "outputs": files.describe_tree(folder, skip=frozenset({FILE})),
+            "outputs": self._outputs(folder, parts),
             "metrics": self.metrics,
             "peak_memory_bytes": self.peak_memory_bytes,
             **self.extra,
         }
         files.write_json(folder / FILE, content)
         return content
+
+    def _outputs(self, folder: Path, parts: Sequence[str]) -> list[dict[str, Any]]:
+        if not parts:
+            return files.describe_tree(folder, skip=frozenset({FILE}))
+        return [
+            {**each, "file": f"{part}/{each['file']}"}
+            for part in parts
+            for each in files.describe_tree(folder / part)
+        ]
 
 
 def read(folder: Path) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from post_training.architecture import Architecture
@@ -111,14 +111,26 @@ def transformer_config(architecture: Architecture, options: BuildOptions) -> Tra
         ) from error
 
 
-def build(architecture: Architecture, options: BuildOptions) -> MegatronModule:
-    """This rank's part of the model, on its device, in evaluation mode, weights undefined."""
+def build(
+    architecture: Architecture, options: BuildOptions, *, layers: bool = True
+) -> MegatronModule:
+    """This rank's part of the model, on its device, in evaluation mode, weights undefined.
+
+    Args:
+        architecture: what it is.
+        options: how it is run.
+        layers: False leaves the decoder's layers out, for training from stored features.
+    """
     import torch
 
+    if not layers:
+        options = replace(options, meta_device=True)  # the layers then take no memory
     config = transformer_config(architecture, options)
     context = torch.device("meta") if options.meta_device else contextlib.nullcontext()
     with context:
         model = _MODEL_TYPES[architecture.model_type](architecture, config, options)
+    if not layers:
+        model.decoder.layers = torch.nn.ModuleList()
     if options.meta_device:
         _materialize(model)
     elif torch.cuda.is_available():

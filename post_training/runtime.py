@@ -158,6 +158,8 @@ def _import_packages() -> object:
         report = portable.install()
         import megatron.core.models.gpt
         import megatron.core.post_training.modelopt.gpt.model_specs  # noqa: F401
+    # Said by megatron-core on every start about how gradients are laid out: nothing to act on.
+    logging.getLogger("megatron.core.distributed").setLevel(logging.ERROR)
     # Said once per checkpoint about a choice that is made here: saves are synchronous.
     logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").setLevel(logging.ERROR)
     return report

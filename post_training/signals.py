@@ -13,10 +13,13 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 GRACE = 5.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# What a scheduler sends before a job's time is over: SIGTERM, or SIGUSR1 (sbatch --signal).
+TIME_LIMIT = (signal.SIGTERM, signal.SIGUSR1)
+_deferred: set[int] = set()
 
 
 class Interrupted(KeyboardInterrupt):
@@ -51,6 +54,8 @@ def prompt_exit(cleanup: Callable[[], None] = lambda: None) -> Iterator[None]:
 
     def watch() -> None:
         received = reader.recv(1)
+        while received and received[0] in _deferred:
+            received = reader.recv(1)
         if not received or finished.wait(GRACE):
             return
         cleanup()
@@ -68,3 +73,22 @@ def prompt_exit(cleanup: Callable[[], None] = lambda: None) -> Iterator[None]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         writer.close()
+
+
+@contextlib.contextmanager
+def deferred(numbers: Iterable[int] = TIME_LIMIT) -> Iterator[Callable[[], bool]]:
+    """Within this context these signals only make the yielded function return True.
+
+    For work that ends by itself when asked, such as a training loop, which first finishes its step
+    and saves. A process that is stuck is then not ended: whoever sent the signal has to.
+    """
+    received: list[int] = []
+    chosen = list(numbers)
+    handlers = {each: signal.signal(each, lambda n, _: received.append(n)) for each in chosen}
+    _deferred.update(chosen)
+    try:
+        yield lambda: bool(received)
+    finally:
+        _deferred.difference_update(chosen)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -1,0 +1,295 @@
+"""Train an EAGLE-3 draft for a model: online from conversations, or offline from stored features.
+
+Inputs:  --load, a Megatron checkpoint (a quantized one too), or --pretrained-model-path, a Hugging
+         Face folder or hub name; --finetune-hf-dataset or --finetune-data-files, conversations
+         whose answers the model itself wrote, or --offline-distillation-data, what
+         extract_features.sh stored.
+Outputs: --save, a checkpoint of target and draft for each --save-interval, with run.json; in its
+         folder training/ metrics.jsonl, curves.png and TensorBoard files.
+
+A draft is attached where the checkpoint has none. Started again, the same command goes on where it
+was interrupted. Ended by SIGTERM, SIGUSR1 or a limit, it saves and leaves with exit code 75.
+
+    HF_MODEL_CKPT=/models/Qwen3-0.6B bash eagle3.sh Qwen/Qwen3-0.6B \\
+        --finetune-data-files /data/answers.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from post_training import (
+    arguments,
+    checkpoint,
+    draft_arguments,
+    draft_data,
+    draft_features,
+    loading,
+    preflight,
+    training_checkpoint,
+    training_options,
+)
+from post_training.errors import UsageError
+
+if TYPE_CHECKING:
+    from post_training.loading import Source
+    from post_training.runtime import Session
+    from post_training.training import Outcome
+    from post_training.training_options import TrainingOptions
+
+logger = logging.getLogger("post_training")
+
+SAMPLES = 128_000
+# Relative difference between stored states and those computed again: rounding on other devices.
+SAME_STATES = {"fp32": 1e-3, "bf16": 5e-2}
+DATASET = "Magpie-Align/Magpie-Llama-3.1-Pro-MT-300K-Filtered"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    draft_data.add_arguments(parser, DATASET)
+    group = parser.add_argument_group("eagle3")
+    group.add_argument(
+        "--offline-distillation-data",
+        metavar="DIR",
+        help="train from what extract_features.sh wrote there, without running the target",
+    )
+    group.add_argument(
+        "--show-loss-mask",
+        type=int,
+        metavar="N",
+        help="show the first N conversations with their answers marked, and leave",
+    )
+    draft_arguments.add(parser)
+    training_options.add(parser, train_samples=SAMPLES)
+
+
+def check(args: argparse.Namespace) -> None:
+    preflight.required(args, "--save", "MLM_MODEL_SAVE")
+    options = read_options(args)
+    source = find_source(args)
+    if args.context_parallel_size > 1:
+        raise UsageError(
+            f"CP={args.context_parallel_size}", "sequences are not divided here", "CP=1; raise DP"
+        )
+    if args.show_loss_mask is not None and args.show_loss_mask < 1:
+        raise UsageError(f"--show-loss-mask {args.show_loss_mask}", "it shows some", "1 or more")
+    offline = bool(args.offline_distillation_data)
+    if source.described is not None:
+        preflight.check_layout(source.described, args)
+        limit = source.described.max_position_embeddings
+        if options.seq_length > limit:
+            raise UsageError(
+                f"--seq-length {options.seq_length}",
+                f"the model's texts have at most {limit} tokens",
+                f"--seq-length {limit}",
+            )
+        _check_draft(args, source, offline)
+    if offline:
+        draft_features.check(args, source, options.seq_length)
+    else:
+        draft_data.check(draft_data.source(args))
+    needed = 2 * loading.size_estimate(source, 2)  # two checkpoints, of which one is being written
+    preflight.disk_space(Path(args.save), needed)
+
+
+def read_options(args: argparse.Namespace) -> TrainingOptions:
+    """The training options; stored features have a sequence length of their own."""
+    if args.offline_distillation_data and "seq_length" not in args.explicit:
+        args.seq_length = draft_features.sequence_length(Path(args.offline_distillation_data))
+    return training_options.options(args)
+
+
+def find_source(args: argparse.Namespace) -> Source:
+    """The model to train: the run in --save, if there is one to go on with, else the given one."""
+    folder = Path(args.save)
+    training_checkpoint.check_folder(folder, "eagle3", args.overwrite, "convert")
+    if not args.overwrite and (folder / checkpoint.TRACKER).is_file():
+        args.load = args.save
+        source = loading.find(args)
+        if source.draft is None:
+            raise UsageError(
+                f"output folder {folder}",
+                "it holds a checkpoint without a draft",
+                "name another folder in MLM_MODEL_SAVE, and this one in MLM_MODEL_CKPT",
+            )
+        return source
+    return loading.find(args)
+
+
+def _check_draft(args: argparse.Namespace, source: Source, offline: bool) -> None:
+    """The draft's flags, and that they do not contradict the draft that there is."""
+    recorded = source.draft
+    planned = draft_arguments.plan(args, source.architecture)
+    if recorded is None:
+        return
+    given = {name for name in draft_arguments.NAMES if name in args.explicit}
+    wrong = [
+        ("--ttt-steps", "ttt_steps", planned.ttt_steps, recorded.ttt_steps),
+        ("--mix-hidden-states", "mix_hidden_states", planned.mix_hidden_states,
+         recorded.mix_hidden_states),
+        ("--draft-vocab-size", "draft_vocab_size", planned.config["draft_vocab_size"],
+         recorded.config["draft_vocab_size"]),
+    ]  # fmt: skip
+    if "eagle_config" in given:
+        wrong += [
+            (f"--eagle-config {key}", "eagle_config", value, recorded.config.get(key))
+            for key, value in planned.config.items()
+        ]
+    for flag, name, now, before in wrong:
+        if name in given and now != before:
+            raise UsageError(
+                f"{flag} {now}", f"the draft in {source.location} was made with {before}",
+                "leave it out, or begin anew in another folder",
+            )  # fmt: skip
+    if recorded.offline and not offline:
+        raise UsageError(
+            f"--load {source.location}",
+            "it was made without the target's layers (--export-offline-model)",
+            "give --offline-distillation-data, or a checkpoint with its layers",
+        )
+
+
+def eagle3(args: argparse.Namespace, session: Session) -> Outcome:
+    """Train to the end, or to an interruption.
+
+    Raises:
+        UsageError: for data that cannot be trained on.
+    """
+    from post_training import eagle, eagle_training, huggingface
+    from post_training.manifest import Manifest
+    from post_training.model import count_parameters
+    from post_training.training import Trainer
+    from post_training.training_checkpoint import TrainingCheckpoints
+
+    options = read_options(args)
+    source = loading.fetch(find_source(args), args)
+    resume = bool(training_checkpoint.last_iteration(Path(args.save))) and not args.overwrite
+    small_files = loading.local_huggingface(source, args)
+    train, valid = samples(args, source, session)
+    build = replace(loading.build_options(args, source), sequence_parallel=False)
+    model = loading.load(source, build, session, trust_remote_code=args.trust_remote_code)
+    draft = source.draft or draft_arguments.plan(args, source.architecture)
+    if source.draft is None:
+        eagle.attach(model, draft, args.seed)
+    if draft.has_own_vocabulary and not draft.trained:
+        counts = draft_data.frequencies(train, draft.config["vocab_size"])
+        covered = eagle.set_vocabulary(model, counts)
+        logger.info(
+            "draft vocabulary: %d of %d tokens, %.2f %% of the answers",
+            draft.config["draft_vocab_size"], draft.config["vocab_size"], 100 * covered,
+        )  # fmt: skip
+    eagle.freeze_target(model)
+    if args.offline_distillation_data:
+        draft_features.require_same_model(
+            model, Path(args.offline_distillation_data), train, SAME_STATES[options.dtype]
+        )
+    metrics: dict[str, Any] = {"parameters": count_parameters(model)}
+
+    def record(iteration: int) -> Manifest:
+        return Manifest(
+            "eagle3",
+            source.architecture.to_json(),
+            configuration=arguments.explicit(args),
+            inputs=[*source.inputs(), *_data_inputs(args)],
+            metrics={**metrics, **trainer.metrics},
+            started=session.started,
+            peak_memory_bytes=session.peak_memory(),
+            extra={**source.carried(), "draft": replace(draft, trained=iteration).to_json()},
+        )
+
+    trainer = Trainer(
+        model,
+        eagle_training.task(model, draft),
+        options,
+        session,
+        TrainingCheckpoints(
+            Path(args.save),
+            record,
+            lambda folder: huggingface.copy_small_files(
+                small_files, folder, python_files=args.trust_remote_code
+            ),
+            options.keep_checkpoints,
+        ),
+        resume=resume,
+    )
+    return trainer.run(train, valid)
+
+
+def samples(args: argparse.Namespace, source: Source, session: Session) -> tuple[Any, Any]:
+    """Data to train on and held-out data; a collective call."""
+    options = read_options(args)
+    if args.offline_distillation_data:
+        features = draft_features.load(Path(args.offline_distillation_data))
+        return features["train"], features["valid"]
+    tokenizer = loading.tokenizer(source, args)
+    rows = options.train_iters * options.global_batch_size
+    train, valid, content = draft_data.prepare(
+        draft_data.source(args),
+        tokenizer,
+        options.seq_length,
+        rows,
+        Path(args.save) / training_checkpoint.FOLDER / "data",
+        session.show_progress,
+    )
+    logger.info("training data: %s", draft_data.describe(content))
+    return train, valid
+
+
+def show_loss_mask(args: argparse.Namespace) -> None:
+    """Print conversations as the target reads them, with their answers marked."""
+    source = loading.fetch(find_source(args), args)
+    tokenizer = loading.tokenizer(source, args)
+    for text in draft_data.shown(
+        draft_data.source(args), tokenizer, args.show_loss_mask, sys.stdout.isatty()
+    ):
+        print(text)
+
+
+def _data_inputs(args: argparse.Namespace) -> list[dict[str, Any]]:
+    from post_training import manifest
+
+    if args.offline_distillation_data:
+        return [manifest.describe_input("features", args.offline_distillation_data)]
+    return [{"role": "data", "path": draft_data.source(args).describe()}]
+
+
+def main() -> None:
+    args = arguments.parse("eagle3", add_arguments, check)
+    from post_training import report, runtime
+
+    with runtime.session(args) as session:
+        if args.show_loss_mask:
+            if session.is_main:
+                show_loss_mask(args)
+            return
+        outcome = eagle3(args, session)
+        if session.is_main:
+            found = outcome.metrics
+            steps = [name for name in found if name.startswith("eval_accuracy_")]
+            report.summary(
+                "draft trained" if outcome.finished else "interrupted, and saved",
+                {
+                    "iterations": f"{outcome.iteration:,} of {read_options(args).train_iters:,}",
+                    "loss": f"{found['loss']:.4f}" if "loss" in found else "-",
+                    "accuracy by step (held out)": ", ".join(f"{found[n]:.3f}" for n in steps)
+                    or "-",
+                    "checkpoint": f"{args.save} ({report.size(Path(args.save))})",
+                    "metrics": f"{args.save}/{training_checkpoint.FOLDER}/"
+                    "{metrics.jsonl,curves.png,tensorboard/}",
+                    **(report.cost(outcome.manifest) if outcome.manifest else {}),
+                },
+                next_step=f"MLM_MODEL_CKPT={args.save} bash validate.sh <conf> --steps 3"
+                if outcome.finished
+                else "the same command goes on from here",
+            )
+    if not outcome.finished:
+        sys.exit(training_options.EXIT_UNFINISHED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""The order in which training data is read: shuffled, and resumable from any position."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger("post_training")
+
+
+class Samples(Protocol):
+    """Data to train on: any number of samples of the same shape, by index."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Sequence[int]) -> Mapping[str, torch.Tensor]:
+        """The samples of these indices, stacked along the first dimension, on the CPU."""
+        ...
+
+
+class Order:
+    """Sample numbers of a run, 0, 1, 2, ... to indices of the data; each epoch in another order.
+
+    The order depends on the seed and the size alone, not on the ranks, the batch sizes or where a
+    run was interrupted.
+    """
+
+    def __init__(self, size: int, seed: int, shuffle: bool = True) -> None:
+        if size < 1:
+            raise ValueError("there is no sample")
+        self.size = size
+        self.seed = seed
+        self.shuffle = shuffle
+        self._epoch = -1
+        self._permutation: torch.Tensor | None = None
+
+    def __getitem__(self, number: int) -> int:
+        import torch
+
+        epoch, place = divmod(number, self.size)
+        if not self.shuffle:
+            return place
+        if epoch != self._epoch or self._permutation is None:
+            generator = torch.Generator().manual_seed(self.seed + epoch)
+            self._permutation = torch.randperm(self.size, generator=generator)
+            self._epoch = epoch
+        return int(self._permutation[place])
+
+
+class Batches:
+    """Micro batches of one data-parallel rank, on the device, read ahead by a thread.
+
+    Args:
+        samples: the data.
+        order: of the samples.
+        start: samples that are consumed already.
+        global_batch: samples an iteration over all ranks.
+        micro_batch: samples of one call to the model.
+        rank, ranks: place among the data-parallel ranks.
+        device: where the batches go.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        order: Order,
+        *,
+        start: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        ranks: int,
+        device: torch.device,
+    ) -> None:
+        self._samples = samples
+        self._order = order
+        self._start = start
+        self._step = (global_batch, micro_batch, rank, ranks)
+        self._device = device
+
+    def indices(self) -> Iterator[list[int]]:
+        """Indices of this rank's micro batches, without end.
+
+        Micro batch ``m`` of an iteration holds the samples from ``m x micro_batch x ranks`` on;
+        within them each rank has ``micro_batch`` in its turn.
+        """
+        global_batch, micro_batch, rank, ranks = self._step
+        first = self._start
+        while True:
+            for each in range(first, first + global_batch, micro_batch * ranks):
+                begin = each + rank * micro_batch
+                yield [self._order[number] for number in range(begin, begin + micro_batch)]
+            first += global_batch
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        indices = self.indices()
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="data") as pool:
+            ahead: Future[Mapping[str, torch.Tensor]] = pool.submit(
+                self._samples.batch, next(indices)
+            )
+            while True:
+                batch = ahead.result()
+                ahead = pool.submit(self._samples.batch, next(indices))
+                yield {
+                    name: tensor.to(self._device, non_blocking=True)
+                    for name, tensor in batch.items()
+                }
