@@ -153,6 +153,7 @@ def report(
     seconds: float,
 ) -> dict[str, Any]:
     """What goes into the JSON file."""
+    scored = result.score.to_json()
     return {
         "stage": "mmlu",
         "command": manifest.command(),
@@ -161,8 +162,8 @@ def report(
         "inputs": [*source.inputs(), manifest.describe_input("questions", args.mmlu_dataset)],
         "few_shots": args.few_shots,
         "fraction": args.fraction,
-        **result.score.to_json(),
-        "passed": args.lower_bound is None or result.score.accuracy >= args.lower_bound,
+        **scored,
+        "passed": args.lower_bound is None or scored["accuracy"] >= args.lower_bound,
         "ties": result.ties,
         "answers": result.letters(),
         "seconds": round(seconds, 3),

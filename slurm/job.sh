@@ -209,7 +209,9 @@ reason() {
   log=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.* StdOut=\([^ ]*\).*/\1/p')
   [[ -r "$log" ]] || return 0
   echo "From $log:"
-  if ! grep --max-count=1 --after-context=2 '^error: ' "$log"; then
+  # A stage's own message, else the last line of a traceback.
+  if ! grep --max-count=1 --after-context=2 '^error: ' "$log" &&
+    ! grep --max-count=1 -E '^(\[rank[0-9]+\]: )?[A-Za-z_.]+(Error|Exception)\b' "$log"; then
     tail -n 5 "$log"
   fi | sed 's/^/    /'
 }

@@ -239,7 +239,7 @@ def test_the_token_is_in_no_log_manifest_job_script_or_process_listing(two_nodes
         texts.append(cluster.run("scontrol", "show", "job", job).stdout)
         texts.append(cluster.run("scontrol", "write", "batch_script", job, "-").stdout)
     texts += [path.read_text() for path in work.rglob("run.json")]
-    assert len(texts) == 11
+    assert len(texts) == 10
     for text in texts:
         assert text
         assert TOKEN not in text
@@ -377,7 +377,7 @@ def test_a_pipeline_with_a_mistake_submits_nothing(cluster, site, model, tmp_pat
 def test_containers_are_asked_for_as_pyxis_and_apptainer_want_it(site, model, tmp_path, cluster):
     """Neither is there to be run; the step's line is shown."""
     environment = variables(
-        cluster, model, tmp_path, TP="4", CONTAINER_IMAGE="nvcr.io#nvidia/pytorch:x",
+        cluster, model, tmp_path, TP="2", DP="2", CONTAINER_IMAGE="nvcr.io#nvidia/pytorch:x",
         USER_FSW="/scratch/me", CONTAINER_MOUNTS="/data:/data",
     )  # fmt: skip
     words = ("bash", site / "slurm" / "sbatch.sh", "--nodes=2", "convert.sh", "org/name")
