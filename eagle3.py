@@ -228,7 +228,7 @@ def samples(args: argparse.Namespace, source: Source, session: Session) -> tuple
         return features["train"], features["valid"]
     tokenizer = loading.tokenizer(source, args)
     rows = options.train_iters * options.global_batch_size
-    train, valid, content = draft_data.prepare(
+    parts, content = draft_data.prepare(
         draft_data.source(args),
         tokenizer,
         options.seq_length,
@@ -237,7 +237,7 @@ def samples(args: argparse.Namespace, source: Source, session: Session) -> tuple
         session.show_progress,
     )
     logger.info("training data: %s", draft_data.describe(content))
-    return train, valid
+    return parts["train"], parts["valid"]
 
 
 def show_loss_mask(args: argparse.Namespace) -> None:

@@ -1,10 +1,11 @@
 """Megatron checkpoint -> Hugging Face folder that vLLM, TensorRT-LLM or SGLang loads.
 
-Inputs:  --load, a checkpoint that convert, quantize or prune saved; --pretrained-model-name, a
+Inputs:  --load, a checkpoint of ours (quantized, pruned, drafted); --pretrained-model-name, a
          folder or hub name with configuration and tokenizer, unless the checkpoint carries them.
 Outputs: --export-dir with safetensors, tokenizer, config.json and, for a quantized model,
          hf_quant_config.json; run.json beside them. The folder is read back by independent code and
-         compared with the model before it gets its name.
+         compared with the model before it gets its name. With --export-extra-modules the draft
+         of a drafted checkpoint is written instead, as a folder of its own.
 
     MLM_MODEL_CKPT=/work/Qwen3-0.6B_quant bash export.sh Qwen/Qwen3-0.6B
 """
@@ -12,15 +13,17 @@ Outputs: --export-dir with safetensors, tokenizer, config.json and, for a quanti
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training import arguments, files, loading, preflight
+from post_training import arguments, draft_export, files, loading, preflight
 from post_training.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
+    from megatron.core.transformer import MegatronModule
 
     from post_training.hf_export import Exporter
     from post_training.loading import Source
@@ -39,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pretrained-model-name",
         metavar="FOLDER_OR_NAME",
         help="configuration and tokenizer, if the checkpoint carries none",
+    )
+    add(
+        "--export-extra-modules",
+        action="store_true",
+        help="write the draft (EAGLE-3) of the checkpoint instead of the model",
     )
     add(
         "--max-shard-size",
@@ -69,6 +77,12 @@ def check(args: argparse.Namespace) -> None:
     source = _source(args)
     if source.described:
         preflight.check_layout(source.described, args)
+    if args.export_extra_modules:
+        loading.require_draft(source, args)
+        if source.draft is not None:
+            draft_export.require_exportable(source.draft.config, f"--load {args.load}")
+        preflight.check_output(Path(args.export_dir), args)
+        return
     recorded = (source.manifest or {}).get("quantization") or {}
     if recorded.get("exportable") is False and not args.allow_unexportable:
         raise UsageError(
@@ -88,29 +102,14 @@ def export(args: argparse.Namespace, session: Session) -> dict[str, Any]:
     """
     import torch
 
-    from post_training import hf_export, quantization
     from post_training.manifest import Manifest
-    from post_training.model import torch_dtype
 
     source = loading.fetch(_source(args), args)
     options = loading.build_options(args, source)
     model = loading.load(source, options, session, trust_remote_code=args.trust_remote_code)
-    if not args.allow_unexportable:
-        quantization.require_exportable(model)
-    quantization.unpack(model)
-    exporter = hf_export.Exporter(
-        model,
-        loading.local_huggingface(source, args),
-        torch_dtype(options.dtype),
-        trust_remote_code=args.trust_remote_code,
-    )
     target = Path(args.export_dir)
-    work = files.incomplete(target)
-    if session.is_main:
-        files.begin(target)
-    torch.distributed.barrier()
-    exporter.write(work, int(args.max_shard_size * _GIGABYTE), session.show_progress)
-    metrics = verify(exporter, work, torch_dtype(options.dtype), session)
+    write = write_draft if args.export_extra_modules else write_model
+    metrics = write(args, session, model, source)
     content = None
     peak_memory = session.peak_memory()
     if session.is_main:
@@ -123,10 +122,85 @@ def export(args: argparse.Namespace, session: Session) -> dict[str, Any]:
             started=session.started,
             peak_memory_bytes=peak_memory,
             extra=source.pruned_from(),
-        ).write(work)
+        ).write(files.incomplete(target))
         files.publish(target)
     torch.distributed.barrier()
     return content or {}
+
+
+def _begin(args: argparse.Namespace, session: Session) -> Path:
+    """The empty folder that is written into; a collective call."""
+    import torch
+
+    target = Path(args.export_dir)
+    if session.is_main:
+        files.begin(target)
+    torch.distributed.barrier()
+    return files.incomplete(target)
+
+
+def write_model(
+    args: argparse.Namespace, session: Session, model: MegatronModule, source: Source
+) -> dict[str, Any]:
+    """Write the model into the working folder and verify it. Returns the metrics."""
+    from post_training import hf_export, quantization
+    from post_training.model import torch_dtype
+
+    dtype = torch_dtype(arguments.precision(args))
+    if not args.allow_unexportable:
+        quantization.require_exportable(model)
+    quantization.unpack(model)
+    exporter = hf_export.Exporter(
+        model,
+        loading.local_huggingface(source, args),
+        dtype,
+        trust_remote_code=args.trust_remote_code,
+    )
+    work = _begin(args, session)
+    exporter.write(work, int(args.max_shard_size * _GIGABYTE), session.show_progress)
+    return verify(exporter, work, dtype, session)
+
+
+def write_draft(
+    args: argparse.Namespace, session: Session, model: MegatronModule, source: Source
+) -> dict[str, Any]:
+    """The same for the draft. Returns the metrics.
+
+    Raises:
+        UsageError: if the draft has no form that engines read, or what was written is not it.
+    """
+    import torch
+
+    from post_training import draft_readback, eagle, huggingface, quantization
+
+    if not eagle.is_drafted(model):
+        raise UsageError(f"--load {args.load}", "it has no draft", "name what eagle3.sh saved")
+    quantization.unpack(model)
+    configuration = loading.local_huggingface(source, args)
+    exporter = draft_export.DraftExporter(
+        model,
+        configuration,
+        source.architecture.max_position_embeddings,
+        trust_remote_code=args.trust_remote_code,
+    )
+    work = _begin(args, session)
+    exporter.write(work, int(args.max_shard_size * _GIGABYTE))
+    written = draft_readback.DraftFolder(work)
+    trained = source.draft.aux_hidden_state_layer_ids if source.draft else None
+    problems = list(written.differences(exporter.reference()))
+    if session.is_main:
+        problems += written.problems(huggingface.read_config(configuration), trained)
+    gathered: list[Any] = [None] * session.world
+    torch.distributed.all_gather_object(gathered, problems)
+    _require_none([problem for each in gathered for problem in each], work)
+    logger.info("read back: %d tensors equal the draft's", len(written.index))
+    if source.draft is not None and not source.draft.trained:
+        logger.warning("this draft has not been trained: its acceptance length is 1")
+    return {
+        "tensors_compared": len(written.index),
+        "draft_vocab_size": written.config["draft_vocab_size"],
+        "auxiliary_layers": written.config["eagle_config"]["eagle_aux_hidden_state_layer_ids"],
+    }
 
 
 def verify(
@@ -152,13 +226,7 @@ def verify(
     compared = {name for _, each in gathered for name in each}
     found = [problem for each, _ in gathered for problem in each]
     found += [f"{name} was not compared" for name in sorted(written.weight_names() - compared)]
-    if found:
-        raise UsageError(
-            f"export {folder}",
-            f"{len(found)} differences from the model: " + "; ".join(found[:5]),
-            "this is a fault of the exporter, and the folder was not given its final name: report "
-            "it with the command and run.json of the checkpoint",
-        )
+    _require_none(found, folder)
     algorithm = written.quantization.get("quant_algo")
     logger.info("read back: %d tensors equal the model's, format %s", len(compared), algorithm)
     return {
@@ -169,6 +237,16 @@ def verify(
     }
 
 
+def _require_none(found: list[str], folder: Path) -> None:
+    if found:
+        raise UsageError(
+            f"export {folder}",
+            f"{len(found)} differences from the model: " + "; ".join(found[:5]),
+            "this is a fault of the exporter, and the folder was not given its final name: report "
+            "it with the command and run.json of the checkpoint",
+        )
+
+
 def main() -> None:
     args = arguments.parse("export", add_arguments, check)
     from post_training import report, runtime
@@ -176,19 +254,35 @@ def main() -> None:
     with runtime.session(args) as session:
         content = export(args, session)
         if session.is_main:
-            metrics = content["metrics"]
-            report.summary(
-                "exported and verified",
-                {
-                    "format": metrics["quant_algo"] or "not quantized",
-                    "KV cache": metrics["kv_cache_quant_algo"] or "not quantized",
-                    "bits per weight": f"{metrics['bits_per_weight']:.2f}, scales included",
-                    "read back": f"{metrics['tensors_compared']} tensors equal the model's",
-                    "folder": f"{args.export_dir} ({report.size(Path(args.export_dir))})",
-                    **report.cost(content),
-                },
-                next_step=f"vllm serve {args.export_dir}",
+            rows, next_step = (draft_rows if args.export_extra_modules else model_rows)(
+                args, content["metrics"]
             )
+            rows["folder"] = f"{args.export_dir} ({report.size(Path(args.export_dir))})"
+            report.summary("exported and verified", {**rows, **report.cost(content)}, next_step)
+            if _source(args).draft is not None and not args.export_extra_modules:
+                logger.info("the draft is exported by: %s", "export.sh --export-extra-modules")
+
+
+def model_rows(args: argparse.Namespace, metrics: dict[str, Any]) -> tuple[dict[str, str], str]:
+    """Lines of the summary, and what comes next."""
+    return {
+        "format": metrics["quant_algo"] or "not quantized",
+        "KV cache": metrics["kv_cache_quant_algo"] or "not quantized",
+        "bits per weight": f"{metrics['bits_per_weight']:.2f}, scales included",
+        "read back": f"{metrics['tensors_compared']} tensors equal the model's",
+    }, f"vllm serve {args.export_dir}"
+
+
+def draft_rows(args: argparse.Namespace, metrics: dict[str, Any]) -> tuple[dict[str, str], str]:
+    """The same for a draft."""
+    layers = metrics["auxiliary_layers"]
+    speculative = {"method": "eagle3", "model": args.export_dir, "num_speculative_tokens": 3}
+    return {
+        "draft": f"EAGLE-3, {metrics['draft_vocab_size']:,} tokens",
+        "auxiliary layers": f"outputs of {layers} from 0; vLLM counts "
+        f"{[layer + 1 for layer in layers]}",
+        "read back": f"{metrics['tensors_compared']} tensors equal the draft's",
+    }, f"vllm serve <exported target> --speculative-config '{json.dumps(speculative)}'"
 
 
 def _source(args: argparse.Namespace) -> Source:

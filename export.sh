@@ -3,9 +3,10 @@
 #
 #   MLM_MODEL_CKPT=/work/quant bash export.sh <conf> [flags]
 #   MLM_MODEL_CKPT=/work/quant EXPORT_DIR=/models/out PP=2 bash export.sh Qwen/Qwen3-0.6B
+#   MLM_MODEL_CKPT=/work/eagle3 bash export.sh Qwen/Qwen3-0.6B --export-extra-modules   # the draft
 #
 #   MLM_MODEL_CKPT  Megatron checkpoint to export (needed)
-#   EXPORT_DIR      where to write (default: $MLM_WORK_DIR/<conf>_export)
+#   EXPORT_DIR      where to write (default: $MLM_WORK_DIR/<conf>_export, of a draft _draft)
 #   HF_MODEL_CKPT   folder or hub name with configuration and tokenizer, for a checkpoint that
 #                   carries none (default: the conf's name)
 #
@@ -19,5 +20,7 @@ source "$SCRIPT_DIR/conf/arguments.sh"
 start export "$@"
 require MLM_MODEL_CKPT "the Megatron checkpoint to export"
 TP=1 ETP=1 EP=1 CP=1 DP=1
+suffix=export
+[[ " ${MLM_EXTRA_ARGS:-} ${REST[*]} " != *" --export-extra-modules "* ]] || suffix=draft
 launch export --load "$MLM_MODEL_CKPT" --pretrained-model-name "$HF_MODEL_CKPT" \
-  --export-dir "${EXPORT_DIR:-$MLM_WORK_DIR/${MLM_MODEL_CFG}_export}"
+  --export-dir "${EXPORT_DIR:-$MLM_WORK_DIR/${MLM_MODEL_CFG}_$suffix}"

@@ -14,7 +14,6 @@ import argparse
 import logging
 import os
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -32,6 +31,7 @@ from post_training import (
     records,
 )
 from post_training.errors import UsageError
+from post_training.report import beside
 
 if TYPE_CHECKING:
     from post_training.mmlu_evaluation import Result
@@ -184,13 +184,7 @@ def report_path(args: argparse.Namespace) -> Path:
     """Where the report goes: ``--mmlu-output``, or beside the model, or in the work folder."""
     if args.mmlu_output:
         return Path(args.mmlu_output)
-    location = args.load or args.pretrained_model_path
-    model = Path(location).resolve()
-    if model.exists() and os.access(model.parent, os.W_OK):
-        return model.with_name(f"{model.name}.mmlu.json")
-    default = Path(tempfile.gettempdir()) / "megatron_workspace"
-    folder = Path(os.environ.get("MLM_WORK_DIR") or default)
-    return folder / f"{str(location).strip('/').replace('/', '--')}.mmlu.json"
+    return beside(args.load or args.pretrained_model_path, "mmlu")
 
 
 def print_table(content: dict[str, Any]) -> None:

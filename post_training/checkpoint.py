@@ -178,6 +178,17 @@ def load(model: MegatronModule, folder: Path, *, only: str = "") -> None:
     model.load_state_dict(state["model"], strict=False)
 
 
+def holds(folder: Path, name: str) -> bool:
+    """Whether a tensor's name contains ``name``; no torch.
+
+    The list of tensors is pickled, which stores names as they are.
+    """
+    try:
+        return name.encode() in (iteration_folder(folder) / ".metadata").read_bytes()
+    except FileNotFoundError:
+        return False
+
+
 def is_quantized(folder: Path) -> bool:
     """Whether the checkpoint holds a ModelOpt state (quantized, pruned or drafted)."""
     return (iteration_folder(folder) / MODELOPT_STATE).is_dir()

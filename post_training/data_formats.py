@@ -157,11 +157,22 @@ def _from_json(value: Any) -> Any:
     return value
 
 
-def render(document: Document, tokenizer: PreTrainedTokenizerBase, option: str) -> str:
+def render(
+    document: Document,
+    tokenizer: PreTrainedTokenizerBase,
+    option: str,
+    *,
+    ask: bool = False,
+    template_options: Mapping[str, Any] | None = None,
+) -> str:
     """Text of ``document``: a conversation through the tokenizer's chat template.
 
     Without a template the turns' contents are joined by blank lines; callers say so to the user
     (:func:`has_template`).
+
+    Args:
+        ask: end with what begins the assistant's turn, so that a model goes on with its answer.
+        template_options: further variables of the template, such as Qwen3's ``enable_thinking``.
 
     Raises:
         UsageError: if the template refuses the conversation (such as a system turn).
@@ -174,7 +185,11 @@ def render(document: Document, tokenizer: PreTrainedTokenizerBase, option: str) 
 
     try:
         rendered = tokenizer.apply_chat_template(
-            list(document.messages), tools=list(document.tools) or None, tokenize=False
+            list(document.messages),
+            tools=list(document.tools) or None,
+            tokenize=False,
+            add_generation_prompt=ask,
+            **(template_options or {}),
         )
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         roles = ", ".join(turn["role"] for turn in document.messages)

@@ -73,7 +73,7 @@ _HINTS = {
 }
 # What Llama 3's scaling is called with, in Hugging Face's names; megatron-core takes the factor
 # and has the rest built in (rotary_pos_embedding.py).
-_LLAMA3 = {
+LLAMA3 = {
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -158,7 +158,7 @@ def plan(
     base = float(target["rotary_base"])
     scaling = {"rope_type": "default", "rope_theta": base}
     if target["rope_scaling"]:
-        scaling = {**_LLAMA3, "rope_theta": base, "factor": target["rope_scaling_factor"]}
+        scaling = {**LLAMA3, "rope_theta": base, "factor": target["rope_scaling_factor"]}
     # With latent attention the target has no key-value heads of a plain size.
     mla = architecture.multi_latent_attention
     config = {

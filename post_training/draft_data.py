@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("post_training")
 
 DATASET, FILES, SPLIT = "--finetune-hf-dataset", "--finetune-data-files", "--finetune-data-split"
-HELD_OUT = 50  # every 50th conversation is for evaluation
+PARTS = ("train", "valid", "test")
+# Of a hundred conversations these are held out: one to evaluate on while training, one for later.
+_HELD_OUT = {49: "valid", 99: "test"}
 _OPEN = 64  # sequences that are filled at the same time
 _CHECKED = 5_000  # rows that a check reads, well under a second
 PAD = 0
@@ -211,8 +213,8 @@ def prepare(
     rows: int,
     folder: Path,
     show_progress: bool = False,
-) -> tuple[PackedConversations, PackedConversations, dict[str, Any]]:
-    """Sequences to train on, held-out ones, and what is known about them; a collective call.
+) -> tuple[dict[str, PackedConversations], dict[str, Any]]:
+    """Sequences by part (``PARTS``), and what is known about them; a collective call.
 
     Rank 0 reads and packs, unless ``folder`` has the result already; every rank maps the files.
 
@@ -237,22 +239,28 @@ def prepare(
 
     data.on_first_rank(make)
     content = json.loads((target / "data.json").read_text(encoding="utf-8"))
-    return _mapped(target, "train"), _mapped(target, "valid"), content
+    return {part: _mapped(target, part) for part in PARTS}, content
 
 
 def _pack(
-    source: Source, tokenizer: Any, length: int, rows: int, target: Path, show_progress: bool
+    source: Source,
+    tokenizer: Any,
+    length: int,
+    rows: int,
+    target: Path,
+    show_progress: bool,
 ) -> None:
     import numpy
     from tqdm import tqdm
 
-    train, valid = Packer(length), Packer(length)
+    packers = {part: Packer(length) for part in PARTS}
+    train = packers["train"]
     conversations = answers = tokens = 0
     with tqdm(total=rows, desc="packing", unit=" sequences", disable=not show_progress) as bar:
         for document, option in documents(source):
             found = chat_mask.tokenize(document, tokenizer, option)
             before = len(train.full)
-            (valid if conversations % HELD_OUT == HELD_OUT - 1 else train).add(found)
+            packers[_HELD_OUT.get(conversations % 100, "train")].add(found)
             conversations += 1
             tokens += len(found.ids)
             answers += sum(found.mask)
@@ -261,7 +269,7 @@ def _pack(
             # that the data does not depend on how long a run is.
             if len(train.full) >= rows and not source.local:
                 break
-    for packer in (train, valid):
+    for packer in packers.values():
         packer.finish()
     if not train.full:
         raise UsageError(
@@ -272,7 +280,7 @@ def _pack(
             "raise --seq-length, or give conversations with shorter prompts",
         )
     work = files.begin(target)
-    for name, packer in (("train", train), ("valid", valid)):
+    for name, packer in packers.items():
         ids, mask = packer.arrays()
         numpy.save(work / f"{name}_ids.npy", ids)
         numpy.save(work / f"{name}_mask.npy", mask)
@@ -284,11 +292,11 @@ def _pack(
             "tokens": tokens,
             "answer_tokens": answers,
             "sequences": len(train.full),
-            "held_out_sequences": len(valid.full),
+            "held_out_sequences": len(packers["valid"].full),
             "sequence_length": length,
             "filled": round(sum(len(r[0]) for r in train.full) / (len(train.full) * length), 4),
-            "cut": train.cut + valid.cut,
-            "left_out": train.dropped + valid.dropped,
+            "cut": sum(packer.cut for packer in packers.values()),
+            "left_out": sum(packer.dropped for packer in packers.values()),
         },
     )
     files.publish(target)

@@ -3,7 +3,7 @@
 A folder of ``extract_features.sh``::
 
     run.json                    of which model, in which layout, how much
-    train/ valid/ test/         98 %, 1 % and 1 % of the sequences
+    train/ valid/ test/         of 98 %, 1 % and 1 % of the conversations
       shard-00000.safetensors   input_ids int32 [n, s], loss_mask uint8 [n, s],
                                 hidden_states [n, s, h], aux_hidden_states [n, s, 3 h]
 
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training import arguments, draft_arguments, files, manifest
+from post_training import arguments, draft_arguments, draft_data, files, manifest
 from post_training.architecture import Architecture
 from post_training.errors import UsageError
 
@@ -32,13 +32,40 @@ if TYPE_CHECKING:
 
 OPTION = "--offline-distillation-data"
 STAGE = "extract_features"
-# Sequences of each hundred, by the last two digits of their number.
-PARTS = {"train": range(98), "valid": range(98, 99), "test": range(99, 100)}
 
 
-def part_of(number: int) -> str:
-    """The part that sequence ``number`` belongs to."""
-    return next(name for name, digits in PARTS.items() if number % 100 in digits)
+@dataclass(frozen=True)
+class Shard:
+    """A file of features: its part, its name in the folder, the sequences of the part in it."""
+
+    part: str
+    file: str
+    rows: list[int]
+
+
+def plan_shards(counts: Mapping[str, int], size: int) -> list[Shard]:
+    """Files of at most ``size`` sequences, for the number of sequences of each part."""
+    return [
+        Shard(
+            part,
+            f"{part}/shard-{first // size:05d}.safetensors",
+            list(range(first, min(first + size, count))),
+        )
+        for part, count in counts.items()
+        for first in range(0, count, size)
+    ]
+
+
+def write_shard(path: Path, parts: Sequence[Mapping[str, torch.Tensor] | None]) -> None:
+    """Write a shard under another name and rename it: it is whole, or not there."""
+    import torch
+    from safetensors.torch import save_file
+
+    found = [part for part in parts if part is not None]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = path.with_name(f".{path.name}.incomplete")
+    save_file({name: torch.cat([part[name] for part in found]) for name in found[0]}, work)
+    work.replace(path)
 
 
 def bytes_per_token(hidden_size: int, states: int, dtype: str) -> int:
@@ -161,7 +188,7 @@ class Features:
 def load(folder: Path) -> dict[str, Features]:
     """The parts of a feature folder by name."""
     content = manifest.read(folder) or {}
-    parts: dict[str, list[tuple[Path, int]]] = {name: [] for name in PARTS}
+    parts: dict[str, list[tuple[Path, int]]] = {name: [] for name in draft_data.PARTS}
     for entry in content["features"]["shards"]:
         part = entry["file"].split("/")[0]
         parts[part].append((folder / entry["file"], entry["sequences"]))

@@ -104,6 +104,38 @@ def run_target(
     return hidden, auxiliary, anchor
 
 
+@torch.no_grad()
+def features(model: Any, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Hidden states [s, b, h] and those of the auxiliary layers [s, b, n h], on the last stage.
+
+    What online training computes and offline training reads; None on earlier pipeline stages.
+    """
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    core = forward.unwrap(model)
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def step(iterator: Any, _model: Any) -> tuple[torch.Tensor, Any]:
+        hidden, auxiliary, _ = run_target(core, next(iterator))
+        if core.post_process:
+            found.append((hidden, auxiliary))
+            return hidden.new_zeros(()), lambda output: (output, None)
+        return torch.cat([hidden, auxiliary], dim=-1), _no_loss
+
+    pipeline = core.config.pipeline_model_parallel_size > 1
+    get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iter([input_ids]),
+        model=[core],
+        num_microbatches=1,
+        seq_length=input_ids.shape[1],
+        micro_batch_size=input_ids.shape[0],
+        forward_only=True,
+        **({"adjust_tensor_shapes_fn": _pipeline_shapes(core)} if pipeline else {}),
+    )
+    return found[0] if found else None
+
+
 def _losses(
     core: Any, batch: Mapping[str, Any], hidden: torch.Tensor, auxiliary: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:

@@ -1,13 +1,14 @@
 """One forward pass of a megatron-core model over tensor and pipeline parallelism, for inference.
 
-Internals of :mod:`post_training.generation`: the exchange between pipeline stages and the two hooks
-that keep a pass small, on the output layer and on attention after a cached prefix.
+Internals of :mod:`post_training.generation` and :mod:`post_training.speculative`: the exchange
+between pipeline stages and the two hooks that keep a pass small, on the output layer and on
+attention after a cached prefix.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,11 @@ def run(
     input_ids: torch.Tensor,
     positions: torch.Tensor | None,
     context: StaticInferenceContext | None = None,
+    features: list[torch.Tensor] | None = None,
 ) -> torch.Tensor | None:
     """Run this rank's stage. Logits on the last one, None on the others.
+
+    A draft that is attached to the model takes no part.
 
     Args:
         core: the model.
@@ -31,31 +35,36 @@ def run(
         positions: int64 [b]; logits of this position of each sequence only, [b, 1, vocabulary].
             None: of all, [b, s, vocabulary].
         context: cache holding ``sequence_len_offset`` tokens already; advanced by s.
+        features: on the last stage the hidden states that an attached draft is fed with are
+            appended, one tensor [s, b, hidden] for each of its auxiliary layers, in order.
     """
     from megatron.core import parallel_state
     from megatron.core.inference.utils import InferenceMode
 
     _check(core)
-    core.eval()
+    if core.training:
+        core.eval()
     batch, length = input_ids.shape
     offset = 0 if context is None else int(context.sequence_len_offset)
     position_ids = torch.arange(offset, offset + length, device=input_ids.device)
     group = parallel_state.get_pipeline_model_parallel_group()
-    dtype = core.config.pipeline_dtype or core.config.params_dtype
+    dtype = dtype_of(core)
+    collected: list[torch.Tensor] = []
     if not core.pre_process:
-        received = torch.empty(
-            length, batch, core.config.hidden_size, dtype=dtype, device=input_ids.device
-        )
+        width = core.config.hidden_size
+        parts = 1 if features is None else 1 + _earlier_features(core)
+        received = torch.empty(length, batch, parts * width, dtype=dtype, device=input_ids.device)
         previous = parallel_state.get_pipeline_model_parallel_prev_rank()
         torch.distributed.recv(received, src=previous, group=group)
-        core.set_input_tensor(received)
+        hidden, *collected = received.split(width, dim=-1)
+        core.set_input_tensor(hidden.contiguous())
     mask = None
     hooks: list[contextlib.AbstractContextManager[None]] = []
     if core.post_process and positions is not None:
         hooks.append(_output_at(core, positions))
     if offset and length > 1:
-        mask = _causal_mask(offset, length, input_ids.device)
-        hooks.append(_masked_attention(core))
+        mask = causal_mask(offset, length, input_ids.device)
+        hooks.append(attention_mask_type(core.decoder.layers, "arbitrary"))
     with InferenceMode.active(), contextlib.ExitStack() as stack:
         for hook in hooks:
             stack.enter_context(hook)
@@ -66,11 +75,17 @@ def run(
             inference_context=context,
             runtime_gather_output=True,
         )
+    if features is not None:
+        collected += _take_features(core)
     if context is not None:
         context.sequence_len_offset += length
         context.enable_decode_mode()
     if core.post_process:
+        if features is not None:
+            features += collected
         return output
+    if features is not None:
+        output = torch.cat([output, *collected], dim=-1)
     following = parallel_state.get_pipeline_model_parallel_next_rank()
     torch.distributed.send(output.to(dtype).contiguous(), dst=following, group=group)
     return None
@@ -90,6 +105,19 @@ def _target(core: Any) -> Callable[..., Any]:
     return partial(GPTModel.forward, core)
 
 
+def _take_features(core: Any) -> list[torch.Tensor]:
+    """The outputs of this stage's auxiliary layers, which :func:`_target` has left."""
+    kept = list(core._aux_hidden_states)
+    core._aux_hidden_states.clear()
+    return kept
+
+
+def _earlier_features(core: Any) -> int:
+    """Number of auxiliary layers on the stages before this one."""
+    first = core.decoder.layers[0].layer_number - 1
+    return sum(layer < first for layer in core.eagle_config.eagle_aux_hidden_state_layer_ids)
+
+
 @contextlib.contextmanager
 def _output_at(core: Any, positions: torch.Tensor) -> Iterator[None]:
     """Let the output layer see one position of each sequence: hidden [s, b, h] -> [1, b, h]."""
@@ -106,7 +134,7 @@ def _output_at(core: Any, positions: torch.Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def _causal_mask(offset: int, length: int, device: torch.device) -> torch.Tensor:
+def causal_mask(offset: int, length: int, device: torch.device) -> torch.Tensor:
     """bool [1, 1, length, offset + length], True where attention is not allowed."""
     keys = torch.arange(offset + length, device=device)
     queries = torch.arange(offset, offset + length, device=device)
@@ -114,23 +142,23 @@ def _causal_mask(offset: int, length: int, device: torch.device) -> torch.Tensor
 
 
 @contextlib.contextmanager
-def _masked_attention(core: Any) -> Iterator[None]:
-    """Let attention apply the mask it is given to several tokens that follow a cache.
+def attention_mask_type(layers: Iterable[Any], name: str) -> Iterator[None]:
+    """Let the attention of ``layers`` use this type of mask, one of megatron-core's AttnMaskType.
 
     megatron-core (transformer/attention.py) supposes one token after a filled static cache and
-    turns masking off.
+    turns masking off: several tokens need ``arbitrary`` and a mask.
     """
     from megatron.core.transformer.enums import AttnMaskType
 
-    def apply_mask(
+    def change(
         _module: torch.nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return arguments, {**keywords, "attn_mask_type": AttnMaskType.arbitrary}
+        return arguments, {**keywords, "attn_mask_type": AttnMaskType[name]}
 
     with contextlib.ExitStack() as stack:
-        for layer in core.decoder.layers:
+        for layer in layers:
             attention = layer.self_attention.core_attention
-            handle = attention.register_forward_pre_hook(apply_mask, with_kwargs=True)
+            handle = attention.register_forward_pre_hook(change, with_kwargs=True)
             stack.callback(handle.remove)
         yield
 
@@ -142,6 +170,13 @@ def new_context(batch: int, length: int) -> StaticInferenceContext:
     # The positions are chosen here (see _output_at), before this would cut to the last one.
     context.config.materialize_only_last_token_logits = False
     return context
+
+
+def select(context: StaticInferenceContext, rows: torch.Tensor) -> None:
+    """Keep these sequences of a cache: int64 [n], indices into its batch."""
+    for layer, memory in context.key_value_memory_dict.items():
+        context.key_value_memory_dict[layer] = tuple(each[:, rows] for each in memory)
+    context.max_batch_size = len(rows)
 
 
 def from_last_stage(
@@ -173,6 +208,12 @@ def _check(core: Any) -> None:
 
 def device_of(core: torch.nn.Module) -> torch.device:
     return next(core.parameters()).device
+
+
+def dtype_of(core: Any) -> torch.dtype:
+    """Of the activations."""
+    dtype: torch.dtype = core.config.pipeline_dtype or core.config.params_dtype
+    return dtype
 
 
 def unwrap(model: torch.nn.Module) -> Any:

@@ -1,4 +1,4 @@
-"""Running a megatron-core model forward: logits of chosen positions, and greedy generation.
+"""Running a megatron-core model forward: logits of chosen positions, and generation.
 
 Works over tensor and pipeline parallelism; every rank of one model copy calls with the same
 arguments and gets the same result. Three things keep it fast and small:
@@ -22,11 +22,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from post_training import forward
+from post_training.sampling import greedy
 
 if TYPE_CHECKING:
     from megatron.core.inference.contexts import StaticInferenceContext
 
-Choose = Callable[[torch.Tensor], torch.Tensor]
+# Logits [b, vocabulary], the prompt's index of each row, the tokens it has generated -> int64 [b].
+Choose = Callable[[torch.Tensor, Sequence[int], Sequence[int]], torch.Tensor]
 
 
 @torch.inference_mode()
@@ -139,16 +141,11 @@ def prefill_prefix(model: torch.nn.Module, tokens: Sequence[int]) -> Prefix:
     return Prefix(len(tokens), dict(context.key_value_memory_dict))
 
 
-def greedy(logits: torch.Tensor) -> torch.Tensor:
-    """The most probable token of each row: [b, vocabulary] -> int64 [b]."""
-    return logits.argmax(dim=-1)
-
-
 @torch.inference_mode()
 def generate(
     model: torch.nn.Module,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     eos_ids: Sequence[int] = (),
     *,
     batch_size: int = 16,
@@ -162,18 +159,20 @@ def generate(
     A static cache holds one position for all sequences of a batch. Prompts of different lengths
     therefore run together as in Megatron's static engine: the batch is prefilled up to its
     shortest prompt, then goes token by token, longer prompts being fed their own tokens until
-    they end. Nothing is padded, so each sequence is computed as if alone.
+    they end. Nothing is padded, so each sequence is computed as if alone. When half of a batch
+    has finished, the others go on in a smaller one.
 
     Args:
         model: as :func:`last_logits`.
         prompts: token ids, at least one each.
-        max_new_tokens: most tokens to add to each.
+        max_new_tokens: most tokens to add to each, one number or one for each prompt.
         eos_ids: tokens that end a sequence; the end token is part of the result.
         batch_size: most sequences at a time.
         use_cache: False computes the whole sequence again for each token (for comparisons).
         vocab_size: choose among the first tokens only, where the output layer is padded.
-        choose: from float32 logits [b, vocabulary] to tokens [b]. It runs on every
-            tensor-parallel rank of the last stage and must give the same on each.
+        choose: from float32 logits [b, vocabulary], the index in ``prompts`` of each row and the
+            number of tokens it has generated, to tokens [b]. It runs on every tensor-parallel rank
+            of the last stage and must give the same on each; see :mod:`post_training.sampling`.
         progress: called with the number of finished prompts after each batch.
 
     Returns:
@@ -182,13 +181,15 @@ def generate(
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt is empty: generation needs at least one token to start from")
     core = forward.unwrap(model)
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
     results: list[list[int]] = [[] for _ in prompts]
-    if max_new_tokens < 1:
+    if max(limits, default=0) < 1:
         return results
-    for group in _groups([len(prompt) for prompt in prompts], batch_size, max_new_tokens):
-        batch = _Batch(core, [prompts[i] for i in group], max_new_tokens, set(eos_ids), use_cache)
-        for index, tokens in zip(group, batch.run(choose, vocab_size), strict=True):
-            results[index] = tokens
+    for group in _groups([len(prompt) for prompt in prompts], batch_size, max(limits)):
+        batch = _Batch(core, prompts, group, limits, set(eos_ids), use_cache)
+        batch.run(choose, vocab_size)
+        for index in group:
+            results[index] = batch.new[index]
         if progress is not None:
             progress(len(group))
     return results
@@ -211,47 +212,60 @@ def _groups(lengths: Sequence[int], batch_size: int, spread: int) -> list[list[i
 
 
 class _Batch:
-    """Sequences that are continued together."""
+    """Sequences that are continued together; ``rows`` are the indices of those that still are."""
 
     def __init__(
         self,
         core: Any,
         prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
+        group: Sequence[int],
+        limits: Sequence[int],
         eos_ids: set[int],
         use_cache: bool,
     ) -> None:
         self.core = core
-        self.lengths = [len(prompt) for prompt in prompts]
-        self.max_new_tokens = max_new_tokens
+        self.rows = list(group)
+        self.lengths = {index: len(prompts[index]) for index in group}
+        self.new: dict[int, list[int]] = {index: [] for index in group}
+        self.limits = limits
         self.eos_ids = eos_ids
-        total = max(self.lengths) + max_new_tokens
-        self.tokens = torch.zeros(
-            len(prompts), total, dtype=torch.long, device=forward.device_of(core)
-        )
-        for row, prompt in zip(self.tokens, prompts, strict=True):
-            row[: len(prompt)] = torch.tensor(list(prompt))
-        self.context = forward.new_context(len(prompts), total) if use_cache else None
-        self.new: list[list[int]] = [[] for _ in prompts]
+        total = max(self.lengths[index] + limits[index] for index in group)
+        self.tokens = torch.zeros(len(group), total, dtype=torch.long)
+        for row, index in zip(self.tokens, group, strict=True):
+            row[: len(prompts[index])] = torch.tensor(list(prompts[index]))
+        self.tokens = self.tokens.to(forward.device_of(core))
+        self.context = forward.new_context(len(group), total) if use_cache else None
 
-    def run(self, choose: Choose, vocab_size: int | None) -> list[list[int]]:
+    def run(self, choose: Choose, vocab_size: int | None) -> None:
+        """Fill ``new``."""
         cached = 0
-        for end in range(min(self.lengths), self.tokens.shape[1]):
+        for end in range(min(self.lengths.values()), self.tokens.shape[1]):
             start = cached if self.context is not None else 0
             chosen = self._next(self.tokens[:, start:end], choose, vocab_size)
             cached = end
-            for i, token in enumerate(chosen.tolist()):
-                if end >= self.lengths[i]:
+            alive = []
+            for i, (index, token) in enumerate(zip(self.rows, chosen.tolist(), strict=True)):
+                if end >= self.lengths[index] and not self._finished(index):
                     self.tokens[i, end] = token
-                    if not self._finished(i):
-                        self.new[i].append(token)
-            if all(self._finished(i) for i in range(len(self.new))):
+                    self.new[index].append(token)
+                if not self._finished(index):
+                    alive.append(i)
+            if not alive:
                 break
-        return self.new
+            if 2 * len(alive) <= len(self.rows):
+                self._keep(alive)
 
-    def _finished(self, i: int) -> bool:
-        new = self.new[i]
-        return len(new) == self.max_new_tokens or (bool(new) and new[-1] in self.eos_ids)
+    def _keep(self, alive: list[int]) -> None:
+        """Go on with these rows only."""
+        self.rows = [self.rows[i] for i in alive]
+        index = torch.tensor(alive, device=self.tokens.device)
+        self.tokens = self.tokens[index]
+        if self.context is not None:
+            forward.select(self.context, index)
+
+    def _finished(self, index: int) -> bool:
+        new = self.new[index]
+        return len(new) >= self.limits[index] or (bool(new) and new[-1] in self.eos_ids)
 
     def _next(
         self, input_ids: torch.Tensor, choose: Choose, vocab_size: int | None
@@ -262,7 +276,9 @@ class _Batch:
         logits = forward.run(self.core, input_ids, positions, self.context)
         chosen = None
         if logits is not None:
-            chosen = choose(logits[:, 0, :vocab_size].float()).to(torch.long)
+            generated = [len(self.new[index]) for index in self.rows]
+            chosen = choose(logits[:, 0, :vocab_size].float(), self.rows, generated)
+            chosen = chosen.to(torch.long)
         return forward.from_last_stage(chosen, (count,), torch.long)
 
 

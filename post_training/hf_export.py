@@ -62,10 +62,10 @@ class Exporter:
         import torch
 
         rank = torch.distributed.get_rank()
-        writer = _ShardWriter(folder, f"rank{rank:05d}", max_shard_bytes)
+        writer = ShardWriter(folder, f"rank{rank:05d}", max_shard_bytes)
         for group in self._progress(self._exporter.groups(), "writing", show_progress):
             writer.add(group)
-        _join_shards(folder, writer.finish())
+        join_shards(folder, writer.finish())
         quantization = self.quantization_config()
         if rank == 0:
             huggingface.copy_small_files(
@@ -88,7 +88,7 @@ class Exporter:
     def _progress(self, groups: Iterator[Tensors], name: str, shown: bool) -> Iterator[Tensors]:
         from tqdm import tqdm
 
-        total = len(self.model.decoder.layers) + 1 + hasattr(self.model, "embedding")
+        total = len(self.model.decoder.layers) + 1 + self.model.pre_process
         yield from tqdm(groups, desc=name, total=total, unit="layer", disable=not shown)
 
     def quantization_config(self) -> dict[str, Any] | None:
@@ -146,13 +146,14 @@ class Exporter:
     def _new(self, *, reference: bool) -> Any:
         # ModelOpt announces on stdout what the log says already.
         with contextlib.redirect_stdout(io.StringIO()):
-            exporter = _exporter_class()(self.model, **self._arguments)
+            exporter = exporter_class()(self.model, **self._arguments)
         exporter.reference = reference
         return exporter
 
 
 @cache
-def _exporter_class() -> type:
+def exporter_class() -> Any:
+    """ModelOpt's exporter, extended; made when it is needed, since ModelOpt is imported late."""
     import torch
     from megatron.core.transformer.transformer_layer import TransformerLayer
     from modelopt.torch.export.model_config import QUANTIZATION_NVFP4, QUANTIZATION_W4A16_NVFP4
@@ -169,7 +170,8 @@ def _exporter_class() -> type:
         def groups(self) -> Iterator[Tensors]:
             """Tensors by Hugging Face name: embedding, each layer, then final norm and head."""
             model = self.model
-            if hasattr(model, "embedding"):
+            # With a draft the last pipeline stage has a copy of the embedding too.
+            if model.pre_process:
                 self.rules["word_embeddings"](model.embedding.word_embeddings)
                 yield self._take()
             for layer in model.decoder.layers:
@@ -186,6 +188,12 @@ def _exporter_class() -> type:
             if hasattr(model, "output_layer") and not model.share_embeddings_and_output_weights:
                 self.rules["output_layer"](model.output_layer)
             yield self._take()
+
+        def draft(self, architecture: str) -> Tensors:
+            """The tensors of an attached draft, by the rules of ``architecture``."""
+            self.rules = self.all_rules[architecture]
+            self._get_eagle_module_state_dict()
+            return self._take()
 
         def _take(self) -> Tensors:
             tensors, self._state_dict = dict(self._state_dict), OrderedDict()
@@ -235,14 +243,14 @@ def _exporter_class() -> type:
             if self.reference:
                 state = self._get_weight_bias(module, torch.float32)
                 if "weight" in state:
-                    state["weight"] = _fake_quantized(module).float()
+                    state["weight"] = fake_quantized(module).float()
                 scale = _calibrated_scale(getattr(module, "input_quantizer", None))
                 if scale is not None:
                     state["input_scale"] = scale
                 return state, None, 0
             state, quantization, block_size = super()._get_quantized_state(module, dtype, prefix)
             if "weight_scale" in state:
-                state["weight"] = _fake_quantized(module).float()
+                state["weight"] = fake_quantized(module).float()
             if quantization in (QUANTIZATION_NVFP4, QUANTIZATION_W4A16_NVFP4):
                 # From the unrounded weight a block's scale may fall between two E4M3 codes, where
                 # the GPU kernel's division and the packer's decide differently. A fake-quantized
@@ -264,7 +272,7 @@ def _exporter_class() -> type:
     return StreamingExporter
 
 
-def _fake_quantized(module: Any) -> torch.Tensor:
+def fake_quantized(module: Any) -> torch.Tensor:
     """The module's weight as its forward pass uses it."""
     import torch
 
@@ -291,7 +299,7 @@ def _calibrated_scale(quantizer: Any) -> torch.Tensor | None:
     return amax.detach().float().reshape(()) / largest
 
 
-class _ShardWriter:
+class ShardWriter:
     """Collects tensors and writes a file whenever ``max_bytes`` would be passed."""
 
     def __init__(self, folder: Path, prefix: str, max_bytes: int) -> None:
@@ -326,7 +334,7 @@ class _ShardWriter:
         self._pending, self._pending_bytes = {}, 0
 
 
-def _join_shards(folder: Path, mine: list[str]) -> None:
+def join_shards(folder: Path, mine: list[str]) -> None:
     """Give all ranks' files their final names and write the index; a collective call.
 
     Raises:

@@ -8,6 +8,7 @@ A stage names a Megatron checkpoint (``--load``) or a Hugging Face folder or hub
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -111,6 +112,22 @@ def find(args: argparse.Namespace) -> Source:
     )
 
 
+def require_draft(source: Source, args: argparse.Namespace) -> None:
+    """Raise UsageError unless the source is a checkpoint with a draft. No torch."""
+    if not source.is_checkpoint:
+        raise UsageError(
+            f"--pretrained-model-path {source.location}",
+            "a Hugging Face folder has no draft",
+            "set MLM_MODEL_CKPT to what eagle3.sh saved",
+        )
+    if source.draft is None and not checkpoint.holds(Path(args.load), "eagle_module."):
+        raise UsageError(
+            f"--load {args.load}",
+            "it has no draft",
+            "name what eagle3.sh saved, or attach one: convert.sh <conf> --algorithm eagle3",
+        )
+
+
 def fetch(source: Source, args: argparse.Namespace) -> Source:
     """The same source, local: a hub name is downloaded and checked as a folder would have been."""
     if source.is_checkpoint or source.is_local:
@@ -210,6 +227,17 @@ def tokenizer(source: Source, args: argparse.Namespace) -> Any:
         # A checkpoint of ours carries its tokenizer; a hub name is the conf's default.
         location = str(local_huggingface(source, args)) if source.huggingface else location
     return huggingface.load_tokenizer(location, trust_remote_code=args.trust_remote_code)
+
+
+def end_tokens(source: Source, args: argparse.Namespace, tokenizer: Any) -> list[int]:
+    """Ids of the tokens that end an answer: the tokenizer's, and those of the generation config."""
+    found = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    if source.huggingface is not None:
+        path = local_huggingface(source, args) / "generation_config.json"
+        if path.is_file():
+            stated = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            found += [stated] if isinstance(stated, int) else list(stated or ())
+    return sorted(set(found))
 
 
 def _find_checkpoint(args: argparse.Namespace) -> Source:

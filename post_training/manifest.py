@@ -43,10 +43,10 @@ _PACKAGES = (
     "transformer-engine",
 )
 # A Hub token is "hf_" and 30 or more characters; anything given to an option that names a
-# token, key, secret or password is hidden too.
+# token (not tokens, which are counted), key, secret or password is hidden too.
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 _SECRET_OPTION = re.compile(
-    r"--[\w-]*(token(?!izer)|api-key|secret|password)[\w-]*$", re.IGNORECASE
+    r"--[\w-]*(token(?!izer|s)|api-key|secret|password)[\w-]*$", re.IGNORECASE
 )
 
 
@@ -70,7 +70,13 @@ class Manifest:
             folder: of the output.
             parts: subfolders whose files to describe, where others still change; by default all.
         """
-        content = {
+        content = self.content(self._outputs(folder, parts))
+        files.write_json(folder / FILE, content)
+        return content
+
+    def content(self, outputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """What is written, for outputs that are described as ``files.describe_tree`` does."""
+        return {
             "format": FORMAT,
             "stage": self.stage,
             "command": command(),
@@ -81,13 +87,11 @@ class Manifest:
             "versions": versions(),
             "git_commit": git_commit(),
             "inputs": self.inputs,
-            "outputs": self._outputs(folder, parts),
+            "outputs": outputs,
             "metrics": self.metrics,
             "peak_memory_bytes": self.peak_memory_bytes,
             **self.extra,
         }
-        files.write_json(folder / FILE, content)
-        return content
 
     def _outputs(self, folder: Path, parts: Sequence[str]) -> list[dict[str, Any]]:
         if not parts:
@@ -128,13 +132,16 @@ def read(folder: Path) -> dict[str, Any] | None:
 def describe_input(role: str, location: str | Path) -> dict[str, Any]:
     """An input as manifests record it: path (or hub name) and the hash of its own manifest.
 
-    A folder without a manifest is described by the names, sizes and times of its files instead.
+    A folder without a manifest is described by the names, sizes and times of its files instead, a
+    file by its hash.
     """
     folder = Path(location)
     entry: dict[str, Any] = {"role": role, "path": str(location)}
     if folder.exists():
         entry["path"] = str(folder.resolve())
-        if (folder / FILE).is_file():
+        if folder.is_file():
+            entry["sha256"] = files.sha256(folder)
+        elif (folder / FILE).is_file():
             entry["manifest_sha256"] = files.sha256(folder / FILE)
         else:
             entry["listing_sha256"] = files.listing_sha256(folder)

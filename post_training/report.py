@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,19 @@ def summary(title: str, rows: Mapping[str, Any], next_step: str | None = None) -
     console.print(table)
     if next_step:
         console.print(f"next: {next_step}", style="dim", soft_wrap=True, highlight=False)
+
+
+def beside(model: str | Path, stage: str) -> Path:
+    """Where a stage reports about a model: ``<model>.<stage>.json`` beside it.
+
+    In the work folder (``MLM_WORK_DIR``) if the model is a hub name, or its folder is read-only.
+    """
+    folder = Path(model).resolve()
+    if folder.exists() and os.access(folder.parent, os.W_OK):
+        return folder.with_name(f"{folder.name}.{stage}.json")
+    default = Path(tempfile.gettempdir()) / "megatron_workspace"
+    work = Path(os.environ.get("MLM_WORK_DIR") or default)
+    return work / f"{str(model).strip('/').replace('/', '--')}.{stage}.json"
 
 
 def number_of_bytes(count: float) -> str:

@@ -32,3 +32,24 @@ def tiny_model() -> Path:
             check=True,
         )
     return folder
+
+
+@pytest.fixture(scope="session")
+def drafted(tmp_path_factory):
+    """Drafted checkpoints of two targets, decoded, validated and exported at three layouts.
+
+    Made once for all test workers, which share the parent of their temporary folders.
+    """
+    import drafted_checkpoints
+    from filelock import FileLock
+
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    work, finished = root / "drafted", root / "drafted.finished"
+    with FileLock(root / "drafted.lock"):
+        if not finished.exists():
+            work.mkdir()
+            drafted_checkpoints.make(work)
+            finished.touch()
+    return drafted_checkpoints.Drafted(work)

@@ -2,7 +2,8 @@
 
 Starting Python with megatron-core and ModelOpt takes many seconds; the stages' own work on tiny
 models takes one. The argument is a JSON list of [stage, [flags...]]; all share the parallel sizes
-of the first. ``logits`` is one more stage: it loads a model as the others do and writes its logits.
+of the first. ``logits`` is one more stage: it loads a model as the others do and writes its logits;
+speculative_jobs.py has others.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ def stage_module(name: str) -> Any:
         return SimpleNamespace(
             add_arguments=add_logits_arguments, check=loading.find, logits=logits
         )
+    if name in ("prepare", "decode"):
+        return importlib.import_module("speculative_jobs").job(name)
     return importlib.import_module(name)
 
 

@@ -1,0 +1,123 @@
+"""Acceptance statistics of speculative decoding, from what each verification accepted. No torch.
+
+Acceptance length is counted as vLLM counts it: the tokens that a forward pass of the target emits,
+which are the accepted draft tokens and one more that the target itself chose. Without a draft it is
+1; with k draft tokens at most k + 1. The pass over the prompt verifies nothing and does not count;
+the last verification counts in full, also where the answer ends or is cut within it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """What was accepted in one or more answers.
+
+    Attributes:
+        steps: draft tokens proposed to each verification, k.
+        accepted: for each answer, the number of accepted draft tokens, 0 to k, of each of its
+            verifications.
+    """
+
+    steps: int
+    accepted: Sequence[Sequence[int]]
+
+    @property
+    def verifications(self) -> int:
+        return sum(len(answer) for answer in self.accepted)
+
+    @property
+    def length(self) -> float | None:
+        """Mean tokens that a verification emits: 1 to k + 1; None without any verification."""
+        if not self.verifications:
+            return None
+        return 1 + sum(map(sum, self.accepted)) / self.verifications
+
+    @property
+    def rate(self) -> float | None:
+        """Share of the proposed draft tokens that was accepted."""
+        return None if self.length is None else (self.length - 1) / self.steps
+
+    def by_position(self) -> list[float]:
+        """For each draft position 1 to k: the share of verifications that accepted it."""
+        flat = [count for answer in self.accepted for count in answer]
+        return [
+            sum(count >= position for count in flat) / max(1, len(flat))
+            for position in range(1, self.steps + 1)
+        ]
+
+    def histogram(self) -> list[int]:
+        """Verifications that emitted 1, 2, ... k + 1 tokens."""
+        flat = [count for answer in self.accepted for count in answer]
+        return [flat.count(accepted) for accepted in range(self.steps + 1)]
+
+    def interval(self, confidence: float = 0.95) -> tuple[float, float] | None:
+        """Confidence interval of :attr:`length`; None with fewer than two answers.
+
+        Verifications of one answer resemble each other, so answers are what is sampled: the length
+        is a ratio of two sums over them, and its variance that of the ratio estimator (Cochran,
+        Sampling Techniques, 1977, section 2.11), with Student's t for few answers. No value
+        outside 1 to k + 1 is given.
+        """
+        answers = [answer for answer in self.accepted if answer]
+        if len(answers) < 2 or self.length is None:
+            return None
+        residuals = [sum(answer) + len(answer) * (1 - self.length) for answer in answers]
+        count = len(answers)
+        variance = count / (count - 1) * sum(each**2 for each in residuals)
+        error = math.sqrt(variance) / self.verifications
+        half = student_t(0.5 + confidence / 2, count - 1) * error
+        return max(1.0, self.length - half), min(self.steps + 1.0, self.length + half)
+
+    def to_json(self) -> dict[str, Any]:
+        """For a report."""
+        interval = self.interval()
+        return {
+            "answers": len(self.accepted),
+            "verifications": self.verifications,
+            "acceptance_length": _rounded(self.length),
+            "interval_95": [_rounded(each) for each in interval] if interval else None,
+            "acceptance_rate": _rounded(self.rate),
+            "acceptance_rate_by_position": [_rounded(each) for each in self.by_position()],
+            "histogram": self.histogram(),
+        }
+
+
+def student_t(probability: float, degrees: int) -> float:
+    """Quantile of Student's t.
+
+    Exact for 1 and 2 degrees of freedom; from 3 on the expansion of Abramowitz and Stegun, 26.7.5,
+    which is right to 1 % at the 97.5 % quantile.
+    """
+    if degrees == 1:
+        return math.tan(math.pi * (probability - 0.5))
+    if degrees == 2:
+        return (2 * probability - 1) * math.sqrt(2 / (4 * probability * (1 - probability)))
+    z = NormalDist().inv_cdf(probability)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / degrees**power for power, term in enumerate(terms, start=1))
+
+
+def matching(proposed: Iterable[int], chosen: Iterable[int]) -> int:
+    """Length of the common beginning of two sequences."""
+    count = 0
+    for first, second in zip(proposed, chosen, strict=False):
+        if first != second:
+            break
+        count += 1
+    return count
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 5)

@@ -1,0 +1,99 @@
+"""Choosing the next token: greedy, or sampled with temperature, top-k and top-p.
+
+A draw depends on the seed, the sequence and the position alone: not on the batch a sequence happens
+to be in, nor on the parallel layout. So a run that was interrupted goes on with the same tokens,
+and all tensor-parallel ranks, which hold the same logits, choose the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+def greedy(
+    logits: torch.Tensor, sequences: Sequence[int] = (), positions: Sequence[int] = ()
+) -> torch.Tensor:
+    """The most probable token of each row: [b, vocabulary] -> int64 [b]."""
+    return logits.argmax(dim=-1)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Draws from the softmax of the logits, restricted as the fields say.
+
+    Attributes:
+        temperature: logits are divided by it; above 0.
+        top_k: among the k most probable tokens only; 0 for all.
+        top_p: among the fewest most probable tokens whose probabilities reach this sum.
+        seed: of all draws.
+        names: for each sequence of the batch's owner, what tells it apart (any text): the same
+            name, seed and position give the same draw.
+    """
+
+    temperature: float
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    names: Sequence[str] = ()
+
+    def __call__(
+        self, logits: torch.Tensor, sequences: Sequence[int], positions: Sequence[int]
+    ) -> torch.Tensor:
+        """One token for each row.
+
+        Args:
+            logits: float32 [b, vocabulary].
+            sequences: index into ``names`` of each row.
+            positions: number of tokens that each row has generated already.
+
+        Returns:
+            int64 [b].
+        """
+        probabilities, order = filtered(
+            logits / self.temperature, top_k=self.top_k, top_p=self.top_p
+        )
+        draws = [
+            uniform(self.seed, self.names[sequence], position)
+            for sequence, position in zip(sequences, positions, strict=True)
+        ]
+        cumulative = probabilities.double().cumsum(dim=-1)
+        wanted = torch.tensor(draws, dtype=torch.float64, device=logits.device)
+        wanted = wanted.unsqueeze(-1) * cumulative[:, -1:]
+        # The first token whose cumulative probability exceeds the draw; it has some of its own.
+        chosen = torch.searchsorted(cumulative, wanted, right=True)
+        return order.gather(-1, chosen.clamp(max=order.shape[-1] - 1)).squeeze(-1)
+
+
+def filtered(
+    logits: torch.Tensor, *, top_k: int = 0, top_p: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities of the tokens that remain, most probable first, and which tokens these are.
+
+    Args:
+        logits: float32 [b, vocabulary].
+        top_k: as :class:`Sampler`.
+        top_p: as :class:`Sampler`, of what ``top_k`` leaves; the most probable token always
+            remains.
+
+    Returns:
+        Probabilities [b, n], 0 where ``top_p`` removes a token and not renormalised after that,
+        and token ids int64 [b, n].
+    """
+    probabilities, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    if 0 < top_k < logits.shape[-1]:
+        probabilities, order = probabilities[:, :top_k], order[:, :top_k]
+        probabilities = probabilities / probabilities.sum(dim=-1, keepdim=True)
+    if top_p < 1:
+        before = probabilities.double().cumsum(dim=-1) - probabilities.double()
+        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+    return probabilities, order
+
+
+def uniform(seed: int, name: str, position: int) -> float:
+    """A number in [0, 1) that depends on the arguments alone (BLAKE2b in counter mode)."""
+    digest = hashlib.blake2b(f"{seed}\0{name}\0{position}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) / (1 << 53)

@@ -1,0 +1,106 @@
+"""How a measured draft is shown: a table, and a figure of three panels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+DEFINITION = "acceptance length = tokens per pass of the target: accepted draft tokens + 1"
+
+
+def print_table(content: Mapping[str, Any]) -> None:
+    """Acceptance by category and as a whole, to stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    acceptance, steps = content["acceptance"], content["settings"]["steps"]
+    title = f"Draft of {steps} step{'' if steps == 1 else 's'}, {content['settings']['prompts']}"
+    table = Table(title=title, title_justify="left", caption=DEFINITION, caption_justify="left")
+    table.add_column("category", no_wrap=True)
+    for name in ("acceptance length", "95 % interval", "acceptance rate", "answers"):
+        table.add_column(name, justify="right")
+    for name, each in acceptance["categories"].items():
+        table.add_row(name, *_cells(each))
+    if acceptance["categories"]:
+        table.add_section()
+    table.add_row("all", *_cells(acceptance), style="bold")
+    console = Console()
+    console.print(table)
+    by_position = Table(show_header=True)
+    by_position.add_column("draft position")
+    by_position.add_column("accepted", justify="right")
+    for position, rate in enumerate(acceptance["acceptance_rate_by_position"], start=1):
+        by_position.add_row(str(position), f"{rate:.3f}")
+    console.print(by_position)
+
+
+def _cells(each: Mapping[str, Any]) -> tuple[str, ...]:
+    length, interval, rate = (
+        each[name] for name in ("acceptance_length", "interval_95", "acceptance_rate")
+    )
+    return (
+        "-" if length is None else f"{length:.3f}",
+        "-" if interval is None else f"{interval[0]:.2f} - {interval[1]:.2f}",
+        "-" if rate is None else f"{rate:.3f}",
+        str(each["answers"]),
+    )
+
+
+def save_figure(content: Mapping[str, Any], path: Path) -> None:
+    """Acceptance length by category, acceptance by draft position, tokens per pass: one PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    acceptance, steps = content["acceptance"], content["settings"]["steps"]
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    lengths, rates, passes = figure.subplots(1, 3)
+    rows = {**acceptance["categories"], "all": acceptance}
+    rows = {name: each for name, each in rows.items() if each["acceptance_length"] is not None}
+    values = [each["acceptance_length"] for each in rows.values()]
+    intervals = [each["interval_95"] or [each["acceptance_length"]] * 2 for each in rows.values()]
+    errors = [
+        [value - low for value, (low, _) in zip(values, intervals, strict=True)],
+        [high - value for value, (_, high) in zip(values, intervals, strict=True)],
+    ]
+    colors = ["tab:blue"] * (len(rows) - 1) + ["tab:gray"]
+    lengths.barh(list(rows), values, xerr=errors, color=colors, capsize=3)
+    lengths.invert_yaxis()
+    lengths.set_xlim(1, steps + 1)
+    lengths.set_xlabel("acceptance length, with 95 % interval")
+    positions = range(1, steps + 1)
+    rates.plot(positions, acceptance["acceptance_rate_by_position"], marker="o")
+    rates.set_xticks(list(positions))
+    rates.set_ylim(0, 1)
+    rates.set_xlabel("draft position")
+    rates.set_ylabel("accepted share")
+    passes.bar(range(1, steps + 2), acceptance["histogram"])
+    passes.set_xticks(range(1, steps + 2))
+    passes.set_xlabel("tokens emitted by a pass of the target")
+    passes.set_ylabel("passes")
+    speed = acceptance["speed_up"]
+    figure.suptitle(
+        f"{content['settings']['prompts']}: {acceptance['answers']} answers, {steps} draft steps, "
+        f"{speed:.2f} times the speed of plain decoding"
+    )
+    figure.savefig(path, dpi=120)
+
+
+def difference(each: Mapping[str, Any], decode: Any) -> str:
+    """One line about an answer that differs, with both logits."""
+    plain, drafted = each.get("plain"), each.get("speculative")
+    if not plain or not drafted:
+        return f"answer {each['id']}: one of the two ends before the other"
+
+    def shown(choice: Mapping[str, Any]) -> str:
+        return (
+            f"{decode([choice['token']])!r} with {choice['logit']:.5f} before "
+            f"{decode([choice['second']])!r} with {choice['second_logit']:.5f}"
+        )
+
+    reason = "a tie within rounding" if each["rounding"] else "more than rounding explains"
+    return (
+        f"answer {each['id']} differs at its token {each['position'] + 1}: plain decoding chose "
+        f"{shown(plain)}, verification {shown(drafted)}: {reason}"
+    )
