@@ -120,6 +120,8 @@ def require_draft(source: Source, args: argparse.Namespace) -> None:
             "a Hugging Face folder has no draft",
             "set MLM_MODEL_CKPT to what eagle3.sh saved",
         )
+    if args.dry_run and not source.is_local:
+        return  # an earlier job is going to make it
     if source.draft is None and not checkpoint.holds(Path(args.load), "eagle_module."):
         raise UsageError(
             f"--load {args.load}",

@@ -171,8 +171,10 @@ def is_valid(output: Path, source: str, made_by: Sequence[str] = ()) -> bool:
     content = read(output)
     if content is None or damaged_outputs(output, content):
         return False
-    # A report may say that the model fell short of what was asked.
-    if content["versions"] != versions() or content.get("passed") is False:
+    if content["versions"] != versions():
+        return False
+    # A report may say that the model fell short of what was asked, training that it goes on.
+    if not (content.get("passed", True) and content.get("complete", True)):
         return False
     if made_by and _plain(shlex.split(content["command"])) != _plain(shlex.split(quoted(made_by))):
         return False

@@ -109,6 +109,11 @@ check_here() {
 make_step() {
   local processes=$1 tasks=$NNODES
   local inside=() variable
+  # torchrun gives its processes 30 s to save, and does not pass their exit code on: what is to be
+  # queued again runs as one task per GPU, which srun sends signals to and gets the code from.
+  if [[ -n "${MLM_REQUEUE:-}" && -z "${LAUNCH_SCRIPT:-}" ]] && resumable; then
+    export LAUNCH_SCRIPT=python
+  fi
   # One task per GPU where LAUNCH_SCRIPT starts one process; one torchrun per node otherwise.
   [[ -z "${LAUNCH_SCRIPT:-}" ]] || tasks=$processes
   STEP=(srun "--nodes=$NNODES" "--ntasks=$tasks" "--ntasks-per-node=$((tasks / NNODES))"

@@ -5,8 +5,8 @@
 #   TP=8 bash slurm/pipeline.sh --nodes=1 quantize Qwen/Qwen3-8B NVFP4_DEFAULT_CFG
 #
 #   quantize   convert -> quantize -> mmlu -> export       (format: FP8_DEFAULT_CFG)
-#   prune      convert -> prune -> mmlu -> export
-#   eagle3     eagle3 -> validate -> export
+#   prune      convert -> prune -> distill -> mmlu -> export
+#   eagle3     convert -> eagle3 -> validate -> export
 #
 # Each stage may have settings of its own, by its name in capitals, e.g. for quantize:
 #   QUANTIZE_ARGS    further flags, split as MLM_EXTRA_ARGS is
@@ -31,8 +31,8 @@ usage() {
 choose_road() {
   case "$1" in
     quantize) STAGES=(convert quantize mmlu export) ;;
-    prune) STAGES=(convert prune mmlu export) ;;
-    eagle3) STAGES=(eagle3 validate export) ;;
+    prune) STAGES=(convert prune distill mmlu export) ;;
+    eagle3) STAGES=(convert eagle3 validate export) ;;
     *) fail "road $1" "unknown" "quantize, prune or eagle3" ;;
   esac
   local stage
@@ -51,17 +51,19 @@ stage_of() {
     convert) OUTPUT=${base}_mlm ;;
     quantize) OUTPUT=${base}_quant STAGE_WORDS=("${FORMAT[@]}") ;;
     prune) OUTPUT=${base}_pruned ;;
+    distill) OUTPUT=${base}_distilled ;;
     eagle3) OUTPUT=$base-Eagle3 ;;
     mmlu) OUTPUT=$MODEL.mmlu.json STAGE_WORDS=(--mmlu-output "$OUTPUT") ;;
-    validate) OUTPUT=$MODEL.validate.json ;;
+    validate) OUTPUT=$MODEL.validate.json STAGE_WORDS=(--validate-output "$OUTPUT") ;;
     export) OUTPUT=${EXPORT_DIR:-${base}_export} ;;
   esac
   STAGE_ENV=("MLM_MODEL_SAVE=$OUTPUT" "EXPORT_DIR=$OUTPUT")
+  [[ "$1" != distill ]] || STAGE_ENV+=("TEACHER_CKPT=${TEACHER_CKPT:-${base}_mlm}")
   [[ "$MODEL" == "$HF_MODEL_CKPT" ]] || STAGE_ENV+=("MLM_MODEL_CKPT=$MODEL")
   local own=${1^^}_ARGS
   to_array STAGE_WORDS "$own"
-  # A rerun makes an output that is no longer valid again.
-  [[ "$1" == mmlu || "$1" == validate || "$1" == eagle3 ]] || STAGE_WORDS+=(--overwrite)
+  # A rerun makes an output that is no longer valid again; training goes on where it was.
+  case "$1" in convert | quantize | prune | export) STAGE_WORDS+=(--overwrite) ;; esac
   for name in TP PP CP EP ETP DP; do
     own=${1^^}_$name
     [[ -z "${!own:-}" ]] || STAGE_ENV+=("$name=${!own}")

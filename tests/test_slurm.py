@@ -374,6 +374,89 @@ def test_a_pipeline_with_a_mistake_submits_nothing(cluster, site, model, tmp_pat
     assert cluster.run("squeue", "--noheader", "--states=all").stdout == before
 
 
+def conversations(path: Path) -> None:
+    turns = [
+        [
+            {"role": "user", "content": f"What is {i} plus {i}?"},
+            {"role": "assistant", "content": f"It is {2 * i}." + " Sure." * (i % 4)},
+        ]
+        for i in range(60)
+    ]
+    path.write_text("\n".join(json.dumps({"messages": each}) for each in turns))
+
+
+def test_training_is_saved_at_signals_queued_again_and_its_loss_curve_is_the_same(
+    cluster, site, model, tmp_path
+):
+    """Over two nodes: asked as before a time limit (SIGUSR1 to the batch script), then as before a
+    preemption (SIGTERM to the tasks)."""
+    from post_training import training_checkpoint, training_metrics
+
+    conversations(tmp_path / "chat.jsonl")
+    flags = (
+        f"--fp32 --finetune-data-files {tmp_path}/chat.jsonl --seq-length 64 --train-iters 24 "
+        "--global-batch-size 2 --lr 2e-3 --log-interval 1 --eval-interval 8 --eval-iters 1 "
+        "--save-interval 10 --draft-vocab-size 64"
+    )
+
+    def start(name: str, **more: str) -> str:
+        return number(submit(
+            *("bash", site / "slurm" / "sbatch.sh", "--nodes=2", "--requeue", "eagle3.sh",
+              "org/name"),
+            environment=variables(
+                cluster, model, tmp_path, TP="2", MLM_EXTRA_ARGS=flags,
+                MLM_MODEL_SAVE=str(tmp_path / name), **more,
+            ),
+            cwd=tmp_path,
+        ))  # fmt: skip
+
+    def curve(name: str) -> list[dict]:
+        folder = tmp_path / name / training_checkpoint.FOLDER
+        if not (folder / "metrics.jsonl").is_file():
+            return []
+        return [
+            {key: value for key, value in line.items() if key not in training_metrics.MACHINE}
+            for line in training_metrics.read(folder)
+        ]
+
+    def wait_for_iteration(number: int) -> None:
+        end = time.monotonic() + 120
+        while not any(line["iteration"] >= number for line in curve("interrupted")):
+            assert time.monotonic() < end, log()
+            time.sleep(0.1)
+
+    interrupted = start("interrupted", MLM_REQUEUE="1")
+
+    def log() -> str:
+        path = tmp_path / f"post-training-{interrupted}.log"
+        return path.read_text() if path.is_file() else "no log"
+
+    wait_for_iteration(3)
+    cluster.run("scancel", "--batch", "--signal=USR1", interrupted)
+    wait_for_restarts(cluster, interrupted, 1, log)
+    whole = start("whole")
+    saved = len(curve("interrupted"))
+    wait_for_iteration(curve("interrupted")[-1]["iteration"] + 3)
+    cluster.run("scancel", "--signal=TERM", f"{interrupted}.0")
+    wait_for_restarts(cluster, interrupted, 2, log)
+    finished(cluster, interrupted)
+    finished(cluster, whole)
+    text = log()
+    assert "the time limit is near: the stage is asked to save" in text
+    assert len(re.findall("saved after .*; queued again", text)) == 2
+    assert text.count("finished after") == 1
+    assert saved < len(curve("interrupted"))
+    assert curve("interrupted") == curve("whole")
+    assert [line["iteration"] for line in curve("whole") if line["kind"] == "train"][-1] == 24
+
+
+def wait_for_restarts(cluster, job: str, count: int, log) -> None:
+    end = time.monotonic() + 60
+    while int(cluster.job(job)["Restarts"]) < count:
+        assert time.monotonic() < end, log()
+        time.sleep(0.2)
+
+
 def test_containers_are_asked_for_as_pyxis_and_apptainer_want_it(site, model, tmp_path, cluster):
     """Neither is there to be run; the step's line is shown."""
     environment = variables(
