@@ -199,7 +199,11 @@ def eagle3(args: argparse.Namespace, session: Session) -> Outcome:
             metrics={**metrics, **trainer.metrics},
             started=session.started,
             peak_memory_bytes=session.peak_memory(),
-            extra={**source.carried(), "draft": replace(draft, trained=iteration).to_json()},
+            extra={
+                **source.carried(),
+                "draft": replace(draft, trained=iteration).to_json(),
+                "complete": iteration >= options.train_iters,
+            },
         )
 
     trainer = Trainer(

@@ -136,6 +136,7 @@ def report(
     seconds: float,
 ) -> dict[str, Any]:
     """What goes into the JSON file."""
+    scored = result.score.to_json()
     return {
         "stage": "mmlu",
         "command": manifest.command(),
@@ -144,7 +145,8 @@ def report(
         "inputs": [*source.inputs(), manifest.describe_input("questions", args.mmlu_dataset)],
         "few_shots": args.few_shots,
         "fraction": args.fraction,
-        **result.score.to_json(),
+        **scored,
+        "passed": args.lower_bound is None or scored["accuracy"] >= args.lower_bound,
         "ties": result.ties,
         "answers": result.letters(),
         "seconds": round(seconds, 3),

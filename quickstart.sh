@@ -34,7 +34,7 @@ say() { printf '\n== %s\n' "$*" >&2; }
 made() {
   local title=$1 output=$2 input=$3
   shift 3
-  if "$PYTHON" -m quickstart.progress valid "$output" "$input" 2>/dev/null; then
+  if "$PYTHON" -m post_training.manifest valid "$output" "$input"; then
     say "$title: $output is still valid and is reused"
   else
     say "$title"

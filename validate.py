@@ -118,6 +118,7 @@ def validate(args: argparse.Namespace, session: Session) -> dict[str, Any]:
     peak_memory = session.peak_memory()
     if not session.is_main:
         return {}
+    acceptance = validation.summarize(measured, args.steps)
     content: dict[str, Any] = {
         "stage": "validate",
         "command": manifest.command(),
@@ -127,7 +128,8 @@ def validate(args: argparse.Namespace, session: Session) -> dict[str, Any]:
         "settings": ground_truth.settings(
             asked, source=origin, steps=args.steps, max_new_tokens=args.osl
         ),
-        "acceptance": validation.summarize(measured, args.steps),
+        "acceptance": acceptance,
+        "passed": not shortcomings(args, acceptance),
         "draft": source.draft.to_json() if source.draft else None,
         "accepted": [{"id": each.question.id, "accepted": each.accepted} for each in measured],
         "peak_memory_bytes": peak_memory,
@@ -305,21 +307,27 @@ def main() -> None:
     args = arguments.parse("validate", add_arguments, check)
     from post_training import runtime
 
-    failed = []
+    failed: list[str] = []
     with runtime.session(args) as session:
         content = validate(args, session)
         if session.is_main:
             summary(args, content)
-            found = content["acceptance"]
-            length = found["acceptance_length"]
-            if args.lower_bound is not None and (length or 0) < args.lower_bound:
-                failed.append(f"acceptance length {length} is below {args.lower_bound}")
-            if args.require_identical and found["identical_answers"] < found["answers"]:
-                failed.append(f"{len(found['differences'])} answers differ from greedy decoding")
+            failed = shortcomings(args, content["acceptance"])
     for reason in failed:
         print(f"error: {reason}", file=sys.stderr)
     if failed:
         sys.exit(1)
+
+
+def shortcomings(args: argparse.Namespace, found: dict[str, Any]) -> list[str]:
+    """In what the draft falls short of what was asked, from the report's ``acceptance``."""
+    failed = []
+    length = found["acceptance_length"]
+    if args.lower_bound is not None and (length or 0) < args.lower_bound:
+        failed.append(f"acceptance length {length} is below {args.lower_bound}")
+    if args.require_identical and found["identical_answers"] < found["answers"]:
+        failed.append(f"{len(found['differences'])} answers differ from greedy decoding")
+    return failed
 
 
 if __name__ == "__main__":

@@ -13,16 +13,23 @@
 #     MLM_MODEL_SAVE     where to save                        ($MLM_WORK_DIR/<conf>_mlm, _quant, ...)
 #     EXPORT_DIR         where export.sh writes               ($MLM_WORK_DIR/<conf>_export)
 #     MLM_WORK_DIR       work folder                          (megatron_workspace in $TMPDIR or /tmp)
-#     MLM_EXTRA_ARGS     further flags, split at white space
+#     MLM_EXTRA_ARGS     further flags, split at white space (see to_array about spaces in a value)
 #     MLM_PROMPTS, MLM_REF_LABEL   prompts and expected texts of the smoke generation, split by |
 #     TP PP CP           tensor, pipeline and context parallel size          (1)
 #     EP ETP             expert and expert-tensor parallel size              (1, TP)
 #     DP                 copies of the model                                 (1)
-#     LAUNCH_SCRIPT      replaces the launcher, e.g. "python" under SLURM    (torchrun, if needed)
-#     SANDBOX_ENV_SETUP  shell file with any of these, sourced first
+#     LAUNCH_SCRIPT      replaces the launcher: "python" where every process is started from
+#                        outside, as one SLURM task each                    (torchrun, if needed)
+#     NNODES NODE_RANK MASTER_ADDR MASTER_PORT   several nodes, this launcher started once on each
+#                        (those of the SLURM step, else one node)
+#     GPUS_PER_NODE      refuse more processes than this on a node           (not checked)
+#     SANDBOX_ENV_SETUP  shell file with any of these, sourced first and exported
 #     MLM_ENV_SETUP      shell file for the site, sourced next
 #     SANDBOX_ROOT       folder whose conf/model/<conf>.sh (or conf/<conf>.sh) is used instead
 #     PYTHON             interpreter  (the active environment's, else .venv's, else python3)
+#     MLM_LAUNCH         what to do instead of launching: "count" prints the number of processes
+#                        once they fit the nodes, "words" the stage's words, each ended by a NUL,
+#                        "check" checks everything that --check does
 #
 # A conf sets MODEL_ARGS, the model's flags: an array here; a string, as in Megatron-LM, works too.
 
@@ -33,7 +40,10 @@ WORLD=1
 
 # fail WHAT CAUSE REMEDY: one message in the form that the Python side uses, exit code 2.
 fail() {
-  printf 'error: %s\n  cause: %s\n  remedy: %s\n' "$1" "$2" "$3" >&2
+  # Of the tasks that SLURM started on a node, the first speaks: all see the same mistake.
+  if [[ "${SLURM_LOCALID:-0}" == 0 ]]; then
+    printf 'error: %s\n  cause: %s\n  remedy: %s\n' "$1" "$2" "$3" >&2
+  fi
   exit 2
 }
 
@@ -46,12 +56,7 @@ require() {
 start() {
   local stage=$1
   shift
-  local variable
-  for variable in SANDBOX_ENV_SETUP MLM_ENV_SETUP; do
-    [[ -z "${!variable:-}" ]] && continue
-    [[ -f "${!variable}" ]] || fail "$variable=${!variable}" "there is no such file" "correct it"
-    read_loosely "${!variable}"
-  done
+  read_set_up
   choose_python
   case "${1:-}" in
     -h | --help | --help-all) exec "$PYTHON" "$SCRIPT_DIR/$stage.py" "$@" ;;
@@ -67,6 +72,18 @@ start() {
   TOKENIZER_MODEL=${TOKENIZER_MODEL:-$HF_MODEL_CKPT}
   to_array FLAGS MODEL_ARGS
   FLAGS+=(--tokenizer-model "$TOKENIZER_MODEL")
+}
+
+# read_set_up: source the set-up files; what they set is exported, as if it stood before the command.
+read_set_up() {
+  local variable
+  for variable in SANDBOX_ENV_SETUP MLM_ENV_SETUP; do
+    [[ -z "${!variable:-}" ]] && continue
+    [[ -f "${!variable}" ]] || fail "$variable=${!variable}" "there is no such file" "correct it"
+    set -a
+    read_loosely "${!variable}"
+    set +a
+  done
 }
 
 # read_loosely FILE: source a file that was not written for strict mode.
@@ -131,16 +148,36 @@ print(suggest(sys.argv[1], sys.argv[2:]) or "choose one of: " + " ".join(sys.arg
 }
 
 # to_array TARGET VARIABLE: append a variable's words to the array TARGET. An array is taken as it
-# is; a string is split at white space and nothing in it is expanded: [0]*3 stays [0]*3.
+# is, a string is split (split_words).
 to_array() {
-  local -n target=$1 source=$2
-  local words=()
+  local -n array=$1 source=$2
   if [[ "$(declare -p "$2" 2>/dev/null)" == "declare -a"* ]]; then
-    words=("${source[@]}")
+    array+=("${source[@]}")
   else
-    read -r -d '' -a words <<<"${source:-}" || true
+    split_words "$1" "${source:-}" "$2"
   fi
-  target+=("${words[@]}")
+}
+
+# split_words TARGET TEXT NAME: append the words of TEXT to the array TARGET; NAME is for messages.
+# Words end at white space and nothing in them is expanded: [0]*3 stays [0]*3, and {"num_layers":24}
+# keeps its quotes. A value with spaces is quoted as a whole, '...' or "...", by itself or after the
+# = of --flag='...'; those outer quotes are removed, and what is between them is taken as it is.
+split_words() {
+  local -n target=$1
+  local rest=$2 word quoted="^([^[:space:]'\"=]*=)?('[^']*'|\"[^\"]*\")([[:space:]]|\$)"
+  while rest=${rest#"${rest%%[![:space:]]*}"} && [[ -n "$rest" ]]; do
+    if [[ "$rest" =~ $quoted ]]; then
+      word=${BASH_REMATCH[1]}${BASH_REMATCH[2]}
+      target+=("${BASH_REMATCH[1]}${BASH_REMATCH[2]:1:-1}")
+    elif [[ "$rest" == [\'\"]* ]]; then
+      fail "$3: $rest" "the quote at its start is not closed at the end of a word" \
+        "quote the whole value: '...' or \"...\""
+    else
+      word=${rest%%[[:space:]]*}
+      target+=("$word")
+    fi
+    rest=${rest:${#word}}
+  done
 }
 
 # count_processes: WORLD from the parallel sizes, and their flags.
@@ -172,28 +209,80 @@ count_processes() {
   )
 }
 
+# check_nodes: NNODES, and whether the processes can be spread over the nodes.
+check_nodes() {
+  local step=${SLURM_STEP_ID:+${SLURM_STEP_NUM_NODES:-}} gpus=${GPUS_PER_NODE:-0} name
+  NNODES=${NNODES:-${PET_NNODES:-${step:-1}}}
+  for name in NNODES GPUS_PER_NODE; do
+    [[ "${!name:-0}" =~ ^[0-9]+$ ]] || fail "$name=${!name}" "it is no whole number" "$name=1"
+  done
+  local sizes="TP=$TP PP=$PP CP=$CP EP=$EP ETP=$ETP DP=$DP"
+  ((WORLD % NNODES == 0)) || fail "$WORLD processes on $NNODES nodes ($sizes)" \
+    "every node gets the same number of processes, and $NNODES does not divide $WORLD" \
+    "choose other sizes, or a number of nodes that divides $WORLD"
+  ((gpus == 0 || WORLD / NNODES <= gpus)) || fail \
+    "$WORLD processes on $NNODES nodes with $gpus GPUs each ($sizes)" \
+    "each process needs a GPU, and there are $((NNODES * gpus))" \
+    "take $(((WORLD + gpus - 1) / gpus)) nodes, or smaller sizes"
+}
+
+# choose_launcher: LAUNCHER, the words that start the stage's processes on this node.
+choose_launcher() {
+  local tasks=${SLURM_STEP_ID:+${SLURM_STEP_NUM_TASKS:-}} meeting
+  LAUNCHER=()
+  if [[ -n "${LAUNCH_SCRIPT:-}" ]]; then
+    if [[ "$LAUNCH_SCRIPT" == python* && ${tasks:-1} -gt 1 && $tasks -ne $WORLD ]]; then
+      fail "$tasks tasks in this SLURM step" "the layout has $WORLD processes, a task each" \
+        "srun --ntasks=$WORLD"
+    fi
+    to_array LAUNCHER LAUNCH_SCRIPT
+    # The interpreter that passed the checks, not whatever is first on the PATH.
+    [[ "${LAUNCHER[0]}" != python ]] || LAUNCHER[0]=$PYTHON
+    return
+  fi
+  LAUNCHER=("$PYTHON")
+  ((WORLD > 1)) || return 0
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+  LAUNCHER+=(-m torch.distributed.run "--nproc_per_node=$((WORLD / NNODES))")
+  if [[ -n "${PET_RDZV_ENDPOINT:-}${PET_MASTER_ADDR:-}" ]]; then
+    return 0 # torchrun's own variables say where the nodes meet
+  elif ((NNODES == 1)); then
+    LAUNCHER+=(--standalone) # a port of its own, so that two jobs on a machine do not meet
+  else
+    if [[ -n "$1" ]]; then
+      meeting=("${MASTER_ADDR:-FIRST_NODE}" "${MASTER_PORT:-PORT}")
+    else
+      read -ra meeting <<<"$(cd "$SCRIPT_DIR" && "$PYTHON" -m post_training.placement)" || exit 2
+      [[ -n "${meeting[1]:-}" ]] || exit 2
+    fi
+    LAUNCHER+=("--nnodes=$NNODES" "--node_rank=${NODE_RANK:-${SLURM_NODEID:-0}}"
+      "--master_addr=${meeting[0]}" "--master_port=${meeting[1]}")
+  fi
+}
+
 # launch STAGE [FLAGS...]: check without starting anything, then become the stage's processes.
 launch() {
-  local stage=$1 launcher=()
+  local stage=$1 planned=
   shift
   count_processes
+  check_nodes
   local arguments=("${FLAGS[@]}" "$@")
   to_array arguments MLM_EXTRA_ARGS
   arguments+=("${REST[@]}")
+  case "${MLM_LAUNCH:-}" in
+    count) echo "$WORLD" && exit 0 ;;
+    words) printf '%s\0' "$stage.py" "${arguments[@]}" && exit 0 ;;
+    check) planned=1 ;;
+  esac
+  [[ " ${arguments[*]} " != *" --dry-run "* ]] || planned=1
+  choose_launcher "$planned"
+  local line=("${LAUNCHER[@]}" "$SCRIPT_DIR/$stage.py" "${arguments[@]}")
   # A mistake shows here within a second, once, and not from every process of a job.
-  "$PYTHON" "$SCRIPT_DIR/$stage.py" "${arguments[@]}" --check
+  MLM_PLANNED_PROCESSES=$WORLD MLM_PLANNED_NODES=$NNODES MLM_LAUNCH_LINE="${line[*]@Q}" \
+    "$PYTHON" "$SCRIPT_DIR/$stage.py" "${arguments[@]}" --check
+  [[ -z "$planned" ]] || exit 0
   export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
   # Megatron's overlap of communication relies on the order of launches on one connection.
   export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-  if [[ -n "${LAUNCH_SCRIPT:-}" ]]; then
-    to_array launcher LAUNCH_SCRIPT
-  elif ((WORLD == 1)); then
-    launcher=("$PYTHON")
-  else
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-    launcher=("$PYTHON" -m torch.distributed.run "--nproc_per_node=$WORLD")
-    # A port of its own, so that two jobs on a machine do not meet.
-    [[ -n "${PET_RDZV_ENDPOINT:-}${PET_MASTER_ADDR:-}" ]] || launcher+=(--standalone)
-  fi
-  exec "${launcher[@]}" "$SCRIPT_DIR/$stage.py" "${arguments[@]}"
+  exec "${line[@]}"
 }

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from post_training import architecture as model_architecture
-from post_training import flags_table, tokenizer_folder
+from post_training import flags_table, placement, tokenizer_folder
 from post_training.architecture import MLA_FIELDS, REQUIRED, TRANSFORMER_FIELDS, Architecture
 from post_training.errors import UsageError, exit_with_usage_error
 from post_training.parallel import Parallel
@@ -60,7 +60,8 @@ def parse(
         check: raises UsageError for values that cannot work; must not import torch.
         argv: the command line, by default this process's.
 
-    With ``--check`` the process ends here with exit code 0 and prints nothing. Besides the flags'
+    With ``--check`` the process ends here with exit code 0 and prints nothing, with ``--dry-run``
+    it prints what the stage would do (``plan.py``). Besides the flags'
     values the namespace has ``stage``, ``explicit`` (what was given, by name) and
     ``ignored_flags`` (flags without meaning here, also logged at level debug).
     """
@@ -76,6 +77,11 @@ def parse(
         _check_division(args)
         check(args)
         _check_tokenizer(args)
+        if args.dry_run:
+            from post_training import plan
+
+            plan.show(args)
+            sys.exit(0)
     except UsageError as error:
         exit_with_usage_error(error)
     if args.check:
@@ -91,14 +97,17 @@ def explicit(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def parallel(args: argparse.Namespace) -> Parallel:
-    """The parallel sizes, for the number of processes in the environment's ``WORLD_SIZE``.
+    """The parallel sizes, for the number of processes that torchrun or SLURM started.
 
-    With ``--check``, which runs before anything is launched, the processes are as many as needed.
+    With ``--check`` and ``--dry-run``, which run before anything is launched, the processes are as
+    many as needed, or as the launcher is going to start.
     """
-    started = os.environ.get("WORLD_SIZE")
-    world = int(started) if started and started.isdigit() else 1
+    planned = os.environ.get("MLM_PLANNED_PROCESSES", "")
+    world: int | None = int(planned) if planned.isdigit() else None
+    if not (args.check or args.dry_run):
+        world = placement.placement().world
     return Parallel.of_world(
-        None if args.check else world,
+        world,
         tensor=args.tensor_model_parallel_size,
         pipeline=args.pipeline_model_parallel_size,
         context=args.context_parallel_size,

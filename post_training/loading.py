@@ -120,6 +120,8 @@ def require_draft(source: Source, args: argparse.Namespace) -> None:
             "a Hugging Face folder has no draft",
             "set MLM_MODEL_CKPT to what eagle3.sh saved",
         )
+    if args.dry_run and not source.is_local:
+        return  # an earlier job is going to make it
     if source.draft is None and not checkpoint.holds(Path(args.load), "eagle_module."):
         raise UsageError(
             f"--load {args.load}",
@@ -242,6 +244,9 @@ def end_tokens(source: Source, args: argparse.Namespace, tokenizer: Any) -> list
 
 def _find_checkpoint(args: argparse.Namespace) -> Source:
     folder = Path(args.load)
+    if args.dry_run and not folder.exists():
+        # An earlier job is going to make it, of the model that the conf describes.
+        return Source(args.load, True, arguments.architecture(args), args.pretrained_model_path)
     preflight.checkpoint_folder(folder)
     content = manifest.read(folder)
     carried = folder / checkpoint.HUGGINGFACE

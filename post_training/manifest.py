@@ -4,10 +4,16 @@ Every stage writes one beside its output; the next stage reads it. A manifest ho
 command, the resolved configuration (the model's architecture included), package versions, the git
 commit, the inputs with their own manifests' hashes, the outputs with sizes and hashes, metrics,
 duration and peak memory. Nothing here imports torch.
+
+    python -m post_training.manifest valid OUTPUT INPUT [COMMAND...]
+
+leaves with exit code 0 if OUTPUT is whole and was made from INPUT as it is now, by the versions
+that are installed now and, where the words of a COMMAND are given, by that very command.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shlex
@@ -98,12 +104,12 @@ class Manifest:
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """The manifest of ``folder``, or None where there is none.
+    """The manifest of ``folder`` (or a report, a JSON file), or None where there is none.
 
     Raises:
         UsageError: if it is not JSON or of a newer format than this version reads.
     """
-    path = folder / FILE
+    path = folder if folder.is_file() else folder / FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -152,11 +158,54 @@ def damaged_outputs(folder: Path, content: dict[str, Any]) -> list[str]:
     return damaged
 
 
+def is_valid(output: Path, source: str, made_by: Sequence[str] = ()) -> bool:
+    """Whether ``output`` can stay as it is.
+
+    Args:
+        output: a stage's output folder, or its report.
+        source: what it must have been made from, as it is now: a path, or a hub name whose
+            download is still what it was.
+        made_by: words of the command that must have made it, the stage's program first; by
+            default any.
+    """
+    content = read(output)
+    if content is None or damaged_outputs(output, content):
+        return False
+    if content["versions"] != versions():
+        return False
+    # A report may say that the model fell short of what was asked, training that it goes on.
+    if not (content.get("passed", True) and content.get("complete", True)):
+        return False
+    if made_by and _plain(shlex.split(content["command"])) != _plain(shlex.split(quoted(made_by))):
+        return False
+    return any(_is_input(entry, source) for entry in content.get("inputs", []))
+
+
+def _plain(words: Sequence[str]) -> list[str]:
+    """A command without the folder of its program."""
+    return [Path(words[0]).name, *words[1:]] if words else []
+
+
+def _is_input(entry: dict[str, Any], source: str) -> bool:
+    """Whether a recorded input is ``source``, unchanged."""
+    if not Path(source).exists():
+        # A hub name: the recorded path is the download's, in huggingface_hub's cache.
+        if f"models--{source.replace('/', '--')}" not in Path(entry["path"]).parts:
+            return False
+        source = entry["path"]
+    return {**entry, "role": ""} == {**describe_input("", source), "role": ""}
+
+
 def command() -> str:
     """This process's command line, quoted for a shell, with tokens and passwords hidden."""
+    return quoted(sys.argv)
+
+
+def quoted(line: Sequence[str]) -> str:
+    """The words of a command line, quoted for a shell, with tokens and passwords hidden."""
     words: list[str] = []
     hide_next = False
-    for word in sys.argv:
+    for word in line:
         name, equals, _ = word.partition("=")
         if hide_next:
             word = "***"
@@ -194,3 +243,23 @@ def _git(folder: Path, *arguments: str) -> str:
         ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10
     )
     return done.stdout.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m post_training.manifest", description=__doc__.split("\n\n", 1)[1]
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    valid = commands.add_parser("valid", help="exit code 0 if OUTPUT can stay as it is, else 1")
+    valid.add_argument("output", type=Path, metavar="OUTPUT")
+    valid.add_argument("source", metavar="INPUT")
+    valid.add_argument("made_by", nargs=argparse.REMAINDER, metavar="COMMAND")
+    args = parser.parse_args()
+    try:
+        sys.exit(0 if is_valid(args.output, args.source, args.made_by) else 1)
+    except UsageError:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

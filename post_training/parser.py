@@ -128,6 +128,8 @@ def _add_common(group: _Group) -> None:
     add("--help", "-h", action="store_true", help="show the common flags and leave")
     add("--help-all", action="store_true", help="show every flag and leave")
     add("--check", action="store_true", help="check everything that needs no weights, and leave")
+    add("--dry-run", action="store_true", help="show model, parameters per rank, processes and "
+        "launch line, and leave; loads nothing, inputs may be missing")  # fmt: skip
     add("--load", metavar="DIR", help="Megatron checkpoint to load")
     add("--save", metavar="DIR", help="folder for the Megatron checkpoint")
     add("--overwrite", action="store_true", help="replace an output that exists")

@@ -14,14 +14,13 @@ import logging
 import os
 import random
 import resource
-import socket
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from post_training import arguments, signals, versions
+from post_training import arguments, liveness, placement, signals, versions
 from post_training.errors import UsageError, exit_with_usage_error
 from post_training.parallel import Parallel
 
@@ -77,16 +76,24 @@ def session(args: argparse.Namespace) -> Iterator[Session]:
     configure_logging(args.stage, args.log_level)
     if args.ignored_flags:
         logger.debug("flags without meaning here: %s", " ".join(args.ignored_flags))
+    watch = None
     try:
         with signals.prompt_exit():
             versions.check()
             parallel = arguments.parallel(args)
-            yield _start(args.stage, parallel, args.seed, args.distributed_timeout_minutes)
+            current = _start(args.stage, parallel, args.seed, args.distributed_timeout_minutes)
+            watch = liveness.start(current.rank, current.world)
+            yield current
     except UsageError as error:
+        _leave(watch)
         _stop()
         exit_with_usage_error(error)
+    except SystemExit:
+        # A stage's own decision, and the same on all ranks.
+        _leave(watch)
+        raise
     except signals.Interrupted as error:
-        if _environment_int("RANK", 0) == 0:
+        if placement.placement().rank == 0:
             print(
                 f"\n{args.stage}: ended by {error}. Finished outputs are untouched; what was "
                 "being written is discarded by the next run.",
@@ -95,24 +102,34 @@ def session(args: argparse.Namespace) -> Iterator[Session]:
         sys.stderr.flush()
         # Process groups may hold ranks that are gone: waiting for them would hang.
         os._exit(error.exit_code)
+    except Exception as error:
+        if watch is not None and watch.follows_a_loss(error):
+            os._exit(liveness.EXIT_CODE)
+        raise
+    _leave(watch)
     _stop()
 
 
+def _leave(watch: liveness.Watch | None) -> None:
+    if watch is not None:
+        watch.leave()
+
+
 def _start(stage: str, parallel: Parallel, seed: int, timeout_minutes: float) -> Session:
-    rank, world = _rendezvous()
+    place = placement.join()
     import torch
 
     device = _device()
     report = _import_packages()
     _initialize_groups(device, parallel, timeout_minutes)
     _seed(seed)
-    current = Session(stage, parallel, device, rank, world)
+    current = Session(stage, parallel, device, place.rank, place.world)
     logger.info("%s", report)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     logger.info(
         "%d process%s on %s: TP=%d PP=%d CP=%d EP=%d",
-        world,
-        "" if world == 1 else "es",
+        place.world,
+        "" if place.world == 1 else "es",
         name,
         parallel.tensor,
         parallel.pipeline,
@@ -148,28 +165,14 @@ def _import_packages() -> object:
     return report
 
 
-def _rendezvous() -> tuple[int, int]:
-    """Rank and world size; a process started without torchrun is a world of one."""
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(
-            RANK="0",
-            WORLD_SIZE="1",
-            LOCAL_RANK="0",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-        )
-    return _environment_int("RANK", 0), _environment_int("WORLD_SIZE", 1)
-
-
 def _device() -> torch.device:
     import torch
 
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    index = _environment_int("LOCAL_RANK", 0)
+    index = placement.placement().local_rank
+    if os.environ.get("SLURM_GPUS_PER_TASK") == "1" and torch.cuda.device_count() == 1:
+        index = 0  # SLURM shows each task its own GPU only
     if index >= torch.cuda.device_count():
         raise UsageError(
             f"process {index} of this machine",
@@ -228,7 +231,7 @@ def configure_logging(stage: str, level: str = "info") -> None:
     What other packages say through Python's ``warnings`` is shown at level ``debug``: it is about
     their own insides, comes by the dozen and hides what a stage says.
     """
-    rank = _environment_int("RANK", 0)
+    rank = placement.placement().rank
     handler = logging.StreamHandler(sys.stderr)
     prefix = f"[{stage}]" if rank == 0 else f"[{stage} rank {rank}]"
     handler.setFormatter(logging.Formatter(f"{prefix} %(message)s"))
@@ -243,15 +246,3 @@ def configure_logging(stage: str, level: str = "info") -> None:
     warned.setLevel(logging.WARNING if chosen <= logging.DEBUG else logging.ERROR)
     # mcore announces on every model that GPTModel will be replaced: known, and chosen in model.py.
     logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
-
-
-def _environment_int(name: str, default: int) -> int:
-    text = os.environ.get(name, "")
-    try:
-        return int(text or default)
-    except ValueError:
-        raise UsageError(
-            f"environment variable {name}={text}",
-            "it is not a whole number",
-            "unset it, or let torchrun set it",
-        ) from None

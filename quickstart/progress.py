@@ -1,6 +1,5 @@
-"""Which outputs of an earlier quickstart are still valid, and the table at the end.
+"""The table at the end of the quickstart.
 
-    python -m quickstart.progress valid OUTPUT INPUT    exit code 0 if OUTPUT was made from INPUT
     python -m quickstart.progress table WORK_FOLDER     size, bits, score, time and place of each
 
 Nothing here imports torch.
@@ -10,26 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from post_training import files, manifest
 from quickstart import train
-
-
-def is_valid(output: Path, source: Path) -> bool:
-    """Whether ``output`` is whole, and made from ``source`` as it is now by these versions."""
-    content = manifest.read(output)
-    if content is None or manifest.damaged_outputs(output, content):
-        return False
-    if content["versions"] != manifest.versions():
-        return False
-    current = manifest.describe_input("model", source)
-    return any(
-        {**each, "role": ""} == {**current, "role": ""} for each in content.get("inputs", [])
-    )
 
 
 @dataclass(frozen=True)
@@ -106,16 +91,10 @@ def _score(path: Path | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    valid = commands.add_parser("valid")
-    valid.add_argument("output", type=Path)
-    valid.add_argument("source", type=Path)
     table = commands.add_parser("table")
     table.add_argument("work", type=Path)
     args = parser.parse_args()
-    if args.command == "table":
-        show(args.work)
-    elif not is_valid(args.output, args.source):
-        sys.exit(1)
+    show(args.work)
 
 
 if __name__ == "__main__":

@@ -131,7 +131,8 @@ def test_the_defaults_are_the_documented_ones(environment):
     assert [option(words, f"--{size}-parallel-size") for size in SIZES] == ["1"] * 5
     assert "--load" not in words
     del environment["MLM_WORK_DIR"]
-    words = started("convert.sh", "Qwen/Qwen3-0.6B", **environment, TMPDIR="/tmp/elsewhere")
+    environment["TMPDIR"] = "/tmp/elsewhere"
+    words = started("convert.sh", "Qwen/Qwen3-0.6B", **environment)
     assert option(words, "--save").startswith("/tmp/elsewhere/megatron_workspace/Qwen/")
 
 

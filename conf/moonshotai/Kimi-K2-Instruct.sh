@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# https://huggingface.co/moonshotai/Kimi-K2-Instruct
+export MODEL_ARGS=(
+  --bf16
+  --num-layers 61
+  --hidden-size 7168
+  --ffn-hidden-size 18432
+  --num-attention-heads 64
+  --multi-latent-attention
+  --q-lora-rank 1536 --kv-lora-rank 512
+  --qk-head-dim 128 --qk-pos-emb-head-dim 64 --v-head-dim 128
+  --qk-layernorm
+  --disable-bias-linear
+  --swiglu
+  --normalization RMSNorm --norm-epsilon 1e-6
+  --position-embedding-type rope --rotary-base 50000 --rotary-percent 1.0
+  --rope-type yarn --rotary-scaling-factor 32 --original-max-position-embeddings 4096
+  --beta-fast 1 --beta-slow 1 --mscale 1.0 --mscale-all-dim 1.0
+  --num-experts 384 --moe-layer-freq '[0]*1+[1]*60'
+  --moe-ffn-hidden-size 2048 --moe-shared-expert-intermediate-size 2048
+  --moe-router-topk 8
+  --moe-router-score-function sigmoid --moe-router-enable-expert-bias
+  --moe-router-pre-softmax --moe-router-topk-scaling-factor 2.827
+  --moe-router-dtype fp32
+  --max-position-embeddings 131072
+  --padded-vocab-size 163840
+  --untie-embeddings-and-output-weights
+)

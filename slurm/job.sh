@@ -1,0 +1,230 @@
+# shellcheck shell=bash
+# What sbatch.sh and pipeline.sh share: the job's step, its checks, its end. Sourcing this file
+# defines functions and does nothing else; conf/arguments.sh must be sourced first, and SCRIPT_DIR
+# be the repository's folder. Variables are explained in slurm/README.md.
+
+# Exit code with which a training stage says that it saved in the middle, after SIGUSR1 or SIGTERM.
+REQUEUE_CODE=75
+# Stages that go on from what they saved.
+RESUMABLE=(eagle3.sh distill.sh)
+
+# in_batch_script: whether this shell is a job's batch script (an salloc's shell is not).
+in_batch_script() {
+  [[ -n "${SLURM_JOB_ID:-}" && -z "${SLURM_STEP_ID:-}" && "${SLURM_TASK_PID:-}" == "$$" ]]
+}
+
+# take_words WORDS...: OPTIONS, what comes before the first <stage>.sh, and STAGE_LINE, the rest. A
+# single word with spaces is the whole line, as in Megatron-LM's sbatch.sh.
+take_words() {
+  OPTIONS=() STAGE_LINE=()
+  while (($# > 0)) && [[ ! "$1" =~ ^[a-z0-9_]+\.sh($|[[:space:]]) ]]; do
+    OPTIONS+=("$1")
+    shift
+  done
+  (($# > 0)) || fail "slurm/sbatch.sh ${OPTIONS[*]}" "no stage is named" \
+    "bash slurm/sbatch.sh --nodes=1 convert.sh <conf>"
+  STAGE_LINE=("$@")
+  if (($# == 1)); then
+    STAGE_LINE=()
+    split_words STAGE_LINE "$1" "the stage's line"
+  fi
+  [[ -f "$SCRIPT_DIR/${STAGE_LINE[0]}" ]] || fail "stage ${STAGE_LINE[0]}" \
+    "there is no $SCRIPT_DIR/${STAGE_LINE[0]}" "one of: $(stage_names | paste -sd ' ')"
+}
+
+stage_names() {
+  find "$SCRIPT_DIR" -maxdepth 1 -name '*.sh' ! -name quickstart.sh -printf '%f\n' | sort
+}
+
+# requested PATTERN: the value of an sbatch option, from OPTIONS or else from sbatch.sh itself. The
+# pattern matches the option's names; the value follows as =VALUE or as the next word.
+requested() {
+  local pattern=$1 index value='' word
+  local words=("${OPTIONS[@]}")
+  while read -r word; do words=("$word" "${words[@]}"); done \
+    < <(sed -n 's/^#SBATCH \(--[^ ]*\).*/\1/p' "$SCRIPT_DIR/slurm/sbatch.sh")
+  for index in "${!words[@]}"; do
+    word=${words[index]}
+    if [[ "$word" =~ ^($pattern)$ ]]; then
+      value=${words[index + 1]:-}
+    elif [[ "$word" =~ ^($pattern)=?([^[:space:]]+)$ ]]; then
+      value=${BASH_REMATCH[-1]}
+    fi
+  done
+  echo "${value##*:}"
+}
+
+# submit_job WORDS...: check what can be checked here, then hand the job to sbatch.
+submit_job() {
+  take_words "$@"
+  local gpus processes
+  NNODES=$(requested '--nodes|-N')
+  [[ "$NNODES" =~ ^[1-9][0-9]*$ ]] || fail "--nodes=$NNODES" "a fixed number of nodes is needed" \
+    "--nodes=2"
+  gpus=$(requested '--gpus-per-node|--gres')
+  export NNODES GPUS_PER_NODE=${gpus:-0}
+  processes=$(MLM_LAUNCH=count bash "$SCRIPT_DIR/${STAGE_LINE[0]}" "${STAGE_LINE[@]:1}")
+  if ((GPUS_PER_NODE * NNODES > processes)); then
+    echo "note: $processes of $((GPUS_PER_NODE * NNODES)) GPUS are used;" \
+      "DP=$((GPUS_PER_NODE * NNODES / processes)) or fewer nodes use all" >&2
+  fi
+  local line=(sbatch "${OPTIONS[@]}" "$SCRIPT_DIR/slurm/sbatch.sh" "${STAGE_LINE[@]}")
+  if [[ " ${STAGE_LINE[*]} ${MLM_EXTRA_ARGS:-} " == *" --dry-run "* ]]; then
+    bash "$SCRIPT_DIR/${STAGE_LINE[0]}" "${STAGE_LINE[@]:1}"
+    (
+      read_set_up
+      make_step "$processes"
+      show "job step" "${STEP[@]}"
+    )
+    show "submission" "${line[@]}"
+    return
+  fi
+  check_here
+  unset NNODES GPUS_PER_NODE # the job asks SLURM
+  export POST_TRAINING_ROOT=$SCRIPT_DIR
+  exec "${line[@]}"
+}
+
+# show NAME WORDS...: a line of --dry-run's table, without what --dry-run itself adds.
+show() {
+  local name=$1 word text=''
+  shift
+  for word in "$@"; do
+    [[ "$word" == --dry-run ]] || text+=" $(printf '%q' "$word")"
+  done
+  printf '%-13s%s\n' "$name" "$text"
+}
+
+# check_here: the stage's own checks, where this machine has what they need. A login node whose
+# jobs run in a container often has not.
+check_here() {
+  if [[ -n "${CONTAINER_IMAGE:-}" ]]; then
+    echo "note: the stage's other checks run in the job, inside the container" >&2
+    return
+  fi
+  MLM_LAUNCH=check bash "$SCRIPT_DIR/${STAGE_LINE[0]}" "${STAGE_LINE[@]:1}"
+}
+
+# make_step PROCESSES: STEP, the srun line that runs the stage.
+make_step() {
+  local processes=$1 tasks=$NNODES
+  local inside=() variable
+  # torchrun gives its processes 30 s to save, and does not pass their exit code on: what is to be
+  # queued again runs as one task per GPU, which srun sends signals to and gets the code from.
+  if [[ -n "${MLM_REQUEUE:-}" && -z "${LAUNCH_SCRIPT:-}" ]] && resumable; then
+    export LAUNCH_SCRIPT=python
+  fi
+  # One task per GPU where LAUNCH_SCRIPT starts one process; one torchrun per node otherwise.
+  [[ -z "${LAUNCH_SCRIPT:-}" ]] || tasks=$processes
+  STEP=(srun "--nodes=$NNODES" "--ntasks=$tasks" "--ntasks-per-node=$((tasks / NNODES))"
+    --kill-on-bad-exit=1 --cpu-bind=none --overcommit)
+  local folder=$SCRIPT_DIR
+  if [[ -n "${CONTAINER_IMAGE:-}" ]]; then
+    [[ -n "${USER_FSW:-}" ]] || fail "USER_FSW (not set)" \
+      "a container sees the scratch folder that it names, and nothing else" "USER_FSW=/scratch/..."
+    # Megatron-LM's places in the container, and the same paths as outside.
+    local mounts="$SCRIPT_DIR:/workspace/nmm-sandbox,$USER_FSW:/workspace/scratch"
+    mounts+=",$SCRIPT_DIR:$SCRIPT_DIR,$USER_FSW:$USER_FSW${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
+    folder=/workspace/nmm-sandbox
+    local runtime=pyxis
+    [[ "$CONTAINER_IMAGE" != *.sif ]] || runtime=apptainer
+    case "${CONTAINER_RUNTIME:-$runtime}" in
+      pyxis)
+        STEP+=("--container-image=$CONTAINER_IMAGE" "--container-mounts=$mounts"
+          "--container-workdir=$folder")
+        ;;
+      apptainer)
+        inside=(apptainer exec --nv --bind "$mounts" --pwd "$folder" "$CONTAINER_IMAGE")
+        ;;
+      *) fail "CONTAINER_RUNTIME=$CONTAINER_RUNTIME" "unknown" "pyxis or apptainer" ;;
+    esac
+    # The machine's own interpreter means nothing inside.
+    for variable in VIRTUAL_ENV CONDA_PREFIX MLM_VENV; do unset "$variable"; done
+    export PYTHON=${CONTAINER_PYTHON:-python3}
+  fi
+  STEP+=("${inside[@]}" bash "$folder/${STAGE_LINE[0]}" "${STAGE_LINE[@]:1}")
+}
+
+# run_job WORDS...: the batch script: check the layout, run the step, report its end.
+run_job() {
+  local processes code=0
+  take_words "$@"
+  report "started on $SLURM_JOB_NODELIST"
+  read_set_up
+  unset SANDBOX_ENV_SETUP MLM_ENV_SETUP # their variables are exported now
+  export NNODES=$SLURM_JOB_NUM_NODES GPUS_PER_NODE=${SLURM_GPUS_ON_NODE:-0}
+  # Nodes share a folder, and a machine's temporary folder is no such one.
+  export MLM_WORK_DIR=${MLM_WORK_DIR:-${USER_FSW:-$SLURM_SUBMIT_DIR}/megatron_workspace}
+  SAVE_ASKED=
+  trap near_the_limit USR1
+  processes=$(MLM_LAUNCH=count bash "$SCRIPT_DIR/${STAGE_LINE[0]}" "${STAGE_LINE[@]:1}") ||
+    finish $?
+  make_step "$processes"
+  "${STEP[@]}" &
+  STEP_PID=$!
+  # A trapped signal interrupts wait: go on until the step itself has ended.
+  while :; do
+    code=0
+    wait "$STEP_PID" || code=$?
+    kill -0 "$STEP_PID" 2>/dev/null || break
+  done
+  finish "$code"
+}
+
+resumable() {
+  [[ " ${RESUMABLE[*]} " == *" ${STAGE_LINE[0]} "* ]]
+}
+
+# near_the_limit: SLURM says that the time is nearly over (--signal=B:USR1@seconds).
+near_the_limit() {
+  if resumable; then
+    SAVE_ASKED=1
+    report "the time limit is near: the stage is asked to save"
+    kill -USR1 "${STEP_PID:-0}" # srun passes it on to every task
+  else
+    report "the time limit is near; ${STAGE_LINE[0]} cannot go on later and starts anew next time" \
+      "(quantize's --auto-quantize-checkpoint and prune's --prune-intermediate-ckpt keep scores)"
+  fi
+}
+
+# finish CODE: report how the step ended, requeue what was asked to save and did, and leave.
+finish() {
+  local code=$1 state
+  if ((code == 0)); then
+    report "finished after $SECONDS s"
+    exit 0
+  fi
+  if ((code == REQUEUE_CODE)) && resumable && [[ -n "${MLM_REQUEUE:-}" ]]; then
+    state=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed 's/.*JobState=\([A-Z]*\).*/\1/')
+    # A job that somebody cancels saves too, and is not to come back.
+    if [[ "$state" == RUNNING ]]; then
+      report "saved after $SECONDS s${SAVE_ASKED:+ before the time limit}; queued again"
+      scontrol requeue "$SLURM_JOB_ID"
+      sleep 60 # SLURM ends this script
+    fi
+  fi
+  report "FAILED with exit code $code after $SECONDS s on $SLURM_JOB_NODELIST; jobs that wait for" \
+    "it are cancelled. $(reason)"
+  exit "$code"
+}
+
+# reason: the first error in the job's log, else its last lines.
+reason() {
+  local log
+  log=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed -n 's/.* StdOut=\([^ ]*\).*/\1/p')
+  [[ -r "$log" ]] || return 0
+  echo "From $log:"
+  # A stage's own message, else the last line of a traceback.
+  if ! grep --max-count=1 --after-context=2 '^error: ' "$log" &&
+    ! grep --max-count=1 -E '^(\[rank[0-9]+\]: )?[A-Za-z_.]+(Error|Exception)\b' "$log"; then
+    tail -n 5 "$log"
+  fi | sed 's/^/    /'
+}
+
+# report WORDS...: a line in the job's log, and in the pipeline's where there is one.
+report() {
+  local line
+  line="$(date '+%F %T') ${STAGE_LINE[0]%.sh} (job ${SLURM_JOB_ID:-}): $*"
+  echo "$line" >&2
+  if [[ -n "${PIPELINE_LOG:-}" ]]; then echo "$line" >>"$PIPELINE_LOG"; fi
+}

@@ -1,0 +1,160 @@
+#!/usr/bin/env bash
+# A road of stages as SLURM jobs that wait for each other; a failed one cancels the rest.
+#
+#   bash slurm/pipeline.sh [sbatch options] <road> <conf> [format]
+#   TP=8 bash slurm/pipeline.sh --nodes=1 quantize Qwen/Qwen3-8B NVFP4_DEFAULT_CFG
+#
+#   quantize   convert -> quantize -> mmlu -> export       (format: FP8_DEFAULT_CFG)
+#   prune      convert -> prune -> distill -> mmlu -> export
+#   eagle3     convert -> eagle3 -> validate -> export
+#
+# Each stage may have settings of its own, by its name in capitals, e.g. for quantize:
+#   QUANTIZE_ARGS    further flags, split as MLM_EXTRA_ARGS is
+#   QUANTIZE_SBATCH  further sbatch options, e.g. --nodes=2
+#   QUANTIZE_TP ...  its TP, PP, CP, EP, ETP or DP
+# Outputs lie in MLM_WORK_DIR, by default megatron_workspace in USER_FSW or the current folder. A
+# stage whose output is whole and made by the same command from the same input is left out.
+# --dry-run among the options shows every stage's plan and submits nothing. See slurm/README.md.
+set -euo pipefail
+SCRIPT_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# shellcheck source=conf/arguments.sh
+source "$SCRIPT_DIR/conf/arguments.sh"
+# shellcheck source=slurm/job.sh
+source "$SCRIPT_DIR/slurm/job.sh"
+
+usage() {
+  sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0" >&2
+  exit "$1"
+}
+
+# choose_road ROAD: STAGES, in order.
+choose_road() {
+  case "$1" in
+    quantize) STAGES=(convert quantize mmlu export) ;;
+    prune) STAGES=(convert prune distill mmlu export) ;;
+    eagle3) STAGES=(convert eagle3 validate export) ;;
+    *) fail "road $1" "unknown" "quantize, prune or eagle3" ;;
+  esac
+  local stage
+  for stage in "${STAGES[@]}"; do
+    [[ -f "$SCRIPT_DIR/$stage.sh" ]] || fail "road $1" "there is no $stage.sh here yet" \
+      "take another road"
+  done
+}
+
+# stage_of NAME: what that stage reads and writes: INPUT, OUTPUT, and STAGE_ENV, the variables that
+# tell its launcher. MODEL is the checkpoint or folder that the stages before it made.
+stage_of() {
+  local base=$MLM_WORK_DIR/$CONF name
+  INPUT=$MODEL STAGE_WORDS=()
+  case "$1" in
+    convert) OUTPUT=${base}_mlm ;;
+    quantize) OUTPUT=${base}_quant STAGE_WORDS=("${FORMAT[@]}") ;;
+    prune) OUTPUT=${base}_pruned ;;
+    distill) OUTPUT=${base}_distilled ;;
+    eagle3) OUTPUT=$base-Eagle3 ;;
+    mmlu) OUTPUT=$MODEL.mmlu.json STAGE_WORDS=(--mmlu-output "$OUTPUT") ;;
+    validate) OUTPUT=$MODEL.validate.json STAGE_WORDS=(--validate-output "$OUTPUT") ;;
+    export) OUTPUT=${EXPORT_DIR:-${base}_export} ;;
+  esac
+  STAGE_ENV=("MLM_MODEL_SAVE=$OUTPUT" "EXPORT_DIR=$OUTPUT")
+  [[ "$1" != distill ]] || STAGE_ENV+=("TEACHER_CKPT=${TEACHER_CKPT:-${base}_mlm}")
+  [[ "$MODEL" == "$HF_MODEL_CKPT" ]] || STAGE_ENV+=("MLM_MODEL_CKPT=$MODEL")
+  local own=${1^^}_ARGS
+  to_array STAGE_WORDS "$own"
+  # A rerun makes an output that is no longer valid again; training goes on where it was.
+  case "$1" in convert | quantize | prune | export) STAGE_WORDS+=(--overwrite) ;; esac
+  for name in TP PP CP EP ETP DP; do
+    own=${1^^}_$name
+    [[ -z "${!own:-}" ]] || STAGE_ENV+=("$name=${!own}")
+  done
+}
+
+# is_valid STAGE: whether its output can stay as it is.
+is_valid() {
+  local words=()
+  mapfile -d '' -t words < <(
+    env "${STAGE_ENV[@]}" MLM_LAUNCH=words bash "$SCRIPT_DIR/$1.sh" "$CONF" "${STAGE_WORDS[@]}"
+  )
+  "$PYTHON" -m post_training.manifest valid "$OUTPUT" "$INPUT" "${words[@]}"
+}
+
+# submit STAGE: hand it to sbatch after the job before it; sets JOB.
+submit() {
+  local line=(sbatch --parsable "${OPTIONS[@]}" "--job-name=$1" "--output=$FOLDER/$1-%j.log")
+  [[ -z "$JOB" ]] || line+=("--dependency=afterok:$JOB" --kill-on-invalid-dep=yes)
+  to_array line "${1^^}_SBATCH"
+  line+=("$SCRIPT_DIR/slurm/sbatch.sh" "$1.sh" "$CONF" "${STAGE_WORDS[@]}")
+  JOB=$(env "${STAGE_ENV[@]}" "PIPELINE_LOG=$FOLDER/pipeline.log" \
+    "POST_TRAINING_ROOT=$SCRIPT_DIR" "${line[@]}")
+  JOB=${JOB%%;*}
+  JOBS+=("$JOB")
+}
+
+main() {
+  local dry_run='' stage
+  OPTIONS=() JOBS=() JOB=
+  while [[ "${1:-}" == -* ]]; do
+    case "$1" in
+      -h | --help) usage 0 ;;
+      --dry-run) dry_run=1 ;;
+      *=* | -[A-Za-z]?*) OPTIONS+=("$1") ;;
+      *) fail "sbatch option $1" "its value cannot be told from the road" "write $1=VALUE" ;;
+    esac
+    shift
+  done
+  (($# >= 2)) || usage 2
+  choose_road "$1"
+  CONF=${2%.sh}
+  FORMAT=("${@:3}")
+  read_set_up
+  unset SANDBOX_ENV_SETUP # its variables are exported now, and each job gets its own MLM_MODEL_CKPT
+  choose_python
+  export MLM_WORK_DIR=${MLM_WORK_DIR:-${USER_FSW:-$PWD}/megatron_workspace} PYTHON
+  HF_MODEL_CKPT=${HF_MODEL_CKPT:-$CONF}
+  export HF_MODEL_CKPT
+  cd "$SCRIPT_DIR"
+
+  # Everything that can be wrong is found before the first job is submitted.
+  MODEL=${MLM_MODEL_CKPT:-$HF_MODEL_CKPT}
+  unset MLM_MODEL_CKPT MLM_MODEL_SAVE
+  local first=$MODEL plan
+  for stage in "${STAGES[@]}"; do
+    stage_of "$stage"
+    local own=() after=${stage^^}_SBATCH
+    to_array own "$after"
+    plan=$(env "${STAGE_ENV[@]}" bash slurm/sbatch.sh "${OPTIONS[@]}" "${own[@]}" "$stage.sh" \
+      "$CONF" "${STAGE_WORDS[@]}" --dry-run) || exit $?
+    [[ -z "$dry_run" ]] || printf '== %s\n%s\n\n' "$stage" "$plan"
+    next_model "$stage"
+  done
+  [[ -z "$dry_run" ]] || exit 0
+
+  FOLDER=$MLM_WORK_DIR/pipeline/$CONF-$(date +%Y%m%d-%H%M%S)
+  mkdir -p "$FOLDER"
+  MODEL=$first
+  for stage in "${STAGES[@]}"; do
+    stage_of "$stage"
+    # Once a stage is to run, what comes after it is made from something new.
+    if [[ -z "$JOB" ]] && is_valid "$stage"; then
+      echo "$stage: $OUTPUT is still valid and is left as it is" | tee -a "$FOLDER/pipeline.log"
+    else
+      submit "$stage"
+      echo "$stage: job $JOB${JOBS[1]:+ after ${JOBS[-2]:-}}, makes $OUTPUT" |
+        tee -a "$FOLDER/pipeline.log"
+    fi
+    next_model "$stage"
+  done
+  if ((${#JOBS[@]} == 0)); then
+    echo "nothing to do: every stage's output is valid"
+  else
+    echo "watch them, and see why one failed: tail -n +1 -F $FOLDER/pipeline.log"
+  fi
+}
+
+# next_model STAGE: scores are about a model; what the other stages make is the next one's input.
+next_model() {
+  case "$1" in mmlu | validate) ;; *) MODEL=$OUTPUT ;; esac
+}
+
+main "$@"
