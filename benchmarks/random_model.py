@@ -1,5 +1,7 @@
 """Save a model of a real one's shape with random weights: sizes and speed as the real one's.
 
+Beside it lie texts (calibration.jsonl) and conversations (conversations.jsonl) of common words.
+
 python benchmarks/random_model.py Qwen3-8B /tmp/qwen3-8b
 """
 
@@ -35,6 +37,10 @@ SHARED = {
     "rms_norm_eps": 1e-6,
     "rope_theta": 1000000.0,
 }
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 WORDS = "the of and to in is was for on that with as by it from at are this be which".split()
 
 
@@ -57,11 +63,23 @@ def save(shape: str, folder: Path) -> None:
             else:
                 parameter.normal_(std=0.02)
     model.save_pretrained(folder, max_shard_size="4GB")
-    byte_tokenizer().save_pretrained(folder)
-    with (folder / "calibration.jsonl").open("w", encoding="utf-8") as stream:
-        for row in range(512):
-            text = " ".join(WORDS[(row * 7 + column) % len(WORDS)] for column in range(400))
-            stream.write(json.dumps({"text": text}) + "\n")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    texts = [
+        " ".join(WORDS[(row * 7 + column) % len(WORDS)] for column in range(400))
+        for row in range(512)
+    ]
+    conversations = [
+        [{"role": "user", "content": text[:60]}, {"role": "assistant", "content": text}]
+        for text in texts
+    ]
+    _write_lines(folder / "calibration.jsonl", [{"text": text} for text in texts])
+    _write_lines(folder / "conversations.jsonl", [{"messages": each} for each in conversations])
+
+
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def byte_tokenizer() -> Any:

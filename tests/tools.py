@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.random_model import byte_tokenizer
+from benchmarks.random_model import CHAT_TEMPLATE, byte_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 512
@@ -87,10 +87,7 @@ def random_model(
 def chat_tokenizer():
     """One token a byte, with a plain chat template."""
     fast = byte_tokenizer()
-    fast.chat_template = (
-        "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant:{% endif %}"
-    )
+    fast.chat_template = CHAT_TEMPLATE
     return fast
 
 
