@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from post_training import (
     draft_arguments,
     draft_data,
     draft_features,
+    files,
     loading,
     preflight,
     training_checkpoint,
@@ -64,6 +66,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="show the first N conversations with their answers marked, and leave",
     )
+    group.add_argument(
+        "--eval-prompts",
+        type=int,
+        default=16,
+        metavar="N",
+        help="held-out prompts on which evaluations measure the acceptance length (%(default)s)",
+    )
+    group.add_argument(
+        "--eval-output-len", type=int, default=48, metavar="N", help="tokens each (%(default)s)"
+    )
     draft_arguments.add(parser)
     training_options.add(parser, train_samples=SAMPLES)
 
@@ -78,6 +90,10 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.show_loss_mask is not None and args.show_loss_mask < 1:
         raise UsageError(f"--show-loss-mask {args.show_loss_mask}", "it shows some", "1 or more")
+    for name in ("eval_prompts", "eval_output_len"):
+        if getattr(args, name) < (name == "eval_output_len"):
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} {getattr(args, name)}", "it is too small", "1 or more")
     offline = bool(args.offline_distillation_data)
     if source.described is not None:
         preflight.check_layout(source.described, args)
@@ -170,7 +186,7 @@ def eagle3(args: argparse.Namespace, session: Session) -> Outcome:
     source = loading.fetch(find_source(args), args)
     resume = bool(training_checkpoint.last_iteration(Path(args.save))) and not args.overwrite
     small_files = loading.local_huggingface(source, args)
-    train, valid = samples(args, source, session)
+    train, valid, prompts = samples(args, source, session)
     build = replace(loading.build_options(args, source), sequence_parallel=False)
     model = loading.load(source, build, session, trust_remote_code=args.trust_remote_code)
     draft = source.draft or draft_arguments.plan(args, source.architecture)
@@ -220,16 +236,48 @@ def eagle3(args: argparse.Namespace, session: Session) -> Outcome:
             options.keep_checkpoints,
         ),
         resume=resume,
+        evaluate=acceptance(args, model, source, prompts),
     )
     return trainer.run(train, valid)
 
 
-def samples(args: argparse.Namespace, source: Source, session: Session) -> tuple[Any, Any]:
-    """Data to train on and held-out data; a collective call."""
+def acceptance(
+    args: argparse.Namespace, model: Any, source: Source, prompts: list[list[int]]
+) -> Callable[[int], dict[str, float]] | None:
+    """What an evaluation measures by decoding for real; None where that cannot be done."""
+    from post_training import speculative
+
+    offline = source.draft is not None and source.draft.offline
+    if offline or not prompts or not speculative.can_verify(model):
+        return None
+    tokenizer = loading.tokenizer(source, args)
+    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    steps = min(3, int(model.eagle_ttt_steps))
+
+    def measure(_iteration: int) -> dict[str, float]:
+        found = speculative.measure(
+            model,
+            prompts,
+            args.eval_output_len,
+            ends,
+            steps=steps,
+            vocab_size=len(tokenizer),
+        )
+        return {} if found.length is None else {"acceptance_length": found.length}
+
+    return measure
+
+
+def samples(
+    args: argparse.Namespace, source: Source, session: Session
+) -> tuple[Any, Any, list[list[int]]]:
+    """Data to train on, held-out data, and held-out prompts; a collective call."""
     options = read_options(args)
     if args.offline_distillation_data:
-        features = draft_features.load(Path(args.offline_distillation_data))
-        return features["train"], features["valid"]
+        folder = Path(args.offline_distillation_data)
+        features = draft_features.load(folder)
+        prompts = files.read_json(folder / draft_data.PROMPTS) or []
+        return features["train"], features["valid"], prompts[: args.eval_prompts]
     tokenizer = loading.tokenizer(source, args)
     rows = options.train_iters * options.global_batch_size
     parts, content = draft_data.prepare(
@@ -241,7 +289,8 @@ def samples(args: argparse.Namespace, source: Source, session: Session) -> tuple
         session.show_progress,
     )
     logger.info("training data: %s", draft_data.describe(content))
-    return parts["train"], parts["valid"]
+    prompts = files.read_json(Path(content["prompts"])) or []
+    return parts["train"], parts["valid"], prompts[: args.eval_prompts]
 
 
 def show_loss_mask(args: argparse.Namespace) -> None:
@@ -282,6 +331,9 @@ def main() -> None:
                     "loss": f"{found['loss']:.4f}" if "loss" in found else "-",
                     "accuracy by step (held out)": ", ".join(f"{found[n]:.3f}" for n in steps)
                     or "-",
+                    "acceptance length (held out)": f"{found['eval_acceptance_length']:.2f}"
+                    if "eval_acceptance_length" in found
+                    else "-",
                     "checkpoint": f"{args.save} ({report.size(Path(args.save))})",
                     "metrics": f"{args.save}/{training_checkpoint.FOLDER}/"
                     "{metrics.jsonl,curves.png,tensorboard/}",

@@ -177,6 +177,7 @@ def extract_features(args: argparse.Namespace, session: Session) -> dict[str, An
     peak_memory = session.peak_memory()
     if not session.is_main:
         return {}
+    shutil.copy(content.pop("prompts"), folder / draft_data.PROMPTS)
     shutil.rmtree(folder / DATA)
     return Manifest(
         "extract_features",

@@ -36,6 +36,8 @@ DATASET, FILES, SPLIT = "--finetune-hf-dataset", "--finetune-data-files", "--fin
 PARTS = ("train", "valid", "test")
 # Of a hundred conversations these are held out: one to evaluate on while training, one for later.
 _HELD_OUT = {49: "valid", 99: "test"}
+PROMPTS = "prompts.json"  # of held-out conversations, to measure acceptance on
+_MOST_PROMPTS = 64
 _OPEN = 64  # sequences that are filled at the same time
 _CHECKED = 5_000  # rows that a check reads, well under a second
 PAD = 0
@@ -239,6 +241,7 @@ def prepare(
 
     data.on_first_rank(make)
     content = json.loads((target / "data.json").read_text(encoding="utf-8"))
+    content["prompts"] = str(target / PROMPTS)
     return {part: mapped(target, part) for part in PARTS}, content
 
 
@@ -256,11 +259,15 @@ def _pack(
     packers = {part: Packer(length) for part in PARTS}
     train = packers["train"]
     conversations = answers = tokens = 0
+    prompts: list[list[int]] = []
     with tqdm(total=rows, desc="packing", unit=" sequences", disable=not show_progress) as bar:
         for document, option in documents(source):
             found = chat_mask.tokenize(document, tokenizer, option)
             before = len(train.full)
-            packers[_HELD_OUT.get(conversations % 100, "train")].add(found)
+            part = _HELD_OUT.get(conversations % 100, "train")
+            packers[part].add(found)
+            if part == "valid" and len(prompts) < _MOST_PROMPTS and found.mask.index(True) > 0:
+                prompts.append(found.ids[: min(found.mask.index(True), length)])
             conversations += 1
             tokens += len(found.ids)
             answers += sum(found.mask)
@@ -284,6 +291,7 @@ def _pack(
         ids, mask = packer.arrays()
         numpy.save(work / f"{name}_ids.npy", ids)
         numpy.save(work / f"{name}_mask.npy", mask)
+    files.write_json(work / PROMPTS, prompts)
     files.write_json(
         work / "data.json",
         {

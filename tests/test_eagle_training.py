@@ -19,6 +19,7 @@ STEPS = (
     "--fp32", "--seq-length", 128, "--train-iters", ITERATIONS, "--global-batch-size", 4,
     "--micro-batch-size", 2, "--lr", 2e-3, "--log-interval", 2, "--eval-interval", 4,
     "--save-interval", 3, "--eval-iters", 1, "--lr-warmup-iters", 2, "--draft-vocab-size", 64,
+    "--eval-prompts", 1, "--eval-output-len", 8,
 )  # fmt: skip
 
 
@@ -117,7 +118,7 @@ def test_every_layout_trains_alike(work, layout):
     assert len(found) == len(expected)
     for one, other in zip(expected, found, strict=True):
         assert one.keys() == other.keys()
-        for name in one:
+        for name in one.keys() - {"kind"}:
             assert other[name] == pytest.approx(one[name], rel=1e-5, abs=1e-12), name
     if layout == "PP=2":
         assert found == expected
