@@ -206,12 +206,17 @@ def eagle3(args: argparse.Namespace, session: Session) -> Outcome:
         )
     metrics: dict[str, Any] = {"parameters": count_parameters(model)}
 
+    inputs = [*source.inputs(), *_data_inputs(args)]
+    if resume:
+        # The run itself is where it goes on, not what it was made from.
+        inputs = list((source.manifest or {})["inputs"])
+
     def record(iteration: int) -> Manifest:
         return Manifest(
             "eagle3",
             source.architecture.to_json(),
             configuration=arguments.explicit(args),
-            inputs=[*source.inputs(), *_data_inputs(args)],
+            inputs=inputs,
             metrics={**metrics, **trainer.metrics},
             started=session.started,
             peak_memory_bytes=session.peak_memory(),
