@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("post_training")
 
 SAMPLES = 128_000
+SEQUENCE_LENGTH = 2048  # or the model's longest text
 # Relative difference between stored states and those computed again: rounding on other devices.
 SAME_STATES = {"fp32": 1e-3, "bf16": 5e-2}
 DATASET = "Magpie-Align/Magpie-Llama-3.1-Pro-MT-300K-Filtered"
@@ -82,8 +83,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     preflight.required(args, "--save", "MLM_MODEL_SAVE")
-    options = read_options(args)
     source = find_source(args)
+    if source.described is not None and not args.seq_length:
+        args.seq_length = min(SEQUENCE_LENGTH, source.described.max_position_embeddings)
+    options = read_options(args)
     if args.context_parallel_size > 1:
         raise UsageError(
             f"CP={args.context_parallel_size}", "sequences are not divided here", "CP=1; raise DP"
@@ -117,7 +120,7 @@ def read_options(args: argparse.Namespace) -> TrainingOptions:
     """The training options; stored features have a sequence length of their own."""
     if args.offline_distillation_data and "seq_length" not in args.explicit:
         args.seq_length = draft_features.sequence_length(Path(args.offline_distillation_data))
-    return training_options.options(args)
+    return training_options.options(args, seq_length=SEQUENCE_LENGTH)
 
 
 def find_source(args: argparse.Namespace) -> Source:
@@ -206,12 +209,17 @@ def eagle3(args: argparse.Namespace, session: Session) -> Outcome:
         )
     metrics: dict[str, Any] = {"parameters": count_parameters(model)}
 
+    inputs = [*source.inputs(), *_data_inputs(args)]
+    if resume:
+        # The run itself is where it goes on, not what it was made from.
+        inputs = list((source.manifest or {})["inputs"])
+
     def record(iteration: int) -> Manifest:
         return Manifest(
             "eagle3",
             source.architecture.to_json(),
             configuration=arguments.explicit(args),
-            inputs=[*source.inputs(), *_data_inputs(args)],
+            inputs=inputs,
             metrics={**metrics, **trainer.metrics},
             started=session.started,
             peak_memory_bytes=session.peak_memory(),

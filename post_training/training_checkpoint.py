@@ -150,6 +150,7 @@ class TrainingCheckpoints:
             "args": checkpoint.megatron_lm_arguments(record.architecture, model),
             "checkpoint_version": checkpoint.CHECKPOINT_VERSION,
             "iteration": progress.iteration,
+            "world": _world(),
             _PROGRESS: vars(progress),
             "model": tensors,
             "optimizer": _optimizer_state(
@@ -172,7 +173,7 @@ class TrainingCheckpoints:
             files.publish(target)
             content = record.write(self.folder, parts=(target.name, checkpoint.HUGGINGFACE))
             files.write_text(self.folder / checkpoint.TRACKER, str(progress.iteration))
-            self._remove_old()
+            self._remove_old(progress.iteration)
         torch.distributed.barrier()
         return content
 
@@ -197,7 +198,7 @@ class TrainingCheckpoints:
         layout = common["args"]
         now = (model.config.tensor_model_parallel_size, model.config.pipeline_model_parallel_size)
         before = (layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size)
-        same_layout = now == before and common.get("world") in (None, _world())
+        same_layout = now == before and common["world"] == _world()
         if same_layout:
             wanted["rng_state"] = _sharded_random_state()
         state = dist_checkpointing.load(wanted, str(weights))
@@ -216,13 +217,15 @@ class TrainingCheckpoints:
             self._write_huggingface(files.begin(target))
             files.publish(target)
 
-    def _remove_old(self) -> None:
+    def _remove_old(self, newest: int) -> None:
+        """Keep the newest iterations; later ones are of a run that this one replaces."""
         numbers = sorted(
             int(path.name.removeprefix("iter_"))
             for path in self.folder.glob("iter_*")
             if path.is_dir() and path.name.removeprefix("iter_").isdecimal()
         )
-        for number in numbers[: -self.keep]:
+        kept = [number for number in numbers if number <= newest][-self.keep :]
+        for number in set(numbers) - set(kept):
             shutil.rmtree(self.folder / f"iter_{number:07d}")
         for path in self.folder.glob("iter_*.incomplete"):
             shutil.rmtree(path)

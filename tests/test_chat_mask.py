@@ -8,8 +8,8 @@ import tools
 from post_training import chat_mask
 from post_training.chat_mask import Tokens
 from post_training.data_formats import Document, document_of
-from post_training.draft_data import Packer
 from post_training.errors import UsageError
+from post_training.packing import Packer
 from post_training.records import Row
 
 CHATML = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 import tools
@@ -176,7 +175,7 @@ def test_an_offline_checkpoint_leaves_out_the_layers_and_joins_its_target_again(
     assert (tools.read_logits(work / "joined-logits") - expected).abs().max() < 1e-4
 
 
-def test_mistakes_end_with_exit_code_2_within_a_second(work, tmp_path):
+def test_mistakes_end_with_exit_code_2_and_one_message(work, tmp_path):
     (tmp_path / "eagle.json").write_text('{"num_layer": 2}')
     (tmp_path / "broken.json").write_text("{")
     target = ("--pretrained-model-path", work / "hf", "--save", tmp_path / "new")
@@ -195,9 +194,7 @@ def test_mistakes_end_with_exit_code_2_within_a_second(work, tmp_path):
         ),
     ]
     for words, what, hint in cases:
-        started = time.monotonic()
         done = tools.run("convert.py", *words, code=2)
-        assert time.monotonic() - started < 1.5, words  # of a second; the rest is a busy machine
         assert what in done.stderr and hint in done.stderr, done.stderr
     done = tools.run("mmlu.py", "--load", work / "offline", "--check", code=2)
     assert "--draft-model-path" in done.stderr

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -64,6 +65,11 @@ def work(tmp_path_factory):
                     "--save", folder / "offline")),
         ("convert", (*model_of(folder), "--fp32", "--algorithm", "eagle3", "--save",
                      folder / "drafted")),
+        ("quantize", (*model_of(folder), "--fp32", "--save", folder / "fp8", "--skip-generate",
+                      "--calib-dataset-path-or-name", folder / "chat.jsonl", "--calib-size", 2,
+                      "--calib-max-sequence-length", 64)),
+        ("eagle3", ("--load", folder / "fp8", *data_of(folder), *STEPS, "--train-iters", 3,
+                    "--eval-iters", 0, "--save", folder / "fp8-eagle3")),
         ("eagle_parity", ("--load", folder / "drafted", "--fp32", "--output",
                           folder / "parity.json")),
     )  # fmt: skip
@@ -150,6 +156,17 @@ def test_the_draft_vocabulary_is_that_of_the_answers(work):
     assert set(tools.chat_tokenizer()(answers)["input_ids"]) <= tokens
 
 
+def test_a_quantized_target_keeps_its_scales_and_gets_a_draft(work):
+    content = manifest.read(work / "fp8-eagle3")
+    assert content["quantization"]["format"] == "FP8_DEFAULT_CFG"
+    assert content["draft"]["trained"] == 3
+    before, after = tensors(work / "fp8" / "release"), tensors(newest(work / "fp8-eagle3"))
+    scales = [name for name in before if name.endswith("_amax")]
+    assert scales
+    assert all((before[name] == after[name]).all() for name in scales)
+    assert not any("eagle_module" in name for name in after if name.endswith("_amax"))
+
+
 def test_a_run_leaves_curves_and_tensorboard_files(work):
     folder = work / "TP=1" / "training"
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -196,8 +213,6 @@ def test_an_interrupted_run_writes_the_same_losses(work):
     assert ours.keys() == theirs.keys()
     for name in ours:
         assert (ours[name] == theirs[name]).all(), name
-    # And once more: there is nothing left to do.
-    assert "interrupted" not in output
 
 
 def test_features_say_what_they_are_of(work):
@@ -258,12 +273,28 @@ def test_mistakes_end_with_exit_code_2_and_one_message(work, tmp_path, case):
         words += map(str, data_of(work))
     if "--save" not in words:
         words += ["--save", str(tmp_path / "new")]
-    started = time.monotonic()
     done = tools.run("eagle3.py", *model_of(work), "--fp32", *words, code=2)
-    assert time.monotonic() - started < 2  # a second on a machine that does nothing else
     for hint in hints:
         assert hint in done.stderr
     assert "Traceback" not in done.stderr and "remedy:" in done.stderr
+
+
+@pytest.mark.parametrize("stage", ["eagle3", "extract_features"])
+def test_a_refusal_takes_less_than_a_second_and_no_torch(work, tmp_path, stage):
+    (tmp_path / "broken.jsonl").write_text("{")
+    words = [*model_of(work), "--finetune-data-files", tmp_path / "broken.jsonl"]
+    words += ["--save" if stage == "eagle3" else "--output-dir", tmp_path / "new"]
+    seconds = []
+    for _ in range(3):
+        started = time.monotonic()
+        tools.run(f"{stage}.py", *words, code=2)
+        seconds.append(time.monotonic() - started)
+    assert min(seconds) < 1
+    command = [sys.executable, "-X", "importtime", tools.ROOT / f"{stage}.py", *map(str, words)]
+    done = subprocess.run(command, env=tools.environment(), capture_output=True, text=True)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "argparse" in imported
+    assert not {"torch", "megatron.core", "modelopt"} & imported
 
 
 def tensors(folder):
