@@ -69,6 +69,7 @@ def attach(
         failure = str(error)
     _fail_together(failure)
     _to_device(settings.criterion, next(student.parameters()))
+    _correct_gradients(settings.criterion)
     model = mtd.convert(
         student,
         mode=[
@@ -126,6 +127,26 @@ def _fail_together(failure: str | None) -> None:
 def _to_device(criterion: Any, like: torch.Tensor) -> None:
     for loss in (criterion or {}).values():
         loss.to(device=like.device, dtype=like.dtype)
+
+
+def _correct_gradients(criterion: Any) -> None:
+    """Make the gradient of the top-k loss that of one rank where logits are split over several.
+
+    Each rank computes the whole loss from gathered logits, and the gathering's backward pass adds
+    the ranks' gradients up (TopKLogitsKLLoss in modelopt/torch/distill/plugins/megatron.py).
+    """
+    from megatron.core import parallel_state
+    from modelopt.torch.distill.plugins.megatron import TopKLogitsKLLoss
+
+    ranks = parallel_state.get_tensor_model_parallel_world_size()
+
+    def divide(_module: torch.nn.Module, _inputs: Any, output: tuple[Any, ...]) -> None:
+        if output[0].requires_grad:
+            output[0].register_hook(lambda gradient: gradient / ranks)
+
+    for loss in (criterion or {}).values():
+        if ranks > 1 and isinstance(loss, TopKLogitsKLLoss):
+            loss.register_forward_hook(divide)
 
 
 def load_projection(model: MegatronModule, folder: Path) -> None:

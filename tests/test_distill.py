@@ -46,6 +46,7 @@ def root(tmp_path_factory):
     ]  # fmt: skip
     (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, turns)))
     (folder / "everything.yaml").write_text(EVERYTHING)
+    (folder / "topk.yaml").write_text("logit_kl_topk: 50")
     return folder
 
 
@@ -71,6 +72,7 @@ def runs(root):
         ("quantize", ("--load", root / "pruned", "--save", root / "quantized", "--fp32", *text)),
         ("distill", flags(root, "logits")),
         ("distill", flags(root, "everything", *everything)),
+        ("distill", flags(root, "topk", "--export-kd-cfg", root / "topk.yaml", iterations=1)),
         ("distill", flags(root, "resumed", *everything, "--exit-interval", 2)),
         ("distill", flags(root, "resumed", *everything)),
         ("distill", flags(root, "answers", "--answers-only", data="chat.jsonl", iterations=1)),
@@ -130,10 +132,19 @@ def test_distillation_lowers_the_loss_also_on_held_out_text(runs):
 
 @pytest.mark.parametrize("sizes", [TP, PP], ids=["TP=2", "PP=2"])
 def test_two_ranks_have_the_losses_of_one(runs, sizes, tmp_path):
-    more = ("--export-kd-cfg", runs / "everything.yaml", *sizes)
-    tools.run_stages(("distill", flags(runs, tmp_path / "run", *more)), processes=2)
+    everything, topk = (
+        ("--export-kd-cfg", runs / name, *sizes) for name in ("everything.yaml", "topk.yaml")
+    )
+    tools.run_stages(
+        ("distill", flags(runs, tmp_path / "everything", *everything)),
+        ("distill", flags(runs, tmp_path / "topk", *topk, iterations=1)),
+        processes=2,
+    )
     for name in ("loss", "grad_norm", "logits", "intermediate", "cross_entropy"):
-        one, two = losses(runs / "everything", name), losses(tmp_path / "run", name)
+        one, two = losses(runs / "everything", name), losses(tmp_path / "everything", name)
+        assert two == pytest.approx(one, rel=TOLERANCE), name
+    for name in ("loss", "grad_norm"):
+        one, two = losses(runs / "topk", name), losses(tmp_path / "topk", name)
         assert two == pytest.approx(one, rel=TOLERANCE), name
 
 
