@@ -231,6 +231,7 @@ def _totals(answered: list[Answered], seconds: float) -> dict[str, float]:
         "answers": sum(reason != "context" for reason in reasons),
         "cut_at_max_new_tokens": reasons.count("length"),
         "ended_by_context": reasons.count("context"),
+        "empty_answers": sum(each.empty_answers for each in answered),
         "prompt_tokens": sum(each.prompt_tokens for each in answered),
         "generated_tokens": sum(each.generated_tokens for each in answered),
         "generation_seconds": round(seconds, 3),
@@ -246,6 +247,8 @@ def main() -> None:
         if session.is_main:
             metrics = content["metrics"]
             answers = max(1, metrics["answers"])
+            if metrics["empty_answers"]:
+                logger.warning("%d answers are empty", metrics["empty_answers"])
             report.summary(
                 "generated",
                 {

@@ -17,7 +17,6 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("validate").add_argument
     add("--steps", type=int, default=1, metavar="N", help="draft tokens at a time (%(default)s)")
     add("--osl", type=int, default=64, metavar="N", help="most tokens of an answer (%(default)s)")
+    add("--ignore-eos", action="store_true", help="go on after the end, as engines' tests do")
     add("--ground-truth-path", metavar="FILE", help="compare with what a run saved there")
     add("--save-ground-truth-path", metavar="FILE", help="save greedy answers for comparisons")
     add("--lower-bound", type=float, help="exit with code 1 if the acceptance length is below")
@@ -111,22 +111,25 @@ def validate(args: argparse.Namespace, session: Session) -> dict[str, Any]:
         logger.info("%s; the first turn of each is asked", read.describe())
     source = loading.fetch(loading.find(args), args)
     speaker = load(args, session, source)
+    asked, origin = (saved.questions, saved.settings["prompts"]) if saved else ([], "")
     if read is not None:
         asked, origin = questions(args, speaker, read), read.source
-    else:
-        asked, origin = saved.questions, saved.settings["prompts"]
     measured = decode(args, session, speaker, asked)
     peak_memory = session.peak_memory()
     if not session.is_main:
         return {}
-    content = {
+    content: dict[str, Any] = {
         "stage": "validate",
         "command": manifest.command(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "configuration": arguments.explicit(args),
         "inputs": source.inputs(),
         "settings": ground_truth.settings(
-            asked, source=origin, steps=args.steps, max_new_tokens=args.osl
+            asked,
+            source=origin,
+            steps=args.steps,
+            max_new_tokens=args.osl,
+            ignore_eos=args.ignore_eos,
         ),
         "acceptance": validation.summarize(measured, args.steps),
         "draft": source.draft.to_json() if source.draft else None,
@@ -145,7 +148,7 @@ def validate(args: argparse.Namespace, session: Session) -> dict[str, Any]:
         content["ground_truth"], notes = ground_truth.compare(saved, measured, content["settings"])
         for note in notes:
             logger.warning("%s", note)
-    write(args, content, measured, speaker.text)
+    write(args, content, measured, speaker)
     for each in content["acceptance"]["differences"]:
         logger.warning("%s", validation_report.difference(each, speaker.tokenizer.decode))
     return content
@@ -174,7 +177,7 @@ def load(args: argparse.Namespace, session: Session, source: Source) -> Speaker:
     return dialogues.Speaker(
         model,
         tokenizer,
-        loading.end_tokens(source, args, tokenizer),
+        [] if args.ignore_eos else loading.end_tokens(source, args, tokenizer),
         source.architecture.max_position_embeddings,
         args.osl,
         template_options=prompts_arguments.template_options(args),
@@ -242,7 +245,7 @@ def write(
     args: argparse.Namespace,
     content: dict[str, Any],
     measured: list[Measured],
-    text: Callable[[Sequence[int]], str],
+    speaker: Speaker,
 ) -> None:
     """The report, the figure, and the ground truth if it is asked for."""
     from post_training import validation_report
@@ -252,7 +255,12 @@ def write(
     files.write_json(path, content)
     validation_report.save_figure(content, path.with_suffix(".png"))
     if args.save_ground_truth_path:
-        ground_truth.write(Path(args.save_ground_truth_path), content, measured, text)
+        ground_truth.write(
+            Path(args.save_ground_truth_path),
+            content,
+            measured,
+            lambda tokens: str(speaker.tokenizer.decode(list(tokens))),
+        )
 
 
 def report_path(args: argparse.Namespace) -> Path:

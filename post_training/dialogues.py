@@ -110,6 +110,10 @@ class Answered:
         return any(message["role"] == "assistant" for message in self.messages)
 
     @property
+    def empty_answers(self) -> int:
+        return sum(m["role"] == "assistant" and not m["content"].strip() for m in self.messages)
+
+    @property
     def open(self) -> bool:
         """Whether a user turn waits for its answer."""
         return CONTEXT not in self.finish_reasons and self.read < len(self.dialogue.messages)

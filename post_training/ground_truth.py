@@ -40,7 +40,12 @@ class GroundTruth:
 
 
 def settings(
-    questions: Iterable[Question], *, source: str, steps: int, max_new_tokens: int
+    questions: Iterable[Question],
+    *,
+    source: str,
+    steps: int,
+    max_new_tokens: int,
+    ignore_eos: bool = False,
 ) -> dict[str, Any]:
     """What must be the same for two measurements to compare."""
     digest = hashlib.sha256()
@@ -51,6 +56,7 @@ def settings(
         "prompts_sha256": digest.hexdigest(),
         "steps": steps,
         "osl": max_new_tokens,
+        "ignore_eos": ignore_eos,
         "temperature": TEMPERATURE,
     }
 
@@ -59,12 +65,20 @@ def write(
     path: Path,
     content: Mapping[str, Any],
     measured: Sequence[Measured],
-    text: Callable[[Sequence[int]], str],
+    decode: Callable[[Sequence[int]], str],
 ) -> None:
-    """Keep the greedy answers and the settings in ``content`` for later comparisons."""
+    """Keep the greedy answers and the settings in ``content`` for later comparisons.
+
+    Texts are there for people and engines, special tokens included; comparisons read the tokens.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     answers = [
-        {**asdict(each.question), "tokens": each.plain, "text": text(each.plain)}
+        {
+            **asdict(each.question),
+            "tokens": each.plain,
+            "prompt_text": decode(each.question.prompt),
+            "text": decode(each.plain),
+        }
         for each in measured
     ]
     names = ("command", "finished", "inputs", "settings", "acceptance", "versions", "git_commit")
@@ -122,6 +136,7 @@ def compare(
         ("prompts_sha256", "the prompts"),
         ("steps", "--steps"),
         ("osl", "--osl"),
+        ("ignore_eos", "--ignore-eos"),
         ("temperature", "the temperature"),
     ):
         was, value = saved.settings.get(name), now.get(name)

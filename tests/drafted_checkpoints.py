@@ -106,13 +106,19 @@ def _checkpoints(work: Path) -> list[tuple[str, tuple[object, ...]]]:
 
 
 def _fp8(work: Path) -> list[tuple[str, tuple[object, ...]]]:
-    """Quantize, attach a draft to the quantized model, export both."""
+    """Quantize, attach a draft to the quantized model, decode with it, export both."""
     calibration = (
         *("--calib-dataset-path-or-name", work / "text.jsonl", "--calib-size", 2),
         *("--calib-max-sequence-length", 64, "--skip-generate"),
     )
     quantized, fp8 = work / "fp8", work / "fp8 drafted"
     load = ("--load", fp8, "--fp32")
+    prompts = ("--prompts-path", work / "prompts.jsonl")
+    measured = (
+        *("--steps", 2, "--osl", 6, "--validate-output", work / "fp8.json"),
+        *("--save-ground-truth-path", work / "fp8 truth.json"),
+    )
+    generated = ("--max-new-tokens", 6, "--output", work / "fp8 answers.jsonl")
     return [
         (
             "quantize",
@@ -122,6 +128,8 @@ def _fp8(work: Path) -> list[tuple[str, tuple[object, ...]]]:
             ),
         ),
         ("convert", ("--load", quantized, "--save", fp8, "--fp32", "--algorithm", "eagle3")),
+        ("validate", (*load, *prompts, *measured)),
+        ("generate", (*load, *prompts, *generated)),
         ("export", (*load, "--export-dir", work / "fp8 base")),
         ("export", (*load, "--export-dir", work / "fp8 draft", "--export-extra-modules")),
     ]

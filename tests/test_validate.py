@@ -137,6 +137,19 @@ def test_layouts_report_the_same_acceptance(drafted):
             assert other[name] == one[name]
 
 
+def test_a_draft_of_a_quantized_target_is_measured(drafted):
+    """Attached after FP8 quantization; what generate answers in a batch is the ground truth."""
+    content = report(drafted, "fp8")
+    assert content["acceptance"]["answers"] == content["acceptance"]["identical_answers"] == 3
+    saved = json.loads((drafted.work / "fp8 truth.json").read_text())["answers"]
+    lines = (drafted.work / "fp8 answers.jsonl").read_text().splitlines()
+    generated = {row["id"]: row["messages"] for row in map(json.loads, lines)}
+    for answer in saved:
+        question, first, *_ = generated[answer["id"]]
+        assert question["role"] == "user"
+        assert first["content"] == answer["text"].removesuffix("<|endoftext|>")
+
+
 def test_ground_truth_is_saved_and_found_again(drafted):
     saved = json.loads((drafted.work / "truth.json").read_text())
     assert [answer["id"] for answer in saved["answers"]] == [81, 82, 83]
