@@ -144,7 +144,7 @@ def attach_draft(args: argparse.Namespace, model: MegatronModule, source: Source
     draft = draft_arguments.trained(args.draft_model_path, args, source.architecture)
     draft = replace(draft, offline=args.export_offline_model)
     eagle.attach(model, draft, args.seed)
-    checkpoint.load(model, Path(args.draft_model_path), only=eagle.PREFIX)
+    checkpoint.load(model, Path(args.draft_model_path), only=eagle.MODULE)
     return draft
 
 

@@ -18,7 +18,7 @@ import argparse
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,8 +149,8 @@ def load(model: MegatronModule, folder: Path, *, only: str = "") -> None:
     Args:
         model: this rank's part.
         folder: a checkpoint folder, or one of its iterations.
-        only: load the tensors whose names begin so into a model that has them already; its ModelOpt
-            state stays.
+        only: load this module alone, into a model that has it already (on a pipeline stage at
+            least); its ModelOpt state stays.
 
     Raises:
         UsageError: if the checkpoint's tensors are not the model's; missing and unexpected names
@@ -168,8 +168,11 @@ def load(model: MegatronModule, folder: Path, *, only: str = "") -> None:
             for parameter in model.parameters():
                 parameter.fill_(1)
         restore_sharded_modelopt_state([model], str(weights))
-    tensors = model.sharded_state_dict(metadata=metadata(weights))
-    wanted = {"model": {n: each for n, each in tensors.items() if n.startswith(only)}}
+    if only:
+        tensors = _part_of(model, only, weights)
+    else:
+        tensors = model.sharded_state_dict(metadata=metadata(weights))
+    wanted = {"model": tensors}
     try:
         state, missing, unexpected = dist_checkpointing.load(
             wanted, str(weights), strict=StrictHandling.RETURN_ALL
@@ -182,7 +185,7 @@ def load(model: MegatronModule, folder: Path, *, only: str = "") -> None:
         ) from error
     missing, unexpected = (
         # What a training run keeps beside the weights is not the model's.
-        {n for n in names if n.startswith(only) and not n.startswith(TRAINING_KEYS)}
+        {n for n in names if n.startswith(only and f"{only}.") and not n.startswith(TRAINING_KEYS)}
         for names in (missing, unexpected)
     )
     missing = {name for name in missing if not name.endswith("_extra_state")}
@@ -220,6 +223,26 @@ def holds(folder: Path, name: str) -> bool:
         return False
 
 
+def _part_of(model: MegatronModule, name: str, weights: Path) -> dict[str, Any]:
+    """Sharded tensors of one module; none on a pipeline stage without it.
+
+    ModelOpt (opt/plugins/megatron.py) saves the MLPs of a quantized model, and of whatever comes
+    after them, in two tensors each: what the checkpoint did decides.
+    """
+    module = getattr(model, name, None)
+    if module is None:
+        return {}
+    halves = any(n.startswith(f"{name}.") and n.endswith("_w") for n in _names(weights))
+    chosen = {**metadata(weights), "singleton_local_shards": halves}
+    return dict(module.sharded_state_dict(prefix=f"{name}.", metadata=chosen))
+
+
+def _names(weights: Path) -> Iterable[str]:
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    return FileSystemReader(str(weights)).read_metadata().state_dict_metadata
+
+
 def is_quantized(folder: Path) -> bool:
     """Whether the checkpoint holds a ModelOpt state (quantized, pruned or drafted)."""
     return (iteration_folder(folder) / MODELOPT_STATE).is_dir()
@@ -230,9 +253,7 @@ def uses_transformer_engine_keys(folder: Path) -> bool:
 
     Megatron-LM checkpoints of unfused specs name them ``input_layernorm``; ours never do.
     """
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-
-    names = FileSystemReader(str(iteration_folder(folder))).read_metadata().state_dict_metadata
+    names = _names(iteration_folder(folder))
     return not any(
         name.endswith((".input_layernorm.weight", ".pre_mlp_layernorm.weight"))
         and "experts" not in name

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from post_training import draft_data, files
-from post_training.draft_data import PackedConversations, Source
+from post_training.draft_data import Source
 from post_training.errors import UsageError
+from post_training.packing import PackedConversations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

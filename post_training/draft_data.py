@@ -92,15 +92,8 @@ def documents(source: Source) -> Iterator[tuple[Document, str]]:
             yield from ((each, option) for each in data.read_documents(path, option))
         return
     if source.files:
-        import datasets
-
-        records.require_hub(source.dataset, DATASET)
-        rows = datasets.load_dataset(
-            source.dataset, data_files=list(source.files), split="train", streaming=True
-        )
-        for number, values in enumerate(rows, start=1):
-            row = records.Row(f"{source.dataset}, row {number}", dict(values))
-            yield data_formats.document_of(row, DATASET), DATASET
+        rows = records.hub_files(source.dataset, DATASET, source.files)
+        yield from ((data_formats.document_of(row, DATASET), DATASET) for row in rows)
         return
     for row in records.hub_rows(source.dataset, DATASET, split=source.split):
         yield data_formats.document_of(row, DATASET), DATASET

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     import numpy
     from megatron.core.transformer import MegatronModule
 
-# Names of the draft's tensors in a checkpoint begin so.
-PREFIX = "eagle_module."
+# The draft in a model, and what the names of its tensors begin with.
+MODULE = "eagle_module"
+PREFIX = f"{MODULE}."
 
 
 def attach(model: MegatronModule, draft: Draft, seed: int = 1234) -> None:

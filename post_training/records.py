@@ -10,7 +10,7 @@ import csv
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
@@ -205,6 +205,19 @@ def hub_rows(
         rows = datasets.load_dataset(name, configuration, split=split, streaming=stream)
         for number, values in enumerate(rows, start=1):
             yield Row(f"{name} ({split}), row {number}", dict(values))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise _hub_error(name, option, str(error).splitlines()[0]) from error
+
+
+def hub_files(name: str, option: str, paths: Sequence[str]) -> Iterator[Row]:
+    """Rows of some files of a data set on the hub. Raises UsageError as :func:`hub_rows`."""
+    import datasets
+
+    require_hub(name, option)
+    try:
+        rows = datasets.load_dataset(name, data_files=list(paths), split="train", streaming=True)
+        for number, values in enumerate(rows, start=1):
+            yield Row(f"{name} ({', '.join(paths)}), row {number}", dict(values))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise _hub_error(name, option, str(error).splitlines()[0]) from error
 

@@ -137,7 +137,7 @@ def draw(lines: list[dict[str, Any]], path: Path, title: str) -> None:
         rows, columns, figsize=(5 * columns, 3.4 * rows), squeeze=False, layout="constrained"
     )
     for axis, (group, names) in zip(axes.flat, groups.items(), strict=False):
-        for name in sorted(names):
+        for i, name in enumerate(sorted(names)):
             for kind, style in (("train", "-"), ("eval", "o--")):
                 points = [
                     (line["iteration"], line[name])
@@ -146,7 +146,9 @@ def draw(lines: list[dict[str, Any]], path: Path, title: str) -> None:
                 ]
                 if points:
                     label = f"{name} ({kind})" if kind == "eval" else name
-                    axis.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+                    axis.plot(
+                        *zip(*points, strict=True), style, color=f"C{i}", label=label, markersize=4
+                    )
         axis.set_title(group)
         axis.set_xlabel("iteration")
         axis.grid(alpha=0.3)

@@ -70,6 +70,8 @@ def work(tmp_path_factory):
                       "--calib-max-sequence-length", 64)),
         ("eagle3", ("--load", folder / "fp8", *data_of(folder), *STEPS, "--train-iters", 3,
                     "--eval-iters", 0, "--save", folder / "fp8-eagle3")),
+        ("convert", ("--load", folder / "fp8", "--fp32", "--algorithm", "eagle3",
+                     "--draft-model-path", folder / "TP=1", "--save", folder / "joined")),
         ("eagle_parity", ("--load", folder / "drafted", "--fp32", "--output",
                           folder / "parity.json")),
     )  # fmt: skip
@@ -165,6 +167,22 @@ def test_a_quantized_target_keeps_its_scales_and_gets_a_draft(work):
     assert scales
     assert all((before[name] == after[name]).all() for name in scales)
     assert not any("eagle_module" in name for name in after if name.endswith("_amax"))
+
+
+def test_a_draft_of_the_unquantized_target_goes_to_the_quantized_one(work):
+    import torch
+
+    trained, joined = tensors(newest(work / "TP=1")), tensors(work / "joined" / "release")
+    names = [name for name in trained if name.startswith("eagle_module.")]
+    assert len(names) > 8
+    for name in names:
+        # ModelOpt saves the MLP of a quantized model in halves.
+        halves = [joined[f"{name}_{half}"] for half in "wv" if f"{name}_{half}" in joined]
+        found = torch.cat(halves, dim=1) if halves else joined[name]
+        assert torch.equal(found, trained[name]), name
+    content = manifest.read(work / "joined")
+    assert content["draft"]["trained"] == ITERATIONS
+    assert content["quantization"]["format"] == "FP8_DEFAULT_CFG"
 
 
 def test_a_run_leaves_curves_and_tensorboard_files(work):
