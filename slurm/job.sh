@@ -108,16 +108,18 @@ check_here() {
 # make_step PROCESSES: STEP, the srun line that runs the stage.
 make_step() {
   local processes=$1 tasks=$NNODES
-  local inside=() variable
+  local inside=() variable together=(--kill-on-bad-exit=1)
   # torchrun gives its processes 30 s to save, and does not pass their exit code on: what is to be
   # queued again runs as one task per GPU, which srun sends signals to and gets the code from.
   if [[ -n "${MLM_REQUEUE:-}" && -z "${LAUNCH_SCRIPT:-}" ]] && resumable; then
     export LAUNCH_SCRIPT=python
+    # Ranks that have saved leave one by one, and none may be killed on its way out.
+    together=(--kill-on-bad-exit=0 --wait=45)
   fi
   # One task per GPU where LAUNCH_SCRIPT starts one process; one torchrun per node otherwise.
   [[ -z "${LAUNCH_SCRIPT:-}" ]] || tasks=$processes
   STEP=(srun "--nodes=$NNODES" "--ntasks=$tasks" "--ntasks-per-node=$((tasks / NNODES))"
-    --kill-on-bad-exit=1 --cpu-bind=none --overcommit)
+    "${together[@]}" --cpu-bind=none --overcommit)
   local folder=$SCRIPT_DIR
   if [[ -n "${CONTAINER_IMAGE:-}" ]]; then
     [[ -n "${USER_FSW:-}" ]] || fail "USER_FSW (not set)" \

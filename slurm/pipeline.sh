@@ -126,6 +126,11 @@ main() {
     plan=$(env "${STAGE_ENV[@]}" bash slurm/sbatch.sh "${OPTIONS[@]}" "${own[@]}" "$stage.sh" \
       "$CONF" "${STAGE_WORDS[@]}" --dry-run) || exit $?
     [[ -z "$dry_run" ]] || printf '== %s\n%s\n\n' "$stage" "$plan"
+    if [[ -z "$dry_run" && "$stage" == "${STAGES[0]}" ]]; then
+      # Its input is there already: all of its checks can be made.
+      STAGE_LINE=("$stage.sh" "$CONF" "${STAGE_WORDS[@]}")
+      (export "${STAGE_ENV[@]}" && check_here)
+    fi
     next_model "$stage"
   done
   [[ -z "$dry_run" ]] || exit 0
