@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from post_training import (
     draft_arguments,
     draft_data,
     draft_features,
+    files,
     loading,
     preflight,
     training_checkpoint,
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("post_training")
 
 SAMPLES = 128_000
+SEQUENCE_LENGTH = 2048  # or the model's longest text
 # Relative difference between stored states and those computed again: rounding on other devices.
 SAME_STATES = {"fp32": 1e-3, "bf16": 5e-2}
 DATASET = "Magpie-Align/Magpie-Llama-3.1-Pro-MT-300K-Filtered"
@@ -64,20 +67,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="show the first N conversations with their answers marked, and leave",
     )
+    group.add_argument(
+        "--eval-prompts",
+        type=int,
+        default=16,
+        metavar="N",
+        help="held-out prompts on which evaluations measure the acceptance length (%(default)s)",
+    )
+    group.add_argument(
+        "--eval-output-len", type=int, default=48, metavar="N", help="tokens each (%(default)s)"
+    )
     draft_arguments.add(parser)
     training_options.add(parser, train_samples=SAMPLES)
 
 
 def check(args: argparse.Namespace) -> None:
     preflight.required(args, "--save", "MLM_MODEL_SAVE")
-    options = read_options(args)
     source = find_source(args)
+    if source.described is not None and not args.seq_length:
+        args.seq_length = min(SEQUENCE_LENGTH, source.described.max_position_embeddings)
+    options = read_options(args)
     if args.context_parallel_size > 1:
         raise UsageError(
             f"CP={args.context_parallel_size}", "sequences are not divided here", "CP=1; raise DP"
         )
     if args.show_loss_mask is not None and args.show_loss_mask < 1:
         raise UsageError(f"--show-loss-mask {args.show_loss_mask}", "it shows some", "1 or more")
+    for name in ("eval_prompts", "eval_output_len"):
+        if getattr(args, name) < (name == "eval_output_len"):
+            flag = "--" + name.replace("_", "-")
+            raise UsageError(f"{flag} {getattr(args, name)}", "it is too small", "1 or more")
     offline = bool(args.offline_distillation_data)
     if source.described is not None:
         preflight.check_layout(source.described, args)
@@ -101,7 +120,7 @@ def read_options(args: argparse.Namespace) -> TrainingOptions:
     """The training options; stored features have a sequence length of their own."""
     if args.offline_distillation_data and "seq_length" not in args.explicit:
         args.seq_length = draft_features.sequence_length(Path(args.offline_distillation_data))
-    return training_options.options(args)
+    return training_options.options(args, seq_length=SEQUENCE_LENGTH)
 
 
 def find_source(args: argparse.Namespace) -> Source:
@@ -170,7 +189,7 @@ def eagle3(args: argparse.Namespace, session: Session) -> Outcome:
     source = loading.fetch(find_source(args), args)
     resume = bool(training_checkpoint.last_iteration(Path(args.save))) and not args.overwrite
     small_files = loading.local_huggingface(source, args)
-    train, valid = samples(args, source, session)
+    train, valid, prompts = samples(args, source, session)
     build = replace(loading.build_options(args, source), sequence_parallel=False)
     model = loading.load(source, build, session, trust_remote_code=args.trust_remote_code)
     draft = source.draft or draft_arguments.plan(args, source.architecture)
@@ -190,12 +209,17 @@ def eagle3(args: argparse.Namespace, session: Session) -> Outcome:
         )
     metrics: dict[str, Any] = {"parameters": count_parameters(model)}
 
+    inputs = [*source.inputs(), *_data_inputs(args)]
+    if resume:
+        # The run itself is where it goes on, not what it was made from.
+        inputs = list((source.manifest or {})["inputs"])
+
     def record(iteration: int) -> Manifest:
         return Manifest(
             "eagle3",
             source.architecture.to_json(),
             configuration=arguments.explicit(args),
-            inputs=[*source.inputs(), *_data_inputs(args)],
+            inputs=inputs,
             metrics={**metrics, **trainer.metrics},
             started=session.started,
             peak_memory_bytes=session.peak_memory(),
@@ -220,16 +244,48 @@ def eagle3(args: argparse.Namespace, session: Session) -> Outcome:
             options.keep_checkpoints,
         ),
         resume=resume,
+        evaluate=acceptance(args, model, source, prompts),
     )
     return trainer.run(train, valid)
 
 
-def samples(args: argparse.Namespace, source: Source, session: Session) -> tuple[Any, Any]:
-    """Data to train on and held-out data; a collective call."""
+def acceptance(
+    args: argparse.Namespace, model: Any, source: Source, prompts: list[list[int]]
+) -> Callable[[int], dict[str, float]] | None:
+    """What an evaluation measures by decoding for real; None where that cannot be done."""
+    from post_training import speculative
+
+    offline = source.draft is not None and source.draft.offline
+    if offline or not prompts or not speculative.can_verify(model):
+        return None
+    tokenizer = loading.tokenizer(source, args)
+    ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    steps = min(3, int(model.eagle_ttt_steps))
+
+    def measure(_iteration: int) -> dict[str, float]:
+        found = speculative.measure(
+            model,
+            prompts,
+            args.eval_output_len,
+            ends,
+            steps=steps,
+            vocab_size=len(tokenizer),
+        )
+        return {} if found.length is None else {"acceptance_length": found.length}
+
+    return measure
+
+
+def samples(
+    args: argparse.Namespace, source: Source, session: Session
+) -> tuple[Any, Any, list[list[int]]]:
+    """Data to train on, held-out data, and held-out prompts; a collective call."""
     options = read_options(args)
     if args.offline_distillation_data:
-        features = draft_features.load(Path(args.offline_distillation_data))
-        return features["train"], features["valid"]
+        folder = Path(args.offline_distillation_data)
+        features = draft_features.load(folder)
+        prompts = files.read_json(folder / draft_data.PROMPTS) or []
+        return features["train"], features["valid"], prompts[: args.eval_prompts]
     tokenizer = loading.tokenizer(source, args)
     rows = options.train_iters * options.global_batch_size
     parts, content = draft_data.prepare(
@@ -241,7 +297,8 @@ def samples(args: argparse.Namespace, source: Source, session: Session) -> tuple
         session.show_progress,
     )
     logger.info("training data: %s", draft_data.describe(content))
-    return parts["train"], parts["valid"]
+    prompts = files.read_json(Path(content["prompts"])) or []
+    return parts["train"], parts["valid"], prompts[: args.eval_prompts]
 
 
 def show_loss_mask(args: argparse.Namespace) -> None:
@@ -282,6 +339,9 @@ def main() -> None:
                     "loss": f"{found['loss']:.4f}" if "loss" in found else "-",
                     "accuracy by step (held out)": ", ".join(f"{found[n]:.3f}" for n in steps)
                     or "-",
+                    "acceptance length (held out)": f"{found['eval_acceptance_length']:.2f}"
+                    if "eval_acceptance_length" in found
+                    else "-",
                     "checkpoint": f"{args.save} ({report.size(Path(args.save))})",
                     "metrics": f"{args.save}/{training_checkpoint.FOLDER}/"
                     "{metrics.jsonl,curves.png,tensorboard/}",

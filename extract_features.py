@@ -38,8 +38,8 @@ from post_training.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-    from post_training.draft_data import PackedConversations
     from post_training.loading import Source
+    from post_training.packing import PackedConversations
     from post_training.runtime import Session
 
 logger = logging.getLogger("post_training")
@@ -67,7 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     preflight.required(args, "--output-dir", "--output-dir")
-    args.seq_length = args.seq_length or SEQUENCE_LENGTH
+    source = loading.find(args)
+    longest = source.described.max_position_embeddings if source.described else SEQUENCE_LENGTH
+    args.seq_length = args.seq_length or min(SEQUENCE_LENGTH, longest)
     for name in ("num_samples", "shard_size", "micro_batch_size", "seq_length"):
         if getattr(args, name) < 1:
             flag = "--" + name.replace("_", "-")
@@ -78,7 +80,6 @@ def check(args: argparse.Namespace) -> None:
             f"it is no multiple of --micro-batch-size {args.micro_batch_size}",
             "choose a multiple",
         )
-    source = loading.find(args)
     draft_data.check(draft_data.source(args))
     folder = Path(args.output_dir)
     if source.described is not None:
@@ -177,6 +178,7 @@ def extract_features(args: argparse.Namespace, session: Session) -> dict[str, An
     peak_memory = session.peak_memory()
     if not session.is_main:
         return {}
+    shutil.copy(content.pop("prompts"), folder / draft_data.PROMPTS)
     shutil.rmtree(folder / DATA)
     return Manifest(
         "extract_features",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # Letters that no template treats specially, unlikely in any text.
 _MARKER = "zqAnswer{}Xqz"
+_THINK, _END_THINK = "<think>", "</think>"
 # Fields of a turn that the model writes.
 _WRITTEN = ("reasoning_content", "content")
 
@@ -81,6 +82,7 @@ def answer_spans(
 ) -> list[tuple[int, int]]:
     """Begin and end of each answer in ``text``, the rendered ``document``, in characters."""
     marked, count = [], 0
+    thinking: dict[int, bool] = {}
     groups: list[list[int]] = []  # markers of one turn; what lies between them is the model's too
     for message in document.messages:
         changed = dict(message)
@@ -88,14 +90,16 @@ def answer_spans(
             groups.append([])
             for name in _WRITTEN:
                 if str(message.get(name) or "").strip():
-                    changed[name] = _MARKER.format(count)
+                    # Templates treat an answer with thoughts differently: they stay in it.
+                    changed[name] = _thoughts(str(message[name])) + _MARKER.format(count)
+                    thinking[count] = bool(_thoughts(str(message[name])))
                     groups[-1].append(count)
                     count += 1
         marked.append(changed)
     outline = data_formats.render(replace(document, messages=tuple(marked)), tokenizer, option)
     present = [i for i in range(count) if _MARKER.format(i) in outline]
     originals = [
-        str(message[name])
+        str(message[name]).removeprefix(_thoughts(str(message[name])))
         for message in document.messages
         if _is_answer(message)
         for name in _WRITTEN
@@ -110,11 +114,15 @@ def answer_spans(
             "mark them in the template with {% generation %}",
         )
     spans = dict(zip(present, located, strict=True))
-    joined = []
+    joined: list[tuple[int, int]] = []
     for group in groups:
         found = [spans[i] for i in group if i in spans]
         if found:
-            joined.append((found[0][0], _with_end_token(text, found[-1][1], tokenizer)))
+            before = joined[-1][1] if joined else 0
+            # Thoughts that the template kept belong to the answer.
+            thought = text.rfind(_THINK, before, found[0][0]) if thinking[group[0]] else -1
+            start = thought if thought >= 0 else found[0][0]
+            joined.append((start, _with_end_token(text, found[-1][1], tokenizer)))
     return joined
 
 
@@ -129,6 +137,11 @@ def show(tokens: Tokens, tokenizer: PreTrainedTokenizerBase, color: bool) -> str
             parts.append(f"{opening}{piece}{closing}" if tokens.mask[start] else piece)
             start = i
     return "".join(parts)
+
+
+def _thoughts(content: str) -> str:
+    """What stands before the answer proper in a content with thoughts, tags included."""
+    return content[: content.rfind(_END_THINK) + len(_END_THINK)] if _END_THINK in content else ""
 
 
 def _is_answer(message: dict[str, Any]) -> bool:

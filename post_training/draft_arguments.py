@@ -81,7 +81,7 @@ def plan(args: argparse.Namespace, architecture: Architecture, offline: bool = F
                 "give one of them",
             )
         overrides["draft_vocab_size"] = size
-    return draft.plan(
+    made = draft.plan(
         architecture,
         overrides,
         dtype=arguments.precision(args),
@@ -90,6 +90,24 @@ def plan(args: argparse.Namespace, architecture: Architecture, offline: bool = F
         offline=offline,
         option=option,
     )
+    _check_division(made, args.tensor_model_parallel_size)
+    return made
+
+
+def _check_division(made: Draft, ranks: int) -> None:
+    """Raise UsageError unless tensor parallelism divides the draft."""
+    for name in (
+        "num_attention_heads",
+        "num_key_value_heads",
+        "intermediate_size",
+        "draft_vocab_size",
+    ):
+        if made.config[name] % ranks:
+            raise UsageError(
+                f"TP={ranks}",
+                f"it does not divide the draft's {name}, {made.config[name]}",
+                f"choose a multiple of {ranks} (--eagle-config), or another TP",
+            )
 
 
 def trained(location: str, args: argparse.Namespace, architecture: Architecture | None) -> Draft:

@@ -1,9 +1,5 @@
 """Conversations to train a draft on: read, masked, packed into sequences, kept on disk.
 
-Packing: whole conversations fill sequences of one length; what stays free at the end is padding
-that does not count. A conversation longer than a sequence is cut at its end. Conversations of one
-sequence see each other, as in Megatron-LM's packing.
-
 The packed tokens lie beside the checkpoints, so that a run that goes on after an interruption reads
 the very same data at once, and every rank reads only what it needs.
 """
@@ -14,20 +10,19 @@ import argparse
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from post_training import chat_mask, data_formats, files, records
-from post_training.chat_mask import Tokens
 from post_training.data_formats import Document
 from post_training.errors import UsageError
+from post_training.packing import PackedConversations, Packer
 
 if TYPE_CHECKING:
     import numpy
-    import torch
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger("post_training")
@@ -36,9 +31,9 @@ DATASET, FILES, SPLIT = "--finetune-hf-dataset", "--finetune-data-files", "--fin
 PARTS = ("train", "valid", "test")
 # Of a hundred conversations these are held out: one to evaluate on while training, one for later.
 _HELD_OUT = {49: "valid", 99: "test"}
-_OPEN = 64  # sequences that are filled at the same time
+PROMPTS = "prompts.json"  # of held-out conversations, to measure acceptance on
+_MOST_PROMPTS = 64
 _CHECKED = 5_000  # rows that a check reads, well under a second
-PAD = 0
 
 
 @dataclass(frozen=True)
@@ -111,88 +106,6 @@ def documents(source: Source) -> Iterator[tuple[Document, str]]:
         yield data_formats.document_of(row, DATASET), DATASET
 
 
-class Packer:
-    """Fills sequences of ``length`` tokens with whole conversations."""
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-        self.full: list[tuple[list[int], list[bool]]] = []
-        self.cut = 0
-        self.dropped = 0
-        self._open: list[tuple[list[int], list[bool]]] = []
-
-    def add(self, tokens: Tokens) -> None:
-        """Put a conversation into the fullest open sequence that has room for it."""
-        if len(tokens.ids) > self.length:
-            self.cut += 1
-        ids, mask = tokens.ids[: self.length], tokens.mask[: self.length]
-        if not any(mask[2:]):  # the first tokens have no row that proposes them
-            self.dropped += 1
-            return
-        fitting = [row for row in self._open if len(row[0]) + len(ids) <= self.length]
-        if fitting:
-            row = max(fitting, key=lambda each: len(each[0]))
-            row[0].extend(ids)
-            row[1].extend(mask)
-        else:
-            row = (list(ids), list(mask))
-            self._open.append(row)
-        if len(row[0]) == self.length:
-            self._close(row)
-        elif len(self._open) > _OPEN:
-            self._close(max(self._open, key=lambda each: len(each[0])))
-
-    def finish(self) -> None:
-        """Close what is open."""
-        while self._open:
-            self._close(self._open[0])
-
-    def _close(self, row: tuple[list[int], list[bool]]) -> None:
-        self._open = [each for each in self._open if each is not row]
-        self.full.append(row)
-
-    def arrays(self) -> tuple[numpy.ndarray[Any, Any], numpy.ndarray[Any, Any]]:
-        """Token ids int32 [n, length] and mask uint8 [n, length], padded at the end."""
-        import numpy
-
-        ids = numpy.full((len(self.full), self.length), PAD, dtype=numpy.int32)
-        mask = numpy.zeros((len(self.full), self.length), dtype=numpy.uint8)
-        for i, (row, flags) in enumerate(self.full):
-            ids[i, : len(row)] = row
-            mask[i, : len(flags)] = flags
-        return ids, mask
-
-
-@dataclass(frozen=True)
-class PackedConversations:
-    """Packed sequences in memory-mapped files; the :class:`Samples` of online training.
-
-    Attributes:
-        ids: int32 [n, s].
-        mask: uint8 [n, s], 1 where a token is an answer's.
-    """
-
-    ids: numpy.ndarray[Any, Any]
-    mask: numpy.ndarray[Any, Any]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def batch(self, indices: Sequence[int]) -> Mapping[str, torch.Tensor]:
-        """``input_ids`` int64 [b, s] and ``loss_mask`` uint8 [b, s]."""
-        import torch
-
-        chosen = list(indices)
-        return {
-            "input_ids": torch.from_numpy(self.ids[chosen].astype("int64")),
-            "loss_mask": torch.from_numpy(self.mask[chosen].copy()),
-        }
-
-    def tokens(self) -> tuple[numpy.ndarray[Any, Any], numpy.ndarray[Any, Any]]:
-        """All token ids and masks, [n, s] each."""
-        return self.ids, self.mask
-
-
 def fingerprint(source: Source, tokenizer: Any, length: int, rows: int) -> str:
     """Hash of everything that decides the packed sequences."""
     entries: list[Any] = [source.dataset, source.files, source.split, length]
@@ -239,6 +152,7 @@ def prepare(
 
     data.on_first_rank(make)
     content = json.loads((target / "data.json").read_text(encoding="utf-8"))
+    content["prompts"] = str(target / PROMPTS)
     return {part: _mapped(target, part) for part in PARTS}, content
 
 
@@ -256,11 +170,15 @@ def _pack(
     packers = {part: Packer(length) for part in PARTS}
     train = packers["train"]
     conversations = answers = tokens = 0
+    prompts: list[list[int]] = []
     with tqdm(total=rows, desc="packing", unit=" sequences", disable=not show_progress) as bar:
         for document, option in documents(source):
             found = chat_mask.tokenize(document, tokenizer, option)
             before = len(train.full)
-            packers[_HELD_OUT.get(conversations % 100, "train")].add(found)
+            part = _HELD_OUT.get(conversations % 100, "train")
+            packers[part].add(found)
+            if part == "valid" and len(prompts) < _MOST_PROMPTS and found.mask.index(True) > 0:
+                prompts.append(found.ids[: min(found.mask.index(True), length)])
             conversations += 1
             tokens += len(found.ids)
             answers += sum(found.mask)
@@ -284,6 +202,7 @@ def _pack(
         ids, mask = packer.arrays()
         numpy.save(work / f"{name}_ids.npy", ids)
         numpy.save(work / f"{name}_mask.npy", mask)
+    files.write_json(work / PROMPTS, prompts)
     files.write_json(
         work / "data.json",
         {

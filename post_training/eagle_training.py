@@ -148,7 +148,8 @@ def _losses(
     positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
     with torch.no_grad():
         embeddings = core.embedding(input_ids=following, position_ids=positions)
-    rotary = draft.rotary_pos_emb(length)
+    # megatron-core keeps the table; made by an evaluation, it could not be differentiated through.
+    rotary = draft.rotary_pos_emb(length).clone()
     student = _output(core)
     rows = length - 1
     columns = _columns(core)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from post_training import signals
+from post_training import signals, training_setup
 from post_training.errors import UsageError
 from post_training.training_checkpoint import FOLDER, Progress, TrainingCheckpoints
 from post_training.training_data import Batches, Order, Samples
@@ -109,7 +109,10 @@ class Trainer:
         self.checkpoints = checkpoints
         self._evaluate_more = evaluate
         self._names = ("loss", *task.metric_names)
-        self._build()
+        task.set_mode(model)
+        parts = training_setup.build(model, options)
+        self.ddp, self.optimizer, self._scheduler = parts.ddp, parts.optimizer, parts.scheduler
+        self._forward_backward = parts.forward_backward
         self.progress = Progress(options=options.decides_results())
         if resume:
             self.progress = checkpoints.load(model, self.optimizer)
@@ -236,61 +239,6 @@ class Trainer:
             values |= self._evaluate_more(iteration)
             self.task.set_mode(self.model)
         return values
-
-    def _build(self) -> None:
-        from megatron.core.distributed import (
-            DistributedDataParallel,
-            DistributedDataParallelConfig,
-            finalize_model_grads,
-        )
-        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-        from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-        from megatron.core.pipeline_parallel import get_forward_backward_func
-
-        options, config = self.options, self.model.config
-        self.task.set_mode(self.model)
-        # Gradients are divided by the tokens of the whole iteration, over ranks and micro batches.
-        config.calculate_per_token_loss = True
-        self.ddp = DistributedDataParallel(
-            config=config,
-            ddp_config=DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True, use_distributed_optimizer=True
-            ),
-            module=self.model,
-        )
-        self.optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=options.lr,
-                min_lr=options.min_lr,
-                weight_decay=options.weight_decay,
-                adam_beta1=options.adam_beta1,
-                adam_beta2=options.adam_beta2,
-                adam_eps=options.adam_eps,
-                clip_grad=options.clip_grad,
-                bf16=options.dtype == "bf16",
-                params_dtype=config.params_dtype,
-                use_distributed_optimizer=True,
-            ),
-            [self.ddp],
-        )
-        self._scheduler = OptimizerParamScheduler(
-            self.optimizer,
-            init_lr=0.0,
-            max_lr=options.lr,
-            min_lr=options.min_lr,
-            lr_warmup_steps=options.lr_warmup_iters,
-            lr_decay_steps=options.lr_decay_iters or options.train_iters,
-            lr_decay_style=options.lr_decay_style,
-            start_wd=options.weight_decay,
-            end_wd=options.weight_decay,
-            wd_incr_steps=options.train_iters,
-            wd_incr_style="constant",
-        )
-        config.grad_scale_func = self.optimizer.scale_loss
-        config.finalize_model_grads_func = finalize_model_grads
-        config.no_sync_func = self.ddp.no_sync
-        self._forward_backward = get_forward_backward_func()
 
     def _batches(self, data: Samples, start: int, shuffle: bool) -> Iterable[Mapping[str, Any]]:
         from megatron.core import parallel_state
