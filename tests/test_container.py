@@ -2,8 +2,8 @@
 
 A step of its own in continuous integration (``bash tests/run.sh -m container``): building takes
 minutes and 12 GB of disk. Debian's ``buildah`` and ``debootstrap`` are installed if need be, which
-takes root and Debian; anywhere else this is skipped and says so. The base and pip's downloads are
-kept in ``POST_TRAINING_CACHE``, so that a second run only builds.
+takes root and Debian; anywhere else this is skipped and says so. The base is
+kept in ``POST_TRAINING_CACHE``; the image is not.
 """
 
 from __future__ import annotations
