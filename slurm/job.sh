@@ -156,6 +156,8 @@ run_job() {
   export MLM_WORK_DIR=${MLM_WORK_DIR:-${USER_FSW:-$SLURM_SUBMIT_DIR}/megatron_workspace}
   SAVE_ASKED=
   trap near_the_limit USR1
+  # SLURM kills what is left after KillWait: time enough to see how the step ended.
+  trap 'report "ended by SIGTERM: cancelled, preempted or out of time"' TERM
   processes=$(MLM_LAUNCH=count bash "$SCRIPT_DIR/${STAGE_LINE[0]}" "${STAGE_LINE[@]:1}") ||
     finish $?
   make_step "$processes"
