@@ -40,7 +40,7 @@ def exit_with_usage_error(error: UsageError) -> NoReturn:
     Of the processes that a launcher started on one machine, only the first prints: all of them
     see the same mistake.
     """
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
         print(f"error: {error}", file=sys.stderr)
     sys.exit(EXIT_CODE)
 

@@ -150,6 +150,22 @@ def with_shape(
     return changed
 
 
+def unconvertible(stated: Mapping[str, Any]) -> str | None:
+    """Why a model that flags describe cannot be read from Hugging Face yet; None if it can.
+
+    For a hub name, whose ``config.json`` is not here: better said now than after the download.
+    """
+    parts = {
+        "experts": stated.get("num_moe_experts"),
+        "multi-latent attention": stated.get("multi_latent_attention"),
+        "Mamba layers": stated.get("hybrid_layer_pattern") or stated.get("is_hybrid_model"),
+    }
+    found = [name for name, there in parts.items() if there]
+    if not found:
+        return None
+    return f"it has {' and '.join(found)}, and only {', '.join(sorted(FAMILIES))} are converted yet"
+
+
 def rotary(config: Mapping[str, Any]) -> dict[str, Any]:
     """Architecture's rotary values from either form of the file.
 

@@ -148,10 +148,7 @@ def start(rank: int, world: int) -> Watch | None:
         return watch
     address = (os.environ["MASTER_ADDR"], everyone[0]["port"])
     try:
-        connection = socket.create_connection(address, timeout=_CONNECT_SECONDS)
-        connection.settimeout(None)
-        _keep_alive(connection)
-        connection.sendall(f"{everyone[0]['token']} {rank}\n".encode())
+        connection = connect(address, everyone[0]["token"], rank)
     except OSError as error:
         print(
             f"rank {rank}: no connection to rank 0 at {address[0]}:{address[1]} ({error}); a lost "
@@ -161,6 +158,19 @@ def start(rank: int, world: int) -> Watch | None:
         return watch
     _in_thread(watch.follow, connection)
     return watch
+
+
+def connect(address: tuple[str, int], token: str, rank: int) -> socket.socket:
+    """A connection to rank 0, which knows ``rank`` by the token that only the ranks have.
+
+    Raises:
+        OSError: if rank 0 cannot be reached.
+    """
+    connection = socket.create_connection(address, timeout=_CONNECT_SECONDS)
+    connection.settimeout(None)
+    _keep_alive(connection)
+    connection.sendall(f"{token} {rank}\n".encode())
+    return connection
 
 
 def _listen() -> socket.socket:

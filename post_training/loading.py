@@ -15,7 +15,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training import arguments, checkpoint, files, huggingface, manifest, parallel, preflight
+from post_training import (
+    arguments,
+    checkpoint,
+    families,
+    files,
+    huggingface,
+    manifest,
+    parallel,
+    preflight,
+)
 from post_training.architecture import Architecture
 from post_training.draft import Draft
 from post_training.errors import UsageError
@@ -98,6 +107,13 @@ def find(args: argparse.Namespace) -> Source:
         )
     config = preflight.model_source(args.pretrained_model_path)
     if config is None:
+        reason = families.unconvertible(arguments.stated(args))
+        if reason and not args.dry_run:
+            raise UsageError(
+                f"--pretrained-model-path {args.pretrained_model_path}",
+                reason,
+                "name a Megatron checkpoint in MLM_MODEL_CKPT; --dry-run shows what would run",
+            )
         return Source(
             args.pretrained_model_path,
             is_checkpoint=False,

@@ -92,6 +92,10 @@ def transformer_config(architecture: Architecture, options: BuildOptions) -> Tra
         "attention_dropout": 0.0,
         **{name: _python_value(name, value) for name, value in options.overrides.items()},
     }
+    if config_class is MLATransformerConfig:
+        # With multi-latent attention the layers make their own rotary embedding.
+        run_time["rotary_base"] = architecture.rotary_base
+        run_time["rotary_percent"] = architecture.rotary_percent
     known = {each.name for each in fields(config_class)}
     architectural = {
         name: _python_value(name, value) for name, value in architecture.transformer.items()

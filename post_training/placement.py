@@ -96,7 +96,7 @@ def rendezvous() -> tuple[str, int]:
     address = os.environ.get("MASTER_ADDR") or first_address()
     if not address:
         raise UsageError(
-            f"MASTER_ADDR={os.environ.get('MASTER_ADDR', ' (not set)')}",
+            f"MASTER_ADDR{'= (empty)' if 'MASTER_ADDR' in os.environ else ' (not set)'}",
             "the processes need the address of the first one's machine to meet, and the node list "
             f"{os.environ.get('SLURM_STEP_NODELIST', '(none)')} gives none that this machine knows",
             "set MASTER_ADDR to the first node's name or address, the same on every node",

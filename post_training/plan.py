@@ -13,7 +13,7 @@ import shlex
 import sys
 from itertools import groupby
 
-from post_training import arguments, loading, manifest, parallel, parameters
+from post_training import arguments, families, loading, manifest, parallel, parameters
 from post_training.architecture import Architecture
 from post_training.parallel import Parallel
 
@@ -43,6 +43,9 @@ def show(args: argparse.Namespace) -> None:
         **_ranks(architecture, sizes),
         "launch line": launch_line(args, sizes.world),
     }
+    reason = families.unconvertible(arguments.stated(args))
+    if reason and not source.is_checkpoint:
+        rows["note"] = f"this cannot run yet: {reason}"
     for name, text in rows.items():
         print(f"{name:13} {text}")
 

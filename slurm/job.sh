@@ -68,6 +68,7 @@ submit_job() {
     echo "note: $processes of $((GPUS_PER_NODE * NNODES)) GPUS are used;" \
       "DP=$((GPUS_PER_NODE * NNODES / processes)) or fewer nodes use all" >&2
   fi
+  choose_style
   local line=(sbatch "${OPTIONS[@]}" "$SCRIPT_DIR/slurm/sbatch.sh" "${STAGE_LINE[@]}")
   if [[ " ${STAGE_LINE[*]} ${MLM_EXTRA_ARGS:-} " == *" --dry-run "* ]]; then
     bash "$SCRIPT_DIR/${STAGE_LINE[0]}" "${STAGE_LINE[@]:1}"
@@ -108,16 +109,13 @@ check_here() {
 # make_step PROCESSES: STEP, the srun line that runs the stage.
 make_step() {
   local processes=$1 tasks=$NNODES
-  local inside=() variable
-  # torchrun gives its processes 30 s to save, and does not pass their exit code on: what is to be
-  # queued again runs as one task per GPU, which srun sends signals to and gets the code from.
-  if [[ -n "${MLM_REQUEUE:-}" && -z "${LAUNCH_SCRIPT:-}" ]] && resumable; then
-    export LAUNCH_SCRIPT=python
-  fi
+  local inside=() variable together=(--kill-on-bad-exit=1)
+  # Ranks that have saved leave one by one, and none may be killed on its way out.
+  if requeues; then together=(--kill-on-bad-exit=0 --wait=45); fi
   # One task per GPU where LAUNCH_SCRIPT starts one process; one torchrun per node otherwise.
   [[ -z "${LAUNCH_SCRIPT:-}" ]] || tasks=$processes
   STEP=(srun "--nodes=$NNODES" "--ntasks=$tasks" "--ntasks-per-node=$((tasks / NNODES))"
-    --kill-on-bad-exit=1 --cpu-bind=none --overcommit)
+    "${together[@]}" --cpu-bind=none --overcommit)
   local folder=$SCRIPT_DIR
   if [[ -n "${CONTAINER_IMAGE:-}" ]]; then
     [[ -n "${USER_FSW:-}" ]] || fail "USER_FSW (not set)" \
@@ -152,11 +150,14 @@ run_job() {
   report "started on $SLURM_JOB_NODELIST"
   read_set_up
   unset SANDBOX_ENV_SETUP MLM_ENV_SETUP # their variables are exported now
+  choose_style
   export NNODES=$SLURM_JOB_NUM_NODES GPUS_PER_NODE=${SLURM_GPUS_ON_NODE:-0}
   # Nodes share a folder, and a machine's temporary folder is no such one.
   export MLM_WORK_DIR=${MLM_WORK_DIR:-${USER_FSW:-$SLURM_SUBMIT_DIR}/megatron_workspace}
   SAVE_ASKED=
   trap near_the_limit USR1
+  # SLURM kills what is left after KillWait: time enough to see how the step ended.
+  trap 'report "ended by SIGTERM: cancelled, preempted or out of time"' TERM
   processes=$(MLM_LAUNCH=count bash "$SCRIPT_DIR/${STAGE_LINE[0]}" "${STAGE_LINE[@]:1}") ||
     finish $?
   make_step "$processes"
@@ -169,6 +170,17 @@ run_job() {
     kill -0 "$STEP_PID" 2>/dev/null || break
   done
   finish "$code"
+}
+
+# requeues: whether the job is to be queued again when its stage has saved in the middle.
+requeues() {
+  [[ -n "${MLM_REQUEUE:-}" ]] && resumable
+}
+
+# choose_style: torchrun gives its processes 30 s to save, and does not pass their exit code on. What
+# is to be queued again runs as one task per GPU: srun sends it signals and gets its code.
+choose_style() {
+  if requeues; then export LAUNCH_SCRIPT=${LAUNCH_SCRIPT:-python}; fi
 }
 
 resumable() {
@@ -194,7 +206,7 @@ finish() {
     report "finished after $SECONDS s"
     exit 0
   fi
-  if ((code == REQUEUE_CODE)) && resumable && [[ -n "${MLM_REQUEUE:-}" ]]; then
+  if ((code == REQUEUE_CODE)) && requeues; then
     state=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed 's/.*JobState=\([A-Z]*\).*/\1/')
     # A job that somebody cancels saves too, and is not to come back.
     if [[ "$state" == RUNNING ]]; then

@@ -55,7 +55,14 @@ stage_of() {
     eagle3) OUTPUT=$base-Eagle3 ;;
     mmlu) OUTPUT=$MODEL.mmlu.json STAGE_WORDS=(--mmlu-output "$OUTPUT") ;;
     validate) OUTPUT=$MODEL.validate.json STAGE_WORDS=(--validate-output "$OUTPUT") ;;
-    export) OUTPUT=${EXPORT_DIR:-${base}_export} ;;
+    export)
+      OUTPUT=${base}_export
+      if [[ "$ROAD" == eagle3 ]]; then
+        # What is exported is the draft; the target is a model that is there already.
+        OUTPUT=${base}_draft STAGE_WORDS=(--export-extra-modules)
+      fi
+      OUTPUT=${EXPORT_DIR:-$OUTPUT}
+      ;;
   esac
   STAGE_ENV=("MLM_MODEL_SAVE=$OUTPUT" "EXPORT_DIR=$OUTPUT")
   [[ "$1" != distill ]] || STAGE_ENV+=("TEACHER_CKPT=${TEACHER_CKPT:-${base}_mlm}")
@@ -104,7 +111,8 @@ main() {
     shift
   done
   (($# >= 2)) || usage 2
-  choose_road "$1"
+  ROAD=$1
+  choose_road "$ROAD"
   CONF=${2%.sh}
   FORMAT=("${@:3}")
   read_set_up
@@ -126,6 +134,11 @@ main() {
     plan=$(env "${STAGE_ENV[@]}" bash slurm/sbatch.sh "${OPTIONS[@]}" "${own[@]}" "$stage.sh" \
       "$CONF" "${STAGE_WORDS[@]}" --dry-run) || exit $?
     [[ -z "$dry_run" ]] || printf '== %s\n%s\n\n' "$stage" "$plan"
+    if [[ -z "$dry_run" && "$stage" == "${STAGES[0]}" ]]; then
+      # Its input is there already: all of its checks can be made.
+      STAGE_LINE=("$stage.sh" "$CONF" "${STAGE_WORDS[@]}")
+      (export "${STAGE_ENV[@]}" && check_here)
+    fi
     next_model "$stage"
   done
   [[ -z "$dry_run" ]] || exit 0

@@ -303,6 +303,7 @@ def test_check_prints_nothing_and_exits_0(capsys):
 
 
 def test_the_number_of_processes_gives_the_data_parallel_size(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "8")
     sizes = arguments.parallel(
         parse("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2")

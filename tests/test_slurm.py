@@ -451,10 +451,12 @@ def test_training_is_saved_at_signals_queued_again_and_its_loss_curve_is_the_sam
 
 
 def wait_for_restarts(cluster, job: str, count: int, log) -> None:
+    """Wait until the job is queued again, and let it start at once: SLURM waits two minutes."""
     end = time.monotonic() + 60
-    while int(cluster.job(job)["Restarts"]) < count:
+    while int(cluster.job(job)["Restarts"]) < count or cluster.job(job)["JobState"] != "PENDING":
         assert time.monotonic() < end, log()
         time.sleep(0.2)
+    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
 
 def test_containers_are_asked_for_as_pyxis_and_apptainer_want_it(site, model, tmp_path, cluster):
@@ -483,3 +485,22 @@ def step_line(text: str) -> str:
     line = next(line for line in text.splitlines() if line.startswith("job step"))
     # Commas need no quoting for a shell, but printf's %q quotes them.
     return line.replace("\\,", ",").replace("\\#", "#")
+
+
+def test_the_plans_in_the_documentation_are_what_the_commands_print():
+    text = (tools.ROOT / "slurm" / "README.md").read_text()
+    shown = re.findall(r"```sh\n([^`]*--dry-run\n)```\n\n```text\n([^`]*)```", text)
+    assert len(shown) == 4
+    for command, expected in shown:
+        done = subprocess.run(
+            ["bash", "-c", command],
+            cwd=tools.ROOT,
+            env={"PATH": os.environ["PATH"], "PYTHON": sys.executable,
+                 "MLM_WORK_DIR": "/scratch/work"},
+            capture_output=True,
+            text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found = done.stdout.replace(sys.executable, "python").replace(f"{tools.ROOT}/", "")
+        found = re.sub(r"(\.py) --bf16 .*? --tokenizer-model \S+", r"\1 <the conf's flags>", found)
+        assert found == expected
