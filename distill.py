@@ -147,7 +147,7 @@ def distill(args: argparse.Namespace, session: Session) -> Outcome:
             metrics={**metrics, "iteration": iteration, **trainer.metrics},
             started=session.started,
             peak_memory_bytes=session.peak_memory(),
-            extra=source.carried(),
+            extra={**source.carried(), "complete": iteration >= options.train_iters},
         )
 
     trainer = Trainer(

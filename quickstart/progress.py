@@ -27,12 +27,19 @@ class Row:
 
 
 def rows(work: Path) -> list[Row]:
-    """The main job's outputs in the order they were made."""
+    """The outputs in the order they were made; what only ``--all`` makes, where it is there."""
+    further = [
+        Row("prune", work / "tiny_pruned", work / "mmlu_pruned.json"),
+        Row("distill", work / "tiny_distilled", work / "mmlu_distilled.json"),
+        Row("eagle3 (with draft)", work / "tiny_eagle3", work / "validate.json"),
+        Row("export (draft)", work / "tiny_draft"),
+    ]
     return [
         Row("trained (BF16)", work / "tiny"),
         Row("convert", work / "tiny_mlm", work / "mmlu_bf16.json"),
         Row("quantize (FP8)", work / "tiny_quant", work / "mmlu_fp8.json"),
         Row("export (FP8)", work / "tiny_export"),
+        *(row for row in further if row.folder.is_dir()),
     ]
 
 
@@ -84,6 +91,10 @@ def _score(path: Path | None) -> str:
     if path is None or not path.is_file():
         return "-"
     content = json.loads(path.read_text(encoding="utf-8"))
+    if "acceptance" in content:
+        found = content["acceptance"]
+        low, high = found["interval_95"]
+        return f"acceptance length {found['acceptance_length']:.2f} ({low:.2f} to {high:.2f})"
     low, high = content["interval_95"]
     return f"{100 * content['accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
