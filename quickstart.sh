@@ -116,8 +116,8 @@ draft() {
       --prompts-path "$work/tiny/data/chat_heldout.jsonl" --validate-output "$work/validate.json" \
       --lower-bound 2.0 --require-identical
   fi
-  made "export: the draft, read back and compared" "$work/tiny_draft" "$work/tiny_eagle3" \
-    MLM_MODEL_CKPT="$work/tiny_eagle3" EXPORT_DIR="$work/tiny_draft" \
+  made "export: the draft, read back and compared" "$work/tiny_eagle3_export" "$work/tiny_eagle3" \
+    MLM_MODEL_CKPT="$work/tiny_eagle3" EXPORT_DIR="$work/tiny_eagle3_export" \
     bash export.sh "$conf" --export-extra-modules --overwrite
 }
 

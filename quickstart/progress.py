@@ -32,7 +32,7 @@ def rows(work: Path) -> list[Row]:
         Row("prune", work / "tiny_pruned", work / "mmlu_pruned.json"),
         Row("distill", work / "tiny_distilled", work / "mmlu_distilled.json"),
         Row("eagle3 (with draft)", work / "tiny_eagle3", work / "validate.json"),
-        Row("export (draft)", work / "tiny_draft"),
+        Row("export (draft)", work / "tiny_eagle3_export"),
     ]
     return [
         Row("trained (BF16)", work / "tiny"),
