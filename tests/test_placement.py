@@ -34,8 +34,12 @@ def variables(monkeypatch):
         for name, value in values.items():
             monkeypatch.setenv(name, value)
 
+    before = dict(os.environ)
     put()
-    return put
+    yield put
+    # What the code under test set must not reach other tests.
+    os.environ.clear()
+    os.environ.update(before)
 
 
 def test_torchruns_variables_win(variables):

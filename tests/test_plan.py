@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
@@ -135,7 +134,7 @@ def test_every_rank_holds_as_many_parameters_as_megatron_core_allocates():
 
 
 def dry_run(script: str, *words: str, code: int = 0, **variables: str):
-    environment = {**os.environ, "PYTHON": sys.executable, **variables}
+    environment = tools.environment(PYTHON=sys.executable, **variables)
     done = subprocess.run(
         ["bash", str(ROOT / script), *words, "--dry-run"],
         env=environment,
@@ -148,7 +147,7 @@ def dry_run(script: str, *words: str, code: int = 0, **variables: str):
 
 
 def test_a_large_model_at_many_ranks_is_planned_in_a_second_without_torch():
-    sizes = {"TP": "8", "PP": "16", "EP": "64", "ETP": "1", "DP": "8", "NNODES": "128"}
+    sizes = {"TP": "8", "PP": "16", "EP": "64", "ETP": "1", "NNODES": "128"}
     first_and_last = ["--decoder-first-pipeline-num-layers", "3"]
     first_and_last += ["--decoder-last-pipeline-num-layers", "2"]
     shown = dry_run(
