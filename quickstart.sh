@@ -8,7 +8,7 @@
 # environment:
 #   MLM_WORK_DIR  work folder (default: megatron_workspace/quickstart in the temporary folder)
 #
-# About 3 minutes on 2 cores after installation, with --all 8. A second run reuses what is still
+# About 3 minutes on 2 cores after installation, with --all 7. A second run reuses what is still
 # valid.
 set -euo pipefail
 
