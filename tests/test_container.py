@@ -175,6 +175,17 @@ def test_a_stage_runs_with_its_exit_code(built):
     assert "405,853,388,800" in planned
 
 
+def test_any_user_can_run_it_and_is_told_where_not_to_write(built):
+    """As ``docker run --user`` has it: a number without a name, a home or rights."""
+    words = ("bash", "docker/entrypoint.sh")
+    shown = built.start(*words, "doctor", user="4321:4321").stdout
+    assert "ready: every stage can run" in shown
+    words = ("env", "MLM_WORK_DIR=/usr/work", *words, "convert.sh", "Qwen/Qwen3-0.6B")
+    text = built.start(*words, user="4321:4321", code=2).stderr
+    assert "user 4321 may not write to /usr" in text
+    assert '--user "$(id -u):$(id -g)"' in text
+
+
 def test_a_torch_that_the_base_has_is_never_replaced(built):
     """The image itself becomes the base of a second environment, its torch another version's."""
     site = "/opt/venv/lib/python3.13/site-packages"
