@@ -1,7 +1,7 @@
 # The stages and everything they need.
 #
 #   docker build --tag post-training .
-#   docker run --rm --gpus all --ipc=host --volume /scratch:/scratch \
+#   docker run --rm --gpus all --ipc=host --user "$(id -u):$(id -g)" --volume /scratch:/scratch \
 #     --env HF_MODEL_CKPT=/scratch/Qwen3-8B --env MLM_WORK_DIR=/scratch/work \
 #     post-training quantize.sh Qwen/Qwen3-8B FP8_DEFAULT_CFG
 #
@@ -25,6 +25,7 @@ USER root
 ENV VIRTUAL_ENV=/opt/venv
 ENV PATH=${VIRTUAL_ENV}/bin:${PATH} \
     MLM_SKIP_INSTALL=1 \
+    PYTHONNOUSERSITE=1 \
     PYTHONDONTWRITEBYTECODE=1
 WORKDIR /workspace/nmm-sandbox
 # First what changes rarely, so that a change of the sources does not install everything again.
@@ -32,7 +33,6 @@ COPY requirements.txt docker/install.sh docker/
 RUN --mount=type=cache,target=/root/.cache/pip TORCH_INDEX=${TORCH_INDEX} bash docker/install.sh
 COPY . .
 RUN useradd --non-unique --uid ${USER_ID} --create-home runner && mkdir -p /workspace/scratch && \
-    chown ${USER_ID} /workspace/scratch
+    chmod 1777 /workspace/scratch
 USER runner
-ENV MLM_WORK_DIR=/workspace/scratch/megatron_workspace
 ENTRYPOINT ["bash", "/workspace/nmm-sandbox/docker/entrypoint.sh"]

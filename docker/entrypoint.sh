@@ -8,6 +8,16 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+# Here and not in the image: pyxis puts an image's variables above those of the job.
+export MLM_WORK_DIR=${MLM_WORK_DIR:-/workspace/scratch/megatron_workspace}
+# A user of docker's --user has neither name nor home; torch and the hub's client want both.
+USER=${USER:-$(id -un 2>/dev/null || id -u)}
+if [[ ! -w "${HOME:-/}" ]]; then
+  HOME=/tmp/home-$(id -u)
+  mkdir -p "$HOME"
+fi
+export USER HOME
+
 if (($# == 0)); then
   sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
   echo "stages: $(find . -maxdepth 1 -name '*.sh' -printf '%f\n' | sort | paste -sd ' ')"

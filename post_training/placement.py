@@ -38,8 +38,9 @@ def placement() -> Placement:
     Raises:
         UsageError: if a variable of torchrun's or SLURM's is no whole number.
     """
-    if "RANK" in os.environ:
-        return Placement(_whole("RANK"), _whole("WORLD_SIZE", 1), _whole("LOCAL_RANK"))
+    # pyxis sets RANK and LOCAL_RANK for images with PyTorch, without WORLD_SIZE.
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return Placement(_whole("RANK"), _whole("WORLD_SIZE"), _whole("LOCAL_RANK"))
     if in_step_of_tasks():
         return Placement(
             _whole("SLURM_PROCID"), _whole("SLURM_STEP_NUM_TASKS", 1), _whole("SLURM_LOCALID")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 from itertools import islice
@@ -137,6 +138,20 @@ def check_output(folder: Path, args: argparse.Namespace, needed: int = 0) -> Non
             "delete it, name another, or give --overwrite (MLM_EXTRA_ARGS=--overwrite)",
         )
     disk_space(folder, needed)
+    _writable(folder)
+
+
+def _writable(folder: Path) -> None:
+    """Raise UsageError unless this user may make ``folder``."""
+    # An output is renamed into place, so its parent counts even where the folder exists.
+    parent = _nearest_existing(folder.absolute().parent)
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(
+            f"output {folder}",
+            f"user {os.getuid()} may not write to {parent}, which is user {parent.stat().st_uid}'s",
+            "name another folder, or run as its user; in docker: "
+            'docker run --user "$(id -u):$(id -g)"',
+        )
 
 
 def disk_space(folder: Path, needed: int) -> None:

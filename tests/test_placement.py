@@ -47,6 +47,14 @@ def test_torchruns_variables_win(variables):
     assert placement.placement() == placement.Placement(5, 8, 1)
 
 
+def test_a_rank_without_a_world_size_is_pyxis_and_slurm_says_the_rest(variables):
+    """pyxis's source: for an image with PYTORCH_VERSION, RANK is SLURM_PROCID in every task."""
+    variables(RANK="3", LOCAL_RANK="1", **STEP)
+    assert placement.placement() == placement.Placement(3, 4, 1)
+    variables(RANK="0", LOCAL_RANK="0", **{**STEP, "SLURM_STEP_NUM_TASKS": "1"})
+    assert placement.placement() == placement.Placement(0, 1, 0)
+
+
 def test_a_task_of_a_slurm_step_is_a_rank(variables):
     variables(**STEP)
     assert placement.placement() == placement.Placement(3, 4, 1)
@@ -102,7 +110,7 @@ def test_without_an_address_the_message_says_what_to_set(variables, given):
 
 
 def test_a_number_that_is_none_is_named(variables):
-    variables(RANK="one")
+    variables(RANK="one", WORLD_SIZE="2")
     with pytest.raises(UsageError, match="RANK=one"):
         placement.placement()
 

@@ -475,29 +475,74 @@ def wait_for_restarts(cluster, job: str, count: int, log) -> None:
     while int(cluster.job(job)["Restarts"]) < count or cluster.job(job)["JobState"] != "PENDING":
         assert time.monotonic() < end, log()
         time.sleep(0.2)
+    time.sleep(2)  # SLURM revokes a job's credential by the second: too early, it fails at once
     cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
 
+def container_variables(cluster, model: Path, **more: str) -> dict[str, str]:
+    return {
+        **variables(cluster, model, Path("/scratch/me/work"), TP="2", DP="2"),
+        "USER_FSW": "/scratch/me",
+        "CONTAINER_IMAGE": "nvcr.io#nvidia/pytorch:x",
+        "CONTAINER_MOUNTS": "/data:/data",
+        **more,
+    }
+
+
 def test_containers_are_asked_for_as_pyxis_and_apptainer_want_it(site, model, tmp_path, cluster):
-    """Neither is there to be run; the step's line is shown."""
-    environment = variables(
-        cluster, model, tmp_path, TP="2", DP="2", CONTAINER_IMAGE="nvcr.io#nvidia/pytorch:x",
-        USER_FSW="/scratch/me", CONTAINER_MOUNTS="/data:/data",
-    )  # fmt: skip
+    """The step's line; tests/test_container.py runs jobs with apptainer. There is no pyxis here."""
     words = ("bash", site / "slurm" / "sbatch.sh", "--nodes=2", "convert.sh", "org/name")
-    step = step_line(submit(*words, "--dry-run", environment=environment, cwd=tmp_path))
-    assert "--container-image=nvcr.io#nvidia/pytorch:x" in step
+
+    def step(**more: str) -> str:
+        environment = container_variables(cluster, model, **more)
+        return step_line(submit(*words, "--dry-run", environment=environment, cwd=tmp_path))
+
     mounts = f"{site}:/workspace/nmm-sandbox,/scratch/me:/workspace/scratch"
-    assert f"--container-mounts={mounts},{site}:{site},/scratch/me:/scratch/me,/data:/data" in step
-    assert step.endswith("bash /workspace/nmm-sandbox/convert.sh org/name")
-    environment |= {"CONTAINER_IMAGE": "/images/a b.sif", "LAUNCH_SCRIPT": "python"}
-    step = step_line(submit(*words, "--dry-run", environment=environment, cwd=tmp_path))
-    assert "--ntasks=4 --ntasks-per-node=2" in step
-    assert f"apptainer exec --nv --bind {mounts}" in step
-    assert r"/images/a\ b.sif bash" in step
-    del environment["USER_FSW"]
-    text = submit(*words, "--dry-run", environment=environment, cwd=tmp_path, code=2)
-    assert "USER_FSW (not set)" in text
+    mounts += f",{site}:{site},/scratch/me:/scratch/me,/data:/data"
+    shown = step()
+    assert "--container-image=nvcr.io#nvidia/pytorch:x" in shown
+    assert f"--container-mounts={mounts} --container-workdir=/workspace/nmm-sandbox" in shown
+    assert "--no-container-entrypoint" in shown
+    assert shown.endswith("bash /workspace/nmm-sandbox/convert.sh org/name")
+    shown = step(CONTAINER_IMAGE="/images/a b.sif", LAUNCH_SCRIPT="python")
+    assert "--ntasks=4 --ntasks-per-node=2" in shown
+    inside = f"exec --nv --bind {mounts} --pwd /workspace/nmm-sandbox"
+    assert rf"apptainer {inside} /images/a\ b.sif bash" in shown
+    # Where a site has the older name only.
+    other = tmp_path / "singularity"
+    other.write_text("#!/bin/sh\n")
+    other.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    assert f"singularity {inside}" in step(CONTAINER_RUNTIME="apptainer", PATH=path)
+    step(MLM_WORK_DIR="/workspace/scratch/work")
+    step(MLM_WORK_DIR="/other/work", CONTAINER_MOUNTS="/other:/other:rw")
+
+
+@pytest.mark.parametrize(
+    ("more", "parts"),
+    [
+        ({"USER_FSW": ""}, ["USER_FSW (not set)"]),
+        ({"USER_FSW": "/a,b"}, ["USER_FSW=/a,b", "without comma or colon"]),
+        ({"USER_FSW": "scratch"}, ["USER_FSW=scratch", "named from /"]),
+        ({"CONTAINER_MOUNTS": "/a b:/a"}, ["pyxis", "white space"]),
+        ({"MLM_WORK_DIR": "/data2/work"}, ["MLM_WORK_DIR=/data2/work", "CONTAINER_MOUNTS="]),
+        ({"EXPORT_DIR": "/elsewhere"}, ["EXPORT_DIR=/elsewhere", "what it writes there is lost"]),
+        ({"CONTAINER_RUNTIME": "docker"}, ["docker", "pyxis, apptainer or singularity"]),
+    ],
+)
+def test_a_mistake_about_the_container_is_refused_before_submission(
+    more, parts, cluster, site, model, tmp_path
+):
+    before = cluster.run("squeue", "--noheader", "--states=all").stdout
+    text = submit(
+        *("bash", site / "slurm" / "sbatch.sh", "--nodes=2", "convert.sh", "org/name"),
+        environment=container_variables(cluster, model, **more),
+        cwd=tmp_path,
+        code=2,
+    )
+    for part in parts:
+        assert part in text
+    assert cluster.run("squeue", "--noheader", "--states=all").stdout == before
 
 
 def step_line(text: str) -> str:
