@@ -116,11 +116,14 @@ def test_metrics_after_the_checkpoint_are_written_again(tmp_path):
 
 
 def test_a_deferred_signal_is_noted_and_ends_nothing():
-    with signals.prompt_exit(), signals.deferred() as stopping:
-        assert not stopping()
-        for number in signals.TIME_LIMIT:
-            os.kill(os.getpid(), number)
-        assert stopping()
+    with signals.prompt_exit(), signals.deferred():
+        assert not signals.asked_to_end()
+        # In either order: what is deferred outside is no reason to end inside.
+        with signals.prompt_exit(), signals.deferred():
+            for number in signals.TIME_LIMIT:
+                os.kill(os.getpid(), number)
+        assert signals.asked_to_end()
+    assert not signals.asked_to_end()
     with pytest.raises(signals.Interrupted), signals.prompt_exit():
         os.kill(os.getpid(), signal.SIGTERM)
         signal.pause()
