@@ -89,8 +89,10 @@ def session(args: argparse.Namespace) -> Iterator[Session]:
         _stop()
         exit_with_usage_error(error)
     except SystemExit:
-        # A stage's own decision, and the same on all ranks.
+        # A stage's own decision, and the same on all ranks. Groups that are left to the
+        # interpreter's end may abort it: their threads still run.
         _leave(watch)
+        _stop()
         raise
     except signals.Interrupted as error:
         if placement.placement().rank == 0:

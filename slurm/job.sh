@@ -5,6 +5,8 @@
 
 # Exit code with which a training stage says that it saved in the middle, after SIGUSR1 or SIGTERM.
 REQUEUE_CODE=75
+# What srun leaves with if SIGTERM came before the stage could note it.
+ENDED_EARLY=143
 # Times in a row that a job may be queued again without having trained: a time limit that is shorter
 # than the start would otherwise never end.
 IDLE_STARTS=3
@@ -218,7 +220,7 @@ finish() {
     report "finished after $SECONDS s"
     exit 0
   fi
-  if ((code == REQUEUE_CODE)) && requeues; then
+  if ((code == REQUEUE_CODE || code == ENDED_EARLY)) && requeues; then
     state=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed 's/.*JobState=\([A-Z]*\).*/\1/')
     # A job that somebody cancels saves too, and is not to come back.
     if [[ "$state" == RUNNING ]]; then
@@ -253,7 +255,7 @@ idle_starts() {
   local log
   log=$(log_file)
   [[ -r "$log" ]] || log=/dev/null
-  awk '/the stage is asked to save|asked to end before its training began/ { asked = 1 }
+  awk '/the stage is asked to save|asked to end before its training began|: Terminated$/ { asked = 1 }
     /: started on / { count += asked; asked = 0 }
     /interrupted, and saved|saved iteration/ { count = asked = 0 }
     END { print count + asked }' "$log"
