@@ -7,8 +7,10 @@
 REQUEUE_CODE=75
 # What srun leaves with if SIGTERM came before the stage could note it.
 ENDED_EARLY=143
-# Times in a row that a job may be queued again without having trained: a time limit that is shorter
-# than the start would otherwise never end.
+# Exit code of the ranks that see another one gone.
+LOST_RANK_CODE=69
+# Times in a row that a job may end with nothing saved: one whose time limit is shorter than its
+# start would otherwise be queued for ever.
 IDLE_STARTS=3
 # Stages that go on from what they saved.
 RESUMABLE=(eagle3.sh distill.sh)
@@ -213,33 +215,16 @@ keep_asking() {
   while kill -USR1 "$STEP_PID" 2>/dev/null; do sleep 5; done
 }
 
-# finish CODE: report how the step ended, requeue what was asked to save and did, and leave.
+# finish CODE: report how the step ended, queue again what goes on later, and leave.
 finish() {
-  local code=$1 state idle what=saved
+  local code=$1 why
   if ((code == 0)); then
     report "finished after $SECONDS s"
     exit 0
   fi
-  if ((code == REQUEUE_CODE || code == ENDED_EARLY)) && requeues; then
-    state=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed 's/.*JobState=\([A-Z]*\).*/\1/')
-    # A job that somebody cancels saves too, and is not to come back.
-    if [[ "$state" == RUNNING ]]; then
-      idle=$(idle_starts)
-      if ((idle >= IDLE_STARTS)); then
-        report "asked to end $IDLE_STARTS times before training began: raise --time, or lower the" \
-          "seconds of --signal"
-      else
-        ((idle == 0)) || what="asked to end before training began"
-        report "$what after $SECONDS s${SAVE_ASKED:+, before the time limit}; queued again"
-        trap 'exit 0' TERM # SLURM ends this script
-        if scontrol requeue "$SLURM_JOB_ID"; then
-          sleep 60 &
-          wait $!
-        fi
-      fi
-    fi
-  fi
-  local why
+  case "$code" in
+    "$REQUEUE_CODE" | "$ENDED_EARLY" | "$LOST_RANK_CODE") if requeues; then queue_again "$code"; fi ;;
+  esac
   if ((code == REQUEUE_CODE)) || { [[ -n "$SAVE_ASKED" ]] && (($(idle_starts) == 0)); }; then
     why="It was asked to end: the same command goes on from what was saved."
   else
@@ -250,15 +235,36 @@ finish() {
   exit "$code"
 }
 
-# idle_starts: how often in a row the job was asked to end before training began, from its log.
+# queue_again CODE: put the job back into the queue, and leave; returns where that is not to be.
+queue_again() {
+  local idle state what=saved
+  # A job that somebody cancels saves too, and is not to come back.
+  state=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed 's/.*JobState=\([A-Z]*\).*/\1/')
+  [[ "$state" == RUNNING ]] || return 0
+  idle=$(idle_starts)
+  if ((idle >= IDLE_STARTS)); then
+    report "ended $IDLE_STARTS times in a row before anything was saved: raise --time, or lower the" \
+      "seconds of --signal or --save-interval"
+    return
+  fi
+  ((idle == 0)) || what="ended before training began"
+  (($1 != LOST_RANK_CODE)) || what="a rank was lost"
+  report "$what after $SECONDS s${SAVE_ASKED:+, before the time limit}; queued again"
+  trap 'exit 0' TERM # SLURM ends this script
+  scontrol requeue "$SLURM_JOB_ID" || return 0
+  sleep 60 &
+  wait $!
+}
+
+# idle_starts: how often in a row the job ended before anything was saved, from its log.
 idle_starts() {
   local log
   log=$(log_file)
   [[ -r "$log" ]] || log=/dev/null
-  awk '/the stage is asked to save|asked to end before its training began|: Terminated$/ { asked = 1 }
-    /: started on / { count += asked; asked = 0 }
-    /interrupted, and saved|saved iteration/ { count = asked = 0 }
-    END { print count + asked }' "$log"
+  awk '/stage is asked to save|asked to end before its training|: Terminated$| is lost$/ { ended = 1 }
+    /: started on / { count += ended; ended = 0 }
+    /interrupted, and saved|saved iteration/ { count = ended = 0 }
+    END { print count + ended }' "$log"
 }
 
 # log_file: where the job's output goes.
