@@ -140,6 +140,12 @@ class Cluster:
     def start_node(self, node: str) -> None:
         self._daemon(node, "-D", "-N", node, program="slurmd")
 
+    def restart_node(self, node: str) -> None:
+        """Bring a node back that was killed and given up."""
+        self.start_node(node)
+        self.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
+        _wait(self._nodes_are_idle, 60, "two idle nodes")
+
     def kill_node(self, node: str) -> None:
         """The node's daemon and everything it started end at once, as when a machine fails."""
         daemon = self._daemons.pop(node)
@@ -169,8 +175,8 @@ class Cluster:
         """
         if not (entry / "cmdline").read_bytes().startswith(b"slurmstepd"):
             return False
-        log = str(self.folder / f"slurmd.{node}.log")
-        return any(os.readlink(each) == log for each in (entry / "fd").iterdir())
+        log = self.folder / f"slurmd.{node}.log"
+        return any(each.readlink() == log for each in (entry / "fd").iterdir())
 
     def _daemon(self, name: str, *options: str, program: str | None = None) -> None:
         with (self.folder / f"{name}.out").open("ab") as output:
