@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import resource_tracker
 from typing import NoReturn
 
 GRACE = 5.0
@@ -124,6 +125,9 @@ def sheltered(numbers: Iterable[int] = TIME_LIMIT) -> Iterator[None]:
     keeps one from a first save for the next.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    # What multiprocessing starts before its first helper unblocks SIGTERM when it is done.
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
     finally:
