@@ -17,12 +17,13 @@
 #     MLM_PROMPTS, MLM_REF_LABEL   prompts and expected texts of the smoke generation, split by |
 #     TP PP CP           tensor, pipeline and context parallel size          (1)
 #     EP ETP             expert and expert-tensor parallel size              (1, TP)
-#     DP                 copies of the model                                 (1)
+#     DP                 copies of the model; "all": as many as the GPUs of all nodes hold  (1)
 #     LAUNCH_SCRIPT      replaces the launcher: "python" where every process is started from
 #                        outside, as one SLURM task each                    (torchrun, if needed)
 #     NNODES NODE_RANK MASTER_ADDR MASTER_PORT   several nodes, this launcher started once on each
 #                        (those of the SLURM step, else one node)
 #     GPUS_PER_NODE      refuse more processes than this on a node           (not checked)
+#                        and what DP=all fills                               (those that are there)
 #     SANDBOX_ENV_SETUP  shell file with any of these, sourced first and exported
 #     MLM_ENV_SETUP      shell file for the site, sourced next
 #     SANDBOX_ROOT       folder whose conf/model/<conf>.sh (or conf/<conf>.sh) is used instead
@@ -185,7 +186,8 @@ split_words() {
 # A pipeline stage takes the larger of TP x CP (the dense part) and EP x ETP (the experts)
 # processes; the smaller must divide it, since both parts live on the same processes.
 count_processes() {
-  local name
+  local name all=
+  [[ "${DP:-}" != all ]] || all=1 DP=1
   for name in TP PP CP EP DP; do
     printf -v "$name" '%s' "${!name:-1}"
   done
@@ -201,6 +203,7 @@ count_processes() {
       "TP x CP = $dense and EP x ETP = $experts share processes, and neither divides the other" \
       "choose EP x ETP as a divisor or a multiple of TP x CP; ETP=1 is often right"
   fi
+  [[ -z "$all" ]] || DP=$(copies "$((larger * PP))")
   WORLD=$((larger * DP * PP))
   FLAGS+=(
     --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP"
@@ -209,13 +212,40 @@ count_processes() {
   )
 }
 
-# check_nodes: NNODES, and whether the processes can be spread over the nodes.
-check_nodes() {
-  local step=${SLURM_STEP_ID:+${SLURM_STEP_NUM_NODES:-}} gpus=${GPUS_PER_NODE:-0} name
-  NNODES=${NNODES:-${PET_NNODES:-${step:-1}}}
-  for name in NNODES GPUS_PER_NODE; do
-    [[ "${!name:-0}" =~ ^[0-9]+$ ]] || fail "$name=${!name}" "it is no whole number" "$name=1"
+# copies PROCESSES: how many copies of a model of that many processes the GPUs of all nodes hold,
+# with equally many processes on each node. Without GPUs, as few as put a process on each node.
+copies() {
+  local gpus=${GPUS_PER_NODE:-0} order count
+  ((gpus > 0)) || gpus=$(visible_gpus)
+  order=$(seq "$NNODES")
+  ((gpus == 0)) || order=$(seq $((gpus * NNODES / $1)) -1 1)
+  for count in $order 1; do
+    ((count * $1 % NNODES)) || break
   done
+  echo "$count"
+}
+
+visible_gpus() {
+  if [[ -n "${CUDA_VISIBLE_DEVICES+set}" ]]; then
+    tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true
+  else
+    { nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU ' || true
+  fi
+}
+
+# find_nodes: NNODES, the number of nodes.
+find_nodes() {
+  local step=${SLURM_STEP_ID:+${SLURM_STEP_NUM_NODES:-}} name
+  NNODES=${NNODES:-${PET_NNODES:-${step:-1}}}
+  [[ "$NNODES" =~ ^[1-9][0-9]*$ ]] ||
+    fail "NNODES=$NNODES" "it is no whole number from 1" "NNODES=1"
+  [[ "${GPUS_PER_NODE:-0}" =~ ^[0-9]+$ ]] ||
+    fail "GPUS_PER_NODE=$GPUS_PER_NODE" "it is no whole number" "GPUS_PER_NODE=8"
+}
+
+# check_nodes: whether the processes can be spread over the nodes.
+check_nodes() {
+  local gpus=${GPUS_PER_NODE:-0}
   local sizes="TP=$TP PP=$PP CP=$CP EP=$EP ETP=$ETP DP=$DP"
   ((WORLD % NNODES == 0)) || fail "$WORLD processes on $NNODES nodes ($sizes)" \
     "every node gets the same number of processes, and $NNODES does not divide $WORLD" \
@@ -264,6 +294,7 @@ choose_launcher() {
 launch() {
   local stage=$1 planned=
   shift
+  find_nodes
   count_processes
   check_nodes
   local arguments=("${FLAGS[@]}" "$@")

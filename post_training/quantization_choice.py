@@ -116,6 +116,13 @@ def _check_format(args: argparse.Namespace, choice: Format) -> None:
             "ModelOpt cannot save stored block scales that are split over ranks",
             "set TP=1; PP may be larger",
         )
+    copies = arguments.parallel(args).data
+    if choice.method == "local_hessian" and copies > 1:
+        raise UsageError(
+            f"{what} with {copies} copies of the model (DP)",
+            "ModelOpt does not sum the Hessians of the copies, and their scales would differ",
+            "set DP=1; PP may be larger",
+        )
 
 
 def _check_blocks(args: argparse.Namespace, choice: Format, architecture: Architecture) -> None:

@@ -14,6 +14,8 @@ LOST_RANK_CODE=69
 IDLE_STARTS=3
 # Stages that go on from what they saved.
 RESUMABLE=(eagle3.sh distill.sh)
+# Stages that share their work among copies of the model.
+SHARING=(quantize.sh mmlu.sh eagle3.sh distill.sh extract_features.sh generate.sh validate.sh)
 
 # in_batch_script: whether this shell is a job's batch script (an salloc's shell is not).
 in_batch_script() {
@@ -70,10 +72,10 @@ submit_job() {
     "--nodes=2"
   gpus=$(requested '--gpus-per-node|--gres')
   export NNODES GPUS_PER_NODE=${gpus:-0}
+  choose_copies
   processes=$(MLM_LAUNCH=count bash "$SCRIPT_DIR/${STAGE_LINE[0]}" "${STAGE_LINE[@]:1}")
   if ((GPUS_PER_NODE * NNODES > processes)); then
-    echo "note: $processes of $((GPUS_PER_NODE * NNODES)) GPUS are used;" \
-      "DP=$((GPUS_PER_NODE * NNODES / processes)) or fewer nodes use all" >&2
+    echo "note: $processes of $((GPUS_PER_NODE * NNODES)) GPUs are used" >&2
   fi
   choose_style
   local line=(sbatch "${OPTIONS[@]}" "$SCRIPT_DIR/slurm/sbatch.sh" "${STAGE_LINE[@]}")
@@ -89,6 +91,7 @@ submit_job() {
   fi
   check_here
   unset NNODES GPUS_PER_NODE # the job asks SLURM
+  [[ "${DP:-}" != all ]] || unset DP
   export POST_TRAINING_ROOT=$SCRIPT_DIR
   exec "${line[@]}"
 }
@@ -165,6 +168,7 @@ run_job() {
   unset SANDBOX_ENV_SETUP MLM_ENV_SETUP # their variables are exported now
   choose_style
   export NNODES=$SLURM_JOB_NUM_NODES GPUS_PER_NODE=${SLURM_GPUS_ON_NODE:-0}
+  choose_copies
   # Nodes share a folder, and a machine's temporary folder is no such one.
   export MLM_WORK_DIR=${MLM_WORK_DIR:-${USER_FSW:-$SLURM_SUBMIT_DIR}/megatron_workspace}
   processes=$(MLM_LAUNCH=count bash "$SCRIPT_DIR/${STAGE_LINE[0]}" "${STAGE_LINE[@]:1}") ||
@@ -191,6 +195,11 @@ requeues() {
 # is to be queued again runs as one task per GPU: srun sends it signals and gets its code.
 choose_style() {
   if requeues; then export LAUNCH_SCRIPT=${LAUNCH_SCRIPT:-python}; fi
+}
+
+# choose_copies: a job's nodes are its own, so what can use all their GPUs does.
+choose_copies() {
+  if [[ " ${SHARING[*]} " == *" ${STAGE_LINE[0]} "* ]]; then export DP=${DP:-all}; fi
 }
 
 resumable() {

@@ -297,10 +297,35 @@ def test_the_number_of_processes_follows_from_the_sizes(sizes, processes, enviro
 
 
 @pytest.mark.parametrize(
+    ("sizes", "processes"),
+    [
+        ({"GPUS_PER_NODE": 8}, 8),
+        ({"GPUS_PER_NODE": 8, "NNODES": 2, "TP": 4}, 16),
+        ({"GPUS_PER_NODE": 8, "NNODES": 2, "TP": 16}, 16),
+        # Three GPUs a copy: five copies would not spread over two nodes evenly.
+        ({"GPUS_PER_NODE": 8, "NNODES": 2, "TP": 3}, 12),
+        ({"GPUS_PER_NODE": 2, "TP": 4}, 4),
+        ({"CUDA_VISIBLE_DEVICES": "0,2,3"}, 3),
+        # Without GPUs each node gets a process, and no more.
+        ({"CUDA_VISIBLE_DEVICES": ""}, 1),
+        ({"CUDA_VISIBLE_DEVICES": "", "NNODES": 4, "TP": 2}, 4),
+        ({"CUDA_VISIBLE_DEVICES": "", "NNODES": 2, "TP": 8}, 8),
+    ],
+)
+def test_all_copies_are_what_the_gpus_of_all_nodes_hold(sizes, processes, environment):
+    program = (
+        "set -euo pipefail; source conf/arguments.sh; find_nodes; count_processes; echo $WORLD"
+    )
+    given = {name: str(size) for name, size in sizes.items()}
+    assert bash("-c", program, **environment, **given, DP="all").stdout == f"{processes}\n"
+
+
+@pytest.mark.parametrize(
     ("sizes", "parts"),
     [
         ({"TP": "two"}, ["TP=two", "whole number"]),
         ({"PP": "0"}, ["PP=0", "PP=1"]),
+        ({"NNODES": "0"}, ["NNODES=0", "NNODES=1"]),
         ({"TP": "3", "EP": "2", "ETP": "1"}, ["TP=3", "EP=2", "ETP=1", "neither divides"]),
     ],
 )

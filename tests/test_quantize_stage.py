@@ -78,6 +78,13 @@ def test_mistakes_end_with_exit_code_2_and_one_message(source, tmp_path, case):
     assert "cause:" in done.stderr and "remedy:" in done.stderr
 
 
+def test_copies_whose_scales_would_differ_are_refused(source, tmp_path):
+    words = flags(source, tmp_path / "q", "--export-quant-cfg", "nvfp4_local_hessian")
+    done = tools.run("quantize.py", "--check", *words, code=2, MLM_PLANNED_PROCESSES="2")
+    assert "2 copies of the model (DP)" in done.stderr
+    assert "set DP=1" in done.stderr
+
+
 def test_a_refusal_takes_less_than_a_second_and_no_torch(source, tmp_path):
     words = flags(source, tmp_path / "q", "--export-quant-cfg", "int4_awq")
     seconds = []

@@ -275,6 +275,25 @@ def test_a_wrong_layout_is_refused_before_submission(
     assert cluster.run("squeue", "--noheader", "--states=all").stdout == before
 
 
+def test_a_stage_that_shares_its_work_uses_all_gpus_of_the_job(cluster, site, model, tmp_path):
+    def planned(*words: str, **sizes: str) -> str:
+        return submit(
+            *("bash", site / "slurm" / "sbatch.sh", *words, "--dry-run"),
+            environment=variables(cluster, model, tmp_path, **sizes),
+            cwd=tmp_path,
+        )
+
+    two = ("--nodes=2", "--gpus-per-node=4")
+    assert "8: TP=1 PP=1 CP=1 EP=1 ETP=1 DP=8, on 2 nodes" in planned(*two, "mmlu.sh", "org/name")
+    text = planned(*two, "quantize.sh", "org/name", TP="2")
+    assert "DP=4, on 2 nodes with 4 each" in text
+    text = planned(*two, "quantize.sh", "org/name", TP="2", DP="1")
+    assert "note: 2 of 8 GPUs are used" in text
+    # Copies would not make a conversion faster.
+    text = planned("--nodes=1", "--gpus-per-node=4", "convert.sh", "org/name")
+    assert "1: TP=1" in text and "note: 1 of 4 GPUs are used" in text
+
+
 def test_a_lost_node_ends_all_ranks_within_a_minute_by_name_and_starts_nothing_again(
     cluster, site, model, tmp_path
 ):
