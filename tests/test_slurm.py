@@ -253,10 +253,10 @@ def test_the_token_is_in_no_log_manifest_job_script_or_process_listing(two_nodes
     ("words", "sizes", "parts"),
     [
         (["--nodes=2"], {"TP": "3"}, ["3 processes on 2 nodes", "TP=3"]),
-        (["-N", "2"], {}, ["1 processes on 2 nodes"]),
+        (["-N", "2"], {}, ["1 process on 2 nodes"]),
         (["--nodes=2", "--gpus-per-node=h100:4"], {"TP": "8", "DP": "2"},
          ["16 processes on 2 nodes with 4 GPUs each", "take 4 nodes"]),
-        (["--nodes=1", "--gres=gpu:2"], {"TP": "4"}, ["4 processes on 1 nodes with 2 GPUs each"]),
+        (["--nodes=1", "--gres=gpu:2"], {"TP": "4"}, ["4 processes on 1 node with 2 GPUs each"]),
         (["--nodes=2"], {"TP": "8"}, ["TP=8", "does not divide the model's 4 attention heads"]),
     ],
 )  # fmt: skip
