@@ -600,14 +600,19 @@ class Run:
     def wait_for_restart(self, count: int) -> None:
         """Wait until the job runs again. SLURM would wait two minutes before it starts it."""
         end = time.monotonic() + 120
+        queued = None
         found = self.cluster.job(self.job)
         while int(found["Restarts"]) < count or found["JobState"] != "RUNNING":
             assert time.monotonic() < end, self.log.read_text()
+            assert found["JobState"] not in ("FAILED", "NODE_FAIL"), self.log.read_text()
             if found["JobState"] == "PENDING":
-                # Again and again: SLURM writes its own time once the job's last step has ended.
-                self.cluster.run(
-                    "scontrol", "update", f"JobId={self.job}", "StartTime=now", check=False
-                )
+                queued = queued or time.monotonic()
+                # In the second of the requeue nodes refuse the job, whose old credential ends then.
+                if time.monotonic() > queued + 2:
+                    # Again and again: SLURM writes its own time once the last step has ended.
+                    self.cluster.run(
+                        "scontrol", "update", f"JobId={self.job}", "StartTime=now", check=False
+                    )
             time.sleep(0.2)
             found = self.cluster.job(self.job)
 
