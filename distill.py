@@ -29,6 +29,7 @@ from post_training import (
     draft_data,
     loading,
     preflight,
+    signals,
     training_checkpoint,
     training_options,
 )
@@ -95,8 +96,11 @@ def check(args: argparse.Namespace) -> None:
 def find_student(args: argparse.Namespace) -> Source:
     """The student: the run in --save, if there is one to go on with, else the given model."""
     folder = Path(args.save)
-    training_checkpoint.check_folder(folder, "distill", args.overwrite)
-    if not args.overwrite and training_checkpoint.last_iteration(folder):
+    goes_on = training_checkpoint.goes_on(folder, args.overwrite)
+    training_checkpoint.check_folder(
+        folder, "distill", args.overwrite and not goes_on, model=args.explicit.get("load")
+    )
+    if goes_on:
         args.load = args.save
     return loading.find(args)
 
@@ -110,18 +114,20 @@ def distill(args: argparse.Namespace, session: Session) -> Outcome:
     from post_training import distillation, huggingface
     from post_training.manifest import Manifest, describe_input
     from post_training.model import count_parameters
-    from post_training.training import Trainer
+    from post_training.training import Trainer, leave_if_asked
     from post_training.training_checkpoint import TrainingCheckpoints
 
+    leave_if_asked(session)
     options = training_options.options(args)
     config = distill_config.read(args.export_kd_cfg)
     source = loading.fetch(find_student(args), args)
     of_teacher = distill_config.teacher_arguments(args)
     teacher_source = loading.fetch(distill_config.find_teacher(args), of_teacher)
     distill_config.check_pair(args, config, source, teacher_source)
-    resume = bool(training_checkpoint.last_iteration(Path(args.save))) and not args.overwrite
+    resume = training_checkpoint.goes_on(Path(args.save), args.overwrite)
     small_files = loading.local_huggingface(source, args)
     train, valid = samples(args, source, session)
+    leave_if_asked(session)
     student = load(args, source, session)
     parameters = count_parameters(student)
     teacher = load(of_teacher, teacher_source, session)
@@ -130,20 +136,24 @@ def distill(args: argparse.Namespace, session: Session) -> Outcome:
         "teacher_parameters": count_parameters(teacher),
         "distillation": config.to_json(),
     }
+    leave_if_asked(session)
     model = distillation.attach(student, teacher, config, args.seed)
+    inputs = [
+        *source.inputs(),
+        describe_input("teacher", teacher_source.location),
+        {"role": "data", "path": draft_data.source(args).describe()},
+    ]
     if resume:
         distillation.load_projection(model, Path(args.save))
+        # The run itself is where it goes on, not what it was made from.
+        inputs = list((source.manifest or {})["inputs"])
 
     def record(iteration: int) -> Manifest:
         return Manifest(
             "distill",
             source.architecture.to_json(),
             configuration=arguments.explicit(args),
-            inputs=[
-                *source.inputs(),
-                describe_input("teacher", teacher_source.location),
-                {"role": "data", "path": draft_data.source(args).describe()},
-            ],
+            inputs=inputs,
             metrics={**metrics, "iteration": iteration, **trainer.metrics},
             started=session.started,
             peak_memory_bytes=session.peak_memory(),
@@ -224,6 +234,8 @@ def show(args: argparse.Namespace, outcome: Outcome) -> None:
 
 
 def main() -> None:
+    # From the start: imports and loading take longer than a scheduler may wait.
+    signals.defer_until_exit()
     args = arguments.parse("distill", add_arguments, check)
     from post_training import runtime
 

@@ -15,6 +15,9 @@
 # Exit code 75: ended by SIGTERM, SIGUSR1 or a limit, and saved; the same command goes on.
 # Further variables: conf/arguments.sh. All flags: bash distill.sh --help
 set -euo pipefail
+# A time limit may be near before the stage itself can note it; torchrun must not end of it either.
+trap '' USR1
+trap 'exit 75' TERM
 SCRIPT_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=conf/arguments.sh
 source "$SCRIPT_DIR/conf/arguments.sh"

@@ -33,6 +33,7 @@ from post_training import (
     files,
     loading,
     preflight,
+    signals,
     training_checkpoint,
     training_options,
 )
@@ -126,8 +127,12 @@ def read_options(args: argparse.Namespace) -> TrainingOptions:
 def find_source(args: argparse.Namespace) -> Source:
     """The model to train: the run in --save, if there is one to go on with, else the given one."""
     folder = Path(args.save)
-    training_checkpoint.check_folder(folder, "eagle3", args.overwrite, "convert")
-    if not args.overwrite and (folder / checkpoint.TRACKER).is_file():
+    goes_on = training_checkpoint.goes_on(folder, args.overwrite)
+    overwrite = args.overwrite and not goes_on
+    training_checkpoint.check_folder(
+        folder, "eagle3", overwrite, "convert", args.explicit.get("load")
+    )
+    if not overwrite and (folder / checkpoint.TRACKER).is_file():
         args.load = args.save
         source = loading.find(args)
         if source.draft is None:
@@ -182,14 +187,16 @@ def eagle3(args: argparse.Namespace, session: Session) -> Outcome:
     from post_training import eagle, eagle_training, huggingface
     from post_training.manifest import Manifest
     from post_training.model import count_parameters
-    from post_training.training import Trainer
+    from post_training.training import Trainer, leave_if_asked
     from post_training.training_checkpoint import TrainingCheckpoints
 
+    leave_if_asked(session)
     options = read_options(args)
     source = loading.fetch(find_source(args), args)
-    resume = bool(training_checkpoint.last_iteration(Path(args.save))) and not args.overwrite
+    resume = training_checkpoint.goes_on(Path(args.save), args.overwrite)
     small_files = loading.local_huggingface(source, args)
     train, valid, prompts = samples(args, source, session)
+    leave_if_asked(session)
     build = replace(loading.build_options(args, source), sequence_parallel=False)
     model = loading.load(source, build, session, trust_remote_code=args.trust_remote_code)
     draft = source.draft or draft_arguments.plan(args, source.architecture)
@@ -208,6 +215,7 @@ def eagle3(args: argparse.Namespace, session: Session) -> Outcome:
             model, Path(args.offline_distillation_data), train, SAME_STATES[options.dtype]
         )
     metrics: dict[str, Any] = {"parameters": count_parameters(model)}
+    leave_if_asked(session)
 
     inputs = [*source.inputs(), *_data_inputs(args)]
     if resume:
@@ -319,9 +327,37 @@ def _data_inputs(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [{"role": "data", "path": draft_data.source(args).describe()}]
 
 
+def show(args: argparse.Namespace, outcome: Outcome) -> None:
+    """Print the summary."""
+    from post_training import report
+
+    found = outcome.metrics
+    steps = [name for name in found if name.startswith("eval_accuracy_")]
+    report.summary(
+        "draft trained" if outcome.finished else "interrupted, and saved",
+        {
+            "iterations": f"{outcome.iteration:,} of {read_options(args).train_iters:,}",
+            "loss": f"{found['loss']:.4f}" if "loss" in found else "-",
+            "accuracy by step (held out)": ", ".join(f"{found[n]:.3f}" for n in steps) or "-",
+            "acceptance length (held out)": f"{found['eval_acceptance_length']:.2f}"
+            if "eval_acceptance_length" in found
+            else "-",
+            "checkpoint": f"{args.save} ({report.size(Path(args.save))})",
+            "metrics": f"{args.save}/{training_checkpoint.FOLDER}/"
+            "{metrics.jsonl,curves.png,tensorboard/}",
+            **(report.cost(outcome.manifest) if outcome.manifest else {}),
+        },
+        next_step=f"MLM_MODEL_CKPT={args.save} bash validate.sh <conf> --steps 3"
+        if outcome.finished
+        else "the same command goes on from here",
+    )
+
+
 def main() -> None:
+    # From the start: imports and loading take longer than a scheduler may wait.
+    signals.defer_until_exit()
     args = arguments.parse("eagle3", add_arguments, check)
-    from post_training import report, runtime
+    from post_training import runtime
 
     with runtime.session(args) as session:
         if args.show_loss_mask:
@@ -330,27 +366,7 @@ def main() -> None:
             return
         outcome = eagle3(args, session)
         if session.is_main:
-            found = outcome.metrics
-            steps = [name for name in found if name.startswith("eval_accuracy_")]
-            report.summary(
-                "draft trained" if outcome.finished else "interrupted, and saved",
-                {
-                    "iterations": f"{outcome.iteration:,} of {read_options(args).train_iters:,}",
-                    "loss": f"{found['loss']:.4f}" if "loss" in found else "-",
-                    "accuracy by step (held out)": ", ".join(f"{found[n]:.3f}" for n in steps)
-                    or "-",
-                    "acceptance length (held out)": f"{found['eval_acceptance_length']:.2f}"
-                    if "eval_acceptance_length" in found
-                    else "-",
-                    "checkpoint": f"{args.save} ({report.size(Path(args.save))})",
-                    "metrics": f"{args.save}/{training_checkpoint.FOLDER}/"
-                    "{metrics.jsonl,curves.png,tensorboard/}",
-                    **(report.cost(outcome.manifest) if outcome.manifest else {}),
-                },
-                next_step=f"MLM_MODEL_CKPT={args.save} bash validate.sh <conf> --steps 3"
-                if outcome.finished
-                else "the same command goes on from here",
-            )
+            show(args, outcome)
     if not outcome.finished:
         sys.exit(training_options.EXIT_UNFINISHED)
 

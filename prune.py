@@ -54,7 +54,9 @@ def check(args: argparse.Namespace) -> None:
     smoke_generation.check(args)
     pruning_choice.check_parallel(args)
     source = loading.find(args)
-    if source.is_checkpoint and checkpoint.is_quantized(Path(source.location)):
+    # With --dry-run an earlier job may still have to make it.
+    made = source.is_checkpoint and source.is_local
+    if made and checkpoint.is_quantized(Path(source.location)):
         raise UsageError(
             f"--load {args.load}",
             "it holds a state of ModelOpt: it is quantized, or has a draft attached",

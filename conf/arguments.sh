@@ -48,6 +48,11 @@ fail() {
   exit 2
 }
 
+# counted NUMBER ONE MANY: "1 process", "2 processes".
+counted() {
+  if (($1 == 1)); then echo "1 $2"; else echo "$1 $3"; fi
+}
+
 # require VARIABLE MEANING: fail unless the variable has a value.
 require() {
   [[ -n "${!1:-}" ]] || fail "$1 (not set)" "$2 is needed" "$1=... bash $(basename "$0") <conf>"
@@ -245,14 +250,15 @@ find_nodes() {
 
 # check_nodes: whether the processes can be spread over the nodes.
 check_nodes() {
-  local gpus=${GPUS_PER_NODE:-0}
+  local gpus=${GPUS_PER_NODE:-0} layout
   local sizes="TP=$TP PP=$PP CP=$CP EP=$EP ETP=$ETP DP=$DP"
-  ((WORLD % NNODES == 0)) || fail "$WORLD processes on $NNODES nodes ($sizes)" \
+  layout="$(counted "$WORLD" process processes) on $(counted "$NNODES" node nodes)"
+  ((WORLD % NNODES == 0)) || fail "$layout ($sizes)" \
     "every node gets the same number of processes, and $NNODES does not divide $WORLD" \
     "choose other sizes, or a number of nodes that divides $WORLD"
   ((gpus == 0 || WORLD / NNODES <= gpus)) || fail \
-    "$WORLD processes on $NNODES nodes with $gpus GPUs each ($sizes)" \
-    "each process needs a GPU, and there are $((NNODES * gpus))" \
+    "$layout with $(counted "$gpus" GPU GPUs) each ($sizes)" \
+    "each process needs a GPU, and the nodes have $((NNODES * gpus))" \
     "take $(((WORLD + gpus - 1) / gpus)) nodes, or smaller sizes"
 }
 

@@ -7,12 +7,15 @@ if a stage could not run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
+import logging
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +47,8 @@ def examine() -> list[Finding]:
         findings += _devices()
     # Without fitting packages an import would only fail in a less readable way.
     if installed:
-        findings += [_transformer_engine(), _stages_import()]
+        with _without_what_the_table_says():
+            findings += [_transformer_engine(), _stages_import()]
     return [*findings, _memory(), _disk(), *_tools()]
 
 
@@ -115,6 +119,19 @@ def _nccl() -> str:
     if not torch.distributed.is_nccl_available():
         return "not available"
     return ".".join(map(str, torch.cuda.nccl.version()))
+
+
+@contextlib.contextmanager
+def _without_what_the_table_says() -> Iterator[None]:
+    """Imports without their warnings that Apex, Transformer Engine or a GPU is missing."""
+    import torch
+
+    if not torch.cuda.is_available():
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        missing = r"(Transformer Engine and )?Apex (is|are) not installed"
+        warnings.filterwarnings("ignore", missing, UserWarning)
+        yield
 
 
 def _transformer_engine() -> Finding:

@@ -18,7 +18,7 @@ import sys
 import threading
 from typing import Any
 
-from post_training import placement
+from post_training import placement, signals
 
 EXIT_CODE = 69  # EX_UNAVAILABLE of sysexits.h: another rank was lost
 GRACE = 5.0  # seconds in which a rank may still fail with a message of its own
@@ -125,7 +125,7 @@ class Watch:
                 flush=True,
             )
         if not self._left.wait(GRACE):
-            os._exit(EXIT_CODE)
+            signals.exit_now(EXIT_CODE)
 
 
 def start(rank: int, world: int) -> Watch | None:

@@ -182,7 +182,8 @@ def is_valid(output: Path, source: str, made_by: Sequence[str] = ()) -> bool:
 
 
 def _plain(words: Sequence[str]) -> list[str]:
-    """A command without the folder of its program."""
+    """A command without what does not decide its result: the program's folder, --overwrite."""
+    words = [word for word in words if word != "--overwrite"]
     return [Path(words[0]).name, *words[1:]] if words else []
 
 

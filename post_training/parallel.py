@@ -64,7 +64,7 @@ class Parallel:
         if world % dense:
             raise UsageError(
                 f"TP={tensor} PP={pipeline} CP={context}",
-                f"they take {dense} processes, and {world} were started",
+                f"they take {dense} processes, and the number of those started is {world}",
                 f"start a multiple of {dense} processes: the launchers (*.sh) do",
             )
         if (tensor * context * (world // dense)) % (expert * etp):

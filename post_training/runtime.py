@@ -89,8 +89,10 @@ def session(args: argparse.Namespace) -> Iterator[Session]:
         _stop()
         exit_with_usage_error(error)
     except SystemExit:
-        # A stage's own decision, and the same on all ranks.
+        # A stage's own decision, and the same on all ranks. Groups that are left to the
+        # interpreter's end may abort it: their threads still run.
         _leave(watch)
+        _stop()
         raise
     except signals.Interrupted as error:
         if placement.placement().rank == 0:
@@ -101,10 +103,10 @@ def session(args: argparse.Namespace) -> Iterator[Session]:
             )
         sys.stderr.flush()
         # Process groups may hold ranks that are gone: waiting for them would hang.
-        os._exit(error.exit_code)
+        signals.exit_now(error.exit_code)
     except Exception as error:
         if watch is not None and watch.follows_a_loss(error):
-            os._exit(liveness.EXIT_CODE)
+            signals.exit_now(liveness.EXIT_CODE)
         raise
     _leave(watch)
     _stop()

@@ -7,19 +7,24 @@ thread reads it and ends the process if the main thread has not unwound within `
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import multiprocessing
 import os
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from multiprocessing import resource_tracker
+from typing import NoReturn
 
 GRACE = 5.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # What a scheduler sends before a job's time is over: SIGTERM, or SIGUSR1 (sbatch --signal).
 TIME_LIMIT = (signal.SIGTERM, signal.SIGUSR1)
 _deferred: set[int] = set()
+_received: set[int] = set()
 
 
 class Interrupted(KeyboardInterrupt):
@@ -39,6 +44,8 @@ class Interrupted(KeyboardInterrupt):
 def prompt_exit(cleanup: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Within this context a signal raises :class:`Interrupted`, and a stuck process still ends.
 
+    Signals that are :func:`deferred` stay so.
+
     Args:
         cleanup: called by the watching thread just before it ends a stuck process.
     """
@@ -48,7 +55,7 @@ def prompt_exit(cleanup: Callable[[], None] = lambda: None) -> Iterator[None]:
 
     def interrupt(number: int, _frame: object) -> None:
         # A second signal must not break the unwinding that the first one began.
-        for each in _SIGNALS:
+        for each in chosen:
             signal.signal(each, signal.SIG_IGN)
         raise Interrupted(number)
 
@@ -60,9 +67,10 @@ def prompt_exit(cleanup: Callable[[], None] = lambda: None) -> Iterator[None]:
             return
         cleanup()
         sys.stderr.flush()
-        os._exit(128 + received[0])
+        exit_now(128 + received[0])
 
-    handlers = {number: signal.signal(number, interrupt) for number in _SIGNALS}
+    chosen = [number for number in _SIGNALS if number not in _deferred]
+    handlers = {number: signal.signal(number, interrupt) for number in chosen}
     previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     threading.Thread(target=watch, name="signal-watch", daemon=True).start()
     try:
@@ -76,19 +84,63 @@ def prompt_exit(cleanup: Callable[[], None] = lambda: None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def deferred(numbers: Iterable[int] = TIME_LIMIT) -> Iterator[Callable[[], bool]]:
-    """Within this context these signals only make the yielded function return True.
+def deferred(numbers: Iterable[int] = TIME_LIMIT) -> Iterator[None]:
+    """Within this context these signals only make :func:`asked_to_end` return True.
 
     For work that ends by itself when asked, such as a training loop, which first finishes its step
-    and saves. A process that is stuck is then not ended: whoever sent the signal has to.
+    and saves. A process that is stuck is then not ended: whoever sent the signal has to. Signals
+    that are deferred already stay so when an inner context ends.
     """
-    received: list[int] = []
-    chosen = list(numbers)
-    handlers = {each: signal.signal(each, lambda n, _: received.append(n)) for each in chosen}
+    chosen = [number for number in numbers if number not in _deferred]
+    handlers = {each: signal.signal(each, _note) for each in chosen}
     _deferred.update(chosen)
     try:
-        yield lambda: bool(received)
+        yield
     finally:
         _deferred.difference_update(chosen)
+        _received.difference_update(chosen)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def defer_until_exit(numbers: Iterable[int] = TIME_LIMIT) -> None:
+    """The same from now on, for a program whose exit code is to say that it ended when asked."""
+    chosen = list(numbers)
+    for each in chosen:
+        signal.signal(each, _note)
+    _deferred.update(chosen)
+    # The interpreter gives them their default action back while it ends, but not what is ignored.
+    atexit.register(lambda: [signal.signal(each, signal.SIG_IGN) for each in chosen])
+
+
+def _note(number: int, _frame: object) -> None:
+    _received.add(number)
+
+
+@contextlib.contextmanager
+def sheltered(numbers: Iterable[int] = TIME_LIMIT) -> Iterator[None]:
+    """Processes that are started within this context never see these signals; this one still does.
+
+    SLURM sends a signal to every process of a task, and a helper would die of it: megatron-core
+    keeps one from a first save for the next.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    # What multiprocessing starts before its first helper unblocks SIGTERM when it is done.
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def exit_now(code: int) -> NoReturn:
+    """End this process at once, whatever it waits for, with its helpers, which would live on."""
+    for helper in multiprocessing.active_children():
+        helper.kill()
+    os._exit(code)
+
+
+def asked_to_end() -> bool:
+    """Whether a deferred signal has come."""
+    return bool(_received)

@@ -17,9 +17,10 @@ from __future__ import annotations
 import logging
 import math
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from post_training import signals, training_setup
@@ -27,7 +28,7 @@ from post_training.errors import UsageError
 from post_training.training_checkpoint import FOLDER, Progress, TrainingCheckpoints
 from post_training.training_data import Batches, Order, Samples
 from post_training.training_metrics import Metrics
-from post_training.training_options import TrainingOptions
+from post_training.training_options import EXIT_UNFINISHED, TrainingOptions
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +67,27 @@ class Task:
     metric_names: tuple[str, ...] = ()
     set_mode: Callable[[Any], None] = _nothing
     adjust_tensor_shapes: Callable[..., Any] | None = None
+
+
+def leave_if_asked(session: Session) -> None:
+    """End the process with exit code 75 if a deferred signal has come; a collective call.
+
+    For the moments before training begins at which nothing is half done: there is nothing to save.
+    """
+    import torch
+
+    asked = torch.tensor([float(signals.asked_to_end())], device=session.device)
+    if session.world > 1:
+        torch.distributed.all_reduce(asked)
+    if not asked.item():
+        return
+    if session.is_main:
+        print(
+            f"{session.stage}: asked to end before its training began; nothing was changed, and "
+            "the same command goes on",
+            file=sys.stderr,
+        )
+    sys.exit(EXIT_UNFINISHED)
 
 
 @dataclass(frozen=True)
@@ -147,8 +169,8 @@ class Trainer:
                 title=self.session.stage,
             )
         try:
-            with signals.deferred() as stopping:
-                return self._loop(data, valid, metrics, stopping)
+            with signals.deferred():
+                return self._loop(data, valid, metrics)
         finally:
             if metrics is not None:
                 metrics.close()
@@ -158,7 +180,6 @@ class Trainer:
         data: Samples,
         valid: Samples | None,
         metrics: Metrics | None,
-        stopping: Callable[[], bool],
     ) -> Outcome:
         options = self.options
         batches = iter(self._batches(data, self.progress.samples, shuffle=True))
@@ -168,7 +189,8 @@ class Trainer:
         content = None
         iteration = self.progress.iteration
         while iteration < options.train_iters:
-            grad_norm, lr, stop = self._step(batches, stopping() or self._is_late(started))
+            asked = signals.asked_to_end() or self._is_late(started)
+            grad_norm, lr, stop = self._step(batches, asked)
             iteration += 1
             now = time.monotonic()
             self.progress = Progress(
@@ -334,8 +356,14 @@ class Trainer:
         return {name: total / count if count else 0.0 for name, (total, count) in pairs}
 
     def _save(self) -> dict[str, Any] | None:
+        import torch
+
         window = dict(zip(self._names, self._window.tolist(), strict=True))
-        self.progress = Progress(**{**vars(self.progress), "window": window})
+        # megatron-core compares what ranks save in common, and their clocks differ.
+        seconds = self._window.new_tensor([self.progress.seconds])
+        if self.session.world > 1:
+            torch.distributed.broadcast(seconds, 0)
+        self.progress = replace(self.progress, window=window, seconds=seconds.item())
         content = self.checkpoints.save(self.model, self.optimizer, self.progress)
         self.task.set_mode(self.model)
         logger.info("saved iteration %d to %s", self.progress.iteration, self.checkpoints.folder)

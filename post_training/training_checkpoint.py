@@ -16,6 +16,7 @@ tracker names an iteration that is whole, and the manifest one that is there.
 from __future__ import annotations
 
 import logging
+import os
 import random
 import shutil
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training import checkpoint, files, manifest
+from post_training import checkpoint, files, manifest, signals
 from post_training.errors import UsageError
 from post_training.manifest import Manifest
 
@@ -36,6 +37,7 @@ logger = logging.getLogger("post_training")
 FOLDER = "training"
 _OWN = (FOLDER, checkpoint.HUGGINGFACE, checkpoint.TRACKER, manifest.FILE)
 _PROGRESS = "training_progress"
+_JOB = "slurm_job"  # in the manifest: which job trained last
 # Optimizer state in the shapes of the parameters, so that it loads at another layout.
 _OPTIMIZER = {"distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -68,8 +70,26 @@ def last_iteration(folder: Path) -> int:
     return int(text) if text.isdecimal() else 0
 
 
+def goes_on(folder: Path, overwrite: bool) -> bool:
+    """Whether there is a run in ``folder`` to go on with. No torch.
+
+    With ``overwrite`` a run is begun anew; but a job that SLURM queued again, with the command line
+    that it had, goes on with what it saved itself.
+    """
+    if not last_iteration(folder):
+        return False
+    if not overwrite:
+        return True
+    job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    return restarts != "0" and (manifest.read(folder) or {}).get(_JOB) == job
+
+
 def check_folder(
-    folder: Path, stage: str, overwrite: bool = False, start: str | None = None
+    folder: Path,
+    stage: str,
+    overwrite: bool = False,
+    start: str | None = None,
+    model: str | None = None,
 ) -> None:
     """Raise UsageError unless ``folder`` is free, or holds a run of ``stage`` to go on with.
 
@@ -78,6 +98,7 @@ def check_folder(
         stage: that trains.
         overwrite: whether anything may lie there.
         start: a stage whose output may lie there too, to be trained in its place.
+        model: what training would begin with; a run that began with another is not gone on with.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"output {folder}", "it is a file", "name a folder")
@@ -91,6 +112,8 @@ def check_folder(
                 f"it holds a training run of {content.get('stage')}, not of {stage}",
                 "name another folder in MLM_MODEL_SAVE",
             )
+        if model is not None:
+            _require_same_start(folder, content, model)
         return
     content = manifest.read(folder) or {}
     if start is not None and content.get("stage") == start:
@@ -106,6 +129,24 @@ def check_folder(
             f"it is not empty and holds no training run ({', '.join(foreign[:3])})",
             "delete it, name another in MLM_MODEL_SAVE, or give --overwrite",
         )
+
+
+def _require_same_start(folder: Path, content: Mapping[str, Any], model: str) -> None:
+    """Raise UsageError if ``model`` is not the checkpoint that the run in ``folder`` began with."""
+    if Path(model).resolve() == folder.resolve() or not (Path(model) / manifest.FILE).is_file():
+        return
+    now = manifest.describe_input("model", model)
+    for before in content.get("inputs", []):
+        # A draft may be trained where convert.sh attached it: that checkpoint is there no more.
+        if before["role"] != "model" or Path(before["path"]) == folder.resolve():
+            continue
+        if before.get("manifest_sha256", now["manifest_sha256"]) != now["manifest_sha256"]:
+            raise UsageError(
+                f"output folder {folder}",
+                f"the training run that it holds began with another model ({before['path']}) than "
+                f"{model} is now",
+                "name another folder in MLM_MODEL_SAVE, or give --overwrite to train anew",
+            )
 
 
 class TrainingCheckpoints:
@@ -142,6 +183,8 @@ class TrainingCheckpoints:
         target = self.folder / f"iter_{progress.iteration:07d}"
         work = files.incomplete(target)
         record = self._record(progress.iteration)
+        if "SLURM_JOB_ID" in os.environ:
+            record.extra[_JOB] = os.environ["SLURM_JOB_ID"]
         if is_main:
             files.begin(target)
         torch.distributed.barrier()
@@ -158,14 +201,15 @@ class TrainingCheckpoints:
             ),
             "rng_state": _sharded_random_state(),
         }
-        dist_checkpointing.save(
-            state,
-            str(work),
-            sharded_strategy=checkpoint.save_strategy(model),
-            content_metadata=dict(checkpoint.CONTENT),
-        )
-        if checkpoint.has_modelopt_state(model):
-            save_sharded_modelopt_state([model], str(work))
+        with signals.sheltered():
+            dist_checkpointing.save(
+                state,
+                str(work),
+                sharded_strategy=checkpoint.save_strategy(model),
+                content_metadata=dict(checkpoint.CONTENT),
+            )
+            if checkpoint.has_modelopt_state(model):
+                save_sharded_modelopt_state([model], str(work))
         torch.distributed.barrier()
         content = None
         if is_main:

@@ -5,6 +5,13 @@
 
 # Exit code with which a training stage says that it saved in the middle, after SIGUSR1 or SIGTERM.
 REQUEUE_CODE=75
+# What srun leaves with if SIGTERM came before the stage could note it.
+ENDED_EARLY=143
+# Exit code of the ranks that see another one gone.
+LOST_RANK_CODE=69
+# Times in a row that a job may end with nothing saved: one whose time limit is shorter than its
+# start would otherwise be queued for ever.
+IDLE_STARTS=3
 # Stages that go on from what they saved.
 RESUMABLE=(eagle3.sh distill.sh)
 # Stages that share their work among copies of the model.
@@ -199,7 +206,13 @@ is_mounted() {
 run_job() {
   local processes code=0
   take_words "$@"
+  SAVE_ASKED='' STEP_PID=''
+  trap near_the_limit USR1
+  # SLURM kills what is left after KillWait: time enough to see how the step ended.
+  trap 'report "ended by SIGTERM: cancelled, preempted or out of time"' TERM
   report "started on $SLURM_JOB_NODELIST"
+  # After a node's failure, too, SLURM starts only such a job again.
+  if requeues; then scontrol update "JobId=$SLURM_JOB_ID" Requeue=1; fi
   read_set_up
   unset SANDBOX_ENV_SETUP MLM_ENV_SETUP # their variables are exported now
   choose_style
@@ -207,13 +220,10 @@ run_job() {
   choose_copies
   # Nodes share a folder, and a machine's temporary folder is no such one.
   export MLM_WORK_DIR=${MLM_WORK_DIR:-${USER_FSW:-$SLURM_SUBMIT_DIR}/megatron_workspace}
-  SAVE_ASKED=
-  trap near_the_limit USR1
-  # SLURM kills what is left after KillWait: time enough to see how the step ended.
-  trap 'report "ended by SIGTERM: cancelled, preempted or out of time"' TERM
   processes=$(MLM_LAUNCH=count bash "$SCRIPT_DIR/${STAGE_LINE[0]}" "${STAGE_LINE[@]:1}") ||
     finish $?
   make_step "$processes"
+  [[ -z "$SAVE_ASKED" ]] || finish "$REQUEUE_CODE"
   "${STEP[@]}" &
   STEP_PID=$!
   # A trapped signal interrupts wait: go on until the step itself has ended.
@@ -250,38 +260,80 @@ near_the_limit() {
   if resumable; then
     SAVE_ASKED=1
     report "the time limit is near: the stage is asked to save"
-    kill -USR1 "${STEP_PID:-0}" # srun passes it on to every task
+    if [[ -n "$STEP_PID" ]]; then keep_asking & fi
   else
     report "the time limit is near; ${STAGE_LINE[0]} cannot go on later and starts anew next time" \
       "(quantize's --auto-quantize-checkpoint and prune's --prune-intermediate-ckpt keep scores)"
   fi
 }
 
-# finish CODE: report how the step ended, requeue what was asked to save and did, and leave.
+# keep_asking: srun passes the signal on to every task. One that has only just started ignores it,
+# so it is sent until the step has ended.
+keep_asking() {
+  while kill -USR1 "$STEP_PID" 2>/dev/null; do sleep 5; done
+}
+
+# finish CODE: report how the step ended, queue again what goes on later, and leave.
 finish() {
-  local code=$1 state
+  local code=$1 why
   if ((code == 0)); then
     report "finished after $SECONDS s"
     exit 0
   fi
-  if ((code == REQUEUE_CODE)) && requeues; then
-    state=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed 's/.*JobState=\([A-Z]*\).*/\1/')
-    # A job that somebody cancels saves too, and is not to come back.
-    if [[ "$state" == RUNNING ]]; then
-      report "saved after $SECONDS s${SAVE_ASKED:+ before the time limit}; queued again"
-      scontrol requeue "$SLURM_JOB_ID"
-      sleep 60 # SLURM ends this script
-    fi
+  case "$code" in
+    "$REQUEUE_CODE" | "$ENDED_EARLY" | "$LOST_RANK_CODE") if requeues; then queue_again "$code"; fi ;;
+  esac
+  if ((code == REQUEUE_CODE)) || { [[ -n "$SAVE_ASKED" ]] && (($(idle_starts) == 0)); }; then
+    why="It was asked to end: the same command goes on from what was saved."
+  else
+    why=$(reason)
   fi
   report "FAILED with exit code $code after $SECONDS s on $SLURM_JOB_NODELIST; jobs that wait for" \
-    "it are cancelled. $(reason)"
+    "it are cancelled. $why"
   exit "$code"
+}
+
+# queue_again CODE: put the job back into the queue, and leave; returns where that is not to be.
+queue_again() {
+  local idle state what=saved
+  # A job that somebody cancels saves too, and is not to come back.
+  state=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed 's/.*JobState=\([A-Z]*\).*/\1/')
+  [[ "$state" == RUNNING ]] || return 0
+  idle=$(idle_starts)
+  if ((idle >= IDLE_STARTS)); then
+    report "ended $IDLE_STARTS times in a row before anything was saved: raise --time, or lower the" \
+      "seconds of --signal or --save-interval"
+    return
+  fi
+  ((idle == 0)) || what="ended before training began"
+  (($1 != LOST_RANK_CODE)) || what="a rank was lost"
+  report "$what after $SECONDS s${SAVE_ASKED:+, before the time limit}; queued again"
+  trap 'exit 0' TERM # SLURM ends this script
+  scontrol requeue "$SLURM_JOB_ID" || return 0
+  sleep 60 &
+  wait $!
+}
+
+# idle_starts: how often in a row the job ended before anything was saved, from its log.
+idle_starts() {
+  local log
+  log=$(log_file)
+  [[ -r "$log" ]] || log=/dev/null
+  awk '/stage is asked to save|asked to end before its training|: Terminated$| is lost$/ { ended = 1 }
+    /: started on / { count += ended; ended = 0 }
+    /interrupted, and saved|saved iteration/ { count = ended = 0 }
+    END { print count + ended }' "$log"
+}
+
+# log_file: where the job's output goes.
+log_file() {
+  scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p'
 }
 
 # reason: the first error in the job's log, else its last lines.
 reason() {
   local log
-  log=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p')
+  log=$(log_file)
   [[ -r "$log" ]] || return 0
   echo "From $log:"
   # A stage's own message, else the last line of a traceback.

@@ -13,7 +13,8 @@
 #   QUANTIZE_SBATCH  further sbatch options, e.g. --nodes=2
 #   QUANTIZE_TP ...  its TP, PP, CP, EP, ETP or DP
 # Outputs lie in MLM_WORK_DIR, by default megatron_workspace in USER_FSW or the current folder. A
-# stage whose output is whole and made by the same command from the same input is left out.
+# stage whose output is whole and made by the same command from the same input is left out, training
+# that was interrupted goes on.
 # --dry-run among the options shows every stage's plan and submits nothing. See slurm/README.md.
 set -euo pipefail
 SCRIPT_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -86,6 +87,17 @@ is_valid() {
   "$PYTHON" -m post_training.manifest valid "$OUTPUT" "$INPUT" "${words[@]}"
 }
 
+# require_same_start STAGE: fail if a stage before it makes anew what the training run in OUTPUT began
+# with. Training costs too much to be dropped, or to go on from another model, without a word.
+require_same_start() {
+  case "$1" in distill | eagle3) ;; *) return 0 ;; esac
+  [[ " ${STAGE_WORDS[*]} " != *" --overwrite "* ]] || return 0
+  grep -qs '^[0-9]' "$OUTPUT/latest_checkpointed_iteration.txt" || return 0
+  fail "$1: output $OUTPUT" \
+    "it holds a training run, and $INPUT, which that run began with, is going to be made anew" \
+    "train anew with ${1^^}_ARGS=--overwrite (added to its flags), or set another MLM_WORK_DIR"
+}
+
 # submit STAGE: hand it to sbatch after the job before it; sets JOB.
 submit() {
   local line=(sbatch --parsable "${OPTIONS[@]}" "--job-name=$1" "--output=$FOLDER/$1-%j.log")
@@ -134,22 +146,32 @@ main() {
     plan=$(env "${STAGE_ENV[@]}" bash slurm/sbatch.sh "${OPTIONS[@]}" "${own[@]}" "$stage.sh" \
       "$CONF" "${STAGE_WORDS[@]}" --dry-run) || exit $?
     [[ -z "$dry_run" ]] || printf '== %s\n%s\n\n' "$stage" "$plan"
-    if [[ -z "$dry_run" && "$stage" == "${STAGES[0]}" ]]; then
-      # Its input is there already: all of its checks can be made.
-      STAGE_LINE=("$stage.sh" "$CONF" "${STAGE_WORDS[@]}")
-      (export "${STAGE_ENV[@]}" && check_here)
-    fi
     next_model "$stage"
   done
   [[ -z "$dry_run" ]] || exit 0
+  local -A runs=()
+  MODEL=$first
+  for stage in "${STAGES[@]}"; do
+    stage_of "$stage"
+    # Once a stage is to run, what comes after it is made from something new.
+    if ((${#runs[@]} > 0)); then
+      require_same_start "$stage"
+      runs[$stage]=1
+    elif ! is_valid "$stage"; then
+      # Its input is there already: all of its checks can be made.
+      STAGE_LINE=("$stage.sh" "$CONF" "${STAGE_WORDS[@]}")
+      (export "${STAGE_ENV[@]}" && check_here)
+      runs[$stage]=1
+    fi
+    next_model "$stage"
+  done
 
   FOLDER=$MLM_WORK_DIR/pipeline/$CONF-$(date +%Y%m%d-%H%M%S)
   mkdir -p "$FOLDER"
   MODEL=$first
   for stage in "${STAGES[@]}"; do
     stage_of "$stage"
-    # Once a stage is to run, what comes after it is made from something new.
-    if [[ -z "$JOB" ]] && is_valid "$stage"; then
+    if [[ -z "${runs[$stage]:-}" ]]; then
       echo "$stage: $OUTPUT is still valid and is left as it is" | tee -a "$FOLDER/pipeline.log"
     else
       submit "$stage"

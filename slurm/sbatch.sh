@@ -12,6 +12,7 @@
 #SBATCH --job-name=post-training
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
+#SBATCH --no-requeue               # with MLM_REQUEUE=1 the job itself changes that
 #SBATCH --nodes=1
 #SBATCH --exclusive
 #SBATCH --mem=0

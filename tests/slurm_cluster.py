@@ -140,6 +140,12 @@ class Cluster:
     def start_node(self, node: str) -> None:
         self._daemon(node, "-D", "-N", node, program="slurmd")
 
+    def restart_node(self, node: str) -> None:
+        """Bring a node back that was killed and given up."""
+        self.start_node(node)
+        self.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
+        _wait(self._nodes_are_idle, 60, "two idle nodes")
+
     def kill_node(self, node: str) -> None:
         """The node's daemon and everything it started end at once, as when a machine fails."""
         daemon = self._daemons.pop(node)
@@ -158,17 +164,19 @@ class Cluster:
                     variables = (entry / "environ").read_bytes().split(b"\0")
                     conf = f"SLURM_CONF={self.folder / 'slurm.conf'}".encode()
                     name = f"SLURMD_NODENAME={node}".encode()
-                    title = (entry / "cmdline").read_bytes()
-                    is_step_daemon = title.startswith(b"slurmstepd") and node in self._step(entry)
-                    if (conf in variables and name in variables) or is_step_daemon:
+                    if conf in variables and (name in variables or self._logs_for(entry, node)):
                         found.append(int(entry.name))
         return found
 
-    def _step(self, entry: Path) -> str:
-        """Name of the node that a step daemon works for, from its log or working folder."""
-        with suppress(OSError):
-            return str((entry / "cwd").readlink())
-        return ""
+    def _logs_for(self, entry: Path, node: str) -> bool:
+        """Whether this is a step daemon of the node: its environment does not say so, its log does.
+
+        The node's own daemon has the same log open, and is no step's.
+        """
+        if not (entry / "cmdline").read_bytes().startswith(b"slurmstepd"):
+            return False
+        log = self.folder / f"slurmd.{node}.log"
+        return any(each.readlink() == log for each in (entry / "fd").iterdir())
 
     def _daemon(self, name: str, *options: str, program: str | None = None) -> None:
         with (self.folder / f"{name}.out").open("ab") as output:

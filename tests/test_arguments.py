@@ -268,7 +268,7 @@ def expect_usage_error(capsys, *words: str, contains: list[str]) -> None:
         (["--flash-attention-version", "7"], ["7", "2, 3, 4"]),
         (["--tokenizer-type", "NullTokenizer"], ["NullTokenizer", "HuggingFaceTokenizer"]),
         (["--tensor-model-parallel-size", "0"], ["TP=0", "TP=1"]),
-        (["--tensor-model-parallel-size", "2"], ["TP=2", "1 were started"]),
+        (["--tensor-model-parallel-size", "2"], ["TP=2", "number of those started is 1"]),
         (["--check", "--expert-model-parallel-size", "2", "--tensor-model-parallel-size", "3",
           "--expert-tensor-parallel-size", "1"], ["TP=3", "3 processes", "ETP=1"]),
     ],

@@ -10,11 +10,12 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,7 @@ def model(tmp_path_factory):
     tools.random_model(folder / "source", "qwen3", torch.bfloat16)
     lines = [json.dumps({"text": f"{n}: the quick brown fox jumps. " * 9}) for n in range(40)]
     (folder / "text.jsonl").write_text("\n".join(lines))
+    conversations(folder / "chat.jsonl")
     (folder / "questions").mkdir()
     write_questions(folder / "questions")
     conf = folder / "conf" / "model" / "org" / "name.sh"
@@ -183,21 +185,23 @@ def two_nodes(cluster, site, model, tmp_path_factory):
         cwd=work,
     )
     jobs = {"torchrun": number(torchrun), "tasks": number(tasks)}
-    listing = ""
-    while any(cluster.job(job)["JobState"] in ("PENDING", "RUNNING") for job in jobs.values()):
-        listing += subprocess.run(
-            ["ps", "-ww", "-eo", "args"], capture_output=True, text=True, check=True
-        ).stdout
-        time.sleep(0.5)
-    logs = {style: finished(cluster, job) for style, job in jobs.items()}
-    one = subprocess.run(
+    with subprocess.Popen(
         ["bash", str(site / "quantize.sh"), "org/name", "FP8_DEFAULT_CFG"],
         env={**environment, "TP": "2", "MLM_MODEL_SAVE": str(work / "one node"),
              "MLM_EXTRA_ARGS": quantize_flags(model)},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-    )  # fmt: skip
-    assert one.returncode == 0, one.stderr
+    ) as one:  # fmt: skip
+        listing = ""
+        while any(cluster.job(job)["JobState"] in ("PENDING", "RUNNING") for job in jobs.values()):
+            listing += subprocess.run(
+                ["ps", "-ww", "-eo", "args"], capture_output=True, text=True, check=True
+            ).stdout
+            time.sleep(0.5)
+        output = one.communicate()[0]
+    assert one.returncode == 0, output
+    logs = {style: finished(cluster, job) for style, job in jobs.items()}
     return work, logs, listing, jobs
 
 
@@ -249,10 +253,10 @@ def test_the_token_is_in_no_log_manifest_job_script_or_process_listing(two_nodes
     ("words", "sizes", "parts"),
     [
         (["--nodes=2"], {"TP": "3"}, ["3 processes on 2 nodes", "TP=3"]),
-        (["-N", "2"], {}, ["1 processes on 2 nodes"]),
+        (["-N", "2"], {}, ["1 process on 2 nodes"]),
         (["--nodes=2", "--gpus-per-node=h100:4"], {"TP": "8", "DP": "2"},
          ["16 processes on 2 nodes with 4 GPUs each", "take 4 nodes"]),
-        (["--nodes=1", "--gres=gpu:2"], {"TP": "4"}, ["4 processes on 1 nodes with 2 GPUs each"]),
+        (["--nodes=1", "--gres=gpu:2"], {"TP": "4"}, ["4 processes on 1 node with 2 GPUs each"]),
         (["--nodes=2"], {"TP": "8"}, ["TP=8", "does not divide the model's 4 attention heads"]),
     ],
 )  # fmt: skip
@@ -290,88 +294,186 @@ def test_a_stage_that_shares_its_work_uses_all_gpus_of_the_job(cluster, site, mo
     assert "1: TP=1" in text and "note: 1 of 4 GPUs are used" in text
 
 
-def test_a_lost_rank_ends_all_ranks_within_a_minute_by_name(cluster, site, model, tmp_path):
-    output = submit(
-        *("bash", site / "slurm" / "sbatch.sh", "--nodes=2", "quantize.sh", "org/name"),
-        environment=variables(
-            cluster, model, tmp_path, TP="2", LAUNCH_SCRIPT="python",
-            MLM_EXTRA_ARGS=quantize_flags(model, samples=400) + " --calib-max-sequence-length 8",
-        ),
-        cwd=tmp_path,
-    )  # fmt: skip
-    job = number(output)
-    log = tmp_path / f"post-training-{job}.log"
-    end = time.monotonic() + 120
-    while not (log.is_file() and "loaded" in log.read_text()):
-        assert time.monotonic() < end
-        assert cluster.job(job)["JobState"] in ("PENDING", "RUNNING"), log.read_text()
-        time.sleep(0.2)
+def test_a_lost_node_ends_all_ranks_within_a_minute_by_name_and_starts_nothing_again(
+    cluster, site, model, tmp_path
+):
+    """Everything on node2 dies at once, its daemons too, under both launch styles."""
+
+    def start(style: str, script: str) -> str:
+        return number(submit(
+            *("bash", site / "slurm" / "sbatch.sh", "--nodes=2", f"--output={tmp_path}/{style}.log",
+              "quantize.sh", "org/name"),
+            environment=variables(
+                cluster, model, tmp_path, TP="2", LAUNCH_SCRIPT=script,
+                MLM_MODEL_SAVE=str(tmp_path / style),
+                MLM_EXTRA_ARGS=f"{quantize_flags(model, samples=4000)} "
+                "--calib-max-sequence-length 8",
+            ),
+            cwd=tmp_path,
+        ))  # fmt: skip
+
+    jobs = {"tasks": start("tasks", "python"), "torchrun": start("torchrun", "")}
+    for style, job in jobs.items():
+        wait_for_text(tmp_path / f"{style}.log", "[quantize] loaded", cluster, job)
+    assert len(list(filter(is_rank, cluster.processes_on("node2")))) == 2
     killed = time.monotonic()
-    lost = [pid for pid in cluster.processes_on("node2") if is_rank(pid)]
-    assert len(lost) == 1
-    os.kill(lost[0], signal.SIGKILL)
-    text = finished(cluster, job, "FAILED", 60)
-    assert time.monotonic() - killed < 60
-    assert "error: rank 1 on host node2 is lost" in text
-    assert "srun: error: node2: task 1: Killed" in text
-    assert re.search(r"quantize \(job \d+\): FAILED with exit code \d+ after \d+ s", text)
-    left = [pid for node in ("node1", "node2") for pid in cluster.processes_on(node)]
-    assert not any(map(is_rank, left))
+    cluster.kill_node("node2")
+    while any(map(is_rank, cluster.processes_on("node1"))):
+        assert time.monotonic() - killed < 60
+        time.sleep(0.2)
+    for style in jobs:
+        assert "error: rank 1 on host node2 is lost" in (tmp_path / f"{style}.log").read_text()
+    # srun waits for news of node2 until SLURM gives it up; an administrator may be faster.
+    cluster.run("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=test")
+    for job in jobs.values():
+        found = cluster.wait(job, 60)
+        assert (found["JobState"], found["Restarts"]) == ("NODE_FAIL", "0")
+    cluster.restart_node("node2")
+
+
+def wait_for_text(log: Path, text: str, cluster, job: str, seconds: float = 120) -> None:
+    """Wait until a running job's log has ``text``."""
+    end = time.monotonic() + seconds
+    while not (log.is_file() and text in log.read_text()):
+        state = cluster.job(job)["JobState"]
+        assert state in ("PENDING", "RUNNING"), log.read_text() if log.is_file() else state
+        assert time.monotonic() < end, log.read_text() if log.is_file() else "no log"
+        time.sleep(0.2)
 
 
 def is_rank(pid: int) -> bool:
+    """Whether this is a stage's process: not its launcher, whose words are the same."""
     with suppress(OSError):
-        return b"quantize.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return b"torch.distributed.run" not in words and any(
+            word.endswith(b"/quantize.py") for word in words
+        )
     return False
 
 
-def pipeline(cluster, site, model, work: Path, *words: str, **more: str) -> tuple[str, list[str]]:
-    """Submit the quantize road; returns what it prints and the jobs' numbers."""
-    environment = variables(
-        cluster, model, work, QUANTIZE_ARGS=quantize_flags(model), QUANTIZE_TP="2",
-        QUANTIZE_SBATCH="--nodes=2", **more,
-    )  # fmt: skip
-    text = submit(
-        *("bash", site / "slurm" / "pipeline.sh", *words, "quantize", "org/name"),
-        environment=environment,
-        cwd=work,
+def settings(model: Path) -> dict[str, dict[str, str]]:
+    """The stages' own variables on each road."""
+    score = f"--mmlu-dataset {model}/questions --mmlu-batch-size 8"
+    training = (
+        f"--finetune-data-files {model}/chat.jsonl --seq-length 64 --train-iters 3 --eval-iters 1"
     )
-    return text, re.findall(r": job (\d+)", text)
+    sizes = '--prune-export-config {"num_layers":4,"hidden_size":96}'
+    return {
+        "quantize": {
+            "QUANTIZE_ARGS": quantize_flags(model), "QUANTIZE_TP": "2",
+            "QUANTIZE_SBATCH": "--nodes=2", "MMLU_ARGS": score,
+        },
+        "prune": {
+            "PRUNE_ARGS": f"{sizes} {quantize_flags(model, 2)}", "DISTILL_ARGS": training,
+            "MMLU_ARGS": score,
+        },
+        "eagle3": {
+            "EAGLE3_ARGS": f"{training} --draft-vocab-size 64",
+            "VALIDATE_ARGS": f"--prompts-path {model}/chat.jsonl --prompts-limit 4 --osl 4",
+        },
+    }  # fmt: skip
 
 
-def test_a_pipeline_runs_stops_where_it_fails_and_goes_on_from_there(
+def test_the_roads_run_to_their_ends_stop_where_a_stage_fails_and_go_on_from_there(
     cluster, site, model, tmp_path
 ):
-    score = f"--mmlu-dataset {model}/questions --mmlu-batch-size 8"
-    # The bar is out of reach: scoring fails, and the export that waits for it is cancelled.
-    text, jobs = pipeline(cluster, site, model, tmp_path, MMLU_ARGS=score + " --lower-bound 1")
-    watch = re.search(r"tail -n \+1 -F (\S+)", text)[1]
-    states = [cluster.wait(job, 240)["JobState"] for job in jobs]
-    log = Path(watch).read_text()
-    assert states == ["COMPLETED", "COMPLETED", "FAILED", "CANCELLED"], log
-    assert "FAILED with exit code 1" in log
-    assert "error: MMLU accuracy" in log
-    assert "below --lower-bound 1.0000" in log
-    assert not (tmp_path / "org" / "name_export").exists()
+    """All three side by side."""
+    own = settings(model)
 
-    # Without it the first two stages are left as they are, and the road goes on to its end.
-    text, jobs = pipeline(cluster, site, model, tmp_path, MMLU_ARGS=score)
-    assert re.findall(r"(\w+): \S+ is still valid", text) == ["convert", "quantize"]
-    assert [cluster.wait(job, 240)["JobState"] for job in jobs] == ["COMPLETED"] * 2
-    exported = tmp_path / "org" / "name_export"
+    def pipeline(road: str, *words: str, code: int = 0, **more: str) -> tuple[str, list[str]]:
+        """Submit a road; returns what is printed and the jobs' numbers."""
+        work = tmp_path / road
+        work.mkdir(exist_ok=True)
+        added = {name: f"{own[road][name]} {value}" for name, value in more.items()}
+        text = submit(
+            *("bash", site / "slurm" / "pipeline.sh", *words, road, "org/name"),
+            environment=variables(cluster, model, work, **{**own[road], **added}),
+            cwd=work,
+            code=code,
+        )  # fmt: skip
+        return text, re.findall(r": job (\d+)", text)
+
+    def together(**more: dict[str, str]) -> dict[str, tuple[str, list[str]]]:
+        with ThreadPoolExecutor() as pool:
+            found = {road: pool.submit(pipeline, road, **more.get(road, {})) for road in own}
+            return {road: each.result() for road, each in found.items()}
+
+    # A score below its bar, training that ends too early, a draft that is not good enough.
+    started = together(
+        quantize={"MMLU_ARGS": "--lower-bound 1"},
+        prune={"DISTILL_ARGS": "--exit-interval 2"},
+        eagle3={"VALIDATE_ARGS": "--lower-bound 2"},
+    )
+    reasons = {
+        "quantize": (
+            "mmlu",
+            r"exit code 1 [^$]*error: MMLU accuracy .* below --lower-bound 1.0000",
+        ),
+        "prune": ("distill", "exit code 75 .* the same command goes on from what was saved"),
+        "eagle3": ("validate", r"exit code 1 [^$]*error: acceptance length 1.0 is below 2.0"),
+    }
+    for road, (text, jobs) in started.items():
+        states = [cluster.wait(job, 240)["JobState"] for job in jobs]
+        log = Path(re.search(r"tail -n \+1 -F (\S+)", text)[1]).read_text()
+        cancelled = ["CANCELLED"] * (len(jobs) - 3)
+        assert states == ["COMPLETED", "COMPLETED", "FAILED", *cancelled], log
+        stage, reason = reasons[road]
+        assert re.search(rf"{stage} \(job \d+\): FAILED with {reason}", log), log
+        ends = [tmp_path / road / "org" / f"name_{kind}" for kind in ("export", "draft")]
+        assert not any(end.exists() for end in ends)
+
+    # Without that: the first two stages are left as they are, and the roads go on to their ends.
+    for road, (text, jobs) in together().items():
+        kept = re.findall(r"(\w+): \S+ is still valid", text)
+        assert kept == ["convert", road]
+        states = [cluster.wait(job, 240)["JobState"] for job in jobs]
+        assert states == ["COMPLETED"] * (3 if road == "prune" else 2), text
+
+    def manifest(road: str, output: str) -> dict:
+        return json.loads((tmp_path / road / "org" / output / "run.json").read_text())
+
+    exported = tmp_path / "quantize" / "org" / "name_export"
     assert json.loads((exported / "hf_quant_config.json").read_text())
-    made = json.loads((tmp_path / "org" / "name_quant" / "run.json").read_text())
+    made = manifest("quantize", "name_quant")
     assert made["configuration"]["tensor_model_parallel_size"] == 2
+    config, names = read_model(tmp_path / "prune" / "org" / "name_export")
+    assert (config["num_hidden_layers"], config["hidden_size"]) == (4, 96)
+    assert names["model.embed_tokens.weight"] == [512, 96]
+    assert manifest("prune", "name_distilled")["metrics"]["iteration"] == 3
+    # It went on where it was, and says so: the pruned model is what it was made from.
+    inputs = {each["role"]: each["path"] for each in manifest("prune", "name_distilled")["inputs"]}
+    assert [Path(inputs[role]).name for role in ("model", "teacher")] == ["name_pruned", "name_mlm"]
+    config, names = read_model(tmp_path / "eagle3" / "org" / "name_draft")
+    assert (config["draft_vocab_size"], names["lm_head.weight"]) == (64, [64, 128])
+    report = json.loads((tmp_path / "eagle3" / "org" / "name-Eagle3.validate.json").read_text())
+    assert report["acceptance"]["identical_answers"] == report["acceptance"]["answers"] == 4
 
-    # Nothing is left to do; another format is made anew.
-    text, jobs = pipeline(cluster, site, model, tmp_path, MMLU_ARGS=score)
-    assert (text.count("is still valid"), jobs) == (4, [])
-    assert "nothing to do" in text
-    words = ["--dry-run"]
-    text, jobs = pipeline(cluster, site, model, tmp_path, *words, MMLU_ARGS=score)
+    # Nothing is left to do.
+    for road, (text, jobs) in together().items():
+        assert (text.count("is still valid"), jobs) == (5 if road == "prune" else 4, []), text
+        assert "nothing to do" in text
+    text, jobs = pipeline("quantize", "--dry-run")
     assert jobs == []
     assert text.count("launch line") == 4
     assert "srun --nodes=2 --ntasks=2" in text
+    # Training is not dropped, nor gone on with from another model, without a word.
+    own["prune"]["PRUNE_ARGS"] = own["prune"]["PRUNE_ARGS"].replace("96", "64")
+    text, jobs = pipeline("prune", code=2)
+    assert (jobs, "it holds a training run" in text) == ([], True), text
+
+
+def read_model(folder: Path) -> tuple[dict, dict[str, list[int]]]:
+    """A model's configuration and its tensors' shapes; transformers' names where it loads them."""
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM
+
+    config = json.loads((folder / "config.json").read_text())
+    if "draft_vocab_size" not in config:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        return config, {name: list(each.shape) for name, each in model.named_parameters()}
+    with safe_open(folder / "model.safetensors", "pt") as content:
+        names = list(content.keys())
+        return config, {name: list(content.get_slice(name).get_shape()) for name in names}
 
 
 def test_a_pipeline_with_a_mistake_submits_nothing(cluster, site, model, tmp_path):
@@ -405,32 +507,83 @@ def conversations(path: Path) -> None:
 
 
 def test_training_is_saved_at_signals_queued_again_and_its_loss_curve_is_the_same(
-    cluster, site, model, tmp_path
+    cluster, site, model, two_nodes, tmp_path
 ):
-    """Over two nodes: asked as before a time limit (SIGUSR1 to the batch script), then as before a
-    preemption (SIGTERM to the tasks)."""
-    from post_training import training_checkpoint, training_metrics
-
-    conversations(tmp_path / "chat.jsonl")
+    """A draft over two nodes, asked as before a time limit (SIGUSR1 to the batch script); beside it
+    a distillation, asked so before it has begun, then as before a preemption (SIGTERM)."""
     flags = (
-        f"--fp32 --finetune-data-files {tmp_path}/chat.jsonl --seq-length 64 --train-iters 24 "
-        "--global-batch-size 2 --lr 2e-3 --log-interval 1 --eval-interval 8 --eval-iters 1 "
-        "--save-interval 10 --draft-vocab-size 64"
+        f"--fp32 --finetune-data-files {model}/chat.jsonl --seq-length 64 --global-batch-size 2 "
+        "--lr 2e-3 --log-interval 1 --eval-interval 8 --eval-iters 1 --save-interval 3"
     )
+    draft = {"TP": "2", "MLM_EXTRA_ARGS": f"{flags} --train-iters 20 --draft-vocab-size 64"}
+    student = {
+        "MLM_MODEL_CKPT": str(two_nodes[0] / "one node"), "TEACHER_CKPT": str(model / "source"),
+        "MLM_EXTRA_ARGS": f"{flags} --train-iters 40",
+    }  # fmt: skip
 
-    def start(name: str, **more: str) -> str:
-        return number(submit(
-            *("bash", site / "slurm" / "sbatch.sh", "--nodes=2", "--requeue", "eagle3.sh",
-              "org/name"),
+    def start(stage: str, nodes: int, name: str, **more: str) -> Run:
+        output = submit(
+            *("bash", site / "slurm" / "sbatch.sh", f"--nodes={nodes}",
+              f"--output={tmp_path}/{name}.log", f"{stage}.sh", "org/name"),
             environment=variables(
-                cluster, model, tmp_path, TP="2", MLM_EXTRA_ARGS=flags,
-                MLM_MODEL_SAVE=str(tmp_path / name), **more,
+                cluster, model, tmp_path, MLM_MODEL_SAVE=str(tmp_path / name), **more
             ),
             cwd=tmp_path,
-        ))  # fmt: skip
+        )  # fmt: skip
+        return Run(cluster, number(output), tmp_path / name, tmp_path / f"{name}.log")
 
-    def curve(name: str) -> list[dict]:
-        folder = tmp_path / name / training_checkpoint.FOLDER
+    def train_draft() -> tuple[Run, Run]:
+        run = start("eagle3", 2, "draft", MLM_REQUEUE="1", **draft)
+        whole = start("eagle3", 2, "whole draft", **draft)
+        run.wait_for_iteration(4)
+        cluster.run("scancel", "--batch", "--signal=USR1", run.job)
+        run.wait_for_restart(1)
+        assert cluster.job(run.job)["Requeue"] == "1"
+        assert cluster.job(whole.job)["Requeue"] == "0"
+        return run, whole
+
+    def distill() -> tuple[Run, Run]:
+        run = start("distill", 1, "student", MLM_REQUEUE="1", **student)
+        whole = start("distill", 1, "whole student", **student)
+        wait_for_text(run.log, "started on", cluster, run.job)
+        cluster.run("scancel", "--batch", "--signal=USR1", run.job)
+        run.wait_for_restart(1)
+        assert "ended before training began" in run.log.read_text()
+        assert run.curve() == []
+        run.wait_for_iteration(4)
+        cluster.run("scancel", "--signal=TERM", f"{run.job}.0")
+        run.wait_for_restart(2)
+        return run, whole
+
+    with ThreadPoolExecutor() as pool:
+        stories = [pool.submit(story) for story in (train_draft, distill)]
+        for story, iterations in zip(stories, (20, 40), strict=True):
+            run, whole = story.result()
+            text = finished(cluster, run.job)
+            finished(cluster, whole.job)
+            assert len(re.findall("saved after .*; queued again", text)) == 1
+            assert "going on after iteration" in text
+            assert text.count("finished after") == 1
+            assert run.curve() == whole.curve()
+            trained = [each["iteration"] for each in run.curve() if each["kind"] == "train"]
+            assert trained == list(range(1, iterations + 1))
+            assert "the time limit is near: the stage is asked to save" in text
+
+
+@dataclass
+class Run:
+    """A training job."""
+
+    cluster: slurm_cluster.Cluster
+    job: str
+    folder: Path
+    log: Path
+
+    def curve(self) -> list[dict]:
+        """Its metrics, without those of the machine."""
+        from post_training import training_checkpoint, training_metrics
+
+        folder = self.folder / training_checkpoint.FOLDER
         if not (folder / "metrics.jsonl").is_file():
             return []
         return [
@@ -438,45 +591,32 @@ def test_training_is_saved_at_signals_queued_again_and_its_loss_curve_is_the_sam
             for line in training_metrics.read(folder)
         ]
 
-    def wait_for_iteration(number: int) -> None:
+    def wait_for_iteration(self, number: int) -> None:
         end = time.monotonic() + 120
-        while not any(line["iteration"] >= number for line in curve("interrupted")):
-            assert time.monotonic() < end, log()
+        while not any(line["iteration"] >= number for line in self.curve()):
+            assert time.monotonic() < end, self.log.read_text()
             time.sleep(0.1)
 
-    interrupted = start("interrupted", MLM_REQUEUE="1")
-
-    def log() -> str:
-        path = tmp_path / f"post-training-{interrupted}.log"
-        return path.read_text() if path.is_file() else "no log"
-
-    wait_for_iteration(3)
-    cluster.run("scancel", "--batch", "--signal=USR1", interrupted)
-    wait_for_restarts(cluster, interrupted, 1, log)
-    whole = start("whole")
-    saved = len(curve("interrupted"))
-    wait_for_iteration(curve("interrupted")[-1]["iteration"] + 3)
-    cluster.run("scancel", "--signal=TERM", f"{interrupted}.0")
-    wait_for_restarts(cluster, interrupted, 2, log)
-    finished(cluster, interrupted)
-    finished(cluster, whole)
-    text = log()
-    assert "the time limit is near: the stage is asked to save" in text
-    assert len(re.findall("saved after .*; queued again", text)) == 2
-    assert text.count("finished after") == 1
-    assert saved < len(curve("interrupted"))
-    assert curve("interrupted") == curve("whole")
-    assert [line["iteration"] for line in curve("whole") if line["kind"] == "train"][-1] == 24
+    def wait_for_restart(self, count: int) -> None:
+        wait_for_restart(self.cluster, self.job, count, self.log)
 
 
-def wait_for_restarts(cluster, job: str, count: int, log) -> None:
-    """Wait until the job is queued again, and let it start at once: SLURM waits two minutes."""
-    end = time.monotonic() + 60
-    while int(cluster.job(job)["Restarts"]) < count or cluster.job(job)["JobState"] != "PENDING":
-        assert time.monotonic() < end, log()
+def wait_for_restart(cluster, job: str, count: int, log: Path) -> None:
+    """Wait until the job runs again. SLURM would wait two minutes before it starts it."""
+    end = time.monotonic() + 120
+    queued = None
+    found = cluster.job(job)
+    while int(found["Restarts"]) < count or found["JobState"] != "RUNNING":
+        assert time.monotonic() < end, log.read_text()
+        assert found["JobState"] not in ("FAILED", "NODE_FAIL"), log.read_text()
+        if found["JobState"] == "PENDING":
+            queued = queued or time.monotonic()
+            # In the second of the requeue nodes refuse the job, whose old credential ends then.
+            if time.monotonic() > queued + 2:
+                # Again and again: SLURM writes its own time once the last step has ended.
+                cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
         time.sleep(0.2)
-    time.sleep(2)  # SLURM revokes a job's credential by the second: too early, it fails at once
-    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        found = cluster.job(job)
 
 
 def container_variables(cluster, model: Path, **more: str) -> dict[str, str]:

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import signal
+import time
 
 import pytest
 import torch
 
-from post_training import files, signals, training_checkpoint, training_metrics, training_options
+from post_training import (
+    checkpoint,
+    files,
+    manifest,
+    signals,
+    training_checkpoint,
+    training_metrics,
+    training_options,
+)
 from post_training.errors import UsageError
 from post_training.parser import make_parser
 from post_training.training_data import Batches, Order
@@ -116,14 +126,55 @@ def test_metrics_after_the_checkpoint_are_written_again(tmp_path):
 
 
 def test_a_deferred_signal_is_noted_and_ends_nothing():
-    with signals.prompt_exit(), signals.deferred() as stopping:
-        assert not stopping()
-        for number in signals.TIME_LIMIT:
-            os.kill(os.getpid(), number)
-        assert stopping()
+    with signals.prompt_exit(), signals.deferred():
+        assert not signals.asked_to_end()
+        # In either order: what is deferred outside is no reason to end inside.
+        with signals.prompt_exit(), signals.deferred():
+            for number in signals.TIME_LIMIT:
+                os.kill(os.getpid(), number)
+        assert signals.asked_to_end()
+    assert not signals.asked_to_end()
     with pytest.raises(signals.Interrupted), signals.prompt_exit():
         os.kill(os.getpid(), signal.SIGTERM)
         signal.pause()
+
+
+def test_helpers_outlive_a_signal_that_every_process_of_a_task_gets():
+    """megatron-core keeps such a process from the first save of a run to the last."""
+    with signals.sheltered():
+        manager = multiprocessing.get_context("spawn").Manager()
+    with manager:
+        content = manager.list()
+        for number in signals.TIME_LIMIT:
+            os.kill(manager._process.pid, number)
+        time.sleep(0.2)
+        content.append("there")
+        assert list(content) == ["there"]
+        manager._process.kill()
+
+
+def test_a_run_goes_on_with_the_model_it_began_with(tmp_path, monkeypatch):
+    run, model, other = (tmp_path / name for name in ("run", "model", "other"))
+    for folder in (run, model, other):
+        folder.mkdir()
+    for folder in (model, other):
+        (folder / manifest.FILE).write_text(json.dumps({"command": folder.name}))
+    content = {"stage": "eagle3", "inputs": [manifest.describe_input("model", model)]}
+    (run / manifest.FILE).write_text(json.dumps({**content, "slurm_job": "7"}))
+    (run / checkpoint.TRACKER).write_text("3")
+    check = training_checkpoint.check_folder
+    check(run, "eagle3", model=str(model))
+    with pytest.raises(UsageError, match="began with another model"):
+        check(run, "eagle3", model=str(other))
+    check(run, "eagle3", overwrite=True, model=str(other))
+    # A job that is queued again keeps its command line: --overwrite was meant for its first start.
+    assert not training_checkpoint.goes_on(run, overwrite=True)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert not training_checkpoint.goes_on(run, overwrite=True)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert training_checkpoint.goes_on(run, overwrite=True)
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert not training_checkpoint.goes_on(run, overwrite=True)
 
 
 def test_a_folder_is_free_or_holds_a_run_to_go_on_with(tmp_path):
