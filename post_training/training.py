@@ -19,7 +19,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from post_training import signals, training_setup
@@ -335,7 +335,11 @@ class Trainer:
 
     def _save(self) -> dict[str, Any] | None:
         window = dict(zip(self._names, self._window.tolist(), strict=True))
-        self.progress = Progress(**{**vars(self.progress), "window": window})
+        # Each rank has a clock of its own, and all must save the same.
+        seconds = self._reduce(self._window.new_tensor(self.progress.seconds))
+        self.progress = replace(
+            self.progress, window=window, seconds=float(seconds) / self.session.world
+        )
         content = self.checkpoints.save(self.model, self.optimizer, self.progress)
         self.task.set_mode(self.model)
         logger.info("saved iteration %d to %s", self.progress.iteration, self.checkpoints.folder)
