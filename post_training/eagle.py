@@ -35,7 +35,7 @@ def attach(model: MegatronModule, draft: Draft, seed: int = 1234) -> None:
     """Attach the draft to this rank's part of a model, changed in place, and initialise it.
 
     ModelOpt converts every pipeline stage; the draft itself is on the last one. The same seed
-    gives the same draft at any layout on any device: megatron-core draws its weights on the CPU.
+    gives the same draft at any layout on the CPU.
     """
     import modelopt.torch.speculative as mtsp
     import torch
@@ -43,19 +43,10 @@ def attach(model: MegatronModule, draft: Draft, seed: int = 1234) -> None:
 
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
-    core = forward.unwrap(model)
-    on_cpu = core.config.use_cpu_initialization
-    core.config.use_cpu_initialization = True
-    try:
-        mtsp.convert(model, [("eagle", _modelopt_config(draft))])
-    finally:
-        core.config.use_cpu_initialization = on_cpu
-    core.eagle_config.use_cpu_initialization = on_cpu
+    mtsp.convert(model, [("eagle", _modelopt_config(draft))])
     _share_embedding(model)
     module = draft_of(model)
     if module is not None:
-        others = (each for name, each in core.named_parameters() if not name.startswith(PREFIX))
-        module.to(next(others).device)
         _initialize(module, draft, seed)
     model.eval()
 

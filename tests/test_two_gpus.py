@@ -53,14 +53,17 @@ def jobs_of(root: Path, layout: str) -> list[tuple[str, tuple[object, ...]]]:
     def stage(name: str, *flags: object, precision: str = "--fp32"):
         return (name, (*sizes, *flags, precision))
 
+    # On a GPU each rank draws its part of a draft: all layouts go on from one draft.
+    drafted = ("--load", root / "drafted")
     return [
         stage("convert", *hf, "--save", work / "mlm"),
         stage("quantize", "--load", work / "mlm", "--save", work / "fp8", *text),
         tools.logits_job(work / "logits", tools.tokens(), *sizes, "--load", work / "mlm", "--fp32"),
         tools.logits_job(work / "fp8 logits", tools.tokens(), *sizes, "--load", work / "fp8",
                          "--fp32"),
-        stage("eagle3", *hf, *chat, *TRAINING, "--save", work / "draft"),
-        stage("eagle3", *hf, *chat, *TRAINING, "--save", work / "bf16 draft", precision="--bf16"),
+        stage("eagle3", *drafted, *chat, *TRAINING, "--save", work / "draft"),
+        stage("eagle3", *drafted, *chat, *TRAINING, "--save", work / "bf16 draft",
+              precision="--bf16"),
         stage("distill", "--load", work / "fp8", "--teacher", root / "hf", "--save",
               work / "distilled", "--finetune-data-files", root / "text.jsonl", *TRAINING),
         stage("mmlu", "--load", work / "mlm", "--mmlu-dataset", root / "questions", "--few-shots",
@@ -90,6 +93,9 @@ def root(tmp_path_factory):
     (root / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
     (root / "questions").mkdir()
     write_questions(root / "questions")
+
+    drafted = ("--algorithm", "eagle3", "--save", root / "drafted", "--fp32")
+    tools.run("convert.py", "--pretrained-model-path", root / "hf", *drafted)
 
     def run(layout: str) -> None:
         (root / layout).mkdir()
