@@ -8,8 +8,9 @@ row ``i`` then sees (Li et al. 2025, arXiv:2503.01840, figure 7; the drawing in 
 - of each later step ``m`` up to ``k`` the one key of row ``i - k + m``.
 
 Each row thus adds ``k`` scores to an ordinary causal row: a [s, (k + 1) s] mask, which grows with
-the square of the length, never exists. Queries go in chunks that are computed again in the backward
-pass, so that of their scores only one chunk's are held at a time.
+the square of the length, never exists. :mod:`post_training.draft_flash` computes it where PyTorch
+has a flash kernel. Elsewhere (float32 on a GPU) queries go in chunks that are computed again in the
+backward pass, so that of their scores only one chunk's are held at a time.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
+
+from post_training import draft_flash
 
 # Elements of one chunk's scores, and the least number of queries in it.
 CHUNK_ELEMENTS = 1 << 27
@@ -55,6 +58,11 @@ class StepAttention:
         return result.permute(2, 0, 1, 3).flatten(-2)
 
     def _over_steps(self, query: torch.Tensor) -> torch.Tensor:
+        if draft_flash.available(query) and query.shape[2] >= len(self.keys):
+            return draft_flash.over_steps(query, self.keys, self.values)
+        return self._in_chunks(query)
+
+    def _in_chunks(self, query: torch.Tensor) -> torch.Tensor:
         batch, heads, length, _ = query.shape
         per_chunk = max(SMALLEST_CHUNK, CHUNK_ELEMENTS // (batch * heads * length))
         if per_chunk >= length:

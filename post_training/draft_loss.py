@@ -3,20 +3,23 @@
 The loss of a position is the cross entropy of the draft under the target's distribution: the
 Kullback-Leibler divergence up to the target's own entropy, which is what ModelOpt trains EAGLE-3
 with (``logits_kld_loss``). There every rank gathers both [s, b, vocabulary] tensors; here each rank
-keeps its part, and long sequences go in chunks that are computed again in the backward pass, so
-that logits take no more memory than one chunk.
+keeps its part. Long sequences go in chunks, and of a chunk the gradient with respect to the draft's
+states is computed at once, with the loss: of a whole sequence's logits only the target's are ever
+held, in their own type, and those only while they are small (``KEPT_BYTES``). As in fused linear
+cross entropies (Hsu et al. 2024, arXiv:2410.10989), but by PyTorch's own operators.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
-# Logits of one chunk on a rank: 2^26 floats are 256 MB.
-CHUNK_ELEMENTS = 1 << 26
+# Logits of one chunk on a rank: 1.5 * 2^26 floats are 400 MB, and three such tensors are held.
+CHUNK_ELEMENTS = 3 << 25
+# The target's logits are kept for all steps up to this size on a rank, and else computed again.
+KEPT_BYTES = 4 << 30
 
 Logits = Callable[[int, int], torch.Tensor]
 
@@ -24,6 +27,8 @@ Logits = Callable[[int, int], torch.Tensor]
 def chunks(length: int, batch: int, columns: int) -> list[tuple[int, int]]:
     """Positions [start, stop) whose logits are computed together."""
     size = max(16, CHUNK_ELEMENTS // (batch * columns))
+    # Matrix products are fastest with whole tiles of rows.
+    size -= size % 128 if size > 128 else 0
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
@@ -38,82 +43,156 @@ class Teacher:
 
     def __init__(self, logits: Logits, spans: list[tuple[int, int]]) -> None:
         self._logits = logits
-        self._kept: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        # What fits into a chunk is computed once for all steps.
-        self._keep = len(spans) == 1
+        self._length = spans[-1][1] if spans else 0
+        self._kept: dict[tuple[int, int], torch.Tensor] = {}
+        self._likeliest: dict[tuple[int, int], torch.Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Probabilities [stop - start, b, columns] in float32, and the likeliest [.., b]."""
-        if (start, stop) in self._kept:
-            return self._kept[start, stop]
-        # A copy: whatever is done with it, the target's logits stay as they are.
-        logits = self._logits(start, stop).to(torch.float32, copy=True)
-        found = _softmax(logits)[0], likeliest(logits)
-        if self._keep:
-            self._kept[start, stop] = found
-        return found
+        span = (start, stop)
+        logits = self._kept.get(span)
+        if logits is None:
+            logits = self._logits(start, stop)
+            row = logits.element_size() * logits[0].numel()
+            if row * self._length <= KEPT_BYTES:
+                self._kept[span] = logits
+        if span not in self._likeliest:
+            self._likeliest[span] = likeliest(logits)
+        return log_softmax(logits).exp_(), self._likeliest[span]
 
 
-def losses(
+def weighted_loss(
     student: Callable[[torch.Tensor], torch.Tensor],
+    parameters: Sequence[torch.nn.Parameter],
     hidden: torch.Tensor,
     teacher: Teacher,
+    weight: torch.Tensor,
     spans: list[tuple[int, int]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss of each position, and whether the draft's likeliest token is the target's.
+    """The weighted sum of the positions' losses, and that of right guesses.
 
     Args:
         student: from hidden states [n, b, h] to this rank's part of the logits.
+        parameters: what ``student`` is to be trained in, if anything.
         hidden: the draft's last states [s, b, h].
         teacher: the target's distributions for the same positions.
+        weight: of each position, float32 [s, b].
         spans: chunks that cover 0 .. s.
 
     Returns:
-        float32 [s, b] and bool [s, b].
+        Two float32 scalars; a guess is right if the draft's likeliest token is the target's.
     """
+    trained = [each for each in parameters if each.requires_grad]
+    if not torch.is_grad_enabled():
+        return _over_chunks(student, hidden, teacher, weight, spans, None)
+    loss, right = _WeightedLoss.apply(student, teacher, weight, spans, hidden, *trained)
+    return loss, right
 
-    def part(states: torch.Tensor, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = student(states).float()
-        probabilities, best = teacher(start, stop)
-        loss: Any = _SoftCrossEntropy.apply(logits, probabilities)
-        with torch.no_grad():
-            return loss, likeliest(logits) == best
 
-    found = []
+class _WeightedLoss(torch.autograd.Function):
+    """The sum over all chunks; its gradients are made in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Callable[[torch.Tensor], torch.Tensor],
+        teacher: Teacher,
+        weight: torch.Tensor,
+        spans: list[tuple[int, int]],
+        hidden: torch.Tensor,
+        *parameters: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        gradients = [torch.zeros_like(each) for each in (hidden, *parameters)]
+
+        def differentiate(loss: torch.Tensor, states: torch.Tensor, start: int, stop: int) -> None:
+            found = torch.autograd.grad(loss, (states, *parameters))
+            gradients[0][start:stop] = found[0]
+            for total, part in zip(gradients[1:], found[1:], strict=True):
+                total += part
+
+        result = _over_chunks(student, hidden, teacher, weight, spans, differentiate)
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(result[1])
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return (None, None, None, None, *(incoming[0] * each for each in ctx.saved_tensors))
+
+
+def _over_chunks(
+    student: Callable[[torch.Tensor], torch.Tensor],
+    hidden: torch.Tensor,
+    teacher: Teacher,
+    weight: torch.Tensor,
+    spans: list[tuple[int, int]],
+    differentiate: Callable[[torch.Tensor, torch.Tensor, int, int], None] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    right = torch.zeros_like(total)
     for start, stop in spans:
-        states = hidden[start:stop]
-        if len(spans) == 1:
-            found.append(part(states, start, stop))
-        else:
-            found.append(
-                checkpoint(part, states, start, stop, use_reentrant=False, preserve_rng_state=False)
-            )
-    return torch.cat([loss for loss, _ in found]), torch.cat([right for _, right in found])
+        probabilities, best = teacher(start, stop)
+        with torch.set_grad_enabled(differentiate is not None):
+            states = hidden[start:stop].detach().requires_grad_(differentiate is not None)
+            logits = student(states)
+            loss = _cross_entropy(logits, probabilities, weight[start:stop])
+        del probabilities
+        if differentiate is not None:
+            differentiate(loss, states, start, stop)
+        total += loss.detach()
+        right += ((likeliest(logits.detach()) == best) * weight[start:stop]).sum()
+    return total, right
 
 
-class _SoftCrossEntropy(torch.autograd.Function):
-    """-sum(p log softmax(x)) along the last dimension, which is split over ranks."""
+def _cross_entropy(
+    logits: torch.Tensor, probabilities: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
+    """-sum(w p log softmax(x)) of this chunk, over all ranks."""
+    rows = torch.linalg.vecdot(probabilities, log_softmax(logits))
+    loss: torch.Tensor = _Reduced.apply(-(rows * weight).sum())
+    return loss
+
+
+def log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    """This rank's part of the logarithm of the softmax over all ranks, in float32."""
+    from megatron.core import parallel_state
+
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    result: torch.Tensor = _SplitLogSoftmax.apply(logits)
+    return result
+
+
+class _SplitLogSoftmax(torch.autograd.Function):
+    """Along the last dimension, which is split over the tensor-parallel ranks."""
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
-        softmax, log_normaliser = _softmax(logits)
-        expected = (probabilities * logits).sum(-1)
-        ctx.save_for_backward(softmax, probabilities)
-        return log_normaliser - _reduced(expected)
+    def forward(ctx: Any, logits: torch.Tensor) -> torch.Tensor:
+        result = logits.to(torch.float32, copy=True)
+        result -= _reduced(result.max(dim=-1).values, torch.distributed.ReduceOp.MAX).unsqueeze(-1)
+        result -= _reduced(result.exp().sum(-1)).log_().unsqueeze(-1)
+        ctx.save_for_backward(result)
+        ctx.dtype = logits.dtype
+        return result
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        softmax, probabilities = ctx.saved_tensors
-        return (softmax - probabilities) * gradients[0].unsqueeze(-1), None
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        (result,) = ctx.saved_tensors
+        total = _reduced(gradients[0].sum(-1)).unsqueeze(-1)
+        return torch.addcmul(gradients[0], result.exp(), total, value=-1.0).to(ctx.dtype)
 
 
-def _softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's part of the softmax over all ranks, and the logarithm of its normaliser."""
-    largest = _reduced(logits.max(dim=-1).values, torch.distributed.ReduceOp.MAX)
-    exponential = (logits - largest.unsqueeze(-1)).exp()
-    normaliser = _reduced(exponential.sum(-1))
-    return exponential / normaliser.unsqueeze(-1), largest + normaliser.log()
+class _Reduced(torch.autograd.Function):
+    """A sum over ranks of what each has made of its part; the gradient is every rank's own."""
+
+    @staticmethod
+    def forward(_ctx: Any, part: torch.Tensor) -> torch.Tensor:
+        return _reduced(part)
+
+    @staticmethod
+    def backward(_ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0]
 
 
 @torch.no_grad()
@@ -121,6 +200,8 @@ def likeliest(logits: torch.Tensor) -> torch.Tensor:
     """Index of the largest entry along a dimension split over ranks; the first of equals."""
     from megatron.core import parallel_state
 
+    if parallel_state.get_tensor_model_parallel_world_size() == 1:
+        return logits.argmax(dim=-1)
     value, index = logits.max(dim=-1)
     index = index + parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
     largest = _reduced(value, torch.distributed.ReduceOp.MAX)

@@ -150,7 +150,7 @@ def _losses(
         embeddings = core.embedding(input_ids=following, position_ids=positions)
     # megatron-core keeps the table; made by an evaluation, it could not be differentiated through.
     rotary = draft.rotary_pos_emb(length).clone()
-    student = _output(core)
+    student, parameters = _output(core)
     rows = length - 1
     columns = _columns(core)
     spans = draft_loss.chunks(rows, input_ids.shape[0], columns)
@@ -162,13 +162,15 @@ def _losses(
     with draft_attention.over_steps(draft, independent=mixed):
         for step in range(core.eagle_ttt_steps):
             output, following_states = draft(embeddings, states, None, rotary_pos_emb=rotary)
-            loss, right = draft_loss.losses(student, output[:rows], teacher, spans)
             counted = weight[:rows].clone()
             counted[:step] = 0.0
-            loss_sum, count = (loss * counted).sum(), counted.sum()
-            total = total + core.eagle_loss_decay_factor**step * loss_sum
-            metrics[f"loss_{step + 1}"] = torch.stack([loss_sum.detach(), count])
-            metrics[f"accuracy_{step + 1}"] = torch.stack([(right * counted).sum(), count])
+            loss, right = draft_loss.weighted_loss(
+                student, parameters, output[:rows], teacher, counted, spans
+            )
+            count = counted.sum()
+            total = total + core.eagle_loss_decay_factor**step * loss
+            metrics[f"loss_{step + 1}"] = torch.stack([loss.detach(), count])
+            metrics[f"accuracy_{step + 1}"] = torch.stack([right, count])
             # Row t goes on with what row t - 1 made.
             shifted = torch.nn.functional.pad(following_states[:-1], (0, 0, 0, 0, 1, 0))
             states = _mix(states, shifted, step) if mixed else shifted
@@ -189,12 +191,12 @@ def _mix(states: torch.Tensor, made: torch.Tensor, step: int) -> torch.Tensor:
     return torch.where(chosen.to(states.device).unsqueeze(-1), made, states)
 
 
-def _output(core: Any) -> Any:
-    """From states to this rank's part of the draft's logits."""
+def _output(core: Any) -> tuple[Any, list[torch.nn.Parameter]]:
+    """From states to this rank's part of the draft's logits, and what of it is trained."""
     layer = getattr(core.eagle_module, "eagle_output_layer", None)
     if layer is not None:
-        return lambda states: layer(states)[0]
-    return _target_output(core)
+        return (lambda states: layer(states)[0]), list(layer.parameters())
+    return _target_output(core), []
 
 
 def _target_output(core: Any) -> Any:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
 from post_training import loading
 
 check = loading.find
+
+
+class Held:
+    """A tensor that the graph keeps for the backward pass, for as long as it does."""
+
+    def __init__(self, tensor: Any) -> None:
+        self.tensor = tensor
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,14 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def eagle_parity(args: argparse.Namespace, session: Any) -> None:
     import torch
 
-    from post_training import draft_attention, draft_loss, eagle, eagle_training
+    from post_training import draft_attention, draft_flash, draft_loss, eagle, eagle_training
 
     source = loading.find(args)
     core = loading.load(source, loading.build_options(args, source), session)
     eagle.freeze_target(core)
     eagle_training.set_mode(core)
     generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(0, 256, (2, 96), generator=generator)
+    ids = torch.randint(0, 256, (2, 96), generator=generator).to(session.device)
     parameters = [p for p in core.parameters() if p.requires_grad]
 
     def gradients(loss: torch.Tensor) -> list[torch.Tensor]:
@@ -58,28 +66,35 @@ def eagle_parity(args: argparse.Namespace, session: Any) -> None:
 
     def saved_bytes(length: int) -> int:
         """Memory that the backward pass needs of the forward pass."""
-        seen: dict[int, int] = {}
+        saved: list[weakref.ref[Held]] = []
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
-            return tensor
+        def pack(tensor: torch.Tensor) -> Held:
+            held = Held(tensor)
+            saved.append(weakref.ref(held))
+            return held
 
-        inputs = torch.randint(0, 256, (1, length), generator=generator)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            ours(inputs)
-        return sum(seen.values())
+        inputs = torch.randint(0, 256, (1, length), generator=generator).to(session.device)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held.tensor):
+            loss = ours(inputs)
+        kept = [held.tensor.untyped_storage() for held in (each() for each in saved) if held]
+        assert loss.requires_grad
+        return sum({each.data_ptr(): each.nbytes() for each in kept}.values())
 
     result = {}
     whole, reference = ours(ids), modelopts(ids)
     result["loss"], result["modelopt"] = float(whole), float(reference)
     whole_gradients = gradients(whole)
     result["gradients"] = difference(whole_gradients, gradients(reference))
+    available = draft_flash.available
+    # As on a device without a flash kernel, in chunks, and with the target's logits made anew.
+    draft_flash.available = lambda query: False
     draft_attention.CHUNK_ELEMENTS, draft_attention.SMALLEST_CHUNK = 1, 17
-    draft_loss.CHUNK_ELEMENTS = 2 * 20 * core.vocab_size
+    draft_loss.CHUNK_ELEMENTS, draft_loss.KEPT_BYTES = 2 * 20 * core.vocab_size, 0
     chunked = ours(ids)
     result["chunked"] = float(chunked)
     result["chunked_gradients"] = difference(gradients(chunked), whole_gradients)
+    result["chunked_saved_bytes"] = [saved_bytes(length) for length in (64, 128, 256)]
+    draft_flash.available = available
     result["saved_bytes"] = [saved_bytes(length) for length in (64, 128, 256)]
     core.eagle_mix_hidden_states = True
     mixed = ours(ids)

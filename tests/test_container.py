@@ -345,5 +345,6 @@ def test_training_in_a_container_is_saved_at_a_signal_and_goes_on(submit, cluste
         time.sleep(0.1)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     test_slurm.wait_for_restart(cluster, job, 1, log)
-    assert "queued again" in test_slurm.finished(cluster, job)
+    text = test_slurm.finished(cluster, job)
+    assert "queued again" in text and "going on after iteration" in text
     assert iterations() == list(range(1, 13))
