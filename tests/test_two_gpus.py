@@ -54,7 +54,7 @@ def jobs_of(root: Path, layout: str) -> list[tuple[str, tuple[object, ...]]]:
         return (name, (*sizes, *flags, precision))
 
     # On a GPU each rank draws its part of a draft: all layouts go on from one draft.
-    drafted = ("--load", root / "drafted")
+    drafted, drafted_bf16 = ("--load", root / "drafted"), ("--load", root / "drafted bf16")
     return [
         stage("convert", *hf, "--save", work / "mlm"),
         stage("quantize", "--load", work / "mlm", "--save", work / "fp8", *text),
@@ -62,7 +62,7 @@ def jobs_of(root: Path, layout: str) -> list[tuple[str, tuple[object, ...]]]:
         tools.logits_job(work / "fp8 logits", tools.tokens(), *sizes, "--load", work / "fp8",
                          "--fp32"),
         stage("eagle3", *drafted, *chat, *TRAINING, "--save", work / "draft"),
-        stage("eagle3", *drafted, *chat, *TRAINING, "--save", work / "bf16 draft",
+        stage("eagle3", *drafted_bf16, *chat, *TRAINING, "--save", work / "bf16 draft",
               precision="--bf16"),
         stage("distill", "--load", work / "fp8", "--teacher", root / "hf", "--save",
               work / "distilled", "--finetune-data-files", root / "text.jsonl", *TRAINING),
@@ -94,8 +94,11 @@ def root(tmp_path_factory):
     (root / "questions").mkdir()
     write_questions(root / "questions")
 
-    drafted = ("--algorithm", "eagle3", "--save", root / "drafted", "--fp32")
-    tools.run("convert.py", "--pretrained-model-path", root / "hf", *drafted)
+    draft = ("--pretrained-model-path", root / "hf", "--algorithm", "eagle3")
+    tools.run_stages(
+        ("convert", (*draft, "--fp32", "--save", root / "drafted")),
+        ("convert", (*draft, "--bf16", "--save", root / "drafted bf16")),
+    )
 
     def run(layout: str) -> None:
         (root / layout).mkdir()

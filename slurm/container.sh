@@ -1,0 +1,70 @@
+# shellcheck shell=bash
+# A job's step inside a container: pyxis, Apptainer or Singularity. Sourced by job.sh; defines
+# functions and does nothing else. Variables are explained in slurm/README.md.
+
+# enter_container FOLDER: complete STEP so that it runs in the image, with the repository as FOLDER.
+enter_container() {
+  local folder=$1 runtime=${CONTAINER_RUNTIME:-pyxis} variable
+  [[ -n "${USER_FSW:-}" ]] || fail "USER_FSW (not set)" \
+    "a container sees the scratch folder that it names, and nothing else" "USER_FSW=/scratch/..."
+  for variable in SCRIPT_DIR USER_FSW; do
+    # Both runtimes separate mounts with comma and colon.
+    [[ "${!variable}" != *[,:]* && "${!variable}" == /* ]] || fail "$variable=${!variable}" \
+      "a folder that a container mounts is named from / on, without comma or colon" "rename it"
+  done
+  # Megatron-LM's places in the container, and the same paths as outside.
+  local mounts="$SCRIPT_DIR:$folder,$USER_FSW:/workspace/scratch"
+  mounts+=",$SCRIPT_DIR:$SCRIPT_DIR,$USER_FSW:$USER_FSW${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
+  for variable in MLM_WORK_DIR MLM_MODEL_SAVE EXPORT_DIR; do
+    is_mounted "${!variable:-}" "$mounts" || fail "$variable=${!variable}" \
+      "the container does not see this folder, and what it writes there is lost" \
+      "CONTAINER_MOUNTS=FOLDER:FOLDER, or a folder in USER_FSW"
+  done
+  [[ -n "${CONTAINER_RUNTIME:-}" || "$CONTAINER_IMAGE" != *.sif ]] || runtime=apptainer
+  case "$runtime" in
+    pyxis)
+      [[ "$mounts" != *[[:space:]]* ]] || fail "container mounts $mounts" \
+        "pyxis takes white space for the end of a folder's name" "rename the folder"
+      STEP+=("--container-image=$CONTAINER_IMAGE" "--container-mounts=$mounts"
+        "--container-workdir=$folder" --no-container-entrypoint)
+      ;;
+    apptainer | singularity)
+      # Apptainer's name until 2021, and a fork's today; the options are the same.
+      [[ "$runtime" == singularity ]] || type -P apptainer >/dev/null ||
+        ! type -P singularity >/dev/null || runtime=singularity
+      [[ -z "${SLURM_JOB_ID:-}" ]] || type -P "$runtime" >/dev/null || fail "$runtime" \
+        "it is not on the PATH of $(hostname)" \
+        "CONTAINER_RUNTIME=pyxis, or a set-up file (SANDBOX_ENV_SETUP) that loads its module"
+      STEP+=("$runtime" exec --nv --bind "$mounts" --pwd "$folder" "$CONTAINER_IMAGE")
+      ;;
+    *) fail "CONTAINER_RUNTIME=$runtime" "unknown" "pyxis, apptainer or singularity" ;;
+  esac
+  # Inside is no scontrol to ask for the address of a node whose name does not resolve.
+  if in_batch_script; then export MASTER_ADDR=${MASTER_ADDR:-$(first_address)}; fi
+  # The machine's own interpreter and packages mean nothing inside.
+  for variable in VIRTUAL_ENV CONDA_PREFIX MLM_VENV PYTHONHOME PYTHONPATH; do unset "$variable"; done
+  export PYTHON=${CONTAINER_PYTHON:-python3} PYTHONNOUSERSITE=1
+}
+
+# first_address: the name of the job's first node if it resolves, else the address SLURM has for it.
+first_address() {
+  local name
+  name=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  if getent hosts "$name" >/dev/null; then
+    echo "$name"
+  else
+    scontrol --oneliner show node "$name" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p'
+  fi
+}
+
+# is_mounted PATH MOUNTS: whether the container has PATH, or PATH is no absolute one.
+is_mounted() {
+  local entry inside entries
+  [[ "$1" == /* ]] || return 0
+  IFS=, read -ra entries <<<"$2"
+  for entry in "${entries[@]}"; do
+    IFS=: read -r _ inside _ <<<"$entry:${entry%%:*}"
+    [[ "$1/" != "${inside%/}/"* ]] || return 0
+  done
+  return 1
+}
