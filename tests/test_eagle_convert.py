@@ -188,8 +188,13 @@ def test_mistakes_end_with_exit_code_2_and_one_message(work, tmp_path):
         ((*eagle3, "--mix-hidden-states", "maybe"), "maybe", "neither true nor false"),
         ((*eagle3, "--draft-model-path", work / "hf"), "--draft-model-path", "MODEL"),
         (
-            (*("--load", work / "drafted", "--fp32"), "--save", tmp_path / "new",
-             "--algorithm", "eagle3"),
+            (
+                *("--load", work / "drafted", "--fp32"),
+                "--save",
+                tmp_path / "new",
+                "--algorithm",
+                "eagle3",
+            ),
             "drafted",
             "eagle3.sh",
         ),
