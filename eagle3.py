@@ -37,6 +37,7 @@ from post_training import (
     training_checkpoint,
     training_options,
 )
+from post_training.draft import DTYPES
 from post_training.errors import UsageError
 
 if TYPE_CHECKING:
@@ -151,6 +152,14 @@ def _check_draft(args: argparse.Namespace, source: Source, offline: bool) -> Non
     planned = draft_arguments.plan(args, source.architecture)
     if recorded is None:
         return
+    made, wanted = recorded.config["torch_dtype"], DTYPES[arguments.precision(args)]
+    if made != wanted:
+        flag = next(f"--{name}" for name, dtype in DTYPES.items() if dtype == made)
+        raise UsageError(
+            f"{source.location} trained in {wanted}",
+            f"its draft was made in {made}",
+            f"add {flag}, or make the draft again in {wanted}",
+        )
     given = {name for name in draft_arguments.NAMES if name in args.explicit}
     wrong = [
         ("--ttt-steps", "ttt_steps", planned.ttt_steps, recorded.ttt_steps),

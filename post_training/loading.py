@@ -26,7 +26,6 @@ from post_training import (
     preflight,
 )
 from post_training.architecture import Architecture
-from post_training.draft import DTYPES as DRAFT_DTYPES
 from post_training.draft import Draft
 from post_training.errors import UsageError
 
@@ -285,23 +284,8 @@ def _find_checkpoint(args: argparse.Namespace) -> Source:
             "join it with its target: convert.sh <conf> --algorithm eagle3 --draft-model-path "
             f"{folder}",
         )
-    _check_draft_precision(args, content.get("draft"))
     described = arguments.architecture(args, manifest=content)
     return Source(args.load, True, described, origin, content)
-
-
-def _check_draft_precision(args: argparse.Namespace, content: Mapping[str, Any] | None) -> None:
-    """A draft keeps the type it was made in; target and draft must have the same."""
-    precision = arguments.precision(args)
-    made = ((content or {}).get("config") or {}).get("torch_dtype")
-    if made in (None, DRAFT_DTYPES[precision]):
-        return
-    names = {dtype: name for name, dtype in DRAFT_DTYPES.items()}
-    raise UsageError(
-        f"checkpoint {args.load} in {DRAFT_DTYPES[precision]}",
-        f"its draft was made in {made}",
-        f"add --{names.get(made, made)}, or make the draft again in {DRAFT_DTYPES[precision]}",
-    )
 
 
 def size_estimate(source: Source, bytes_per_parameter: float) -> int:

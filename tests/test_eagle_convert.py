@@ -188,13 +188,7 @@ def test_mistakes_end_with_exit_code_2_and_one_message(work, tmp_path):
         ((*eagle3, "--mix-hidden-states", "maybe"), "maybe", "neither true nor false"),
         ((*eagle3, "--draft-model-path", work / "hf"), "--draft-model-path", "MODEL"),
         (
-            (
-                *("--load", work / "drafted", "--fp32"),
-                "--save",
-                tmp_path / "new",
-                "--algorithm",
-                "eagle3",
-            ),
+            ("--load", work / "drafted", "--save", tmp_path / "new", "--algorithm", "eagle3"),
             "drafted",
             "eagle3.sh",
         ),
@@ -204,8 +198,3 @@ def test_mistakes_end_with_exit_code_2_and_one_message(work, tmp_path):
         assert what in done.stderr and hint in done.stderr, done.stderr
     done = tools.run("mmlu.py", "--load", work / "offline", "--check", code=2)
     assert "--draft-model-path" in done.stderr
-
-
-def test_a_draft_and_its_target_must_have_one_precision(work):
-    done = tools.run("validate.py", "--load", work / "drafted", "--bf16", "--check", code=2)
-    assert "its draft was made in float32" in done.stderr and "add --fp32" in done.stderr

@@ -342,3 +342,10 @@ def range_like(tensor):
     import torch
 
     return torch.arange(len(tensor))
+
+
+def test_a_draft_is_trained_in_the_precision_it_was_made_in(work, tmp_path):
+    words = ("--load", work / "drafted", *data_of(work), "--save", tmp_path / "new", "--bf16")
+    done = tools.run("eagle3.py", *words, "--check", code=2)
+    assert "its draft was made in float32" in done.stderr
+    assert "add --fp32" in done.stderr
