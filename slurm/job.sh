@@ -69,7 +69,7 @@ requested() {
 # submit_job WORDS...: check what can be checked here, then hand the job to sbatch.
 submit_job() {
   take_words "$@"
-  local gpus processes
+  local gpus processes work
   NNODES=$(requested '--nodes|-N')
   [[ "$NNODES" =~ ^[1-9][0-9]*$ ]] || fail "--nodes=$NNODES" "a fixed number of nodes is needed" \
     "--nodes=2"
@@ -78,12 +78,13 @@ submit_job() {
   choose_copies
   processes=$(MLM_LAUNCH=count bash "$SCRIPT_DIR/${STAGE_LINE[0]}" "${STAGE_LINE[@]:1}")
   if ((GPUS_PER_NODE * NNODES > processes)); then
-    echo "note: $processes of $((GPUS_PER_NODE * NNODES)) GPUs are used" >&2
+    echo "note: ${STAGE_LINE[0]%.sh} uses $processes of $((GPUS_PER_NODE * NNODES)) GPUs" >&2
   fi
   choose_style
   local line=(sbatch "${OPTIONS[@]}" "$SCRIPT_DIR/slurm/sbatch.sh" "${STAGE_LINE[@]}")
   if [[ " ${STAGE_LINE[*]} ${MLM_EXTRA_ARGS:-} " == *" --dry-run "* ]]; then
-    bash "$SCRIPT_DIR/${STAGE_LINE[0]}" "${STAGE_LINE[@]:1}"
+    work=$(read_set_up && work_folder)
+    MLM_WORK_DIR=$work bash "$SCRIPT_DIR/${STAGE_LINE[0]}" "${STAGE_LINE[@]:1}"
     (
       read_set_up
       make_step "$processes"
@@ -117,7 +118,14 @@ check_here() {
     echo "note: the stage's other checks run in the job, inside the container" >&2
     return
   fi
-  MLM_LAUNCH=check bash "$SCRIPT_DIR/${STAGE_LINE[0]}" "${STAGE_LINE[@]:1}"
+  local work
+  work=$(read_set_up && work_folder)
+  MLM_WORK_DIR=$work MLM_LAUNCH=check bash "$SCRIPT_DIR/${STAGE_LINE[0]}" "${STAGE_LINE[@]:1}"
+}
+
+# work_folder: nodes share a folder, and a machine's temporary folder is no such one.
+work_folder() {
+  echo "${MLM_WORK_DIR:-${USER_FSW:-${SLURM_SUBMIT_DIR:-$PWD}}/megatron_workspace}"
 }
 
 # make_step PROCESSES: STEP, the srun line that runs the stage.
@@ -154,8 +162,8 @@ run_job() {
   choose_style
   export NNODES=$SLURM_JOB_NUM_NODES GPUS_PER_NODE=${SLURM_GPUS_ON_NODE:-0}
   choose_copies
-  # Nodes share a folder, and a machine's temporary folder is no such one.
-  export MLM_WORK_DIR=${MLM_WORK_DIR:-${USER_FSW:-$SLURM_SUBMIT_DIR}/megatron_workspace}
+  MLM_WORK_DIR=$(work_folder)
+  export MLM_WORK_DIR
   processes=$(MLM_LAUNCH=count bash "$SCRIPT_DIR/${STAGE_LINE[0]}" "${STAGE_LINE[@]:1}") ||
     finish $?
   make_step "$processes"

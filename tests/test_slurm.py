@@ -288,10 +288,24 @@ def test_a_stage_that_shares_its_work_uses_all_gpus_of_the_job(cluster, site, mo
     text = planned(*two, "quantize.sh", "org/name", TP="2")
     assert "DP=4, on 2 nodes with 4 each" in text
     text = planned(*two, "quantize.sh", "org/name", TP="2", DP="1")
-    assert "note: 2 of 8 GPUs are used" in text
+    assert "note: quantize uses 2 of 8 GPUs" in text
     # Copies would not make a conversion faster.
     text = planned("--nodes=1", "--gpus-per-node=4", "convert.sh", "org/name")
-    assert "1: TP=1" in text and "note: 1 of 4 GPUs are used" in text
+    assert "1: TP=1" in text and "note: convert uses 1 of 4 GPUs" in text
+
+
+def test_a_job_works_in_a_folder_that_all_nodes_see(cluster, site, model, tmp_path):
+    environment = variables(cluster, model, tmp_path)
+    del environment["MLM_WORK_DIR"]
+    words = ("bash", site / "slurm" / "sbatch.sh", "--nodes=1", "convert.sh", "org/name")
+    text = submit(*words, "--dry-run", environment=environment, cwd=tmp_path)
+    assert f"--save {tmp_path}/megatron_workspace/org/name_mlm" in text
+    # Also where only the set-up file says which folder that is.
+    file = tmp_path / "environment.sh"
+    file.write_text("USER_FSW=/scratch/me\n")
+    environment["SANDBOX_ENV_SETUP"] = str(file)
+    text = submit(*words, "--dry-run", environment=environment, cwd=tmp_path)
+    assert "--save /scratch/me/megatron_workspace/org/name_mlm" in text
 
 
 def test_a_lost_node_ends_all_ranks_within_a_minute_by_name_and_starts_nothing_again(
