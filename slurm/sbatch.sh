@@ -25,8 +25,10 @@ set -euo pipefail
 
 # The job runs a copy of this file: the folder is found as it was at submission.
 find_root() {
-  local candidate
-  for candidate in "$(dirname "${BASH_SOURCE[0]}")/.." "${POST_TRAINING_ROOT:-}" \
+  local candidate command=
+  [[ -z "${SLURM_JOB_ID:-}" ]] || command=$(scontrol show job "$SLURM_JOB_ID" |
+    sed -n 's#^ *Command=\(.*\)/slurm/sbatch\.sh.*#\1#p')
+  for candidate in "$(dirname "${BASH_SOURCE[0]}")/.." "${POST_TRAINING_ROOT:-}" "$command" \
     "${SLURM_SUBMIT_DIR:-}" "${SLURM_SUBMIT_DIR:-}/.."; do
     if [[ -n "$candidate" && -f "$candidate/slurm/job.sh" ]]; then
       (cd "$candidate" && pwd)

@@ -169,7 +169,7 @@ def two_nodes(cluster, site, model, tmp_path_factory):
         *("sbatch", "--nodes=2", "--output=torchrun.log", site / "slurm" / "sbatch.sh"),
         "quantize.sh org/name FP8_DEFAULT_CFG",
         environment={**environment, "SANDBOX_ENV_SETUP": str(file)},
-        cwd=site,
+        cwd=work,  # not the repository's folder: the job finds that by itself
     )
     tasks = submit(
         *("bash", site / "slurm" / "sbatch.sh", "--nodes=2", "--output=tasks.log"),
