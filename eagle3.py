@@ -196,8 +196,9 @@ def eagle3(args: argparse.Namespace, session: Session) -> Outcome:
     from post_training import eagle, eagle_training, huggingface
     from post_training.manifest import Manifest
     from post_training.model import count_parameters
-    from post_training.training import Trainer, leave_if_asked
+    from post_training.training import Trainer
     from post_training.training_checkpoint import TrainingCheckpoints
+    from post_training.training_setup import leave_if_asked
 
     leave_if_asked(session)
     options = read_options(args)

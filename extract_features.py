@@ -82,6 +82,7 @@ def check(args: argparse.Namespace) -> None:
         )
     draft_data.check(draft_data.source(args))
     folder = Path(args.output_dir)
+    preflight.writable(folder / "settings.json", f"--output-dir {folder}")
     if source.described is not None:
         preflight.check_layout(source.described, args)
         draft_arguments.plan(args, source.described)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 import time
 from dataclasses import replace
@@ -69,10 +68,7 @@ def check(args: argparse.Namespace) -> None:
         preflight.check_layout(source.architecture, args)
     mmlu_options.check(args)
     output = report_path(args)
-    if not os.access(output.parent, os.W_OK) and output.parent.exists():
-        raise UsageError(
-            f"--mmlu-output {output}", "its folder cannot be written", "name another file"
-        )
+    preflight.writable(output, f"--mmlu-output {output}")
 
 
 def mmlu(args: argparse.Namespace, session: Session) -> dict[str, Any]:

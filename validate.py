@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -273,9 +272,9 @@ def report_path(args: argparse.Namespace) -> Path:
 
 
 def _check_file(path: Path, option: str) -> None:
-    parent = next(folder for folder in path.absolute().parents if folder.exists())
-    if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UsageError(f"{option} {path}", "it cannot be written", "name another file")
+    if path.is_dir():
+        raise UsageError(f"{option} {path}", "it is a folder", "name a file")
+    preflight.writable(path, f"{option} {path}")
 
 
 def summary(args: argparse.Namespace, content: dict[str, Any]) -> None:

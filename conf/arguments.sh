@@ -199,7 +199,7 @@ count_processes() {
   ETP=${ETP:-$TP}
   for name in TP PP CP EP ETP DP; do
     [[ "${!name}" =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name}" \
-      "a parallel size is a whole number from 1" "$name=1"
+      "a parallel size is a whole number from 1; DP may be all, too" "$name=1"
   done
   local dense=$((TP * CP)) experts=$((EP * ETP)) larger
   larger=$((dense > experts ? dense : experts))

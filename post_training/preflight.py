@@ -138,18 +138,25 @@ def check_output(folder: Path, args: argparse.Namespace, needed: int = 0) -> Non
             "delete it, name another, or give --overwrite (MLM_EXTRA_ARGS=--overwrite)",
         )
     disk_space(folder, needed)
-    _writable(folder)
+    writable(folder)
 
 
-def _writable(folder: Path) -> None:
-    """Raise UsageError unless this user may make ``folder``."""
-    # An output is renamed into place, so its parent counts even where the folder exists.
-    parent = _nearest_existing(folder.absolute().parent)
+def writable(path: Path, what: str = "") -> None:
+    """Raise UsageError unless this user may make ``path``, a file or a folder.
+
+    An output is renamed into place, so the folder above it counts even where it exists.
+
+    Args:
+        what: the output in a message (``output <path>``).
+    """
+    parent = _nearest_existing(path.absolute().parent)
+    if not parent.is_dir():
+        raise UsageError(what or f"output {path}", f"{parent} is a file", "name another place")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise UsageError(
-            f"output {folder}",
+            what or f"output {path}",
             f"user {os.getuid()} may not write to {parent}, which is user {parent.stat().st_uid}'s",
-            "name another folder, or run as its user; in docker: "
+            "name another place, or run as its user; in docker: "
             'docker run --user "$(id -u):$(id -g)"',
         )
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from post_training import files, manifest
+from post_training import files, manifest, preflight
 from post_training.errors import UsageError
 
 
@@ -47,9 +47,7 @@ def check(target: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None
             f"it exists{made}",
             "delete it, name another, or give --overwrite (MLM_EXTRA_ARGS=--overwrite)",
         )
-    parent = next(folder for folder in target.absolute().parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UsageError(what, f"{parent} cannot be written", "name a file elsewhere")
+    preflight.writable(target)
     state = _read_state(target)
     if state is None or overwrite:
         return

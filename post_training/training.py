@@ -17,7 +17,6 @@ from __future__ import annotations
 import logging
 import math
 import resource
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from post_training.errors import UsageError
 from post_training.training_checkpoint import FOLDER, Progress, TrainingCheckpoints
 from post_training.training_data import Batches, Order, Samples
 from post_training.training_metrics import Metrics
-from post_training.training_options import EXIT_UNFINISHED, TrainingOptions
+from post_training.training_options import TrainingOptions
 
 if TYPE_CHECKING:
     import torch
@@ -67,27 +66,6 @@ class Task:
     metric_names: tuple[str, ...] = ()
     set_mode: Callable[[Any], None] = _nothing
     adjust_tensor_shapes: Callable[..., Any] | None = None
-
-
-def leave_if_asked(session: Session) -> None:
-    """End the process with exit code 75 if a deferred signal has come; a collective call.
-
-    For the moments before training begins at which nothing is half done: there is nothing to save.
-    """
-    import torch
-
-    asked = torch.tensor([float(signals.asked_to_end())], device=session.device)
-    if session.world > 1:
-        torch.distributed.all_reduce(asked)
-    if not asked.item():
-        return
-    if session.is_main:
-        print(
-            f"{session.stage}: asked to end before its training began; nothing was changed, and "
-            "the same command goes on",
-            file=sys.stderr,
-        )
-    sys.exit(EXIT_UNFINISHED)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training import checkpoint, files, manifest, signals
+from post_training import checkpoint, files, manifest, preflight, signals
 from post_training.errors import UsageError
 from post_training.manifest import Manifest
 
@@ -102,6 +102,8 @@ def check_folder(
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"output {folder}", "it is a file", "name a folder")
+    # Iterations come and go inside the folder.
+    preflight.writable(folder / checkpoint.TRACKER, f"output {folder}")
     if not folder.is_dir() or overwrite:
         return
     if last_iteration(folder):

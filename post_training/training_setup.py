@@ -1,18 +1,44 @@
-"""What megatron-core brings to a training run: DDP, distributed optimizer, schedule, pipeline."""
+"""What comes before the first step of a training run: whether it is to begin at all, and
+megatron-core's DDP, distributed optimizer, schedule and pipeline."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from post_training.training_options import TrainingOptions
+from post_training import signals
+from post_training.training_options import EXIT_UNFINISHED, TrainingOptions
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.core.transformer import MegatronModule
+
+    from post_training.runtime import Session
+
+
+def leave_if_asked(session: Session) -> None:
+    """End the process with exit code 75 if a deferred signal has come; a collective call.
+
+    For the moments before training begins at which nothing is half done: there is nothing to save.
+    """
+    import torch
+
+    asked = torch.tensor([float(signals.asked_to_end())], device=session.device)
+    if session.world > 1:
+        torch.distributed.all_reduce(asked)
+    if not asked.item():
+        return
+    if session.is_main:
+        print(
+            f"{session.stage}: asked to end before its training began; nothing was changed, and "
+            "the same command goes on",
+            file=sys.stderr,
+        )
+    sys.exit(EXIT_UNFINISHED)
 
 
 @dataclass(frozen=True)

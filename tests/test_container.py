@@ -20,7 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import test_slurm
+import slurm_jobs
 import tools
 import torch
 
@@ -38,7 +38,7 @@ APPTAINER = (
     "53a39ecd5c75428b1c852c959373f5bbbaf18152f4513ba7d39ae103d8e53404",
 )
 # Fixtures: a cluster of two nodes, the repository as a site has it, a tiny model.
-cluster, site, model = test_slurm.cluster, test_slurm.site, test_slurm.model
+cluster, site, model = slurm_jobs.cluster, slurm_jobs.site, slurm_jobs.model
 
 
 def run(*words: object, code: int = 0, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -257,7 +257,7 @@ def scratch(model, tmp_path_factory) -> Path:
     """The one folder besides the repository that jobs in a container see; a space in its name."""
     folder = tmp_path_factory.mktemp("user") / "my scratch"
     shutil.copytree(model, folder)
-    test_slurm.conversations(folder / "chat.jsonl")
+    tools.write_conversations(folder / "chat.jsonl")
     return folder
 
 
@@ -267,7 +267,7 @@ def submit(built, apptainer, cluster, site, scratch):
     root = built.root()
 
     def start(name: str, *words: str, **more: str) -> str:
-        environment = test_slurm.variables(
+        environment = slurm_jobs.variables(
             cluster, scratch, scratch / name, TP="2", USER_FSW=str(scratch),
             CONTAINER_IMAGE=str(root), CONTAINER_RUNTIME="apptainer",
             # A folder does not say where the image has its Python, as an image built from it does.
@@ -280,8 +280,8 @@ def submit(built, apptainer, cluster, site, scratch):
         environment["PATH"] = f"{apptainer}:{environment['PATH']}"
         environment["PYTHONPATH"] = "/nowhere"
         line = ("bash", site / "slurm" / "sbatch.sh", "--nodes=2", f"--output={name}.log", *words)
-        text = test_slurm.submit(*line, environment=environment, cwd=scratch.parent)
-        return test_slurm.number(text)
+        text = slurm_jobs.submit(*line, environment=environment, cwd=scratch.parent)
+        return slurm_jobs.number(text)
 
     return start
 
@@ -292,10 +292,10 @@ def test_a_job_in_a_container_runs_in_both_launch_styles(submit, cluster, scratc
     styles = {"torchrun": "", "tasks": "python"}
     jobs = [submit(name, *words, LAUNCH_SCRIPT=style) for name, style in styles.items()]
     for job in jobs:
-        log = test_slurm.finished(cluster, job)
+        log = slurm_jobs.finished(cluster, job)
         assert "started on node[1-2]" in log
         assert "2 processes on CPU: TP=2" in log
-    first, second = (test_slurm.weights(scratch / name / "org" / "name_quant") for name in styles)
+    first, second = (slurm_jobs.weights(scratch / name / "org" / "name_quant") for name in styles)
     assert first.keys() == second.keys()
     assert any("amax" in name for name in first)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -305,14 +305,14 @@ def test_what_the_tasks_in_a_container_see(submit, cluster, scratch):
     # Task 1 ends well; task 0 ends after it, with the code of a lost rank.
     ends = "((SLURM_PROCID)) && exit; sleep 2; exit 69"
     program = f"bash -c 'env -0 >\"$MLM_WORK_DIR.$SLURM_PROCID\"; {ends}'"
-    job = submit("seen", "convert.sh", "org/name", LAUNCH_SCRIPT=program, HF_TOKEN=test_slurm.TOKEN)
-    log = test_slurm.finished(cluster, job, "FAILED")
+    job = submit("seen", "convert.sh", "org/name", LAUNCH_SCRIPT=program, HF_TOKEN=slurm_jobs.TOKEN)
+    log = slurm_jobs.finished(cluster, job, "FAILED")
     assert "FAILED with exit code 69" in log
-    assert test_slurm.TOKEN not in log
+    assert slurm_jobs.TOKEN not in log
     for rank in (0, 1):
         text = (scratch / f"seen.{rank}").read_text()
         seen = dict(line.split("=", 1) for line in text.split("\0") if line)
-        assert seen["HF_TOKEN"] == test_slurm.TOKEN
+        assert seen["HF_TOKEN"] == slurm_jobs.TOKEN
         assert (seen["TP"], seen["SLURM_NODEID"], seen["SLURM_STEP_NUM_TASKS"]) == (
             "2", str(rank), "2",
         )  # fmt: skip
@@ -344,7 +344,7 @@ def test_training_in_a_container_is_saved_at_a_signal_and_goes_on(submit, cluste
         assert cluster.job(job)["JobState"] in ("PENDING", "RUNNING"), log.read_text()
         time.sleep(0.1)
     cluster.run("scancel", "--batch", "--signal=USR1", job)
-    test_slurm.wait_for_restart(cluster, job, 1, log)
-    text = test_slurm.finished(cluster, job)
+    slurm_jobs.wait_for_restart(cluster, job, 1, log)
+    text = slurm_jobs.finished(cluster, job)
     assert "queued again" in text and "going on after iteration" in text
     assert iterations() == list(range(1, 13))

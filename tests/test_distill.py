@@ -37,14 +37,8 @@ TOLERANCE = 1e-5
 def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distill")
     tools.random_model(folder / "model", "qwen3")
-    texts = [{"text": f"Fact {i}: {i} plus {i} is {2 * i}, and so on."} for i in range(60)]
-    (folder / "text.jsonl").write_text("\n".join(map(json.dumps, texts)))
-    turns = [
-        {"messages": [{"role": "user", "content": f"{i} + 1?"},
-                      {"role": "assistant", "content": f"It is {i + 1}."}]}
-        for i in range(60)
-    ]  # fmt: skip
-    (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, turns)))
+    tools.write_texts(folder / "text.jsonl")
+    tools.write_conversations(folder / "chat.jsonl")
     (folder / "everything.yaml").write_text(EVERYTHING)
     (folder / "topk.yaml").write_text("logit_kl_topk: 50")
     return folder

@@ -224,7 +224,7 @@ def test_a_number_of_tokens_is_no_secret(monkeypatch):
         (("--temperature", 1, "--top-p", 0), "--top-p 0.0"),
         (("--prompts-path", "/nowhere/x.jsonl"), "--prompts-path /nowhere/x.jsonl"),
         (("--chat-template-options", "{enable}"), "it is no JSON object"),
-        (("--output", tools.ROOT / "Makefile" / "x.jsonl"), "cannot be written"),
+        (("--output", tools.ROOT / "Makefile" / "x.jsonl"), "Makefile is a file"),
         (("--context-parallel-size", 2), "CP=2"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -139,12 +138,16 @@ def test_a_signal_before_training_begins_ends_it_with_nothing_changed(
     stage, number, source, checkpoint, tmp_path
 ):
     """Sent while the stage imports its packages: it ends where it can, as if it had trained."""
-    (tmp_path / "text.jsonl").write_text('{"text": "One and one is two."}\n' * 9)
     save, flags = tmp_path / "run", ("--load", checkpoint, "--train-iters", 2, "--seq-length", 64)
     if stage == "distill":
-        flags += ("--teacher", source, "--finetune-data-files", tmp_path / "text.jsonl")
+        flags += (
+            "--teacher",
+            source,
+            "--finetune-data-files",
+            tools.write_texts(tmp_path / "text.jsonl"),
+        )
     else:
-        flags += ("--finetune-data-files", write_conversations(tmp_path / "chat.jsonl"))
+        flags += ("--finetune-data-files", tools.write_conversations(tmp_path / "chat.jsonl"))
     process = start(f"{stage}.py", *flags, "--save", save)
     status = Path(f"/proc/{process.pid}/status")
     while not handles(number, status.read_text()):
@@ -161,9 +164,3 @@ def handles(number: int, status: str) -> bool:
     """Whether a process has a handler for a signal, from its /proc/<pid>/status."""
     caught = int(re.search(r"^SigCgt:\s*(\w+)", status, re.MULTILINE)[1], 16)
     return bool(caught >> (number - 1) & 1)
-
-
-def write_conversations(path: Path) -> Path:
-    turns = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "It is 2."}]
-    path.write_text((json.dumps({"messages": turns}) + "\n") * 9)
-    return path

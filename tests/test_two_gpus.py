@@ -29,9 +29,8 @@ pytestmark = [
 ]
 LENGTH = 64
 LAYOUTS = {
-    "one": (1, ()),
-    "TP=2": (2, ("--tensor-model-parallel-size", 2)),
-    "PP=2": (2, ("--pipeline-model-parallel-size", 2)),
+    "one": tools.LAYOUTS["TP=1"],
+    **{name: tools.LAYOUTS[name] for name in ("TP=2", "PP=2")},
     "DP=2": (2, ()),
 }
 SEVERAL = [name for name in LAYOUTS if name != "one"]
@@ -81,14 +80,8 @@ def root(tmp_path_factory):
     """Every stage at every layout; the layouts run side by side."""
     root = tmp_path_factory.mktemp("two_gpus")
     tools.random_model(root / "hf", "qwen3", max_position_embeddings=2048)
-    texts = [{"text": f"Fact {i}: {i} plus {i} is {2 * i}, and so on."} for i in range(80)]
-    (root / "text.jsonl").write_text("\n".join(map(json.dumps, texts)))
-    turns = [
-        {"messages": [{"role": "user", "content": f"{i} + 1?"},
-                      {"role": "assistant", "content": f"It is {i + 1}."}]}
-        for i in range(120)
-    ]  # fmt: skip
-    (root / "chat.jsonl").write_text("\n".join(map(json.dumps, turns)))
+    tools.write_texts(root / "text.jsonl", 80)
+    tools.write_conversations(root / "chat.jsonl", 120)
     prompts = [{"prompt": f"Question {n}: " + "why? " * (n % 3 + 1)} for n in range(6)]
     (root / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
     (root / "questions").mkdir()

@@ -91,6 +91,27 @@ def chat_tokenizer():
     return fast
 
 
+def write_conversations(path: Path, count: int = 60) -> Path:
+    """Questions and answers of different lengths, as JSONL with messages."""
+    lines = []
+    for i in range(count):
+        answer = f"It is {2 * i}." + " Sure." * (i % 4)
+        turns = [
+            {"role": "user", "content": f"What is {i} plus {i}?"},
+            {"role": "assistant", "content": answer},
+        ]
+        lines.append(json.dumps({"messages": turns}) + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
+def write_texts(path: Path, count: int = 60) -> Path:
+    """Short texts, each of its own, as JSONL."""
+    texts = [{"text": f"Fact {i}: {i} plus {i} is {2 * i}, and so on."} for i in range(count)]
+    path.write_text("".join(json.dumps(each) + "\n" for each in texts))
+    return path
+
+
 def tokens(rows: int = 2, length: int = 48) -> torch.Tensor:
     """Token ids [rows, length], the same on every call."""
     generator = torch.Generator().manual_seed(1)

@@ -20,7 +20,7 @@ def rms_norm(
     inp: torch.Tensor, weight: torch.Tensor, eps: float, zero_centered: bool = False
 ) -> torch.Tensor:
     """Root-mean-square normalization over the last dimension (arXiv:1910.07467)."""
-    # One kernel, which computes in float32 and rounds to the input's type.
+    # One operator, which computes in float32 and rounds to the input's type.
     values = F.rms_norm(inp, (inp.shape[-1],), None, eps)
     return _scaled(weight, zero_centered) * values
 
