@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from post_training.common import report
-from post_training.pruning.minitron import PruningResult
 from post_training.pruning.options import PruneOptions
 from post_training.pruning.search import Size
 from post_training.pruning.space import MEANINGS
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from post_training.models.architecture import Architecture
+    from post_training.pruning.minitron import PruningResult
 
 
 @dataclass(frozen=True)

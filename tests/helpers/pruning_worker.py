@@ -20,7 +20,7 @@ from post_training.config.options import StageOptions
 from post_training.inference import generation
 from post_training.models.architecture import Architecture
 from post_training.models.builder import BuildOptions, build, transformer_config
-from post_training.pruning import export_config, minitron, search
+from post_training.pruning import export_config, search
 from post_training.pruning.space import PruningSpace, pruned_architecture
 
 MIXTURE = {
@@ -49,6 +49,9 @@ def main() -> None:
 def run(folder: Path) -> dict[str, object]:
     from post_training.checkpoints import torch_dist
     from post_training.common.manifest import Manifest
+
+    # It needs Transformer Engine, for which the session may have put a stand-in in place.
+    from post_training.pruning import minitron
 
     original = Architecture(
         transformer={**SHARED, **GROUPED_QUERIES, "qk_layernorm": True, **MIXTURE},
