@@ -49,7 +49,9 @@ _PACKAGES = (
 # whose last word names one. --moe-token-dispatcher-type and --max-new-tokens take none.
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 _SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
-_SECRET_FLAG = re.compile(r"--([\w-]*[-_])?(token|(api|access|secret)[-_]key|secret|password)", re.I)
+_SECRET_FLAG = re.compile(
+    r"--([\w-]*[-_])?(token|(api|access|secret)[-_]key|secret|password)", re.I
+)
 
 
 @dataclass

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from post_training import signals, training_setup
+from post_training import placement, signals, training_setup
 from post_training.errors import UsageError
 from post_training.training_checkpoint import FOLDER, Progress, TrainingCheckpoints
 from post_training.training_data import Batches, Order, Samples
@@ -344,6 +344,8 @@ class Trainer:
         self.progress = replace(self.progress, window=window, seconds=seconds.item())
         content = self.checkpoints.save(self.model, self.optimizer, self.progress)
         self.task.set_mode(self.model)
+        if self.session.is_main:
+            placement.note_saved(self.progress.iteration)
         logger.info("saved iteration %d to %s", self.progress.iteration, self.checkpoints.folder)
         return content
 

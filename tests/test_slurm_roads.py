@@ -72,7 +72,7 @@ def test_the_roads_run_to_their_ends_stop_where_a_stage_fails_and_go_on_from_the
             "mmlu",
             r"exit code 1 [^$]*error: MMLU accuracy .* below --lower-bound 1.0000",
         ),
-        "prune": ("distill", "exit code 75 .* the same command goes on from what was saved"),
+        "prune": ("distill", "exit code 75 .* the same command resumes from what was saved"),
         "eagle3": ("validate", r"exit code 1 [^$]*error: acceptance length 1.0 is below 2.0"),
     }
     for road, (text, jobs) in started.items():
