@@ -265,6 +265,8 @@ check_nodes() {
 # choose_launcher: LAUNCHER, the words that start the stage's processes on this node.
 choose_launcher() {
   local tasks=${SLURM_STEP_ID:+${SLURM_STEP_NUM_TASKS:-}} meeting
+  # Processes share the node's cores; one alone takes those that it may use (common/threads.py).
+  ((WORLD == 1)) || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
   LAUNCHER=()
   if [[ -n "${LAUNCH_SCRIPT:-}" ]]; then
     if [[ "$LAUNCH_SCRIPT" == python* && ${tasks:-1} -gt 1 && $tasks -ne $WORLD ]]; then
@@ -278,7 +280,6 @@ choose_launcher() {
   fi
   LAUNCHER=("$PYTHON")
   ((WORLD > 1)) || return 0
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
   LAUNCHER+=(-m torch.distributed.run "--nproc_per_node=$((WORLD / NNODES))")
   if [[ -n "${PET_RDZV_ENDPOINT:-}${PET_MASTER_ADDR:-}" ]]; then
     return 0 # torchrun's own variables say where the nodes meet

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from post_training import readback
+from post_training.common import threads
 from post_training.errors import UsageError, exit_with_usage_error
 
 
 def answer(folder: readback.Folder, question: str, max_new_tokens: int) -> str:
     """Greedy answer to ``question``, through the chat template where the tokenizer has one."""
+    threads.configure()
     import torch
     from transformers import AutoTokenizer, GenerationConfig
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from post_training import files
 from post_training.architecture import Architecture
+from post_training.common import threads
 from post_training.errors import UsageError
 from post_training.manifest import Manifest
 
@@ -139,7 +139,7 @@ def save_strategy(model: MegatronModule) -> Any:
 
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
     return TorchDistSaveShardedStrategy(
-        thread_count=max(1, min(_MOST_FILES, size // _FILE_BYTES, os.cpu_count() or 1))
+        thread_count=max(1, min(_MOST_FILES, size // _FILE_BYTES, threads.cores()))
     )
 
 

@@ -4,9 +4,9 @@ Nothing else does that. If a process dies, gloo fails at once, naming an IP addr
 any code; if its machine falls silent, gloo was still waiting after three minutes (the collective's
 timeout is ten), torchrun ends the ranks of its own node only, and srun waits for ``SlurmdTimeout``.
 
-So every rank keeps one idle TCP connection to rank 0. The kernel closes it when the process dies, and
-keepalive (10 s idle, then 4 probes 5 s apart) when the machine does. There are no heartbeats from
-Python, where a busy rank looks dead.
+So every rank keeps one idle TCP connection to rank 0. The kernel closes it when the process dies,
+and keepalive (10 s idle, then 4 probes 5 s apart) when the machine does. There are no heartbeats
+from Python, where a busy rank looks dead.
 """
 
 from __future__ import annotations

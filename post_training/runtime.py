@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from post_training import arguments, liveness, placement, signals, versions
+from post_training.common import threads
 from post_training.errors import UsageError, exit_with_usage_error
 from post_training.parallel import Parallel
 
@@ -119,6 +120,7 @@ def _leave(watch: liveness.Watch | None) -> None:
 
 def _start(stage: str, parallel: Parallel, seed: int, timeout_minutes: float) -> Session:
     place = placement.join()
+    threads.configure()
     import torch
 
     device = _device()

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from post_training import files
+from post_training.common import threads
 from post_training.errors import UsageError, exit_with_usage_error
 from quickstart import tokenizer, world
 
@@ -222,6 +223,7 @@ def write_data(folder: Path, exams: world.Exams, rng: random.Random) -> None:
 
 def make(target: Path, recipe: Recipe, steps: int | None = None) -> dict[str, Any]:
     """Train and save everything; ``target`` appears when it is whole. Returns the record."""
+    threads.configure()
     import torch
     from transformers import GenerationConfig
 

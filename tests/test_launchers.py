@@ -499,7 +499,7 @@ def test_an_environment_is_made_once_and_then_reused(fresh_machine):
     (root / "requirements.txt").write_text("# changed\n")
     third = bash("-c", SET_UP, cwd=root, **environment)
     assert "installing requirements.txt" in third.stderr
-    assert "making" not in third.stderr
+    assert "creating" not in third.stderr
 
 
 def test_without_a_python_that_fits_the_message_says_what_to_install(fresh_machine):

@@ -205,9 +205,9 @@ def test_the_launch_line_of_a_model_with_experts_can_be_pasted():
 @pytest.mark.parametrize(
     ("words", "shown"),
     [
-        (["--hf-token", "confidential", "--x"], "--hf-token '***' --x"),
-        (["--hf-token=confidential"], "'--hf-token=***'"),
-        (["--api-key", "confidential", "--password=confidential"], "--api-key '***' '--password=***'"),
+        (["--hf-token", "mine", "--x"], "--hf-token '***' --x"),
+        (["--hf-token=mine"], "'--hf-token=***'"),
+        (["--api-key", "mine", "--password=mine"], "--api-key '***' '--password=***'"),
         (["--token", "--token", "x"], "--token '***' x"),
         (["--max-new-tokens", "10", "--moe-token-drop-policy", "probs"],
          "--max-new-tokens 10 --moe-token-drop-policy probs"),
