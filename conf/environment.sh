@@ -6,9 +6,9 @@
 #     setup_development_environment   # also what tests and checks need: tests/run.sh, .ci/run
 #     "$PYTHON" ...
 #
-# Both set and export PYTHON: the interpreter of an environment that already has the packages (PYTHON,
-# an active one, a container's), else of .venv in the repository, created and filled if needed. The
-# second time they only compare a stamp.
+# Both set and export PYTHON: the interpreter of an environment that already has the packages
+# (PYTHON, an active one, a container's), else of .venv in the repository, created and filled if
+# needed. The second time they only compare a stamp.
 #
 #     MLM_SKIP_INSTALL=1   never install; use .venv if it exists
 #     MLM_VENV             folder of the environment (default: .venv beside this folder)

@@ -1,6 +1,7 @@
 # shellcheck shell=bash
-# Shared by sbatch.sh and pipeline.sh: the job step, its checks, how it ends. Sourcing this file only
-# defines functions; source conf/arguments.sh first, and set SCRIPT_DIR to the repository's folder. Variables are explained in slurm/README.md.
+# Shared by sbatch.sh and pipeline.sh: the job step, its checks, how it ends. Sourcing this file
+# only defines functions; source conf/arguments.sh first, and set SCRIPT_DIR to the repository's
+# folder. Variables are explained in slurm/README.md.
 
 # shellcheck source=slurm/container.sh
 source "$SCRIPT_DIR/slurm/container.sh"
@@ -11,8 +12,8 @@ REQUEUE_CODE=75
 ENDED_EARLY=143
 # Exit code of the remaining ranks after one was lost.
 LOST_RANK_CODE=69
-# Starts in a row that may end with nothing saved: a job whose time limit is shorter than its start-up
-# would otherwise be requeued forever.
+# Starts in a row that may end with nothing saved: a job whose time limit is shorter than its
+# start-up would otherwise be requeued forever.
 IDLE_STARTS=3
 # Stages that resume from what they saved.
 RESUMABLE=(eagle3.sh distill.sh)
@@ -24,8 +25,8 @@ in_batch_script() {
   [[ -n "${SLURM_JOB_ID:-}" && -z "${SLURM_STEP_ID:-}" && "${SLURM_TASK_PID:-}" == "$$" ]]
 }
 
-# take_words WORDS...: set OPTIONS to what precedes the first <stage>.sh, and STAGE_LINE to the rest. A
-# single word with spaces is the whole line, as in Megatron-LM's sbatch.sh.
+# take_words WORDS...: set OPTIONS to what precedes the first <stage>.sh, and STAGE_LINE to the
+# rest. A single word with spaces is the whole line, as in Megatron-LM's sbatch.sh.
 take_words() {
   OPTIONS=() STAGE_LINE=()
   while (($# > 0)) && [[ ! "$1" =~ ^[a-z0-9_]+\.sh($|[[:space:]]) ]]; do
@@ -101,7 +102,8 @@ submit_job() {
   exec "${line[@]}"
 }
 
-# show PYTHON NAME WORDS...: a row of --dry-run's table: a command line without --dry-run and without secrets.
+# show PYTHON NAME WORDS...: a row of --dry-run's table: a command line without --dry-run and
+# without secrets.
 show() {
   local python=$1 name=$2 word words=()
   shift 2
@@ -203,8 +205,8 @@ requeues() {
   [[ -n "${MLM_REQUEUE:-}" ]] && resumable
 }
 
-# choose_launch_style: torchrun gives its processes 30 s to save and drops their exit code. A job to be
-# requeued runs as one task per GPU: srun forwards signals and returns the exit code.
+# choose_launch_style: torchrun gives its processes 30 s to save and drops their exit code. A job to
+# be requeued runs as one task per GPU: srun forwards signals and returns the exit code.
 choose_launch_style() {
   if requeues; then export LAUNCH_SCRIPT=${LAUNCH_SCRIPT:-python}; fi
 }
@@ -230,8 +232,8 @@ near_the_limit() {
   fi
 }
 
-# keep_asking: srun forwards the signal to every task. A task that has just started ignores it, so it
-# is sent until the step has ended.
+# keep_asking: srun forwards the signal to every task. A task that has just started ignores it, so
+# it is sent until the step has ended.
 keep_asking() {
   while kill -USR1 "$STEP_PID" 2>/dev/null; do sleep 5; done
 }
@@ -278,8 +280,9 @@ queue_again() {
   wait $!
 }
 
-# prepare_state: export MLM_STATE_FILE, where the stage records in which start of the job it last saved
-# (post_training/distributed/placement.py). USER_FSW has the same path in a container as outside.
+# prepare_state: export MLM_STATE_FILE, where the stage records in which start of the job it last
+# saved (post_training/distributed/placement.py). USER_FSW has the same path in a container as
+# outside.
 prepare_state() {
   export MLM_STATE_FILE=${CONTAINER_IMAGE:+$USER_FSW/megatron_workspace}
   MLM_STATE_FILE=${MLM_STATE_FILE:-$MLM_WORK_DIR}/jobs/$SLURM_JOB_ID.state
