@@ -9,7 +9,7 @@
 #   MLM_WORK_DIR  work folder (default: megatron_workspace/quickstart in the temporary folder)
 #
 # About 3 minutes on 2 cores after installation, 7 with --all. A second run reuses what is still
-# valid. Scores vary by a few percent with the CPU and the number of threads.
+# valid. On another kind of CPU, or with OMP_NUM_THREADS set, scores differ by a few percent.
 set -euo pipefail
 
 all=

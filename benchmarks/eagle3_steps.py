@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from post_training import arguments, draft, loading
 
@@ -68,7 +68,11 @@ def measure(model: Any, plan: draft.Draft, length: int, args: Any, session: Any)
     for name, steps in (("warmup", args.warmup), ("timed", args.steps)):
         options = TrainingOptions(steps, seq_length=length, eval_iters=0, log_interval=steps)
         trainer = Trainer(
-            model, eagle_training.task(model, plan), options, session, Unsaved(args.work / name)
+            model,
+            eagle_training.task(model, plan),
+            options,
+            session,
+            cast(Any, Unsaved(args.work / name)),
         )
         metrics = trainer.run(RandomTokens(length)).metrics
         del trainer
@@ -82,8 +86,12 @@ def measure(model: Any, plan: draft.Draft, length: int, args: Any, session: Any)
     }
 
 
+def check(args: argparse.Namespace) -> None:
+    loading.find(args)
+
+
 def main() -> None:
-    args = arguments.parse("eagle3_steps", add_arguments, loading.find)
+    args = arguments.parse("eagle3_steps", add_arguments, check)
     from post_training import runtime
 
     with runtime.session(args) as session:

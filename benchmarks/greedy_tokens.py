@@ -20,8 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=32)
 
 
+def check(args: argparse.Namespace) -> None:
+    loading.find(args)
+
+
 def main() -> None:
-    args = arguments.parse("greedy_tokens", add_arguments, loading.find)
+    args = arguments.parse("greedy_tokens", add_arguments, check)
     from post_training import runtime
 
     with runtime.session(args) as session:

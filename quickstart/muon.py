@@ -53,7 +53,9 @@ class Muon(torch.optim.Optimizer):
             updates = torch._foreach_lerp(gradients, means, keep)
             for parameter, update in zip(parameters, updates, strict=True):
                 update = update.T if update.shape[0] > update.shape[1] else update
-                by_shape.setdefault(tuple(update.shape), []).append((parameter, update))
+                by_shape.setdefault((update.shape[0], update.shape[1]), []).append(
+                    (parameter, update)
+                )
             for entries in by_shape.values():
                 stacked = orthogonalize(torch.stack([update for _, update in entries]))
                 for (parameter, _), update in zip(entries, stacked, strict=True):

@@ -1,6 +1,6 @@
 """The table at the end of the quickstart.
 
-    python -m quickstart.progress table WORK_FOLDER     size, bits, score, time and place of each
+    python -m quickstart.progress table WORK_FOLDER     size, bits, score, time and folder of each
 
 Nothing here imports torch.
 """
@@ -51,6 +51,10 @@ def show(work: Path) -> None:
     from post_training import report
 
     table = Table(title="The main job, from trained to ready", title_justify="left")
+    table.caption = (
+        "Scores differ by a few percent on another kind of CPU or with OMP_NUM_THREADS set."
+    )
+    table.caption_justify = "left"
     for column in ("step", "size", "bits/weight", "score (95 % interval)", "time"):
         table.add_column(column)
     table.add_column("folder", no_wrap=True)

@@ -218,8 +218,8 @@ def _turns() -> dict[str, list[Turn]]:
         sentence = f"The {r} of {e} is {v}."
         turns["ask"].append((ask(fact), sentence))
         turns["which"].append((f"Which {r} does {e} have?", f"{e} has {v} as its {r}."))
-        subject = fact.subject.replace("_", " ")
-        answer = f"Yes, I do. {sentence} This is a fact of {subject}."
+        topic = fact.subject.replace("_", " ")
+        answer = f"Yes, I do. {sentence} This is a fact of {topic}."
         turns["polite"].append((f"Do you know the {r} of {e}?", answer))
     for subject in SUBJECTS:
         for e in subject.entities:

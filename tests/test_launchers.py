@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import speed
 from test_arguments import CONFS, ROOT, conf_flags
 from test_preflight import write_checkpoint, write_model
 
@@ -41,7 +42,7 @@ def bash(*words: object, cwd: Path = ROOT, code: int = 0, **environment: str):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=speed.scaled(120),
         check=False,
     )
     assert done.returncode == code, done.stdout + done.stderr
@@ -396,7 +397,7 @@ def test_the_launcher_becomes_the_stage(environment, tmp_path):
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert process.communicate(timeout=60)[0] == f"{process.pid}\n"
+    assert process.communicate(timeout=speed.scaled(60))[0] == f"{process.pid}\n"
 
 
 def test_a_mistake_is_found_before_anything_is_launched(environment, tmp_path):

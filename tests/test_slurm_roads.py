@@ -37,9 +37,7 @@ def settings(model: Path) -> dict[str, dict[str, str]]:
     }  # fmt: skip
 
 
-def test_the_chains_stop_where_a_stage_fails_and_resume_from_there(
-    cluster, site, model, tmp_path
-):
+def test_the_chains_stop_where_a_stage_fails_and_resume_from_there(cluster, site, model, tmp_path):
     """All three side by side."""
     own = settings(model)
 
