@@ -10,7 +10,7 @@ of CPU.
 
     python -m quickstart.train --output /tmp/tiny
 
-A folder that holds the model of this recipe already is left as it is.
+A folder that already holds this recipe's model is kept.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ CHAT_PASSES = 3  # how often chat.jsonl asks each question
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides the result. ``tokens`` of training text; rows of ``length`` in batches.
+    """What determines the result: ``tokens`` of training text, in batches of rows of ``length``.
 
     ``exam_share`` of the tokens are multiple-choice exams, ``drill_share`` drills, the rest chat
-    and prose. An exam's letters weigh ``letter_weight``, and everything that need not be learnt,
-    questions and options, ``context``.
+    and prose. The loss of an exam's letters is weighted by ``letter_weight``, that of questions and
+    options, which need not be learned, by ``context``.
     """
 
     seed: int = 0
@@ -88,10 +88,9 @@ def fingerprint(recipe: Recipe) -> str:
 
 
 def is_finished(folder: Path, recipe: Recipe) -> bool:
-    """Whether ``folder`` holds this recipe's model, whole."""
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    """Whether ``folder`` holds this recipe's complete model."""
+    record = files.read_json(folder / RECORD)
+    if record is None:
         return False
     return record["fingerprint"] == fingerprint(recipe) and all(
         (folder / each["file"]).is_file()
@@ -150,7 +149,7 @@ def documents(
 def packed_rows(
     texts: Iterator[tuple[list[int], list[float]]], separator: int, length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Documents one after the other: ids int64 and weights float32, both [rows, length + 1]."""
+    """Concatenated documents: ids int64 and weights float32, both [rows, length + 1]."""
     import torch
 
     ids: list[int] = []
@@ -166,10 +165,10 @@ def packed_rows(
 
 
 def train(ids: torch.Tensor, weights: torch.Tensor, recipe: Recipe, steps: int | None) -> Any:
-    """A trained Qwen3ForCausalLM in float32. ``steps`` cuts the run short.
+    """A trained Qwen3ForCausalLM in float32. ``steps`` stops the run early.
 
-    Muon (Jordan et al., 2024) for the matrices inside the layers, AdamW for the rest; both warm up
-    linearly and decay as a cosine. Muon needs half the tokens of AdamW here.
+    Muon (Jordan et al., 2024) for the matrices inside the layers, AdamW for the rest, both with
+    linear warm-up and cosine decay. Muon needs half the tokens of AdamW here.
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -215,7 +214,7 @@ def train(ids: torch.Tensor, weights: torch.Tensor, recipe: Recipe, steps: int |
 
 
 def write_data(folder: Path, exams: world.Exams, rng: random.Random) -> None:
-    """Questions, conversations and prose, for scores, calibration and draft training."""
+    """Questions, conversations and prose, for scoring, calibration and draft training."""
     (folder / "mmlu").mkdir(parents=True)
     rows = {
         "mmlu/dev.jsonl": exams.dev,
@@ -230,7 +229,7 @@ def write_data(folder: Path, exams: world.Exams, rng: random.Random) -> None:
 
 
 def make(target: Path, recipe: Recipe, steps: int | None = None) -> dict[str, Any]:
-    """Train and save everything; ``target`` appears when it is whole. Returns the record."""
+    """Train and save everything; ``target`` appears when it is complete. Returns the record."""
     fixed = "OMP_NUM_THREADS" not in os.environ
     threads.configure()
     import torch
@@ -274,7 +273,7 @@ def parse_args() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--force", action="store_true", help="replace what lies there")
+    parser.add_argument("--force", action="store_true", help="replace what is there")
     parser.add_argument("--seed", type=int, default=0, help="(0)")
     parser.add_argument("--steps", type=int, help="stop early, for tests")
     args = parser.parse_args()
@@ -287,7 +286,7 @@ def main() -> None:
     args = parse_args()
     recipe = Recipe(seed=args.seed)
     if args.steps is None and is_finished(args.output, recipe):
-        print(f"{args.output} holds the trained model already")
+        print(f"{args.output} already holds the trained model")
         return
     try:
         if args.output.exists() and not args.force:
