@@ -16,15 +16,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training import arguments, draft_arguments, loading, preflight
-from post_training.errors import UsageError
+from post_training.checkpoints import folders, loading
+from post_training.common import outputs
+from post_training.common.errors import UsageError
+from post_training.config import arguments, checks
+from post_training.drafts import options as draft_arguments
+from post_training.models import parallel_check
 
 if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
 
-    from post_training.draft import Draft
-    from post_training.loading import Source
-    from post_training.runtime import Session
+    from post_training.checkpoints.loading import Source
+    from post_training.distributed.runtime import Session
+    from post_training.drafts.eagle3.draft import Draft
 
 EAGLE3 = "give --algorithm eagle3 too"
 
@@ -57,14 +61,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    preflight.required(args, "--save", "MLM_MODEL_SAVE")
+    checks.required(args, "--save", "MLM_MODEL_SAVE")
     source = loading.find(args)
     _check_draft(args, source)
     if source.described:
-        preflight.check_layout(source.described, args)
+        parallel_check.check(source.described, arguments.parallel(args))
     if args.extra_model_path:
-        preflight.model_folder(Path(args.extra_model_path), weights=False)
-    preflight.check_output(Path(args.save), args, needed=loading.size_estimate(source, 2))
+        folders.model_folder(Path(args.extra_model_path), weights=False)
+    outputs.check_folder(
+        Path(args.save), overwrite=args.overwrite, needed=loading.size_estimate(source, 2)
+    )
 
 
 def _check_draft(args: argparse.Namespace, source: Source) -> None:
@@ -95,9 +101,9 @@ def _check_draft(args: argparse.Namespace, source: Source) -> None:
 
 def convert(args: argparse.Namespace, session: Session) -> dict[str, Any]:
     """Load the source at the requested layout and save it. Returns the manifest on rank 0."""
-    from post_training import checkpoint, huggingface
-    from post_training.manifest import Manifest
-    from post_training.model import count_parameters
+    from post_training.checkpoints import huggingface, torch_dist
+    from post_training.common.manifest import Manifest
+    from post_training.models.builder import count_parameters
 
     source = loading.fetch(loading.find(args), args)
     options = loading.build_options(args, source)
@@ -122,7 +128,7 @@ def convert(args: argparse.Namespace, session: Session) -> dict[str, Any]:
         peak_memory_bytes=session.peak_memory(),
         extra=extra,
     )
-    content = checkpoint.save(
+    content = torch_dist.save(
         model,
         Path(args.save),
         record,
@@ -135,7 +141,8 @@ def convert(args: argparse.Namespace, session: Session) -> dict[str, Any]:
 
 def attach_draft(args: argparse.Namespace, model: MegatronModule, source: Source) -> Draft:
     """Attach the draft that the arguments describe; from ``--draft-model-path`` with weights."""
-    from post_training import checkpoint, eagle
+    from post_training.checkpoints import torch_dist
+    from post_training.drafts.eagle3 import attach as eagle
 
     if not args.draft_model_path:
         draft = draft_arguments.plan(args, source.architecture, args.export_offline_model)
@@ -144,13 +151,14 @@ def attach_draft(args: argparse.Namespace, model: MegatronModule, source: Source
     draft = draft_arguments.trained(args.draft_model_path, args, source.architecture)
     draft = replace(draft, offline=args.export_offline_model)
     eagle.attach(model, draft, args.seed)
-    checkpoint.load(model, Path(args.draft_model_path), only=eagle.MODULE)
+    torch_dist.load(model, Path(args.draft_model_path), only=eagle.MODULE)
     return draft
 
 
 def main() -> None:
     args = arguments.parse("convert", add_arguments, check)
-    from post_training import report, runtime
+    from post_training.common import report
+    from post_training.distributed import runtime
 
     with runtime.session(args) as session:
         content = convert(args, session)

@@ -18,16 +18,20 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training import arguments, draft_export, files, loading, preflight
-from post_training.errors import UsageError
+from post_training.checkpoints import loading
+from post_training.common import files, outputs
+from post_training.common.errors import UsageError
+from post_training.config import arguments, checks
+from post_training.export import eagle3_exporter
+from post_training.models import parallel_check
 
 if TYPE_CHECKING:
     import torch
     from megatron.core.transformer import MegatronModule
 
-    from post_training.hf_export import Exporter
-    from post_training.loading import Source
-    from post_training.runtime import Session
+    from post_training.checkpoints.loading import Source
+    from post_training.distributed.runtime import Session
+    from post_training.export.exporter import Exporter
 
 logger = logging.getLogger("post_training")
 
@@ -63,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    preflight.required(args, "--export-dir", "EXPORT_DIR")
+    checks.required(args, "--export-dir", "EXPORT_DIR")
     if args.max_shard_size <= 0:
         raise UsageError(
             f"--max-shard-size {args.max_shard_size}", "a file needs room", "give a size in GB"
@@ -76,12 +80,12 @@ def check(args: argparse.Namespace) -> None:
         )
     source = _source(args)
     if source.described:
-        preflight.check_layout(source.described, args)
+        parallel_check.check(source.described, arguments.parallel(args))
     if args.export_extra_modules:
         loading.require_draft(source, args)
         if source.draft is not None:
-            draft_export.require_exportable(source.draft.config, f"--load {args.load}")
-        preflight.check_output(Path(args.export_dir), args)
+            eagle3_exporter.require_exportable(source.draft.config, f"--load {args.load}")
+        outputs.check_folder(Path(args.export_dir), overwrite=args.overwrite)
         return
     recorded = (source.manifest or {}).get("quantization") or {}
     if recorded.get("exportable") is False and not args.allow_unexportable:
@@ -91,7 +95,9 @@ def check(args: argparse.Namespace) -> None:
             f"{recorded.get('reason')}",
             "quantize the model in an exportable format (README.md has the table)",
         )
-    preflight.check_output(Path(args.export_dir), args, needed=loading.size_estimate(source, 2))
+    outputs.check_folder(
+        Path(args.export_dir), overwrite=args.overwrite, needed=loading.size_estimate(source, 2)
+    )
 
 
 def export(args: argparse.Namespace, session: Session) -> dict[str, Any]:
@@ -102,7 +108,7 @@ def export(args: argparse.Namespace, session: Session) -> dict[str, Any]:
     """
     import torch
 
-    from post_training.manifest import Manifest
+    from post_training.common.manifest import Manifest
 
     source = loading.fetch(_source(args), args)
     options = loading.build_options(args, source)
@@ -143,13 +149,14 @@ def write_model(
     args: argparse.Namespace, session: Session, model: MegatronModule, source: Source
 ) -> dict[str, Any]:
     """Write the model into the working folder and verify it. Returns the metrics."""
-    from post_training import hf_export, quantization
-    from post_training.model import torch_dtype
+    from post_training.export import exporter as hf_export
+    from post_training.models.builder import torch_dtype
+    from post_training.quantization import quantizers
 
     dtype = torch_dtype(arguments.precision(args))
     if not args.allow_unexportable:
-        quantization.require_exportable(model)
-    quantization.unpack(model)
+        quantizers.require_exportable(model)
+    quantizers.unpack(model)
     exporter = hf_export.Exporter(
         model,
         loading.local_huggingface(source, args),
@@ -171,13 +178,16 @@ def write_draft(
     """
     import torch
 
-    from post_training import draft_readback, eagle, huggingface, quantization
+    from post_training.checkpoints import huggingface
+    from post_training.drafts.eagle3 import attach as eagle
+    from post_training.export import eagle3_readback
+    from post_training.quantization import quantizers
 
     if not eagle.is_drafted(model):
         raise UsageError(f"--load {args.load}", "it has no draft", "name what eagle3.sh saved")
-    quantization.unpack(model)
+    quantizers.unpack(model)
     configuration = loading.local_huggingface(source, args)
-    exporter = draft_export.DraftExporter(
+    exporter = eagle3_exporter.DraftExporter(
         model,
         configuration,
         source.architecture.max_position_embeddings,
@@ -185,7 +195,7 @@ def write_draft(
     )
     work = _begin(args, session)
     exporter.write(work, int(args.max_shard_size * _GIGABYTE))
-    written = draft_readback.DraftFolder(work)
+    written = eagle3_readback.DraftFolder(work)
     trained = source.draft.aux_hidden_state_layer_ids if source.draft else None
     problems = list(written.differences(exporter.reference()))
     if session.is_main:
@@ -213,7 +223,7 @@ def verify(
     """
     import torch
 
-    from post_training import readback
+    from post_training.export import readback
 
     written = readback.Folder(folder, session.device)
     problems = written.problems() if session.is_main else []
@@ -249,7 +259,8 @@ def _require_none(found: list[str], folder: Path) -> None:
 
 def main() -> None:
     args = arguments.parse("export", add_arguments, check)
-    from post_training import report, runtime
+    from post_training.common import report
+    from post_training.distributed import runtime
 
     with runtime.session(args) as session:
         content = export(args, session)

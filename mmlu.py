@@ -19,22 +19,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training import (
-    arguments,
-    files,
-    loading,
-    manifest,
-    mmlu_data,
-    mmlu_options,
-    mmlu_prompts,
-    preflight,
-)
-from post_training.errors import UsageError
-from post_training.report import beside
+from post_training.checkpoints import loading
+from post_training.common import files, manifest, outputs
+from post_training.common.errors import UsageError
+from post_training.common.report import beside
+from post_training.config import arguments
+from post_training.evaluation import mmlu_data, mmlu_prompts
+from post_training.evaluation import options as mmlu_options
+from post_training.models import parallel_check
 
 if TYPE_CHECKING:
-    from post_training.mmlu_evaluation import Result
-    from post_training.runtime import Session
+    from post_training.distributed.runtime import Session
+    from post_training.evaluation.mmlu import Result
 
 logger = logging.getLogger("post_training")
 
@@ -65,17 +61,17 @@ def check(args: argparse.Namespace) -> None:
         )
     source = loading.find(args)
     if source.is_local:
-        preflight.check_layout(source.architecture, args)
+        parallel_check.check(source.architecture, arguments.parallel(args))
     mmlu_options.check(args)
     output = report_path(args)
-    preflight.writable(output, f"--mmlu-output {output}")
+    outputs.writable(output, f"--mmlu-output {output}")
 
 
 def mmlu(args: argparse.Namespace, session: Session) -> dict[str, Any]:
     """Load the model, ask the questions, write the report. Returns it, the same on every rank."""
     from tqdm import tqdm
 
-    from post_training import mmlu_evaluation
+    from post_training.evaluation import mmlu
 
     benchmark = mmlu_data.load(args.mmlu_dataset, args.few_shots)
     source = loading.fetch(loading.find(args), args)
@@ -99,7 +95,7 @@ def mmlu(args: argparse.Namespace, session: Session) -> dict[str, Any]:
     )
     started = time.monotonic()
     with tqdm(total=asked, unit="question", disable=not session.show_progress) as bar:
-        result = mmlu_evaluation.evaluate(
+        result = mmlu.evaluate(
             model,
             tokenizer,
             benchmark,
@@ -195,7 +191,7 @@ def _cells(count: dict[str, Any]) -> tuple[str, ...]:
 
 def main() -> None:
     args = arguments.parse("mmlu", add_arguments, check)
-    from post_training import runtime
+    from post_training.distributed import runtime
 
     with runtime.session(args) as session:
         content = mmlu(args, session)

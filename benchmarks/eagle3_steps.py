@@ -16,7 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from post_training import arguments, draft, loading
+from post_training.checkpoints import loading
+from post_training.config import arguments
+from post_training.drafts.eagle3 import draft
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,9 +57,9 @@ class Unsaved:
 def measure(model: Any, plan: draft.Draft, length: int, args: Any, session: Any) -> dict[str, Any]:
     import torch
 
-    from post_training import eagle_training
-    from post_training.training import Trainer
-    from post_training.training_options import TrainingOptions
+    from post_training.drafts.eagle3 import task as eagle_training
+    from post_training.training.options import TrainingOptions
+    from post_training.training.trainer import Trainer
 
     on_gpu = session.device.type == "cuda"
     if on_gpu:
@@ -84,12 +86,12 @@ def measure(model: Any, plan: draft.Draft, length: int, args: Any, session: Any)
 
 def main() -> None:
     args = arguments.parse("eagle3_steps", add_arguments, loading.find)
-    from post_training import runtime
+    from post_training.distributed import runtime
 
     with runtime.session(args) as session:
         import torch
 
-        from post_training import eagle
+        from post_training.drafts.eagle3 import attach as eagle
 
         source = loading.fetch(loading.find(args), args)
         build = replace(loading.build_options(args, source), sequence_parallel=False)

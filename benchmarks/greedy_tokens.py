@@ -11,7 +11,8 @@ import argparse
 import json
 from pathlib import Path
 
-from post_training import arguments, loading
+from post_training.checkpoints import loading
+from post_training.config import arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,10 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     args = arguments.parse("greedy_tokens", add_arguments, loading.find)
-    from post_training import runtime
+    from post_training.distributed import runtime
 
     with runtime.session(args) as session:
-        from post_training import generation
+        from post_training.inference import generation
 
         source = loading.fetch(loading.find(args), args)
         model = loading.load(source, loading.build_options(args, source), session)

@@ -16,6 +16,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture
+def environment(tmp_path):
+    """A user's environment: nothing of the interface set, this Python, a work folder."""
+    import launchers
+
+    return launchers.environment(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def tiny_model() -> Path:
     """Folder of the trained tiny Qwen3 with its data; concurrent test workers wait for one."""

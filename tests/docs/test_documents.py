@@ -100,7 +100,7 @@ def test_commands_that_cannot_run_here_pass_their_checks(tmp_path):
 
 
 def test_the_formats_table_is_the_codes():
-    from post_training import formats
+    from post_training.quantization import formats
 
     shown = re.search(
         r"<!-- formats: .*?-->\n(.*?)\n<!-- end of formats -->", TEXTS["docs/formats.md"], re.DOTALL
@@ -112,6 +112,12 @@ def test_the_formats_table_is_the_codes():
 def test_every_conf_is_listed():
     confs = {str(p.relative_to(tools.ROOT / "conf"))[:-3] for p in tools.ROOT.glob("conf/*/*.sh")}
     assert {name for name in confs if f"`{name}`" not in TEXTS["docs/models.md"]} == set()
+
+
+def test_the_packages_of_the_design_are_those_of_the_library():
+    named = re.findall(r"^ (\w+)/ ", TEXTS["docs/design.md"], re.MULTILINE)
+    library = tools.ROOT / "post_training"
+    assert sorted(named) == sorted(path.parent.name for path in library.glob("*/__init__.py"))
 
 
 @pytest.mark.parametrize("name", documents.NAMES)

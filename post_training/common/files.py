@@ -1,0 +1,202 @@
+"""Output folders that appear whole or not at all.
+
+Work is written into a sibling of the final folder, ``<name>.incomplete``, and renamed when it is
+finished. A process killed at any moment leaves the final name as it was: absent, or holding the
+previous complete output. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from post_training.common.errors import UsageError
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_HASH_BLOCK = 1 << 22
+
+
+def incomplete(target: Path) -> Path:
+    """Name under which the output ``target`` is written before it is finished."""
+    return target.with_name(target.name + ".incomplete")
+
+
+def begin(target: Path) -> Path:
+    """Create an empty working folder for ``target``, discarding what a killed run left there."""
+    work = incomplete(target)
+    if work.exists():
+        shutil.rmtree(work)
+    work.mkdir(parents=True)
+    return work
+
+
+def publish(target: Path) -> None:
+    """Give the finished working folder its final name; a previous ``target`` is replaced whole.
+
+    On Linux the two folders are exchanged in one step (``renameat2``), so that ``target`` is never
+    missing. File systems without it (some network file systems) get two renames; in between, the
+    previous output lies at ``<name>.previous``, where :func:`recover` finds it.
+
+    Raises:
+        OSError: if a rename fails; the previous output then still has its name.
+    """
+    work = incomplete(target)
+    _allow_reading(work)
+    _sync_tree(work)
+    if not target.exists():
+        work.rename(target)
+    elif _exchange(work, target):
+        shutil.rmtree(work)
+    else:
+        previous = _previous(target)
+        if previous.exists():
+            shutil.rmtree(previous)
+        target.rename(previous)
+        work.rename(target)
+        shutil.rmtree(previous)
+    _sync_folder(target.parent)
+
+
+def recover(target: Path) -> bool:
+    """Undo a :func:`publish` that was killed between its two renames. True if it did."""
+    previous = _previous(target)
+    if target.exists() or not previous.exists():
+        return False
+    previous.rename(target)
+    return True
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old text or the new one, never half."""
+    work = path.with_name(f".{path.name}.{os.getpid()}")
+    with work.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    work.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` as indented JSON, atomically (see :func:`write_text`)."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Content of a JSON file; None where there is none, or none that can be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def tree(folder: Path) -> Iterator[Path]:
+    """All regular files below ``folder``, sorted by path."""
+    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def describe_tree(folder: Path, skip: frozenset[str] = frozenset()) -> list[dict[str, Any]]:
+    """Path (relative), size in bytes and SHA-256 of each file below ``folder``.
+
+    ``hashlib`` releases the interpreter lock, so threads read a large checkpoint at disk speed.
+    """
+    paths = [path for path in tree(folder) if path.name not in skip]
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        hashes = list(pool.map(sha256, paths))
+    return [
+        {"file": str(path.relative_to(folder)), "bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, hashes, strict=True)
+    ]
+
+
+def listing_sha256(folder: Path) -> str:
+    """Hash of the names, sizes and times of all files below ``folder``: cheap to compute."""
+    digest = hashlib.sha256()
+    for path in tree(folder):
+        status = path.stat()
+        digest.update(
+            f"{path.relative_to(folder)}\0{status.st_size}\0{status.st_mtime_ns}\n".encode()
+        )
+    return digest.hexdigest()
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files below ``folder``."""
+    return sum(path.stat().st_size for path in tree(folder))
+
+
+def _previous(target: Path) -> Path:
+    return target.with_name(target.name + ".previous")
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two paths atomically. False where the kernel or the file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    arguments = (_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE)
+    if renameat2(*arguments) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(second))
+
+
+def _allow_reading(folder: Path) -> None:
+    """Give every file the permissions of the user's umask.
+
+    Some libraries write weights with mode 0600, which a server under another account cannot read.
+    """
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in tree(folder):
+        path.chmod(path.stat().st_mode | (0o666 & ~mask))
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in tree(folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"file {path}", f"it cannot be read as JSON: {error}", "copy or download it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise UsageError(f"file {path}", "it is no JSON object", "copy or download it again")
+    return content
