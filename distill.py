@@ -18,27 +18,25 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training import (
-    arguments,
-    distill_config,
-    distill_data,
-    draft_data,
-    loading,
-    preflight,
-    signals,
-    training_checkpoint,
-    training_options,
-)
-from post_training.errors import UsageError
+from post_training.checkpoints import loading
+from post_training.checkpoints.source import fetch_source, find_source, size_estimate
+from post_training.common import outputs
+from post_training.common.errors import UsageError
+from post_training.config import arguments, checks
+from post_training.data import conversation_data, text_data
+from post_training.distillation import options as distill_config
+from post_training.distributed import signals
+from post_training.models import parallel_check
+from post_training.training import checkpoint as training_checkpoint
+from post_training.training import options as training_options
 
 if TYPE_CHECKING:
-    from post_training.loading import Source
-    from post_training.runtime import Session
-    from post_training.training import Outcome
+    from post_training.checkpoints.source import Source
+    from post_training.distributed.session import Session
+    from post_training.training.trainer import Outcome
 
 logger = logging.getLogger("post_training")
 
@@ -63,12 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="of conversations, learn what the teacher says in the answers only",
     )
-    draft_data.add_arguments(parser, DATASET)
+    conversation_data.add_arguments(parser, DATASET)
     training_options.add(parser, **DEFAULTS)
 
 
 def check(args: argparse.Namespace) -> None:
-    preflight.required(args, "--save", "MLM_MODEL_SAVE")
+    checks.required(args, "--save", "MLM_MODEL_SAVE")
     options = training_options.options(args)
     if args.context_parallel_size > 1:
         raise UsageError(
@@ -80,7 +78,7 @@ def check(args: argparse.Namespace) -> None:
     distill_config.check_pair(args, config, student, teacher)
     for source in (student, teacher):
         if source.described is not None:
-            preflight.check_layout(source.described, args)
+            parallel_check.check(source.described, arguments.parallel(args))
             limit = source.described.max_position_embeddings
             if options.seq_length > limit:
                 raise UsageError(
@@ -88,9 +86,9 @@ def check(args: argparse.Namespace) -> None:
                     f"the texts of {source.location} have at most {limit} tokens",
                     f"--seq-length {limit}",
                 )
-    (draft_data if args.answers_only else distill_data).check(draft_data.source(args))
-    needed = 2 * loading.size_estimate(student, 8)  # weights and optimizer, twice
-    preflight.disk_space(Path(args.save), needed)
+    (conversation_data if args.answers_only else text_data).check(conversation_data.source(args))
+    needed = 2 * size_estimate(student, 8)  # weights and optimizer, twice
+    outputs.disk_space(Path(args.save), needed)
 
 
 def find_student(args: argparse.Namespace) -> Source:
@@ -102,7 +100,7 @@ def find_student(args: argparse.Namespace) -> Source:
     )
     if goes_on:
         args.load = args.save
-    return loading.find(args)
+    return find_source(args)
 
 
 def distill(args: argparse.Namespace, session: Session) -> Outcome:
@@ -111,19 +109,20 @@ def distill(args: argparse.Namespace, session: Session) -> Outcome:
     Raises:
         UsageError: for data or layers that cannot be trained on.
     """
-    from post_training import distillation, huggingface
-    from post_training.manifest import Manifest, describe_input
-    from post_training.model import count_parameters
-    from post_training.training import Trainer
-    from post_training.training_checkpoint import TrainingCheckpoints
-    from post_training.training_setup import leave_if_asked
+    from post_training.checkpoints import huggingface
+    from post_training.common.manifest import Manifest, describe_input
+    from post_training.distillation import conversion as distillation
+    from post_training.models.builder import count_parameters
+    from post_training.training.checkpoint import TrainingCheckpoints
+    from post_training.training.setup import leave_if_asked
+    from post_training.training.trainer import Trainer
 
     leave_if_asked(session)
     options = training_options.options(args)
     config = distill_config.read(args.export_kd_cfg)
-    source = loading.fetch(find_student(args), args)
+    source = fetch_source(find_student(args), args)
     of_teacher = distill_config.teacher_arguments(args)
-    teacher_source = loading.fetch(distill_config.find_teacher(args), of_teacher)
+    teacher_source = fetch_source(distill_config.find_teacher(args), of_teacher)
     distill_config.check_pair(args, config, source, teacher_source)
     resume = training_checkpoint.goes_on(Path(args.save), args.overwrite)
     small_files = loading.local_huggingface(source, args)
@@ -142,7 +141,7 @@ def distill(args: argparse.Namespace, session: Session) -> Outcome:
     inputs = [
         *source.inputs(),
         describe_input("teacher", teacher_source.location),
-        {"role": "data", "path": draft_data.source(args).describe()},
+        {"role": "data", "path": conversation_data.source(args).describe()},
     ]
     if resume:
         distillation.load_projection(model, Path(args.save))
@@ -181,29 +180,28 @@ def distill(args: argparse.Namespace, session: Session) -> Outcome:
 
 def load(args: argparse.Namespace, source: Source, session: Session) -> Any:
     """This rank's part of a model with its weights."""
-    build = replace(loading.build_options(args, source), sequence_parallel=False)
-    return loading.load(source, build, session, trust_remote_code=args.trust_remote_code)
+    return loading.load(source, args, session)
 
 
 def samples(args: argparse.Namespace, source: Source, session: Session) -> tuple[Any, Any]:
     """Data to train on and held-out data; a collective call."""
     options = training_options.options(args)
-    prepare = draft_data.prepare if args.answers_only else distill_data.prepare
+    prepare = conversation_data.prepare if args.answers_only else text_data.prepare
     parts, content = prepare(
-        draft_data.source(args),
+        conversation_data.source(args),
         loading.tokenizer(source, args),
         options.seq_length,
         options.train_iters * options.global_batch_size,
         Path(args.save) / training_checkpoint.FOLDER / "data",
         session.show_progress,
     )
-    logger.info("training data: %s", distill_data.describe(content))
+    logger.info("training data: %s", text_data.describe(content))
     return parts["train"], parts["valid"]
 
 
 def show(args: argparse.Namespace, outcome: Outcome) -> None:
     """Print the summary."""
-    from post_training import report
+    from post_training.common import report
 
     found = outcome.metrics
     losses = {
@@ -237,10 +235,10 @@ def show(args: argparse.Namespace, outcome: Outcome) -> None:
 def main() -> None:
     # From the start: imports and loading take longer than a scheduler may wait.
     signals.defer_until_exit()
-    args = arguments.parse("distill", add_arguments, check)
-    from post_training import runtime
+    args = arguments.parse_namespace("distill", add_arguments, check)
+    from post_training.cli.stage import open_session
 
-    with runtime.session(args) as session:
+    with open_session(args) as session:
         outcome = distill(args, session)
         if session.is_main:
             show(args, outcome)

@@ -24,27 +24,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training import (
-    arguments,
-    checkpoint,
-    draft_arguments,
-    draft_data,
-    draft_features,
-    files,
-    loading,
-    preflight,
-    signals,
-    training_checkpoint,
-    training_options,
-)
-from post_training.draft import DTYPES
-from post_training.errors import UsageError
+from post_training.checkpoints import loading, torch_dist
+from post_training.checkpoints.source import fetch_source, find_source, size_estimate
+from post_training.common import files, outputs
+from post_training.common.errors import UsageError
+from post_training.config import arguments, checks
+from post_training.data import conversation_data
+from post_training.distributed import signals
+from post_training.drafts import features as draft_features
+from post_training.drafts import options as draft_arguments
+from post_training.drafts.eagle3.draft import DTYPES
+from post_training.drafts.record import draft_of
+from post_training.models import parallel_check
+from post_training.training import checkpoint as training_checkpoint
+from post_training.training import options as training_options
 
 if TYPE_CHECKING:
-    from post_training.loading import Source
-    from post_training.runtime import Session
-    from post_training.training import Outcome
-    from post_training.training_options import TrainingOptions
+    from post_training.checkpoints.source import Source
+    from post_training.distributed.session import Session
+    from post_training.training.options import TrainingOptions
+    from post_training.training.trainer import Outcome
 
 logger = logging.getLogger("post_training")
 
@@ -56,7 +55,7 @@ DATASET = "Magpie-Align/Magpie-Llama-3.1-Pro-MT-300K-Filtered"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    draft_data.add_arguments(parser, DATASET)
+    conversation_data.add_arguments(parser, DATASET)
     group = parser.add_argument_group("eagle3")
     group.add_argument(
         "--offline-distillation-data",
@@ -84,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    preflight.required(args, "--save", "MLM_MODEL_SAVE")
+    checks.required(args, "--save", "MLM_MODEL_SAVE")
     source = find_source(args)
     if source.described is not None and not args.seq_length:
         args.seq_length = min(SEQUENCE_LENGTH, source.described.max_position_embeddings)
@@ -101,7 +100,7 @@ def check(args: argparse.Namespace) -> None:
             raise UsageError(f"{flag} {getattr(args, name)}", "it is too small", "1 or more")
     offline = bool(args.offline_distillation_data)
     if source.described is not None:
-        preflight.check_layout(source.described, args)
+        parallel_check.check(source.described, arguments.parallel(args))
         limit = source.described.max_position_embeddings
         if options.seq_length > limit:
             raise UsageError(
@@ -113,9 +112,9 @@ def check(args: argparse.Namespace) -> None:
     if offline:
         draft_features.check(args, source, options.seq_length)
     else:
-        draft_data.check(draft_data.source(args))
-    needed = 2 * loading.size_estimate(source, 2)  # two checkpoints, of which one is being written
-    preflight.disk_space(Path(args.save), needed)
+        conversation_data.check(conversation_data.source(args))
+    needed = 2 * size_estimate(source, 2)  # two checkpoints, of which one is being written
+    outputs.disk_space(Path(args.save), needed)
 
 
 def read_options(args: argparse.Namespace) -> TrainingOptions:
@@ -133,22 +132,22 @@ def find_source(args: argparse.Namespace) -> Source:
     training_checkpoint.check_folder(
         folder, "eagle3", overwrite, "convert", args.explicit.get("load")
     )
-    if not overwrite and (folder / checkpoint.TRACKER).is_file():
+    if not overwrite and (folder / torch_dist.TRACKER).is_file():
         args.load = args.save
-        source = loading.find(args)
-        if source.draft is None:
+        source = find_source(args)
+        if draft_of(source) is None:
             raise UsageError(
                 f"output folder {folder}",
                 "it holds a checkpoint without a draft",
                 "name another folder in MLM_MODEL_SAVE, and this one in MLM_MODEL_CKPT",
             )
         return source
-    return loading.find(args)
+    return find_source(args)
 
 
 def _check_draft(args: argparse.Namespace, source: Source, offline: bool) -> None:
     """The draft's flags, and that they do not contradict the draft that there is."""
-    recorded = source.draft
+    recorded = draft_of(source)
     planned = draft_arguments.plan(args, source.architecture)
     if recorded is None:
         return
@@ -193,27 +192,28 @@ def eagle3(args: argparse.Namespace, session: Session) -> Outcome:
     Raises:
         UsageError: for data that cannot be trained on.
     """
-    from post_training import eagle, eagle_training, huggingface
-    from post_training.manifest import Manifest
-    from post_training.model import count_parameters
-    from post_training.training import Trainer
-    from post_training.training_checkpoint import TrainingCheckpoints
-    from post_training.training_setup import leave_if_asked
+    from post_training.checkpoints import huggingface
+    from post_training.common.manifest import Manifest
+    from post_training.drafts.eagle3 import attach as eagle
+    from post_training.drafts.eagle3 import task as eagle_training
+    from post_training.models.builder import count_parameters
+    from post_training.training.checkpoint import TrainingCheckpoints
+    from post_training.training.setup import leave_if_asked
+    from post_training.training.trainer import Trainer
 
     leave_if_asked(session)
     options = read_options(args)
-    source = loading.fetch(find_source(args), args)
+    source = fetch_source(find_source(args), args)
     resume = training_checkpoint.goes_on(Path(args.save), args.overwrite)
     small_files = loading.local_huggingface(source, args)
     train, valid, prompts = samples(args, source, session)
     leave_if_asked(session)
-    build = replace(loading.build_options(args, source), sequence_parallel=False)
-    model = loading.load(source, build, session, trust_remote_code=args.trust_remote_code)
-    draft = source.draft or draft_arguments.plan(args, source.architecture)
-    if source.draft is None:
+    model = loading.load(source, args, session)
+    draft = draft_of(source) or draft_arguments.plan(args, source.architecture)
+    if draft_of(source) is None:
         eagle.attach(model, draft, args.seed)
     if draft.has_own_vocabulary and not draft.trained:
-        counts = draft_data.frequencies(train, draft.config["vocab_size"])
+        counts = conversation_data.frequencies(train, draft.config["vocab_size"])
         covered = eagle.set_vocabulary(model, counts)
         logger.info(
             "draft vocabulary: %d of %d tokens, %.2f %% of the answers",
@@ -271,9 +271,9 @@ def acceptance(
     args: argparse.Namespace, model: Any, source: Source, prompts: list[list[int]]
 ) -> Callable[[int], dict[str, float]] | None:
     """What an evaluation measures by decoding for real; None where that cannot be done."""
-    from post_training import speculative
+    from post_training.drafts.eagle3 import decoding as speculative
 
-    offline = source.draft is not None and source.draft.offline
+    offline = draft_of(source) is not None and draft_of(source).offline
     if offline or not prompts or not speculative.can_verify(model):
         return None
     tokenizer = loading.tokenizer(source, args)
@@ -302,44 +302,44 @@ def samples(
     if args.offline_distillation_data:
         folder = Path(args.offline_distillation_data)
         features = draft_features.load(folder)
-        prompts = files.read_json(folder / draft_data.PROMPTS) or []
+        prompts = files.read_json(folder / conversation_data.PROMPTS) or []
         return features["train"], features["valid"], prompts[: args.eval_prompts]
     tokenizer = loading.tokenizer(source, args)
     rows = options.train_iters * options.global_batch_size
-    parts, content = draft_data.prepare(
-        draft_data.source(args),
+    parts, content = conversation_data.prepare(
+        conversation_data.source(args),
         tokenizer,
         options.seq_length,
         rows,
         Path(args.save) / training_checkpoint.FOLDER / "data",
         session.show_progress,
     )
-    logger.info("training data: %s", draft_data.describe(content))
+    logger.info("training data: %s", conversation_data.describe(content))
     prompts = files.read_json(Path(content["prompts"])) or []
     return parts["train"], parts["valid"], prompts[: args.eval_prompts]
 
 
 def show_loss_mask(args: argparse.Namespace) -> None:
     """Print conversations as the target reads them, with their answers marked."""
-    source = loading.fetch(find_source(args), args)
+    source = fetch_source(find_source(args), args)
     tokenizer = loading.tokenizer(source, args)
-    for text in draft_data.shown(
-        draft_data.source(args), tokenizer, args.show_loss_mask, sys.stdout.isatty()
+    for text in conversation_data.shown(
+        conversation_data.source(args), tokenizer, args.show_loss_mask, sys.stdout.isatty()
     ):
         print(text)
 
 
 def _data_inputs(args: argparse.Namespace) -> list[dict[str, Any]]:
-    from post_training import manifest
+    from post_training.common import manifest
 
     if args.offline_distillation_data:
         return [manifest.describe_input("features", args.offline_distillation_data)]
-    return [{"role": "data", "path": draft_data.source(args).describe()}]
+    return [{"role": "data", "path": conversation_data.source(args).describe()}]
 
 
 def show(args: argparse.Namespace, outcome: Outcome) -> None:
     """Print the summary."""
-    from post_training import report
+    from post_training.common import report
 
     found = outcome.metrics
     steps = [name for name in found if name.startswith("eval_accuracy_")]
@@ -366,10 +366,10 @@ def show(args: argparse.Namespace, outcome: Outcome) -> None:
 def main() -> None:
     # From the start: imports and loading take longer than a scheduler may wait.
     signals.defer_until_exit()
-    args = arguments.parse("eagle3", add_arguments, check)
-    from post_training import runtime
+    args = arguments.parse_namespace("eagle3", add_arguments, check)
+    from post_training.cli.stage import open_session
 
-    with runtime.session(args) as session:
+    with open_session(args) as session:
         if args.show_loss_mask:
             if session.is_main:
                 show_loss_mask(args)

@@ -18,16 +18,22 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training import arguments, draft_export, files, loading, preflight
-from post_training.errors import UsageError
+from post_training.checkpoints import loading
+from post_training.checkpoints.source import fetch_source, find_source, size_estimate
+from post_training.common import files, outputs
+from post_training.common.errors import UsageError
+from post_training.config import arguments, checks
+from post_training.drafts.record import draft_of, require_draft
+from post_training.export import eagle3_exporter
+from post_training.models import parallel_check
 
 if TYPE_CHECKING:
     import torch
     from megatron.core.transformer import MegatronModule
 
-    from post_training.hf_export import Exporter
-    from post_training.loading import Source
-    from post_training.runtime import Session
+    from post_training.checkpoints.source import Source
+    from post_training.distributed.session import Session
+    from post_training.export.exporter import Exporter
 
 logger = logging.getLogger("post_training")
 
@@ -63,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    preflight.required(args, "--export-dir", "EXPORT_DIR")
+    checks.required(args, "--export-dir", "EXPORT_DIR")
     if args.max_shard_size <= 0:
         raise UsageError(
             f"--max-shard-size {args.max_shard_size}", "a file needs room", "give a size in GB"
@@ -76,12 +82,12 @@ def check(args: argparse.Namespace) -> None:
         )
     source = _source(args)
     if source.described:
-        preflight.check_layout(source.described, args)
+        parallel_check.check(source.described, arguments.parallel(args))
     if args.export_extra_modules:
-        loading.require_draft(source, args)
-        if source.draft is not None:
-            draft_export.require_exportable(source.draft.config, f"--load {args.load}")
-        preflight.check_output(Path(args.export_dir), args)
+        require_draft(source, args)
+        if draft_of(source) is not None:
+            eagle3_exporter.require_exportable(draft_of(source).config, f"--load {args.load}")
+        outputs.check_folder(Path(args.export_dir), overwrite=args.overwrite)
         return
     recorded = (source.manifest or {}).get("quantization") or {}
     if recorded.get("exportable") is False and not args.allow_unexportable:
@@ -91,7 +97,9 @@ def check(args: argparse.Namespace) -> None:
             f"{recorded.get('reason')}",
             "quantize the model in an exportable format (README.md has the table)",
         )
-    preflight.check_output(Path(args.export_dir), args, needed=loading.size_estimate(source, 2))
+    outputs.check_folder(
+        Path(args.export_dir), overwrite=args.overwrite, needed=size_estimate(source, 2)
+    )
 
 
 def export(args: argparse.Namespace, session: Session) -> dict[str, Any]:
@@ -102,11 +110,10 @@ def export(args: argparse.Namespace, session: Session) -> dict[str, Any]:
     """
     import torch
 
-    from post_training.manifest import Manifest
+    from post_training.common.manifest import Manifest
 
-    source = loading.fetch(_source(args), args)
-    options = loading.build_options(args, source)
-    model = loading.load(source, options, session, trust_remote_code=args.trust_remote_code)
+    source = fetch_source(_source(args), args)
+    model = loading.load(source, args, session)
     target = Path(args.export_dir)
     write = write_draft if args.export_extra_modules else write_model
     metrics = write(args, session, model, source)
@@ -143,13 +150,14 @@ def write_model(
     args: argparse.Namespace, session: Session, model: MegatronModule, source: Source
 ) -> dict[str, Any]:
     """Write the model into the working folder and verify it. Returns the metrics."""
-    from post_training import hf_export, quantization
-    from post_training.model import torch_dtype
+    from post_training.export import exporter as hf_export
+    from post_training.models.builder import torch_dtype
+    from post_training.quantization import quantizers
 
     dtype = torch_dtype(arguments.precision(args))
     if not args.allow_unexportable:
-        quantization.require_exportable(model)
-    quantization.unpack(model)
+        quantizers.require_exportable(model)
+    quantizers.unpack(model)
     exporter = hf_export.Exporter(
         model,
         loading.local_huggingface(source, args),
@@ -171,13 +179,16 @@ def write_draft(
     """
     import torch
 
-    from post_training import draft_readback, eagle, huggingface, quantization
+    from post_training.checkpoints import huggingface
+    from post_training.drafts.eagle3 import attach as eagle
+    from post_training.export import eagle3_readback
+    from post_training.quantization import quantizers
 
     if not eagle.is_drafted(model):
         raise UsageError(f"--load {args.load}", "it has no draft", "name what eagle3.sh saved")
-    quantization.unpack(model)
+    quantizers.unpack(model)
     configuration = loading.local_huggingface(source, args)
-    exporter = draft_export.DraftExporter(
+    exporter = eagle3_exporter.DraftExporter(
         model,
         configuration,
         source.architecture.max_position_embeddings,
@@ -185,8 +196,8 @@ def write_draft(
     )
     work = _begin(args, session)
     exporter.write(work, int(args.max_shard_size * _GIGABYTE))
-    written = draft_readback.DraftFolder(work)
-    trained = source.draft.aux_hidden_state_layer_ids if source.draft else None
+    written = eagle3_readback.DraftFolder(work)
+    trained = draft_of(source).aux_hidden_state_layer_ids if draft_of(source) else None
     problems = list(written.differences(exporter.reference()))
     if session.is_main:
         problems += written.problems(huggingface.read_config(configuration), trained)
@@ -194,7 +205,7 @@ def write_draft(
     torch.distributed.all_gather_object(gathered, problems)
     _require_none([problem for each in gathered for problem in each], work)
     logger.info("read back: %d tensors equal the draft's", len(written.index))
-    if source.draft is not None and not source.draft.trained:
+    if draft_of(source) is not None and not draft_of(source).trained:
         logger.warning("this draft has not been trained: its acceptance length is 1")
     return {
         "tensors_compared": len(written.index),
@@ -213,7 +224,7 @@ def verify(
     """
     import torch
 
-    from post_training import readback
+    from post_training.export import readback
 
     written = readback.Folder(folder, session.device)
     problems = written.problems() if session.is_main else []
@@ -248,10 +259,11 @@ def _require_none(found: list[str], folder: Path) -> None:
 
 
 def main() -> None:
-    args = arguments.parse("export", add_arguments, check)
-    from post_training import report, runtime
+    args = arguments.parse_namespace("export", add_arguments, check)
+    from post_training.cli.stage import open_session
+    from post_training.common import report
 
-    with runtime.session(args) as session:
+    with open_session(args) as session:
         content = export(args, session)
         if session.is_main:
             rows, next_step = (draft_rows if args.export_extra_modules else model_rows)(
@@ -288,7 +300,7 @@ def draft_rows(args: argparse.Namespace, metrics: dict[str, Any]) -> tuple[dict[
 def _source(args: argparse.Namespace) -> Source:
     if args.pretrained_model_name and not args.pretrained_model_path:
         args.pretrained_model_path = args.pretrained_model_name
-    return loading.find(args)
+    return find_source(args)
 
 
 if __name__ == "__main__":

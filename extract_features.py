@@ -19,28 +19,26 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training import (
-    arguments,
-    draft_arguments,
-    draft_data,
-    draft_features,
-    files,
-    loading,
-    manifest,
-    preflight,
-)
-from post_training.errors import UsageError
+from post_training.checkpoints import loading
+from post_training.checkpoints.source import fetch_source, find_source
+from post_training.common import files, manifest, outputs
+from post_training.common.errors import UsageError
+from post_training.config import arguments, checks
+from post_training.data import conversation_data
+from post_training.drafts import features as draft_features
+from post_training.drafts import options as draft_arguments
+from post_training.drafts.record import draft_of
+from post_training.models import parallel_check
 
 if TYPE_CHECKING:
     import torch
 
-    from post_training.loading import Source
-    from post_training.packing import PackedConversations
-    from post_training.runtime import Session
+    from post_training.checkpoints.source import Source
+    from post_training.data.packing import PackedConversations
+    from post_training.distributed.session import Session
 
 logger = logging.getLogger("post_training")
 
@@ -50,7 +48,7 @@ DATA = ".data"  # packed tokens, removed at the end
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    draft_data.add_arguments(parser, DATASET)
+    conversation_data.add_arguments(parser, DATASET)
     add = parser.add_argument_group("extract_features").add_argument
     add("--num-samples", type=int, default=128_000, metavar="N", help="sequences (%(default)s)")
     add("--output-dir", metavar="DIR", help="where the features go")
@@ -66,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    preflight.required(args, "--output-dir", "--output-dir")
-    source = loading.find(args)
+    checks.required(args, "--output-dir", "--output-dir")
+    source = find_source(args)
     longest = source.described.max_position_embeddings if source.described else SEQUENCE_LENGTH
     args.seq_length = args.seq_length or min(SEQUENCE_LENGTH, longest)
     for name in ("num_samples", "shard_size", "micro_batch_size", "seq_length"):
@@ -80,11 +78,11 @@ def check(args: argparse.Namespace) -> None:
             f"it is no multiple of --micro-batch-size {args.micro_batch_size}",
             "choose a multiple",
         )
-    draft_data.check(draft_data.source(args))
+    conversation_data.check(conversation_data.source(args))
     folder = Path(args.output_dir)
-    preflight.writable(folder / "settings.json", f"--output-dir {folder}")
+    outputs.writable(folder / "settings.json", f"--output-dir {folder}")
     if source.described is not None:
-        preflight.check_layout(source.described, args)
+        parallel_check.check(source.described, arguments.parallel(args))
         draft_arguments.plan(args, source.described)
         limit = source.described.max_position_embeddings
         if args.seq_length > limit:
@@ -129,7 +127,7 @@ def _settings(args: argparse.Namespace, source: Source) -> dict[str, Any]:
         "sequence_length": args.seq_length,
         "num_samples": args.num_samples,
         "shard_size": args.shard_size,
-        "data": draft_data.source(args).describe(),
+        "data": conversation_data.source(args).describe(),
         "model": str(Path(source.location).resolve() if source.is_local else source.location),
     }
 
@@ -142,10 +140,10 @@ def extract_features(args: argparse.Namespace, session: Session) -> dict[str, An
     """
     import torch
 
-    from post_training import eagle
-    from post_training.manifest import Manifest
+    from post_training.common.manifest import Manifest
+    from post_training.drafts.eagle3 import attach as eagle
 
-    source = loading.fetch(loading.find(args), args)
+    source = fetch_source(find_source(args), args)
     folder = Path(args.output_dir)
     if session.is_main:
         if args.overwrite and folder.exists():
@@ -153,8 +151,8 @@ def extract_features(args: argparse.Namespace, session: Session) -> dict[str, An
         folder.mkdir(parents=True, exist_ok=True)
         files.write_json(folder / "settings.json", _settings(args, source))
     torch.distributed.barrier()
-    data, content = draft_data.prepare(
-        draft_data.source(args),
+    data, content = conversation_data.prepare(
+        conversation_data.source(args),
         loading.tokenizer(source, args),
         args.seq_length,
         args.num_samples,
@@ -162,10 +160,9 @@ def extract_features(args: argparse.Namespace, session: Session) -> dict[str, An
         session.show_progress,
     )
     counts = {part: min(len(data[part]), most) for part, most in _most(args.num_samples).items()}
-    logger.info("data: %s", draft_data.describe(content))
-    options = replace(loading.build_options(args, source), sequence_parallel=False)
-    model = loading.load(source, options, session, trust_remote_code=args.trust_remote_code)
-    if source.draft is None:
+    logger.info("data: %s", conversation_data.describe(content))
+    model = loading.load(source, args, session)
+    if draft_of(source) is None:
         # ModelOpt's hooks on the auxiliary layers come with a draft; its weights do not matter.
         eagle.attach(model, draft_arguments.plan(args, source.architecture), args.seed)
     model.eval()
@@ -179,7 +176,7 @@ def extract_features(args: argparse.Namespace, session: Session) -> dict[str, An
     peak_memory = session.peak_memory()
     if not session.is_main:
         return {}
-    shutil.copy(content.pop("prompts"), folder / draft_data.PROMPTS)
+    shutil.copy(content.pop("prompts"), folder / conversation_data.PROMPTS)
     shutil.rmtree(folder / DATA)
     return Manifest(
         "extract_features",
@@ -238,7 +235,7 @@ def _announce(
         per_token / 1e3,
         f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{seconds:.0f} s",
     )
-    preflight.disk_space(folder, needed)
+    outputs.disk_space(folder, needed)
 
 
 def _write(
@@ -277,7 +274,7 @@ def _features(
     model: Any, conversations: PackedConversations, rows: list[int], session: Session
 ) -> dict[str, torch.Tensor] | None:
     """Features of some sequences on the last pipeline stage, None on the others."""
-    from post_training import eagle_training
+    from post_training.drafts.eagle3 import task as eagle_training
 
     batch = conversations.batch(rows)
     found = eagle_training.features(model, batch["input_ids"].to(session.device))
@@ -293,10 +290,11 @@ def _features(
 
 
 def main() -> None:
-    args = arguments.parse("extract_features", add_arguments, check)
-    from post_training import report, runtime
+    args = arguments.parse_namespace("extract_features", add_arguments, check)
+    from post_training.cli.stage import open_session
+    from post_training.common import report
 
-    with runtime.session(args) as session:
+    with open_session(args) as session:
         content = extract_features(args, session)
         if session.is_main:
             report.summary(

@@ -22,14 +22,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training import arguments, loading, manifest, preflight, prompts_arguments, resumable
-from post_training.errors import UsageError
+from post_training.checkpoints import loading
+from post_training.checkpoints.source import fetch_source, find_source
+from post_training.common import manifest, resumable_jsonl
+from post_training.common.errors import UsageError
+from post_training.config import arguments, checks
+from post_training.inference import options as prompts_arguments
+from post_training.models import parallel_check
 
 if TYPE_CHECKING:
-    from post_training.dialogues import Answered, Speaker
-    from post_training.loading import Source
-    from post_training.prompts import Dialogue
-    from post_training.runtime import Session
+    from post_training.checkpoints.source import Source
+    from post_training.data.prompts import Dialogue
+    from post_training.distributed.session import Session
+    from post_training.inference.dialogues import Answered, Speaker
 
 logger = logging.getLogger("post_training")
 
@@ -51,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    preflight.required(args, prompts_arguments.OPTION, "PROMPTS_PATH")
-    preflight.required(args, "--output", "OUTPUT_PATH")
+    checks.required(args, prompts_arguments.OPTION, "PROMPTS_PATH")
+    checks.required(args, "--output", "OUTPUT_PATH")
     prompts_arguments.positive(args, "max_new_tokens", "generate_batch_size")
     if args.temperature < 0:
         raise UsageError(
@@ -74,11 +79,11 @@ def check(args: argparse.Namespace) -> None:
             "sequences are not divided here",
             "leave CP at 1; DP splits the prompts",
         )
-    source = loading.find(args)
+    source = find_source(args)
     if source.is_local:
-        preflight.check_layout(source.architecture, args)
+        parallel_check.check(source.architecture, arguments.parallel(args))
     prompts_arguments.check(args)
-    resumable.check(Path(args.output), settings(args), overwrite=args.overwrite)
+    resumable_jsonl.check(Path(args.output), settings(args), overwrite=args.overwrite)
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -105,15 +110,15 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 
 def generate(args: argparse.Namespace, session: Session) -> dict[str, Any]:
     """Answer what is not answered yet. Returns the manifest on rank 0."""
-    from post_training import data
-    from post_training.manifest import Manifest
+    from post_training.common.manifest import Manifest
+    from post_training.data import calibration_data
 
-    read = data.on_first_rank(lambda: prompts_arguments.load(args))
+    read = calibration_data.on_first_rank(lambda: prompts_arguments.load(args))
     logger.info("%s", read.describe())
-    source = loading.fetch(loading.find(args), args)
+    source = fetch_source(find_source(args), args)
     speaker = load(args, session, source)
-    output = resumable.Rows(Path(args.output), settings(args)) if session.is_main else None
-    found = data.on_first_rank(lambda: output.done if output else 0)
+    output = resumable_jsonl.Rows(Path(args.output), settings(args)) if session.is_main else None
+    found = calibration_data.on_first_rank(lambda: output.done if output else 0)
     block = args.generate_batch_size * _BATCHES_PER_BLOCK
     if found:
         logger.info("going on after %d prompts that are answered already", found * block)
@@ -145,10 +150,9 @@ def generate(args: argparse.Namespace, session: Session) -> dict[str, Any]:
 
 def load(args: argparse.Namespace, session: Session, source: Source) -> Speaker:
     """The model with its tokenizer and how it shall answer; a collective call."""
-    from post_training import dialogues
+    from post_training.inference import dialogues
 
-    options = loading.build_options(args, source)
-    model = loading.load(source, options, session, trust_remote_code=args.trust_remote_code)
+    model = loading.load(source, args, session)
     tokenizer = loading.tokenizer(source, args)
     return dialogues.Speaker(
         model,
@@ -170,7 +174,7 @@ def answer(
     speaker: Speaker,
     blocks: list[list[Dialogue]],
     done: int,
-    output: resumable.Rows | None,
+    output: resumable_jsonl.Rows | None,
 ) -> int:
     """Answer the blocks after the first ``done``, one for each copy of the model at a time.
 
@@ -183,7 +187,7 @@ def answer(
     import torch
     from tqdm import tqdm
 
-    from post_training import dialogues, generation
+    from post_training.inference import dialogues, generation
 
     rank, copies, group = generation.data_parallel()
     questions = [sum(each.questions for each in part) for part in blocks]
@@ -214,7 +218,7 @@ def answer(
 
 
 @contextlib.contextmanager
-def _resumable(output: resumable.Rows | None) -> Iterator[None]:
+def _resumable(output: resumable_jsonl.Rows | None) -> Iterator[None]:
     """Say what a signal leaves."""
     try:
         yield
@@ -239,10 +243,11 @@ def _totals(answered: list[Answered], seconds: float) -> dict[str, float]:
 
 
 def main() -> None:
-    args = arguments.parse("generate", add_arguments, check)
-    from post_training import report, runtime
+    args = arguments.parse_namespace("generate", add_arguments, check)
+    from post_training.cli.stage import open_session
+    from post_training.common import report
 
-    with runtime.session(args) as session:
+    with open_session(args) as session:
         content = generate(args, session)
         if session.is_main:
             metrics = content["metrics"]

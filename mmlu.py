@@ -14,27 +14,23 @@ import argparse
 import logging
 import sys
 import time
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training import (
-    arguments,
-    files,
-    loading,
-    manifest,
-    mmlu_data,
-    mmlu_options,
-    mmlu_prompts,
-    preflight,
-)
-from post_training.errors import UsageError
-from post_training.report import beside
+from post_training.checkpoints import loading
+from post_training.checkpoints.source import Source, fetch_source, find_source
+from post_training.common import files, manifest, outputs
+from post_training.common.errors import UsageError
+from post_training.common.report import beside
+from post_training.config import arguments
+from post_training.evaluation import mmlu_data, mmlu_prompts
+from post_training.evaluation import options as mmlu_options
+from post_training.models import parallel_check
 
 if TYPE_CHECKING:
-    from post_training.mmlu_evaluation import Result
-    from post_training.runtime import Session
+    from post_training.distributed.session import Session
+    from post_training.evaluation.mmlu import Result
 
 logger = logging.getLogger("post_training")
 
@@ -63,31 +59,23 @@ def check(args: argparse.Namespace) -> None:
             "scoring computes whole sequences on each rank",
             "leave CP at 1; DP splits the questions",
         )
-    source = loading.find(args)
+    source = find_source(args)
     if source.is_local:
-        preflight.check_layout(source.architecture, args)
+        parallel_check.check(source.architecture, arguments.parallel(args))
     mmlu_options.check(args)
     output = report_path(args)
-    preflight.writable(output, f"--mmlu-output {output}")
+    outputs.writable(output, f"--mmlu-output {output}")
 
 
 def mmlu(args: argparse.Namespace, session: Session) -> dict[str, Any]:
     """Load the model, ask the questions, write the report. Returns it, the same on every rank."""
     from tqdm import tqdm
 
-    from post_training import mmlu_evaluation
+    from post_training.evaluation import mmlu
 
     benchmark = mmlu_data.load(args.mmlu_dataset, args.few_shots)
-    source = loading.fetch(loading.find(args), args)
-    options = loading.build_options(args, source)
-    if options.sequence_parallel:
-        logger.info("sequence parallelism is left out: it has no use in scoring")
-    model = loading.load(
-        source,
-        replace(options, sequence_parallel=False),
-        session,
-        trust_remote_code=args.trust_remote_code,
-    )
+    source = fetch_source(find_source(args), args)
+    model = loading.load(source, args, session)
     tokenizer = loading.tokenizer(source, args)
     asked = len(mmlu_prompts.select(benchmark.test, args.fraction))
     logger.info(
@@ -99,7 +87,7 @@ def mmlu(args: argparse.Namespace, session: Session) -> dict[str, Any]:
     )
     started = time.monotonic()
     with tqdm(total=asked, unit="question", disable=not session.show_progress) as bar:
-        result = mmlu_evaluation.evaluate(
+        result = mmlu.evaluate(
             model,
             tokenizer,
             benchmark,
@@ -127,7 +115,7 @@ def mmlu(args: argparse.Namespace, session: Session) -> dict[str, Any]:
 def report(
     args: argparse.Namespace,
     session: Session,
-    source: loading.Source,
+    source: Source,
     result: Result,
     seconds: float,
 ) -> dict[str, Any]:
@@ -194,10 +182,10 @@ def _cells(count: dict[str, Any]) -> tuple[str, ...]:
 
 
 def main() -> None:
-    args = arguments.parse("mmlu", add_arguments, check)
-    from post_training import runtime
+    args = arguments.parse_namespace("mmlu", add_arguments, check)
+    from post_training.cli.stage import open_session
 
-    with runtime.session(args) as session:
+    with open_session(args) as session:
         content = mmlu(args, session)
         if session.is_main:
             print_table(content)

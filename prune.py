@@ -14,29 +14,27 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training import (
-    arguments,
-    calibration_options,
-    checkpoint,
-    loading,
-    mmlu_options,
-    preflight,
-    pruning_choice,
-    pruning_space,
-    smoke_generation,
-)
-from post_training.errors import UsageError
+from post_training.checkpoints import loading, torch_dist
+from post_training.checkpoints.source import fetch_source, find_source, size_estimate
+from post_training.common import outputs
+from post_training.common.errors import UsageError
+from post_training.config import arguments, checks
+from post_training.data import options as calibration_options
+from post_training.evaluation import options as mmlu_options
+from post_training.inference import smoke_generation
+from post_training.models import parallel_check
+from post_training.pruning import options as pruning_choice
+from post_training.pruning import space as pruning_space
 
 if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
 
-    from post_training.architecture import Architecture
-    from post_training.pruning_search import Search
-    from post_training.runtime import Session
+    from post_training.distributed.session import Session
+    from post_training.models.architecture import Architecture
+    from post_training.pruning.search import Search
 
 logger = logging.getLogger("post_training")
 
@@ -50,13 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    preflight.required(args, "--save", "MLM_MODEL_SAVE")
+    checks.required(args, "--save", "MLM_MODEL_SAVE")
     smoke_generation.check(args)
     pruning_choice.check_parallel(args)
-    source = loading.find(args)
+    source = find_source(args)
     # With --dry-run an earlier job may still have to make it.
     made = source.is_checkpoint and source.is_local
-    if made and checkpoint.is_quantized(Path(source.location)):
+    if made and torch_dist.is_quantized(Path(source.location)):
         raise UsageError(
             f"--load {args.load}",
             "it holds a state of ModelOpt: it is quantized, or has a draft attached",
@@ -65,7 +63,7 @@ def check(args: argparse.Namespace) -> None:
     limits, config = pruning_choice.targets(args)
     pruning_choice.check_search(args, searching=bool(limits))
     if source.described is not None:
-        preflight.check_layout(source.architecture, args)
+        parallel_check.check(source.architecture, arguments.parallel(args))
         if config is not None:
             allowed = pruning_choice.dimensions(args, source.architecture)
             pruning_space.check_export_config(config, allowed)
@@ -74,7 +72,7 @@ def check(args: argparse.Namespace) -> None:
         kept.described()
     calibration_options.check(args)
     mmlu_options.check(args)
-    preflight.check_output(Path(args.save), args, needed=loading.size_estimate(source, 2))
+    outputs.check_folder(Path(args.save), overwrite=args.overwrite, needed=size_estimate(source, 2))
 
 
 def prune(args: argparse.Namespace, session: Session) -> tuple[MegatronModule, dict[str, Any]]:
@@ -83,17 +81,19 @@ def prune(args: argparse.Namespace, session: Session) -> tuple[MegatronModule, d
     Raises:
         UsageError: if the sizes are not allowed, or no architecture meets the target.
     """
-    from post_training import model as model_building
-    from post_training import pruning, pruning_measure, pruning_report, pruning_search
-    from post_training.manifest import Manifest
+    from post_training.common.manifest import Manifest
+    from post_training.models import builder as model_building
+    from post_training.pruning import measure as pruning_measure
+    from post_training.pruning import minitron
+    from post_training.pruning import report as pruning_report
+    from post_training.pruning import search as pruning_search
 
     limits, config = pruning_choice.targets(args)
-    source = loading.fetch(loading.find(args), args)
+    source = fetch_source(find_source(args), args)
     original = source.architecture
     allowed = pruning_choice.dimensions(args, original)
     memory = pruning_search.Memory(args.prune_memory_sequence_length, args.prune_memory_batch_size)
-    options = replace(loading.build_options(args, source), layer_spec="transformer_engine")
-    transformer = model_building.transformer_config(original, options)
+    transformer = model_building.transformer_config(original, loading.build_options(source, args))
     target: dict[str, int] | Search
     if config is None:
         target = pruning_search.Search(
@@ -111,10 +111,10 @@ def prune(args: argparse.Namespace, session: Session) -> tuple[MegatronModule, d
         target = {name: value for name, value in config.items() if value != allowed[name].original}
     folder = loading.local_huggingface(source, args)
     measure = pruning_measure.Measure(args, session, source)
-    model = loading.load(source, options, session, trust_remote_code=args.trust_remote_code)
+    model = loading.load(source, args, session, layer_spec="transformer_engine")
     whole = pruning_search.counted(model, pruning_search.size(original, transformer, memory))
     before = measure.of(model, original, whole)
-    outcome = pruning.prune(
+    outcome = minitron.prune(
         model,
         target,
         pruning_choice.granularity(args, original),
@@ -134,7 +134,7 @@ def prune(args: argparse.Namespace, session: Session) -> tuple[MegatronModule, d
         pruning_report.show_candidates(outcome.candidates, outcome.fitting, by)
     small = pruning_search.size(architecture, model.config, memory)
     after = measure.of(model, architecture, pruning_search.counted(model, small))
-    content = checkpoint.save(
+    content = torch_dist.save(
         model,
         Path(args.save),
         Manifest(
@@ -162,7 +162,9 @@ def small_files(
     source: Path, architecture: Architecture, kept_layers: list[int], *, python_files: bool
 ) -> Callable[[Path], None]:
     """Writes configuration, adapted to the pruned model, and tokenizer into a folder."""
-    from post_training import families, files, huggingface
+    from post_training.checkpoints import huggingface
+    from post_training.common import files
+    from post_training.models import families
 
     def write(folder: Path) -> None:
         huggingface.copy_small_files(source, folder, python_files=python_files)
@@ -174,12 +176,12 @@ def small_files(
 
 
 def main() -> None:
-    args = arguments.parse("prune", add_arguments, check)
-    from post_training import runtime
+    args = arguments.parse_namespace("prune", add_arguments, check)
+    from post_training.cli.stage import open_session
 
-    with runtime.session(args) as session:
+    with open_session(args) as session:
         model, _ = prune(args, session)
-        smoke_generation.run(args, model, loading.find(args))
+        smoke_generation.run(args, model, find_source(args))
 
 
 if __name__ == "__main__":

@@ -13,27 +13,26 @@ from __future__ import annotations
 
 import argparse
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training import (
-    arguments,
-    calibration_options,
-    formats,
-    loading,
-    preflight,
-    quantization_choice,
-    smoke_generation,
-)
-from post_training.errors import UsageError
-from post_training.recipes import Recipe
+from post_training.checkpoints import loading
+from post_training.checkpoints.source import fetch_source, find_source, size_estimate
+from post_training.common import outputs
+from post_training.common.errors import UsageError
+from post_training.config import arguments, checks
+from post_training.data import options as calibration_options
+from post_training.inference import smoke_generation
+from post_training.models import parallel_check, tokenizer_files
+from post_training.quantization import formats
+from post_training.quantization import options as quantization_choice
+from post_training.quantization.recipes import Recipe
 
 if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
 
-    from post_training.calibration import Calibration
-    from post_training.runtime import Session
+    from post_training.distributed.session import Session
+    from post_training.quantization.calibration import Calibration
 
 logger = logging.getLogger("post_training")
 
@@ -108,14 +107,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    preflight.required(args, "--save", "MLM_MODEL_SAVE")
+    checks.required(args, "--save", "MLM_MODEL_SAVE")
     calibration_options.positive(args, "auto_quantize_score_size")
     smoke_generation.check(args)
     if args.context_parallel_size > 1:
         raise UsageError(
             f"CP={args.context_parallel_size}", "sequences are not divided here", "CP=1; raise DP"
         )
-    source = loading.find(args)
+    source = find_source(args)
     if source.manifest is not None and source.manifest.get("quantization"):
         raise UsageError(
             f"--load {args.load}",
@@ -123,12 +122,12 @@ def check(args: argparse.Namespace) -> None:
             "quantize the checkpoint that convert.sh made",
         )
     if source.described is not None:
-        preflight.check_layout(source.architecture, args)
+        parallel_check.check(source.architecture, arguments.parallel(args))
     quantization_choice.check(args, source.described)
     if args.tokenizer_model:
-        preflight.tokenizer(args.tokenizer_model)
+        tokenizer_files.check(args.tokenizer_model)
     calibration_options.check(args)
-    preflight.check_output(Path(args.save), args, needed=loading.size_estimate(source, 2))
+    outputs.check_folder(Path(args.save), overwrite=args.overwrite, needed=size_estimate(source, 2))
 
 
 def quantize(args: argparse.Namespace, session: Session) -> tuple[MegatronModule, dict[str, Any]]:
@@ -137,40 +136,34 @@ def quantize(args: argparse.Namespace, session: Session) -> tuple[MegatronModule
     Raises:
         UsageError: if the format cannot be exported, or a weight that it matches has no scale.
     """
-    from post_training import (
-        calibration,
-        checkpoint,
-        coverage,
-        huggingface,
-        quantization,
-        quantization_report,
-    )
-    from post_training.manifest import Manifest
+    from post_training.checkpoints import huggingface, torch_dist
+    from post_training.common.manifest import Manifest
+    from post_training.quantization import calibration, coverage, quantizers
+    from post_training.quantization import report as quantization_report
 
     choice = quantization_choice.chosen(args)
-    source = loading.fetch(loading.find(args), args)
+    source = fetch_source(find_source(args), args)
     # Activations are small here, and generation needs them whole.
-    options = replace(loading.build_options(args, source), sequence_parallel=False)
     small_files = loading.local_huggingface(source, args)
     tokenizer = loading.tokenizer(source, args)
     samples = calibration_options.load(args, tokenizer, source.architecture)
-    model = loading.load(source, options, session, trust_remote_code=args.trust_remote_code)
+    model = loading.load(source, args, session)
     run = calibration.Calibration(samples, args.calib_batch_size, session.show_progress)
     if quantization_choice.is_search(choice):
         config, search = search_formats(args, choice, model, run)
         reached = coverage.survey(model, None)
-        found = quantization.verdict(model)
+        found = quantizers.verdict(model)
     else:
         config, search = with_format(args, choice, model, run), None
         reached = coverage.survey(model, config)
-        found = quantization.verdict(model, quantization.method_of(config))
+        found = quantizers.verdict(model, quantizers.method_of(config))
     if not found.exportable:
         if not args.allow_unexportable:
             raise formats.unexportable("the quantized model", found)
         logger.warning("export will refuse this checkpoint: %s", found.reason)
     if args.compress:
-        quantization.compress(model)
-    content = checkpoint.save(
+        quantizers.compress(model)
+    content = torch_dist.save(
         model,
         Path(args.save),
         Manifest(
@@ -202,29 +195,27 @@ def with_format(
     run: Calibration,
 ) -> dict[str, Any]:
     """Quantize by one configuration and calibrate. Returns the configuration."""
-    from post_training import calibration, coverage, quantization
+    from post_training.quantization import calibration, coverage, quantizers
 
-    config = quantization.configuration(
+    config = quantizers.configuration(
         choice,
         weight_only=args.weight_only,
         disable_qkv=args.disable_qkv_quant,
         kv_cache=args.export_kv_cache_quant,
     )
     if args.sync_expert_weight_amax:
-        config["algorithm"] = quantization.with_option(
+        config["algorithm"] = quantizers.with_option(
             config["algorithm"], "sync_expert_weight_amax", True
         )
-    quantization.insert(model, config)
+    quantizers.insert(model, config)
     coverage.survey(model, config)
     if not args.allow_unexportable:
-        quantization.require_exportable(model, quantization.method_of(config))
-    quantization.require_savable(model)
+        quantizers.require_exportable(model, quantizers.method_of(config))
+    quantizers.require_savable(model)
     with calibration.watching(model) as seen:
-        quantization.calibrate(
-            model, config, run if quantization.needs_data(model, config) else None
-        )
+        quantizers.calibrate(model, config, run if quantizers.needs_data(model, config) else None)
     rows = run.probe(model, seen)
-    coverage.check_scales(model, rows, dynamic_inputs=not quantization.method_of(config))
+    coverage.check_scales(model, rows, dynamic_inputs=not quantizers.method_of(config))
     return config
 
 
@@ -232,11 +223,12 @@ def search_formats(
     args: argparse.Namespace, choice: Recipe | str, model: MegatronModule, run: Calibration
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Search a format for each layer. Returns the KV configuration and what was found."""
-    from post_training import auto_quantize, coverage, quantization
+    from post_training.quantization import auto as auto_quantize
+    from post_training.quantization import coverage, quantizers
 
     kept = Path(args.auto_quantize_checkpoint) if args.auto_quantize_checkpoint else None
     cache = formats.KV_CACHE[args.export_kv_cache_quant][0]
-    kv_entries = quantization.cache_entries(cache) if cache else []
+    kv_entries = quantizers.cache_entries(cache) if cache else []
     if isinstance(choice, Recipe):
         search, of_recipe = auto_quantize.from_recipe(choice, kept)
         kv_entries = kv_entries or of_recipe or []
@@ -248,23 +240,23 @@ def search_formats(
             score_size=args.auto_quantize_score_size,
             checkpoint=kept,
             disabled=tuple(
-                pattern.removesuffix(".*") for pattern in quantization.QKV_PATTERNS
+                pattern.removesuffix(".*") for pattern in quantizers.QKV_PATTERNS
             ) if args.disable_qkv_quant else (),
         )  # fmt: skip
     found = auto_quantize.run(model, search, run, kv_entries)
     if args.weight_only:
-        quantization.disable_inputs(model)
+        quantizers.disable_inputs(model)
     coverage.check_scales(model, run.probe(model))
     return {"quant_cfg": kv_entries, "algorithm": "auto_quantize"}, found
 
 
 def main() -> None:
-    args = arguments.parse("quantize", add_arguments, check)
-    from post_training import runtime
+    args = arguments.parse_namespace("quantize", add_arguments, check)
+    from post_training.cli.stage import open_session
 
-    with runtime.session(args) as session:
+    with open_session(args) as session:
         model, _ = quantize(args, session)
-        smoke_generation.run(args, model, loading.find(args))
+        smoke_generation.run(args, model, find_source(args))
 
 
 if __name__ == "__main__":

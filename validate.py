@@ -20,25 +20,23 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training import (
-    arguments,
-    files,
-    ground_truth,
-    loading,
-    manifest,
-    preflight,
-    prompts_arguments,
-    report,
-    validation,
-)
-from post_training.errors import UsageError
+from post_training.checkpoints import loading
+from post_training.checkpoints.source import fetch_source, find_source
+from post_training.common import files, manifest, outputs, report
+from post_training.common.errors import UsageError
+from post_training.config import arguments
+from post_training.drafts import ground_truth
+from post_training.drafts import measure as validation
+from post_training.drafts.record import draft_of, require_draft
+from post_training.inference import options as prompts_arguments
+from post_training.models import parallel_check
 
 if TYPE_CHECKING:
-    from post_training.dialogues import Speaker
-    from post_training.loading import Source
-    from post_training.prompts import Prompts
-    from post_training.runtime import Session
-    from post_training.validation import Measured, Question
+    from post_training.checkpoints.source import Source
+    from post_training.data.prompts import Prompts
+    from post_training.distributed.session import Session
+    from post_training.drafts.measure import Measured, Question
+    from post_training.inference.dialogues import Speaker
 
 logger = logging.getLogger("post_training")
 
@@ -77,9 +75,9 @@ def check(args: argparse.Namespace) -> None:
             "sequences are not divided here",
             "leave CP at 1; DP splits the prompts",
         )
-    source = loading.find(args)
-    loading.require_draft(source, args)
-    preflight.check_layout(source.architecture, args)
+    source = find_source(args)
+    require_draft(source, args)
+    parallel_check.check(source.architecture, arguments.parallel(args))
     if args.ground_truth_path:
         ground_truth.read(Path(args.ground_truth_path))
     if args.ground_truth_path and "prompts_path" not in args.explicit:
@@ -99,16 +97,19 @@ def check(args: argparse.Namespace) -> None:
 
 def validate(args: argparse.Namespace, session: Session) -> dict[str, Any]:
     """Decode every prompt twice, write the report. Returns it on rank 0."""
-    from post_training import data, validation_report
+    from post_training.data import calibration_data
+    from post_training.drafts import report as validation_report
 
     # What needs the hub or a file comes first: a model may take minutes to load.
     saved, read = None, None
     if args.ground_truth_path:
-        saved = data.on_first_rank(lambda: ground_truth.read(Path(args.ground_truth_path)))
+        saved = calibration_data.on_first_rank(
+            lambda: ground_truth.read(Path(args.ground_truth_path))
+        )
     if args.prompts_path:
-        read = data.on_first_rank(lambda: prompts_arguments.load(args))
+        read = calibration_data.on_first_rank(lambda: prompts_arguments.load(args))
         logger.info("%s; the first turn of each is asked", read.describe())
-    source = loading.fetch(loading.find(args), args)
+    source = fetch_source(find_source(args), args)
     speaker = load(args, session, source)
     asked, origin = (saved.questions, saved.settings["prompts"]) if saved else ([], "")
     if read is not None:
@@ -133,7 +134,7 @@ def validate(args: argparse.Namespace, session: Session) -> dict[str, Any]:
         ),
         "acceptance": acceptance,
         "passed": not shortcomings(args, acceptance),
-        "draft": source.draft.to_json() if source.draft else None,
+        "draft": draft_of(source).to_json() if draft_of(source) else None,
         "accepted": [{"id": each.question.id, "accepted": each.accepted} for each in measured],
         "peak_memory_bytes": peak_memory,
         "parallel": {
@@ -161,10 +162,10 @@ def load(args: argparse.Namespace, session: Session, source: Source) -> Speaker:
     Raises:
         UsageError: if its attention is of a kind that cannot verify several tokens at a time.
     """
-    from post_training import dialogues, speculative
+    from post_training.drafts.eagle3 import decoding as speculative
+    from post_training.inference import dialogues
 
-    options = loading.build_options(args, source)
-    model = loading.load(source, options, session, trust_remote_code=args.trust_remote_code)
+    model = loading.load(source, args, session)
     if not speculative.can_verify(model):
         raise UsageError(
             f"--load {args.load}",
@@ -172,7 +173,7 @@ def load(args: argparse.Namespace, session: Session, source: Source) -> Speaker:
             "are not verified here",
             "measure the exported draft in an engine",
         )
-    if source.draft is not None and not source.draft.trained:
+    if draft_of(source) is not None and not draft_of(source).trained:
         logger.warning("the draft of %s has not been trained yet", args.load)
     tokenizer = loading.tokenizer(source, args)
     return dialogues.Speaker(
@@ -193,7 +194,7 @@ def decode(
     from megatron.core import parallel_state
     from tqdm import tqdm
 
-    from post_training import generation
+    from post_training.inference import generation
 
     rank, copies, _ = generation.data_parallel()
     with tqdm(total=len(asked), unit="answer", disable=not session.show_progress) as bar:
@@ -221,7 +222,7 @@ def questions(args: argparse.Namespace, speaker: Speaker, read: Prompts) -> list
     Raises:
         UsageError: if none leaves room for an answer.
     """
-    from post_training.validation import Question
+    from post_training.drafts.measure import Question
 
     found, too_long = [], 0
     for dialogue in read.dialogues:
@@ -249,7 +250,7 @@ def write(
     speaker: Speaker,
 ) -> None:
     """The report, the figure, and the ground truth if it is asked for."""
-    from post_training import validation_report
+    from post_training.drafts import report as validation_report
 
     path = report_path(args)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -274,12 +275,12 @@ def report_path(args: argparse.Namespace) -> Path:
 def _check_file(path: Path, option: str) -> None:
     if path.is_dir():
         raise UsageError(f"{option} {path}", "it is a folder", "name a file")
-    preflight.writable(path, f"{option} {path}")
+    outputs.writable(path, f"{option} {path}")
 
 
 def summary(args: argparse.Namespace, content: dict[str, Any]) -> None:
     """The table and the lines below it."""
-    from post_training import validation_report
+    from post_training.drafts import report as validation_report
 
     validation_report.print_table(content)
     found = content["acceptance"]
@@ -312,11 +313,11 @@ def summary(args: argparse.Namespace, content: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    args = arguments.parse("validate", add_arguments, check)
-    from post_training import runtime
+    args = arguments.parse_namespace("validate", add_arguments, check)
+    from post_training.cli.stage import open_session
 
     failed: list[str] = []
-    with runtime.session(args) as session:
+    with open_session(args) as session:
         content = validate(args, session)
         if session.is_main:
             summary(args, content)

@@ -11,7 +11,9 @@ import argparse
 import json
 from pathlib import Path
 
-from post_training import arguments, loading
+from post_training.checkpoints import loading
+from post_training.checkpoints.source import fetch_source, find_source
+from post_training.config import arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,19 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=32)
 
 
-def check(args: argparse.Namespace) -> None:
-    loading.find(args)
-
-
 def main() -> None:
-    args = arguments.parse("greedy_tokens", add_arguments, check)
-    from post_training import runtime
+    args = arguments.parse_namespace("greedy_tokens", add_arguments, find_source)
+    from post_training.cli.stage import open_session
 
-    with runtime.session(args) as session:
-        from post_training import generation
+    with open_session(args) as session:
+        from post_training.inference import generation
 
-        source = loading.fetch(loading.find(args), args)
-        model = loading.load(source, loading.build_options(args, source), session)
+        source = fetch_source(find_source(args), args)
+        model = loading.load(source, args, session)
         tokenizer = loading.tokenizer(source, args)
         prompts = json.loads(args.prompts_file.read_text(encoding="utf-8"))
         # As an engine does: the text holds the chat template's special tokens already.

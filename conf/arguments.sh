@@ -149,7 +149,7 @@ read_conf() {
 
 # nearest NAME KNOWN...: print a sentence with the names closest to NAME, else with all of them.
 nearest() {
-  local program='import sys; from post_training.errors import suggest
+  local program='import sys; from post_training.common.errors import suggest
 print(suggest(sys.argv[1], sys.argv[2:]) or "choose one of: " + " ".join(sys.argv[2:]))'
   (cd "$SCRIPT_DIR" && "$PYTHON" -c "$program" "$@")
 }

@@ -57,7 +57,7 @@ environment_fits() {
     [[ -x "$tool" ]] || type -P shellcheck >/dev/null || return 1
   fi
   program='import importlib.util, sys
-from post_training import versions
+from post_training.common import versions
 missing = [m for m in sys.argv[1:] if importlib.util.find_spec(m) is None]
 sys.exit(bool(missing or versions.problems()))'
   (cd "$root" && "$1" -c "$program" "${modules[@]}") 2>/dev/null

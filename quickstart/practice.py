@@ -12,7 +12,7 @@ import json
 import random
 from pathlib import Path
 
-from post_training import files
+from post_training.common import files
 from quickstart import world
 
 SEED = 7

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from post_training import files, manifest
+from post_training.common import files, manifest
 from quickstart import train
 
 
@@ -47,7 +47,7 @@ def show(work: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from post_training import report
+    from post_training.common import report
 
     table = Table(title="The main job, from trained to ready", title_justify="left")
     table.caption = (

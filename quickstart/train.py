@@ -27,9 +27,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training import files
-from post_training.common import threads
-from post_training.errors import UsageError, exit_with_usage_error
+from post_training.common import files, threads
+from post_training.common.errors import UsageError, exit_with_usage_error
 from quickstart import tokenizer, world
 
 if TYPE_CHECKING:

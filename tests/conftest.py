@@ -34,6 +34,14 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     return (yield)
 
 
+@pytest.fixture
+def environment(tmp_path):
+    """A user's environment: nothing of the interface set, this Python, a work folder."""
+    import launchers
+
+    return launchers.environment(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def tiny_model() -> Path:
     """Folder of the trained tiny Qwen3 with its data; concurrent test workers wait for one."""

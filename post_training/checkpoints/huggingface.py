@@ -1,0 +1,259 @@
+"""Hugging Face folders as a source: resolve, describe, and stream the weights into a model.
+
+ModelOpt's importer knows how each architecture's tensors map to megatron-core's; it is extended
+here so that the names it reads are recorded, the source's index is parsed once, and a source with
+tensors that nobody read is an error instead of a model that is silently wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from post_training.common import safetensors_index
+from post_training.common.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from megatron.core.transformer import MegatronModule
+
+logger = logging.getLogger(__name__)
+
+# Everything of a model folder that is not weights and that its users need.
+SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "preprocessor_config.json",
+    "LICENSE",
+    "NOTICE",
+)
+_WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
+
+
+def resolve(name_or_path: str, *, weights: bool, trust_remote_code: bool = False) -> Path:
+    """The local folder of a model; a hub name is downloaded first (rank 0 alone, others wait).
+
+    Args:
+        name_or_path: a folder, or a hub name such as ``Qwen/Qwen3-0.6B``.
+        weights: whether the weights are needed too.
+        trust_remote_code: also fetch the repository's Python files.
+
+    Raises:
+        UsageError: if the hub cannot be reached or does not know the name.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = [*SMALL_FILES, *(_WEIGHT_PATTERNS if weights else ())]
+    if trust_remote_code:
+        patterns.append("*.py")
+
+    def download(offline: bool) -> Path:
+        return Path(
+            snapshot_download(name_or_path, allow_patterns=patterns, local_files_only=offline)
+        )
+
+    try:
+        if _rank() == 0:
+            path = download(offline=False)
+            _barrier()
+        else:
+            _barrier()
+            path = download(offline=True)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UsageError(
+            f"model {name_or_path}",
+            f"it is no local folder, and the hub did not give it: {_first_line(error)}",
+            "name a local folder in HF_MODEL_CKPT; for a gated model set HF_TOKEN",
+        ) from error
+    return path
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a model folder."""
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+
+
+def copy_small_files(source: Path, target: Path, *, python_files: bool = False) -> None:
+    """Copy configuration, tokenizer and licence files, never weights."""
+    for name in SMALL_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    for folder in ("additional_chat_templates",):
+        if (source / folder).is_dir():
+            shutil.copytree(source / folder, target / folder)
+    if python_files:
+        for path in source.glob("*.py"):
+            shutil.copyfile(path, target / path.name)
+
+
+def load_tokenizer(location: Path | str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder or hub name.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"tokenizer {location}",
+            f"transformers cannot load it: {_first_line(error)}",
+            "name a folder with tokenizer.json in TOKENIZER_MODEL",
+        ) from error
+
+
+def load_weights(
+    model: MegatronModule,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    tied_embeddings: bool,
+    trust_remote_code: bool = False,
+    show_progress: bool = False,
+) -> int:
+    """Stream the weights of ``folder`` into this rank's part of ``model``; a collective call.
+
+    Host memory beyond the model itself: the tensors of one linear layer, since each is read (only
+    this rank's slice of it), copied and dropped before the next.
+
+    Args:
+        dtype: of the model's parameters; the source is cast.
+        tied_embeddings: the source may still carry ``lm_head.weight``, which then is not read.
+        show_progress: draw a progress bar on this rank.
+
+    Returns:
+        Parameters in the source, a tied one counted once.
+
+    Raises:
+        UsageError: if a tensor is missing, has another shape, or is left over.
+    """
+    importer = _importer_class()(
+        model, str(folder), dtype=dtype, trust_remote_code=trust_remote_code
+    )
+    importer.disable_tqdm = not show_progress
+    _collect_failures(importer._import_state_dict, folder)
+    index = safetensors_index.read(folder)
+    leftover = {
+        name for name in index if name not in importer.names_read_by_all() and not _ignored(name)
+    }
+    if tied_embeddings:
+        leftover.discard("lm_head.weight")
+    if leftover:
+        shown = ", ".join(sorted(leftover)[:5])
+        raise UsageError(
+            f"model {folder}",
+            f"{len(leftover)} of its tensors have no place in the Megatron model: {shown}",
+            "the conf does not describe this model: compare it with config.json",
+        )
+    return sum(
+        entry.numel
+        for name, entry in index.items()
+        if not _ignored(name) and not (tied_embeddings and name == "lm_head.weight")
+    )
+
+
+def _ignored(name: str) -> bool:
+    # Old Llama checkpoints carry the rotary frequencies, which every implementation recomputes.
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def _importer_class() -> type:
+    from modelopt.torch.export.plugins.megatron_importer import GPTModelImporter
+
+    class RecordingImporter(GPTModelImporter):
+        """Remembers which source tensors were read and from which shard each comes."""
+
+        @cached_property
+        def _index(self) -> dict[str, safetensors_index.Entry]:
+            return safetensors_index.read(Path(self.pretrained_model_path))
+
+        @cached_property
+        def _names_read(self) -> set[str]:
+            return set()
+
+        def _get_safetensor(self, key: str, parallel_config: Any = None) -> torch.Tensor:
+            if key not in self._index:
+                raise KeyError(f"the source has no tensor {key}")
+            self._names_read.add(key)
+            return super()._get_safetensor(key, parallel_config=parallel_config)
+
+        def names_read_by_all(self) -> set[str]:
+            import torch
+
+            gathered: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(gathered, self._names_read)
+            return set().union(*gathered)
+
+    return RecordingImporter
+
+
+def _collect_failures(work: Any, folder: Path) -> None:
+    """Run ``work`` and fail on all ranks together with the first rank's reason."""
+    import torch
+
+    failure = None
+    try:
+        work()
+    except (KeyError, ValueError, RuntimeError, AssertionError) as error:
+        failure = _first_line(error)
+        logger.debug("import failed", exc_info=True)
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, failure)
+    reason = next((each for each in gathered if each), None)
+    if reason:
+        raise UsageError(
+            f"model {folder}",
+            f"its tensors do not fit the Megatron model: {reason}",
+            "the conf does not describe this model: compare it with config.json",
+        )
+
+
+def tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors of a folder, one shard open at a time."""
+    from safetensors import safe_open
+
+    by_file: dict[Path, list[str]] = {}
+    for name, entry in safetensors_index.read(folder).items():
+        by_file.setdefault(entry.path, []).append(name)
+    for path, names in by_file.items():
+        with safe_open(path, framework="pt") as shard:
+            for name in names:
+                yield name, shard.get_tensor(name)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return text.strip().splitlines()[0] if text.strip() else type(error).__name__
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _barrier() -> None:
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()

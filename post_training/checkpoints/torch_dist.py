@@ -1,0 +1,312 @@
+"""Megatron-LM checkpoints (``torch_dist``) of a model and its ModelOpt state.
+
+Layout of a checkpoint folder::
+
+    run.json                              manifest
+    latest_checkpointed_iteration.txt     "release", or an iteration number
+    release/  or  iter_0000100/           torch_dist files, modelopt_state/
+    huggingface/                          config.json, tokenizer, generation config of the source
+
+The folder is written under another name and renamed, so a killed save costs nothing. Keys are those
+of the Transformer Engine layer spec, as Megatron-LM writes them. Loading at other tensor- and
+pipeline-parallel sizes than saving works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from post_training.common import files, threads
+from post_training.common.errors import UsageError
+from post_training.common.manifest import Manifest
+from post_training.models.architecture import Architecture
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import MegatronModule
+
+logger = logging.getLogger(__name__)
+
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+HUGGINGFACE = "huggingface"
+MODELOPT_STATE = "modelopt_state"
+CHECKPOINT_VERSION = 3.0
+# Bytes of a rank's weights for each file that it writes, and the most files.
+_FILE_BYTES = 1 << 30
+_MOST_FILES = 8
+# Names under which an iteration of training keeps its own state (training_checkpoint.py).
+TRAINING_KEYS = ("optimizer.", "rng_state", "_loss_modules.")
+# Tells loaders how sharded tensors were cut; Megatron-LM reads it back from the checkpoint.
+CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+
+
+def iteration_folder(folder: Path) -> Path:
+    """The folder with the weights: ``folder`` itself, or what its tracker file names.
+
+    Raises:
+        UsageError: if there is no checkpoint there.
+    """
+    files.recover(folder)
+    if (folder / "metadata.json").is_file():
+        return folder
+    tracker = folder / TRACKER
+    try:
+        text = tracker.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise UsageError(
+            f"checkpoint {folder}",
+            f"it has no {TRACKER} ({error.strerror})",
+            "name the folder that a stage saved, or convert the model first with convert.sh",
+        ) from error
+    name = text if text == RELEASE else f"iter_{int(text):07d}"
+    if not (folder / name / "metadata.json").is_file():
+        raise UsageError(
+            f"checkpoint {folder}",
+            f"its {TRACKER} says {text}, but {name}/metadata.json is missing",
+            "the copy is incomplete: copy or make it again",
+        )
+    return folder / name
+
+
+def save(
+    model: MegatronModule,
+    folder: Path,
+    manifest: Manifest,
+    *,
+    huggingface: Path | None = None,
+    write_huggingface: Callable[[Path], None] | None = None,
+) -> dict[str, Any] | None:
+    """Save ``model`` and its ModelOpt state to ``folder``, atomically; a collective call.
+
+    Args:
+        model: this rank's part.
+        folder: final name; a previous checkpoint there is replaced only when this one is whole.
+        manifest: completed and written as ``run.json``.
+        huggingface: folder whose small files (config, tokenizer) travel with the checkpoint.
+        write_huggingface: or a function that writes them into the folder it is given.
+
+    Returns:
+        The manifest's content on rank 0, None elsewhere.
+    """
+    import torch
+    from megatron.core import dist_checkpointing
+    from modelopt.torch.opt.plugins import save_sharded_modelopt_state
+
+    is_main = torch.distributed.get_rank() == 0
+    work = files.incomplete(folder)
+    if is_main:
+        files.begin(folder)
+        (work / RELEASE).mkdir()
+    torch.distributed.barrier()
+    state = {
+        "args": megatron_lm_arguments(manifest.architecture, model),
+        "checkpoint_version": CHECKPOINT_VERSION,
+        "iteration": 0,
+        "model": model.sharded_state_dict(metadata=metadata()),
+    }
+    dist_checkpointing.save(
+        state,
+        str(work / RELEASE),
+        sharded_strategy=save_strategy(model),
+        content_metadata=dict(CONTENT),
+    )
+    if has_modelopt_state(model):
+        save_sharded_modelopt_state([model], str(work / RELEASE))
+    torch.distributed.barrier()
+    content = None
+    if is_main:
+        if write_huggingface is not None:
+            (work / HUGGINGFACE).mkdir()
+            write_huggingface(work / HUGGINGFACE)
+        elif huggingface is not None:
+            shutil.copytree(huggingface, work / HUGGINGFACE)
+        files.write_text(work / TRACKER, RELEASE)
+        content = manifest.write(work)
+        files.publish(folder)
+    torch.distributed.barrier()
+    return content
+
+
+def save_strategy(model: MegatronModule) -> Any:
+    """Several files for a large model: they are written, and later hashed, by a thread each."""
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+    return TorchDistSaveShardedStrategy(
+        thread_count=max(1, min(_MOST_FILES, size // _FILE_BYTES, threads.cores()))
+    )
+
+
+def load(model: MegatronModule, folder: Path, *, only: str = "") -> None:
+    """Load weights, ModelOpt state first, into ``model`` (changed in place); a collective call.
+
+    Args:
+        model: this rank's part.
+        folder: a checkpoint folder, or one of its iterations.
+        only: load this module alone, into a model that has it already (on a pipeline stage at
+            least); its ModelOpt state stays.
+
+    Raises:
+        UsageError: if the checkpoint's tensors are not the model's; missing and unexpected names
+            and differing shapes are named.
+    """
+    import torch
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+    from modelopt.torch.opt.plugins import restore_sharded_modelopt_state
+
+    weights = iteration_folder(folder)
+    if (weights / MODELOPT_STATE).is_dir() and not only:
+        # Restoring sizes the scales by calibrating the weights, which must not be NaN by chance.
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(1)
+        restore_sharded_modelopt_state([model], str(weights))
+    if only:
+        tensors = _part_of(model, only, weights)
+    else:
+        tensors = model.sharded_state_dict(metadata=metadata(weights))
+    wanted = {"model": tensors}
+    try:
+        state, missing, unexpected = dist_checkpointing.load(
+            wanted, str(weights), strict=StrictHandling.RETURN_ALL
+        )
+    except dist_checkpointing.core.CheckpointingException as error:
+        raise UsageError(
+            f"checkpoint {folder}",
+            f"it does not fit this model: {error}",
+            "use the conf of the model that was saved",
+        ) from error
+    missing, unexpected = (
+        # What a training run keeps beside the weights is not the model's.
+        {n for n in names if n.startswith(only and f"{only}.") and not n.startswith(TRAINING_KEYS)}
+        for names in (missing, unexpected)
+    )
+    missing = {name for name in missing if not name.endswith("_extra_state")}
+    unexpected = {name for name in unexpected if not name.endswith("_extra_state")}
+    if missing or unexpected:
+        raise UsageError(
+            f"checkpoint {folder}",
+            f"it lacks {_examples(missing)} and has {_examples(unexpected)} that the model lacks",
+            "use the conf of the model that was saved",
+        )
+    # A pipeline stage may have none of the tensors that ``only`` names.
+    model.load_state_dict(state.get("model", {}), strict=False)
+
+
+def has_modelopt_state(model: MegatronModule) -> bool:
+    """Whether ModelOpt changed the model in a way that whoever loads it must repeat.
+
+    Quantizers and drafts are such changes; holding a teacher during distillation is not.
+    """
+    import modelopt.torch.opt as mto
+
+    if not mto.ModeloptStateManager.is_converted(model):
+        return False
+    return bool(mto.modelopt_state(model)["modelopt_state_dict"])
+
+
+def holds(folder: Path, name: str) -> bool:
+    """Whether a tensor's name contains ``name``; no torch.
+
+    The list of tensors is pickled, which stores names as they are.
+    """
+    try:
+        return name.encode() in (iteration_folder(folder) / ".metadata").read_bytes()
+    except FileNotFoundError:
+        return False
+
+
+def _part_of(model: MegatronModule, name: str, weights: Path) -> dict[str, Any]:
+    """Sharded tensors of one module; none on a pipeline stage without it.
+
+    ModelOpt (opt/plugins/megatron.py) saves the MLPs of a quantized model, and of whatever comes
+    after them, in two tensors each: what the checkpoint did decides.
+    """
+    module = getattr(model, name, None)
+    if module is None:
+        return {}
+    halves = any(n.startswith(f"{name}.") and n.endswith("_w") for n in _names(weights))
+    chosen = {**metadata(weights), "singleton_local_shards": halves}
+    return dict(module.sharded_state_dict(prefix=f"{name}.", metadata=chosen))
+
+
+def _names(weights: Path) -> Iterable[str]:
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    return FileSystemReader(str(weights)).read_metadata().state_dict_metadata
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether the checkpoint holds a ModelOpt state (quantized, pruned or drafted)."""
+    return (iteration_folder(folder) / MODELOPT_STATE).is_dir()
+
+
+def uses_transformer_engine_keys(folder: Path) -> bool:
+    """Whether norms are named as in the fused Transformer Engine spec.
+
+    Megatron-LM checkpoints of unfused specs name them ``input_layernorm``; ours never do.
+    """
+    names = _names(iteration_folder(folder))
+    return not any(
+        name.endswith((".input_layernorm.weight", ".pre_mlp_layernorm.weight"))
+        and "experts" not in name
+        for name in names
+    )
+
+
+def metadata(weights: Path | None = None) -> dict[str, Any]:
+    """What sharded states are cut by: a new checkpoint's, or those of one that was saved."""
+    from megatron.core import dist_checkpointing, parallel_state
+
+    content = dict(CONTENT)
+    if weights is not None:
+        content = dist_checkpointing.load_content_metadata(str(weights)) or {}
+    return {
+        **content,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def megatron_lm_arguments(
+    architecture: dict[str, Any], model: MegatronModule
+) -> argparse.Namespace:
+    """What Megatron-LM's ``--use-checkpoint-args`` reads from a checkpoint, in its spellings."""
+    described = Architecture.from_json(architecture)
+    config = model.config
+    return argparse.Namespace(
+        **{
+            name: value
+            for name, value in described.transformer.items()
+            if isinstance(value, (int, float, str, bool, list, type(None)))
+        },
+        padded_vocab_size=described.vocab_size,
+        max_position_embeddings=described.max_position_embeddings,
+        seq_length=described.max_position_embeddings,
+        position_embedding_type=described.position_embedding_type,
+        rotary_base=described.rotary_base,
+        rotary_percent=described.rotary_percent,
+        use_rope_scaling=described.rope_scaling,
+        untie_embeddings_and_output_weights=not described.share_embeddings_and_output_weights,
+        swiglu=bool(config.gated_linear_unit),
+        group_query_attention=config.num_query_groups != config.num_attention_heads,
+        bf16=config.bf16,
+        fp16=config.fp16,
+        params_dtype=config.params_dtype,
+        tensor_model_parallel_size=config.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
+        consumed_train_samples=0,
+        ckpt_format="torch_dist",
+    )
+
+
+def _examples(names: set[str]) -> str:
+    if not names:
+        return "nothing"
+    shown = ", ".join(sorted(names)[:4])
+    return shown + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,42 @@
+"""``python -m post_training.answer``: verify an exported folder and let it answer."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from post_training.common.errors import UsageError, exit_with_usage_error
+from post_training.export import answer, readback
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m post_training.answer",
+        description=answer.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, help="exported model folder")
+    parser.add_argument("question", nargs="?", help="without it the folder is only verified")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="(64)")
+    args = parser.parse_args()
+    try:
+        if not (args.folder / "config.json").is_file():
+            raise UsageError(
+                f"folder {args.folder}",
+                "it has no config.json",
+                "name a folder that export.sh wrote",
+            )
+        folder = readback.Folder(args.folder)
+    except UsageError as error:
+        exit_with_usage_error(error)
+    problems = folder.problems()
+    for problem in problems:
+        print(f"problem: {problem}", file=sys.stderr)
+    if problems:
+        sys.exit(1)
+    algorithm = folder.quantization.get("quant_algo") or "not quantized"
+    print(f"verified: {args.folder}, {algorithm}, {folder.bits_per_weight():.2f} bits per weight")
+    if args.question:
+        print(f"question: {args.question}")
+        print(f"answer:   {answer.answer(folder, args.question, args.max_new_tokens)}")

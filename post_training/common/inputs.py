@@ -1,0 +1,40 @@
+"""Input paths from a command line: path or hub name, and is anything there. No torch."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from post_training.common import files
+from post_training.common.errors import UsageError, suggest
+
+_HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+
+
+def is_hub_name(value: str) -> bool:
+    """Whether ``value`` means a repository on the hub: ``org/name``, and no such path exists.
+
+    What starts with ``.``, ``/`` or ``~``, or has several slashes, is a path.
+    """
+    return _HUB_NAME.fullmatch(value) is not None and not Path(value).exists()
+
+
+def check_folder(folder: Path, what: str, remedy: str) -> None:
+    """A folder that is there and not empty."""
+    files.recover(folder)
+    if not folder.exists():
+        parent = nearest_existing(folder)
+        names = [each.name for each in parent.iterdir()] if parent == folder.parent else []
+        raise UsageError(
+            what, "there is no such folder", f"{suggest(folder.name, names)} {remedy}".strip()
+        )
+    if not folder.is_dir():
+        raise UsageError(what, "it is a file, not a folder", remedy)
+    if not any(folder.iterdir()):
+        raise UsageError(what, "the folder is empty", remedy)
+
+
+def nearest_existing(path: Path) -> Path:
+    """The nearest parent (or the path itself) that exists."""
+    path = path.absolute()
+    return next(p for p in (path, *path.parents) if p.exists())

@@ -1,0 +1,270 @@
+"""``run.json``: what made an output, from what, and what it contains.
+
+Every stage writes one beside its output; the next stage reads it. A manifest holds the stage, the
+command, the resolved configuration (the model's architecture included), package versions, the git
+commit, the inputs with their own manifests' hashes, the outputs with sizes and hashes, metrics,
+duration and peak memory. Nothing here imports torch.
+
+    python -m post_training.manifest valid OUTPUT INPUT [COMMAND...]
+    python -m post_training.manifest quote WORDS...
+
+``valid`` exits with code 0 if OUTPUT is whole and was made from INPUT as it is now, by the versions
+that are installed now and, where the words of a COMMAND are given, by that very command. ``quote``
+prints a command line for a shell, with secrets hidden.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from post_training.common import files
+from post_training.common.errors import UsageError
+
+FILE = "run.json"
+FORMAT = 1
+_PACKAGES = (
+    "torch",
+    "megatron-core",
+    "nvidia-modelopt",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "safetensors",
+    "transformer-engine",
+)
+# Secrets: Hub tokens, known by their form, the values of these variables, and what follows a flag
+# whose last word names one. --moe-token-dispatcher-type and --max-new-tokens take none.
+_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
+_SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+_SECRET_FLAG = re.compile(
+    r"--([\w-]*[-_])?(token|(api|access|secret)[-_]key|secret|password)", re.I
+)
+
+
+@dataclass
+class Manifest:
+    """The content of one ``run.json``. ``started`` is the Unix time at which the stage began."""
+
+    stage: str
+    architecture: dict[str, Any]
+    configuration: dict[str, Any] = field(default_factory=dict)
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    started: float = field(default_factory=time.time)
+    peak_memory_bytes: dict[str, int] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, folder: Path, parts: Sequence[str] = ()) -> dict[str, Any]:
+        """Describe the files of ``folder`` and write its ``run.json``. Returns the content.
+
+        Args:
+            folder: of the output.
+            parts: subfolders whose files to describe, where others still change; by default all.
+        """
+        content = self.content(self._outputs(folder, parts))
+        files.write_json(folder / FILE, content)
+        return content
+
+    def content(self, outputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """What is written, for outputs that are described as ``files.describe_tree`` does."""
+        return {
+            "format": FORMAT,
+            "stage": self.stage,
+            "command": command(),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.time() - self.started, 3),
+            "architecture": self.architecture,
+            "configuration": _without_secrets(self.configuration),
+            "versions": versions(),
+            "git_commit": git_commit(),
+            "inputs": self.inputs,
+            "outputs": outputs,
+            "metrics": self.metrics,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            **self.extra,
+        }
+
+    def _outputs(self, folder: Path, parts: Sequence[str]) -> list[dict[str, Any]]:
+        if not parts:
+            return files.describe_tree(folder, skip=frozenset({FILE}))
+        return [
+            {**each, "file": f"{part}/{each['file']}"}
+            for part in parts
+            for each in files.describe_tree(folder / part)
+        ]
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """The manifest of ``folder`` (or a report, a JSON file), or None where there is none.
+
+    Raises:
+        UsageError: if it is not JSON or of a newer format than this version reads.
+    """
+    path = folder if folder.is_file() else folder / FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"manifest {path}",
+            f"it cannot be read as JSON: {error}",
+            "make the output again, or delete the file to go on without a manifest",
+        ) from error
+    if content.get("format", 0) > FORMAT:
+        raise UsageError(
+            f"manifest {path}",
+            f"its format is {content['format']}, this version reads up to {FORMAT}",
+            "use the version that wrote it, named under git_commit",
+        )
+    return content
+
+
+def describe_input(role: str, location: str | Path) -> dict[str, Any]:
+    """An input as manifests record it: path (or hub name) and the hash of its own manifest.
+
+    A folder without a manifest is described by the names, sizes and times of its files instead, a
+    file by its hash.
+    """
+    folder = Path(location)
+    entry: dict[str, Any] = {"role": role, "path": str(location)}
+    if folder.exists():
+        entry["path"] = str(folder.resolve())
+        if folder.is_file():
+            entry["sha256"] = files.sha256(folder)
+        elif (folder / FILE).is_file():
+            entry["manifest_sha256"] = files.sha256(folder / FILE)
+        else:
+            entry["listing_sha256"] = files.listing_sha256(folder)
+    return entry
+
+
+def damaged_outputs(folder: Path, content: dict[str, Any]) -> list[str]:
+    """Files that are missing or whose size is not the manifest's. Hashes are not recomputed."""
+    damaged = []
+    for entry in content.get("outputs", []):
+        path = folder / entry["file"]
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            damaged.append(entry["file"])
+    return damaged
+
+
+def is_valid(output: Path, source: str, made_by: Sequence[str] = ()) -> bool:
+    """Whether ``output`` can stay as it is.
+
+    Args:
+        output: a stage's output folder, or its report.
+        source: what it must have been made from, as it is now: a path, or a hub name whose
+            download is still what it was.
+        made_by: words of the command that must have made it, the stage's program first; by
+            default any.
+    """
+    content = read(output)
+    if content is None or damaged_outputs(output, content):
+        return False
+    if content["versions"] != versions():
+        return False
+    # A report may say that the model fell short of what was asked, training that it goes on.
+    if not (content.get("passed", True) and content.get("complete", True)):
+        return False
+    if made_by and _plain(shlex.split(content["command"])) != _plain(shlex.split(quoted(made_by))):
+        return False
+    return any(_is_input(entry, source) for entry in content.get("inputs", []))
+
+
+def _plain(words: Sequence[str]) -> list[str]:
+    """A command without what does not decide its result: the program's folder, --overwrite."""
+    words = [word for word in words if word != "--overwrite"]
+    return [Path(words[0]).name, *words[1:]] if words else []
+
+
+def _is_input(entry: dict[str, Any], source: str) -> bool:
+    """Whether a recorded input is ``source``, unchanged."""
+    if not Path(source).exists():
+        # A hub name: the recorded path is the download's, in huggingface_hub's cache.
+        if f"models--{source.replace('/', '--')}" not in Path(entry["path"]).parts:
+            return False
+        source = entry["path"]
+    return {**entry, "role": ""} == {**describe_input("", source), "role": ""}
+
+
+def command() -> str:
+    """This process's command line, quoted for a shell, with secrets hidden."""
+    return quoted(sys.argv)
+
+
+def quoted(line: Sequence[str]) -> str:
+    """The words of a command line, quoted for a shell, with secrets hidden."""
+    words: list[str] = []
+    hide_next = False
+    for word in line:
+        flag, equals, _ = word.partition("=")
+        is_secret = _SECRET_FLAG.fullmatch(flag) is not None
+        if hide_next:
+            word = "***"
+        elif equals and is_secret:
+            word = f"{flag}=***"
+        hide_next = is_secret and not equals and not hide_next
+        words.append(without_secrets(word))
+    return shlex.join(words)
+
+
+def without_secrets(text: str) -> str:
+    """``text`` with Hub tokens and the values of secret variables replaced by asterisks."""
+    for name in _SECRET_VARIABLES:
+        value = os.environ.get(name, "")
+        if len(value) >= 8:  # a shorter one is no secret, and may be part of any word
+            text = text.replace(value, "***")
+    return _TOKEN.sub("hf_***", text)
+
+
+def _without_secrets(value: Any) -> Any:
+    """The same for every string in a JSON value."""
+    if isinstance(value, str):
+        return without_secrets(value)
+    if isinstance(value, dict):
+        return {name: _without_secrets(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_secrets(each) for each in value]
+    return value
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    found = {"python": sys.version.split()[0]}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """Commit of this source tree, with ``+changes`` where it is modified; None outside git."""
+    root = Path(__file__).resolve().parent
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+changes" if changed else "")
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10
+    )
+    return done.stdout.strip()

@@ -1,0 +1,71 @@
+"""The short summary a stage ends with."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from post_training.common import files
+
+if TYPE_CHECKING:
+    from post_training.distributed.parallel import Parallel
+
+
+def summary(title: str, rows: Mapping[str, Any], next_step: str | None = None) -> None:
+    """Print a two-column table to stderr, and the command that comes next."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(stderr=True)
+    table = Table(title=title, title_justify="left", show_header=False, title_style="bold")
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    console.print(table)
+    if next_step:
+        console.print(f"next: {next_step}", style="dim", soft_wrap=True, highlight=False)
+
+
+def beside(model: str | Path, stage: str) -> Path:
+    """Where a stage reports about a model: ``<model>.<stage>.json`` beside it.
+
+    In the work folder (``MLM_WORK_DIR``) if the model is a hub name, or its folder is read-only.
+    """
+    folder = Path(model).resolve()
+    if folder.exists() and os.access(folder.parent, os.W_OK):
+        return folder.with_name(f"{folder.name}.{stage}.json")
+    default = Path(tempfile.gettempdir()) / "megatron_workspace"
+    work = Path(os.environ.get("MLM_WORK_DIR") or default)
+    return work / f"{str(model).strip('/').replace('/', '--')}.{stage}.json"
+
+
+def number_of_bytes(count: float) -> str:
+    """``1.5 GB``; units of 1000, as disks and model hubs count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} TB"
+
+
+def size(folder: Path) -> str:
+    """Size of everything below ``folder``."""
+    return number_of_bytes(files.size_of(folder))
+
+
+def layout(parallel: Parallel) -> str:
+    """``TP=2 PP=1``."""
+    return f"TP={parallel.tensor} PP={parallel.pipeline}"
+
+
+def cost(content: Mapping[str, Any]) -> dict[str, str]:
+    """Rows for time and memory, from a manifest."""
+    peaks = content["peak_memory_bytes"].items()
+    return {
+        "time": f"{content['seconds']:.1f} s",
+        "peak memory": ", ".join(f"{number_of_bytes(value)} {name}" for name, value in peaks),
+    }

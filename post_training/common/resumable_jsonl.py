@@ -1,0 +1,140 @@
+"""A JSONL file that grows over a long run, survives a kill, and appears under its name when whole.
+
+Rows are appended to ``<name>.incomplete``; ``<name>.incomplete.json`` says how many bytes of it
+count and with which settings they were made. What a killed run wrote after its last record there is
+cut off by the next run, which goes on from that record. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from post_training.common import files, manifest, outputs
+from post_training.common.errors import UsageError
+
+
+def state_path(target: Path) -> Path:
+    """Where the progress of ``target`` is recorded."""
+    return target.with_name(target.name + ".incomplete.json")
+
+
+def manifest_path(target: Path) -> Path:
+    """The manifest of a finished file: ``<name>.run.json``."""
+    return target.with_name(f"{target.name}.{manifest.FILE}")
+
+
+def check(target: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Check that ``target`` can be written, and that what a killed run left fits ``settings``.
+
+    Raises:
+        UsageError: if it exists, its folder cannot be written, or the left rows were made with
+            other settings and ``overwrite`` does not allow to drop them.
+    """
+    what = f"output {target}"
+    if target.is_dir():
+        raise UsageError(what, "it is a folder", "name a file, such as answers.jsonl")
+    if target.exists() and not overwrite:
+        made = ""
+        if manifest_path(target).is_file():
+            content = json.loads(manifest_path(target).read_text(encoding="utf-8"))
+            made = f", complete, made by: {content.get('command')}"
+        raise UsageError(
+            what,
+            f"it exists{made}",
+            "delete it, name another, or give --overwrite (MLM_EXTRA_ARGS=--overwrite)",
+        )
+    outputs.writable(target)
+    state = _read_state(target)
+    if state is None or overwrite:
+        return
+    found = state["settings"]
+    wrong = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
+    if wrong:
+        shown = "; ".join(
+            f"{name} was {found.get(name)} and is {settings.get(name)}" for name in wrong
+        )
+        raise UsageError(
+            what,
+            f"an interrupted run left {state['rows']} rows that were made otherwise: {shown}",
+            "give the same settings to go on, or --overwrite to begin again",
+        )
+
+
+class Rows:
+    """The file while it grows. One process writes; :func:`check` has passed.
+
+    Attributes:
+        done: units of work (the caller's) that the rows so far cover.
+        totals: numbers that the caller adds up over all runs.
+        rows: rows so far.
+    """
+
+    def __init__(self, target: Path, settings: Mapping[str, Any]) -> None:
+        self.target = target
+        self.settings = json.loads(json.dumps(dict(settings)))
+        self.done = 0
+        self.rows = 0
+        self.totals: dict[str, float] = {}
+        target.parent.mkdir(parents=True, exist_ok=True)
+        state = _read_state(target)
+        if state is not None and state["settings"] == self.settings:
+            self.done, self.rows, self.totals = state["done"], state["rows"], state["totals"]
+            os.truncate(files.incomplete(target), state["bytes"])
+        else:
+            files.incomplete(target).write_bytes(b"")
+            self._record()
+
+    def append(
+        self, rows: Iterable[Mapping[str, Any]], *, done: int, totals: Mapping[str, float]
+    ) -> None:
+        """Write ``rows`` to the disk, then the record that they count."""
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        with files.incomplete(self.target).open("a", encoding="utf-8") as stream:
+            stream.writelines(lines)
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.done += done
+        self.rows += len(lines)
+        for name, value in totals.items():
+            self.totals[name] = self.totals.get(name, 0) + value
+        self._record()
+
+    def finish(self, record: manifest.Manifest) -> dict[str, Any]:
+        """Give the file its name and write its manifest. Returns the manifest's content."""
+        work = files.incomplete(self.target)
+        described = {
+            "file": self.target.name,
+            "bytes": work.stat().st_size,
+            "sha256": files.sha256(work),
+        }
+        content = record.content([described])
+        files.write_json(manifest_path(self.target), content)
+        work.replace(self.target)
+        state_path(self.target).unlink()
+        return content
+
+    def _record(self) -> None:
+        files.write_json(
+            state_path(self.target),
+            {
+                "settings": self.settings,
+                "done": self.done,
+                "rows": self.rows,
+                "bytes": files.incomplete(self.target).stat().st_size,
+                "totals": self.totals,
+            },
+        )
+
+
+def _read_state(target: Path) -> dict[str, Any] | None:
+    """The record of an interrupted run; None where there is none, or its rows are gone."""
+    try:
+        state: dict[str, Any] = json.loads(state_path(target).read_text(encoding="utf-8"))
+        size = files.incomplete(target).stat().st_size
+    except (FileNotFoundError, ValueError):
+        return None
+    return state if size >= state["bytes"] else None

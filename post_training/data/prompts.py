@@ -1,0 +1,177 @@
+"""Prompts: what a model is to answer, from files or the hub. No torch.
+
+Layouts, the first that fits: a conversation (``messages``, ``conversations``), MT-Bench's questions
+(``turns``, or a list under ``prompt``), one question (``prompt``, ``question``, ...), a pair of
+question and answer, and text. Of a conversation the answers are dropped: the model gives its own. A
+``.txt`` file has one prompt a line.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from post_training.common.errors import UsageError
+from post_training.data import document_formats, records
+from post_training.data.records import Row
+
+ID_KEYS = ("id", "question_id", "prompt_id", "uuid", "conversation_id")
+QUESTION_KEYS = ("prompt", "question", "instruction", "problem", "input")
+TOOL_TURNS = "with tool turns, which depend on the answers they replied to"
+NOTHING_ASKED = "without a user turn"
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """Messages to answer, one user turn after the other.
+
+    Attributes:
+        number: of the row in its source, from 0.
+        id: the row's own identifier, else ``number``.
+        messages: system and user turns in order; each user turn is answered before the next.
+        tools: what the chat template is told of tools.
+        category: the row's own, such as MT-Bench's.
+        place: where the row stands, for errors.
+    """
+
+    number: int
+    id: str | int
+    messages: tuple[dict[str, Any], ...]
+    tools: tuple[dict[str, Any], ...] = ()
+    category: str | None = None
+    place: str = ""
+
+    @property
+    def questions(self) -> int:
+        """Number of user turns."""
+        return sum(message["role"] == "user" for message in self.messages)
+
+    def first_turn(self) -> Dialogue:
+        """The same, up to the first user turn."""
+        roles = [message["role"] for message in self.messages]
+        return replace(self, messages=self.messages[: roles.index("user") + 1])
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The dialogues of a source, and how many rows were left out for which reason."""
+
+    source: str
+    dialogues: list[Dialogue]
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def describe(self) -> str:
+        """One line for the log."""
+        questions = sum(dialogue.questions for dialogue in self.dialogues)
+        text = f"{len(self.dialogues):,} prompts, {questions:,} user turns, from {self.source}"
+        for reason, count in self.left_out.items():
+            text += f"; left out: {count:,} {reason}"
+        return text
+
+
+def load(
+    source: str, option: str, *, limit: int | None = None, split: str | None = None
+) -> Prompts:
+    """Read ``source`` to its end, or to ``limit`` rows.
+
+    Args:
+        source: a file, a folder of files, or a data set on the hub.
+        option: the flag that named it, for errors.
+        limit: use the first rows only.
+        split: of a data set on the hub; by default ``train``, else its first.
+
+    Raises:
+        UsageError: nothing to read, malformed content, or a hub that cannot be reached.
+    """
+    dialogues: list[Dialogue] = []
+    left_out: Counter[str] = Counter()
+    for number, row in enumerate(islice(_rows(source, option, split), limit)):
+        found = _dialogue(row, number, option)
+        if isinstance(found, str):
+            left_out[found] += 1
+        else:
+            dialogues.append(found)
+    if not dialogues:
+        reasons = "; ".join(f"{count} rows {reason}" for reason, count in left_out.items())
+        raise UsageError(
+            f"{option} {source}",
+            f"it holds no prompt{': ' + reasons if reasons else ''}",
+            "give questions or conversations, such as "
+            '{"messages": [{"role": "user", "content": "..."}]}',
+        )
+    return Prompts(source, dialogues, left_out)
+
+
+def _rows(source: str, option: str, split: str | None) -> Iterator[Row]:
+    if not records.is_local(source):
+        if split is None:
+            splits = records.hub_splits(source, option)
+            split = "train" if "train" in splits else splits[0]
+        yield from records.hub_rows(source, option, split=split)
+        return
+    for path in records.list_files(Path(source).expanduser(), option):
+        for row in records.read(path, option):
+            if path.suffix.lower() != ".txt":
+                yield row
+                continue
+            for number, line in enumerate(row.values["text"].splitlines(), start=1):
+                if line.strip():
+                    yield Row(f"{path}, line {number}", {"prompt": line.strip()})
+
+
+def _dialogue(row: Row, number: int, option: str) -> Dialogue | str:
+    """The row's dialogue, or the reason to leave it out."""
+    values = row.values
+    tools: tuple[dict[str, Any], ...] = ()
+    if any(values.get(key) is not None for key in document_formats.CHAT_KEYS):
+        document = document_formats.document_of(row, option)
+        messages, tools = document.messages, document.tools
+    else:
+        messages = _asked(row, option)
+    if any(message["role"] == "tool" for message in messages):
+        return TOOL_TURNS
+    kept = tuple(message for message in messages if message["role"] != "assistant")
+    # What follows the last user turn is not answered.
+    while kept and kept[-1]["role"] != "user":
+        kept = kept[:-1]
+    if not kept:
+        return NOTHING_ASKED
+    category = values.get("category")
+    return Dialogue(
+        number=number,
+        id=next((values[key] for key in ID_KEYS if _is_id(values.get(key))), number),
+        messages=kept,
+        tools=tools,
+        category=category if isinstance(category, str) else None,
+        place=row.place,
+    )
+
+
+def _asked(row: Row, option: str) -> tuple[dict[str, Any], ...]:
+    """The user turns of a row that is no conversation."""
+    for key in ("turns", "prompt"):
+        turns = row.values.get(key)
+        if isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns):
+            return tuple({"role": "user", "content": turn} for turn in turns)
+        if isinstance(turns, list):
+            raise UsageError(
+                f"{option} {row.place}",
+                f"{key} is not a list of texts",
+                f'write {{"{key}": ["first question", "second question"]}}',
+            )
+    for question, answer in document_formats.PAIR_KEYS:
+        if isinstance(row.values.get(question), str) and isinstance(row.values.get(answer), str):
+            return document_formats.document_of(row, option).messages
+    for key in QUESTION_KEYS:
+        if isinstance(row.values.get(key), str):
+            return ({"role": "user", "content": row.values[key]},)
+    document = document_formats.document_of(row, option)
+    return document.messages or ({"role": "user", "content": document.text},)
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, str | int) and not isinstance(value, bool) and value != ""

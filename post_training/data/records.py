@@ -1,0 +1,260 @@
+"""Rows of data files: JSONL, parquet, CSV and plain text, and of data sets on the hub.
+
+Every row comes with the place it stands at (``path, line 3``), so that an error found later can
+name it. Nothing here imports torch: checks before the work may use it.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlparse
+
+from post_training.common.errors import UsageError
+
+SUFFIXES = (".jsonl", ".parquet", ".csv", ".txt")
+
+
+class Row(NamedTuple):
+    """One record and where it comes from, such as ``/data/a.jsonl, line 3``."""
+
+    place: str
+    values: dict[str, Any]
+
+
+def is_local(source: str) -> bool:
+    """Whether ``source`` means a path rather than a name on the hub (``org/name`` or ``name``).
+
+    Whatever exists is a path. So is what cannot be a hub name: absolute or relative by its first
+    character, deeper than one folder, or with the suffix of a data file.
+    """
+    path = Path(source).expanduser()
+    return (
+        path.exists()
+        or source.startswith(("/", ".", "~"))
+        or source.count("/") > 1
+        or path.suffix.lower() in SUFFIXES
+    )
+
+
+def list_files(path: Path, option: str) -> list[Path]:
+    """The data files of ``path``: itself, or those below the folder, sorted, hidden ones skipped.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    what = f"{option} {path}"
+    if not path.exists():
+        raise UsageError(
+            what,
+            "there is no such file or folder",
+            "give a path that exists, or the name of a data set on the hub (org/name)",
+        )
+    if path.is_file():
+        if path.suffix.lower() not in SUFFIXES:
+            raise UsageError(
+                what,
+                f"the suffix {path.suffix or '(none)'} names no known format",
+                f"give one of {', '.join(SUFFIXES)}",
+            )
+        return [path]
+    found = [
+        each
+        for each in sorted(path.rglob("*"))
+        if each.is_file()
+        and each.suffix.lower() in SUFFIXES
+        and not any(part.startswith(".") for part in each.relative_to(path).parts)
+    ]
+    if not found:
+        raise UsageError(
+            what, f"the folder holds no file of {', '.join(SUFFIXES)}", "give a folder with data"
+        )
+    return found
+
+
+def read(path: Path, option: str) -> Iterator[Row]:
+    """Rows of one file, read as they are asked for. A ``.txt`` file is one row, key ``text``.
+
+    Args:
+        path: a file with one of :data:`SUFFIXES`.
+        option: the flag that named it, for errors.
+
+    Raises:
+        UsageError: malformed content, with the line or row.
+    """
+    readers = {".jsonl": _jsonl, ".parquet": _parquet, ".csv": _csv, ".txt": _text}
+    try:
+        yield from readers[path.suffix.lower()](path, option)
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{option} {path}", f"it is not UTF-8 text: {error}", "convert the file to UTF-8"
+        ) from error
+    except OSError as error:
+        raise UsageError(
+            f"{option} {path}",
+            f"it cannot be read: {error.strerror or error}",
+            "give a readable file",
+        ) from error
+
+
+def _jsonl(path: Path, option: str) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            place = f"{path}, line {number}"
+            try:
+                values = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UsageError(
+                    f"{option} {place}",
+                    f"it is not JSON: {error.msg} at column {error.colno}",
+                    "write one JSON object on each line",
+                ) from error
+            if not isinstance(values, dict):
+                raise UsageError(
+                    f"{option} {place}",
+                    f"it is a JSON {type(values).__name__}, not an object",
+                    'write one JSON object on each line, such as {"text": "..."}',
+                )
+            yield Row(place, values)
+
+
+def _parquet(path: Path, option: str) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            for batch in table.iter_batches(batch_size=256):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{path}, row {number}", values)
+    except pyarrow.ArrowException as error:
+        raise UsageError(
+            f"{option} {path}",
+            f"it is not a readable parquet file: {error}",
+            "write it again, or give JSONL",
+        ) from error
+
+
+def _csv(path: Path, option: str) -> Iterator[Row]:
+    """Rows keyed by the header; callers that know a headerless layout use :func:`csv_lines`."""
+    lines = csv_lines(path, option)
+    header = next(lines, None)
+    if header is None:
+        return
+    names = [name.strip() for name in header[1]]
+    for place, fields in lines:
+        if len(fields) != len(names):
+            raise UsageError(
+                f"{option} {place}",
+                f"it has {len(fields)} fields, the header has {len(names)}",
+                "quote fields that hold commas or line breaks",
+            )
+        yield Row(place, dict(zip(names, fields, strict=True)))
+
+
+def csv_lines(path: Path, option: str) -> Iterator[tuple[str, list[str]]]:
+    """Place and fields of each CSV record, a header included."""
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.reader(stream, strict=True)
+        try:
+            for fields in reader:
+                if fields:
+                    yield f"{path}, line {reader.line_num}", fields
+        except csv.Error as error:
+            raise UsageError(
+                f"{option} {path}, line {reader.line_num}",
+                f"it is not CSV: {error}",
+                "quote fields that hold commas, quotes or line breaks",
+            ) from error
+
+
+def _text(path: Path, option: str) -> Iterator[Row]:
+    text = path.read_text(encoding="utf-8-sig")
+    if text.strip():
+        yield Row(str(path), {"text": text})
+
+
+def hub_rows(
+    name: str, option: str, *, configuration: str | None = None, split: str, stream: bool = True
+) -> Iterator[Row]:
+    """Rows of one split of a data set on the hub.
+
+    Args:
+        name: ``org/name``.
+        option: the flag that named it, for errors.
+        configuration: the data set's configuration (subset), where it has several.
+        split: such as ``train``.
+        stream: read rows as they are asked for instead of downloading the split first.
+
+    Raises:
+        UsageError: if the hub cannot be reached, or has no such data set, configuration or split.
+    """
+    import datasets
+
+    require_hub(name, option)
+    try:
+        rows = datasets.load_dataset(name, configuration, split=split, streaming=stream)
+        for number, values in enumerate(rows, start=1):
+            yield Row(f"{name} ({split}), row {number}", dict(values))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise _hub_error(name, option, str(error).splitlines()[0]) from error
+
+
+def hub_files(name: str, option: str, paths: Sequence[str]) -> Iterator[Row]:
+    """Rows of some files of a data set on the hub. Raises UsageError as :func:`hub_rows`."""
+    import datasets
+
+    require_hub(name, option)
+    try:
+        rows = datasets.load_dataset(name, data_files=list(paths), split="train", streaming=True)
+        for number, values in enumerate(rows, start=1):
+            yield Row(f"{name} ({', '.join(paths)}), row {number}", dict(values))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise _hub_error(name, option, str(error).splitlines()[0]) from error
+
+
+def hub_splits(name: str, option: str, configuration: str | None = None) -> list[str]:
+    """Names of the splits of a data set on the hub. Raises UsageError as :func:`hub_rows`."""
+    import datasets
+
+    require_hub(name, option)
+    try:
+        return list(datasets.get_dataset_split_names(name, configuration))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise _hub_error(name, option, str(error).splitlines()[0]) from error
+
+
+def require_hub(name: str, option: str) -> None:
+    """Fail at once where the hub's host has no address and the data set was never downloaded.
+
+    The hub's client retries for 23 s before it says so. Behind a proxy the proxy resolves names.
+    """
+    import datasets
+
+    host = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    proxied = any(os.environ.get(key) for key in ("https_proxy", "HTTPS_PROXY", "ALL_PROXY"))
+    cached = Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___")
+    if proxied or cached.exists() or host is None:
+        return
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError as error:
+        raise _hub_error(name, option, f"{host} cannot be reached: {error.strerror}") from error
+
+
+def _hub_error(name: str, option: str, cause: str) -> UsageError:
+    return UsageError(
+        f"{option} {name}",
+        f"it is no local path, and loading it from the hub failed: {cause}",
+        f"check the name and the network (gated sets need HF_TOKEN), or give a local file or "
+        f"folder instead: {option} PATH with {', '.join(SUFFIXES)}",
+    )

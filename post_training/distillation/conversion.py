@@ -1,0 +1,241 @@
+"""Knowledge distillation by ModelOpt: the student becomes a model that holds its teacher.
+
+:func:`attach` converts it (``kd_loss`` mode, with the adjustments for megatron-core that ModelOpt's
+plugin makes) and :func:`task` is what the training loop trains. The teacher runs without gradients,
+stage by stage beside the student; its hidden states travel in the same tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from post_training.checkpoints import torch_dist
+from post_training.common.errors import UsageError
+from post_training.distillation.options import OPTION, DistillConfig
+from post_training.inference import forward
+from post_training.training.trainer import Loss, LossFunction, Task
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import MegatronModule
+
+    from post_training.training.options import TrainingOptions
+
+logger = logging.getLogger("post_training")
+
+# Where ModelOpt keeps losses that have weights: the projection from the student's hidden size to
+# the teacher's. They are trained and saved with a run, and are no part of the student.
+LOSS_MODULES = "_loss_modules."
+
+
+def attach(
+    student: MegatronModule, teacher: MegatronModule, config: DistillConfig, seed: int
+) -> MegatronModule:
+    """``student``, in place, with its teacher and losses; a collective call.
+
+    Args:
+        student: this rank's part.
+        teacher: this rank's part, split in the same way.
+        config: what is compared.
+        seed: of the projection between hidden sizes.
+
+    Raises:
+        UsageError: on every rank, if a layer that the configuration names is not there.
+    """
+    import modelopt.torch.distill as mtd
+    from modelopt.torch.distill.plugins import megatron as plugin
+
+    settings = plugin.DistillationConfig(
+        intermediate_layer_pairs=[tuple(pair) for pair in config.intermediate_layer_pairs],
+        logit_layers=config.logit_layers,
+        skip_lm_loss=config.skip_lm_loss,
+        kd_loss_scale=config.kd_loss_scale,
+        logit_kl_temperature=config.logit_kl_temperature,
+        logit_kl_topk=config.logit_kl_topk,
+    )
+    failure = None
+    try:
+        # Every tensor-parallel rank draws the same projection.
+        torch.manual_seed(seed)
+        with _quiet():
+            plugin.setup_distillation_config(settings, student.config, teacher.config)
+        _require_layers(student, teacher, settings.criterion or {})
+    except (ValueError, AttributeError) as error:
+        failure = str(error)
+    _fail_together(failure)
+    _to_device(settings.criterion, next(student.parameters()))
+    _correct_gradients(settings.criterion)
+    model = mtd.convert(
+        student,
+        mode=[
+            (
+                "kd_loss",
+                {
+                    "teacher_model": teacher,
+                    "criterion": settings.criterion,
+                    "loss_balancer": settings.loss_balancer,
+                },
+            )
+        ],
+    )
+    plugin.adjust_distillation_model_for_mcore(model, settings)
+    model.compute_language_model_loss = partial(_cross_entropy, model.compute_language_model_loss)
+    return model
+
+
+def _cross_entropy(compute: Any, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """The student's cross entropy, from a copy of float32 logits.
+
+    megatron-core computes it in place (tensor_parallel/cross_entropy.py), and the distillation loss
+    reads the same logits afterwards. In 16 bits it makes a copy itself.
+    """
+    found: torch.Tensor = compute(labels, logits.clone() if logits.dtype.itemsize == 4 else logits)
+    return found
+
+
+def _require_layers(student: Any, teacher: Any, criterion: Mapping[tuple[str, str], Any]) -> None:
+    for pair in criterion:
+        for name, model, whose in zip(pair, (student, teacher), ("student", "teacher"),
+                                      strict=True):  # fmt: skip
+            try:
+                model.get_submodule(name)
+            except AttributeError:
+                known = [each for each, _ in model.named_modules() if each.count(".") <= 3]
+                from post_training.common.errors import suggest
+
+                hint = suggest(name, known)
+                raise AttributeError(f"the {whose} has no {name}. {hint}".strip()) from None
+
+
+def _fail_together(failure: str | None) -> None:
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, failure)
+    reason = next((each for each in gathered if each), None)
+    if reason:
+        raise UsageError(
+            f"{OPTION}: intermediate_layer_pairs or logit_layers",
+            reason,
+            "name modules of the model on the last pipeline stage",
+        )
+
+
+def _to_device(criterion: Any, like: torch.Tensor) -> None:
+    for loss in (criterion or {}).values():
+        loss.to(device=like.device, dtype=like.dtype)
+
+
+def _correct_gradients(criterion: Any) -> None:
+    """Make the gradient of the top-k loss that of one rank where logits are split over several.
+
+    Each rank computes the whole loss from gathered logits, and the gathering's backward pass adds
+    the ranks' gradients up (TopKLogitsKLLoss in modelopt/torch/distill/plugins/megatron.py).
+    """
+    from megatron.core import parallel_state
+    from modelopt.torch.distill.plugins.megatron import TopKLogitsKLLoss
+
+    ranks = parallel_state.get_tensor_model_parallel_world_size()
+
+    def divide(_module: torch.nn.Module, _inputs: Any, output: tuple[Any, ...]) -> None:
+        if output[0].requires_grad:
+            output[0].register_hook(lambda gradient: gradient / ranks)
+
+    for loss in (criterion or {}).values():
+        if ranks > 1 and isinstance(loss, TopKLogitsKLLoss):
+            loss.register_forward_hook(divide)
+
+
+def load_projection(model: MegatronModule, folder: Path) -> None:
+    """Restore the losses' own weights of a run that goes on; a collective call."""
+    torch_dist.load(model, folder, only=LOSS_MODULES)
+
+
+def task(model: Any, config: DistillConfig, options: TrainingOptions) -> Task:
+    """The task of training ``model``, which :func:`attach` made."""
+    from modelopt.torch.distill.plugins import megatron as plugin
+
+    names = ["logits"]
+    if config.intermediate_layer_pairs:
+        names.append("intermediate")
+    if not config.skip_lm_loss:
+        names.append("cross_entropy")
+    adjust = plugin.get_tensor_shapes_adjust_fn_for_distillation(
+        model,
+        seq_length=options.seq_length,
+        micro_batch_size=options.micro_batch_size,
+        decoder_seq_length=None,
+    )
+    return Task(
+        forward_step=partial(forward_step, config=config),
+        metric_names=tuple(names),
+        set_mode=_train,
+        adjust_tensor_shapes=adjust,
+    )
+
+
+def _train(model: Any) -> None:
+    model.train()
+
+
+def forward_step(
+    model: Any, batch: Mapping[str, Any], config: DistillConfig
+) -> tuple[torch.Tensor, LossFunction]:
+    """One micro batch through this pipeline stage, teacher and student.
+
+    Args:
+        model: of this rank, in megatron-core's DDP or not.
+        batch: ``input_ids`` int64 [b, s], ``loss_mask`` [b, s] (1 where a token counts).
+        config: what is compared.
+    """
+    core = forward.unwrap(model)
+    tokens = batch["input_ids"]
+    # Position t predicts token t + 1; the last one predicts nothing that is known.
+    labels = torch.nn.functional.pad(tokens[:, 1:], (0, 1))
+    weight = torch.nn.functional.pad(batch["loss_mask"][:, 1:], (0, 1)).float()
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    output = model(tokens, positions, None, labels=labels)
+
+    def loss(output: torch.Tensor) -> Loss:
+        count = weight.sum()
+        own = (output.float() * weight).sum()
+        found = core.compute_kd_loss(
+            student_loss=own, loss_reduction_fn=partial(_weighted_sum, weight=weight)
+        )
+        values = {"logits": found["logits_loss"], "intermediate": found["intermediate_loss"]}
+        values["cross_entropy"] = own
+        metrics = {
+            name: torch.stack([value.detach().float(), count]) for name, value in values.items()
+        }
+        return found["kd_loss"], count, metrics
+
+    return output, loss
+
+
+def _weighted_sum(found: tuple[torch.Tensor, bool, bool], weight: torch.Tensor) -> torch.Tensor:
+    """The sum of a loss [b, s] over the tokens that count.
+
+    ``found`` says too whether each tensor-parallel rank has the part of its own logits only: then
+    they are added up, and each rank's gradient is that of its part.
+    """
+    from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+
+    losses, is_partial, _ = found
+    total = (losses * weight).sum()
+    return reduce_from_tensor_model_parallel_region(total) if is_partial else total
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """ModelOpt warns of what is known: default settings, and full hidden states under TP."""
+    talkative = logging.getLogger("modelopt.torch.distill.plugins.megatron")
+    before = talkative.level
+    talkative.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        talkative.setLevel(before)

@@ -1,0 +1,263 @@
+"""The process a stage runs in: versions, device, process groups, seeds, signals, memory, logs.
+
+:func:`open_session` is entered once by every stage after its arguments are checked. CUDA with NCCL
+is used where there is a GPU, the CPU with gloo where there is none; nothing else in this repository
+asks which.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import os
+import random
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from post_training.common import threads, versions
+from post_training.common.errors import UsageError, exit_with_usage_error
+from post_training.distributed import liveness, placement, signals
+from post_training.distributed.parallel import Parallel
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger("post_training")
+
+
+@dataclass
+class Session:
+    """What a stage knows of the process it runs in."""
+
+    stage: str
+    parallel: Parallel
+    device: torch.device
+    rank: int
+    world: int
+    started: float = field(default_factory=time.time)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def show_progress(self) -> bool:
+        """Whether this rank draws progress bars."""
+        return self.is_main and sys.stderr.isatty()
+
+    def peak_memory(self) -> dict[str, int]:
+        """Largest peak over all ranks, in bytes: host (resident set) and, on CUDA, device."""
+        import torch
+
+        peaks = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        if self.device.type == "cuda":
+            peaks["device"] = torch.cuda.max_memory_allocated()
+        gathered: list[Any] = [peaks]
+        if self.world > 1:
+            gathered = [None] * self.world
+            torch.distributed.all_gather_object(gathered, peaks)
+        return {name: max(each[name] for each in gathered) for name in peaks}
+
+
+@contextlib.contextmanager
+def open_session(
+    stage: str,
+    parallel: Parallel,
+    *,
+    seed: int = 1234,
+    timeout_minutes: float = 10,
+    log_level: str = "info",
+    ignored_flags: Sequence[str] = (),
+) -> Iterator[Session]:
+    """Start and end everything a stage runs in. Exits the process on errors that it explains.
+
+    A UsageError ends with code 2, a signal with 128 + its number; any other exception passes.
+
+    Args:
+        stage: its name begins each log line.
+        parallel: sizes of the parallel groups, for the processes that were started.
+        seed: of every random number generator.
+        timeout_minutes: limit of a collective operation.
+        log_level: ``debug``, ``info``, ``warning`` or ``error``.
+        ignored_flags: given flags without meaning, logged at level debug.
+    """
+    configure_logging(stage, log_level)
+    if ignored_flags:
+        logger.debug("flags without meaning here: %s", " ".join(ignored_flags))
+    watch = None
+    try:
+        with signals.prompt_exit():
+            versions.check()
+            current = _start(stage, parallel, seed, timeout_minutes)
+            watch = liveness.start(current.rank, current.world)
+            yield current
+    except UsageError as error:
+        _leave(watch)
+        _stop()
+        exit_with_usage_error(error)
+    except SystemExit:
+        # A stage's own decision, and the same on all ranks. Groups that are left to the
+        # interpreter's end may abort it: their threads still run.
+        _leave(watch)
+        _stop()
+        raise
+    except signals.Interrupted as error:
+        if placement.placement().rank == 0:
+            print(
+                f"\n{stage}: ended by {error}. Finished outputs are untouched; what was "
+                "being written is discarded by the next run.",
+                file=sys.stderr,
+            )
+        sys.stderr.flush()
+        # Process groups may hold ranks that are gone: waiting for them would hang.
+        signals.exit_now(error.exit_code)
+    except Exception as error:
+        if watch is not None and watch.follows_a_loss(error):
+            signals.exit_now(liveness.EXIT_CODE)
+        raise
+    _leave(watch)
+    _stop()
+
+
+def _leave(watch: liveness.Watch | None) -> None:
+    if watch is not None:
+        watch.leave()
+
+
+def _start(stage: str, parallel: Parallel, seed: int, timeout_minutes: float) -> Session:
+    place = placement.join()
+    threads.configure()
+    import torch
+
+    device = _device()
+    report = _import_packages()
+    _initialize_groups(device, parallel, timeout_minutes)
+    _seed(seed)
+    current = Session(stage, parallel, device, place.rank, place.world)
+    logger.info("%s", report)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    logger.info(
+        "%d process%s on %s: TP=%d PP=%d CP=%d EP=%d",
+        place.world,
+        "" if place.world == 1 else "es",
+        name,
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.context,
+        parallel.expert,
+    )
+    return current
+
+
+def _import_packages() -> object:
+    """Import megatron-core and ModelOpt, stand-ins first, without what they say about each other.
+
+    Both warn at import time that Apex and Transformer Engine are missing (the log says what runs
+    instead) and, on a machine without a GPU, that there is none.
+    """
+    import warnings
+
+    import torch
+
+    from post_training import portable
+
+    if not torch.cuda.is_available():
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = portable.install()
+        import megatron.core.models.gpt
+        import megatron.core.post_training.modelopt.gpt.model_specs  # noqa: F401
+    # Said by megatron-core on every start about how gradients are laid out: nothing to act on.
+    logging.getLogger("megatron.core.distributed").setLevel(logging.ERROR)
+    # Said once per checkpoint about a choice that is made here: saves are synchronous.
+    logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").setLevel(logging.ERROR)
+    return report
+
+
+def _device() -> torch.device:
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    index = placement.placement().local_rank
+    if os.environ.get("SLURM_GPUS_PER_TASK") == "1" and torch.cuda.device_count() == 1:
+        index = 0  # SLURM shows each task its own GPU only
+    if index >= torch.cuda.device_count():
+        raise UsageError(
+            f"process {index} of this machine",
+            f"it has {torch.cuda.device_count()} GPUs, and each process needs its own",
+            "lower TP*PP*CP*DP or use more nodes; CUDA_VISIBLE_DEVICES= runs on the CPU",
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _initialize_groups(device: torch.device, parallel: Parallel, timeout_minutes: float) -> None:
+    import torch
+    from megatron.core import parallel_state
+
+    if not torch.distributed.is_initialized():
+        # Objects and checkpoints are exchanged on the host, tensors on the device.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(
+            backend, timeout=datetime.timedelta(minutes=timeout_minutes)
+        )
+    if not parallel_state.is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=parallel.expert_tensor,
+            distributed_timeout_minutes=max(1, round(timeout_minutes)),
+        )
+
+
+def _seed(seed: int) -> None:
+    import numpy
+    import torch
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+
+
+def _stop() -> None:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_initialized():
+        return
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+def configure_logging(stage: str, level: str = "info") -> None:
+    """Rank 0 logs to stderr as ``[stage] message``; other ranks log warnings only.
+
+    What other packages say through Python's ``warnings`` is shown at level ``debug``: it is about
+    their own insides, comes by the dozen and hides what a stage says.
+    """
+    rank = placement.placement().rank
+    handler = logging.StreamHandler(sys.stderr)
+    prefix = f"[{stage}]" if rank == 0 else f"[{stage} rank {rank}]"
+    handler.setFormatter(logging.Formatter(f"{prefix} %(message)s"))
+    logger.handlers[:] = [handler]
+    logger.propagate = False
+    chosen = logging.getLevelNamesMapping()[level.upper()]
+    logger.setLevel(chosen if rank == 0 else max(chosen, logging.WARNING))
+    logging.captureWarnings(True)
+    warned = logging.getLogger("py.warnings")
+    warned.handlers[:] = [handler]
+    warned.propagate = False
+    warned.setLevel(logging.WARNING if chosen <= logging.DEBUG else logging.ERROR)
+    # mcore announces on every model that GPTModel will be replaced: known, and chosen in model.py.
+    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)

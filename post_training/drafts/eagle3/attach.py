@@ -1,0 +1,147 @@
+"""An EAGLE-3 draft attached to a megatron-core model, by ModelOpt's ``eagle`` mode.
+
+Loading a drafted checkpoint is loading (``loading.load``, at any TP and PP): ModelOpt's state in it
+attaches the draft before the weights are read. Then
+
+- ``model.eagle_module`` is the draft, on the last pipeline stage only (:func:`draft_of`);
+- ``model.eagle_module.d2t`` maps a draft token ``t`` to the target's ``t + d2t[t]``: int64 [draft
+  vocabulary], there only if the draft's vocabulary is smaller than the target's;
+- ``model.eagle_config.eagle_aux_hidden_state_layer_ids`` are the auxiliary layers: ``i`` stands
+  for the output of the target's layer ``i``, counted from 0;
+- layers of the target leave those outputs in ``model._aux_hidden_states``, a list that whoever
+  runs the target must empty: ``forward.run`` does at its start.
+
+The same without torch is :class:`post_training.drafts.eagle3.draft.Draft`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from post_training.drafts.eagle3 import draft as draft_config
+from post_training.drafts.eagle3.draft import Draft
+from post_training.inference import forward
+
+if TYPE_CHECKING:
+    import numpy
+    from megatron.core.transformer import MegatronModule
+
+# The draft in a model, and what the names of its tensors begin with.
+MODULE = "eagle_module"
+PREFIX = f"{MODULE}."
+
+
+def attach(model: MegatronModule, draft: Draft, seed: int = 1234) -> None:
+    """Attach the draft to this rank's part of a model, changed in place, and initialise it.
+
+    ModelOpt converts every pipeline stage; the draft itself is on the last one. The same seed
+    gives the same draft at any layout on the CPU.
+    """
+    import modelopt.torch.speculative as mtsp
+    import torch
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    mtsp.convert(model, [("eagle", _modelopt_config(draft))])
+    _share_embedding(model)
+    module = draft_of(model)
+    if module is not None:
+        _initialize(module, draft, seed)
+    model.eval()
+
+
+def _share_embedding(core: Any) -> None:
+    """Give the last pipeline stage, where ModelOpt makes an empty one, the first one's embedding.
+
+    A checkpoint has it for both; weights from Hugging Face are read by the first stage only.
+    """
+    import torch
+    from megatron.core import parallel_state
+
+    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        return
+    if not (core.pre_process or core.post_process):
+        return
+    group = parallel_state.get_embedding_group()
+    first = torch.distributed.get_process_group_ranks(group)[0]
+    torch.distributed.broadcast(core.embedding.word_embeddings.weight.data, first, group=group)
+
+
+def draft_of(model: Any) -> Any | None:
+    """The draft (ModelOpt's ``EagleModule``) of this rank's model; None on earlier stages."""
+    return getattr(forward.unwrap(model), "eagle_module", None)
+
+
+def is_drafted(model: Any) -> bool:
+    """Whether the model (any pipeline stage of it) was converted to have a draft."""
+    return hasattr(forward.unwrap(model), "eagle_ttt_steps")
+
+
+def freeze_target(model: Any) -> None:
+    """Let the draft alone be trained: every other parameter needs no gradient."""
+    core = forward.unwrap(model)
+    for name, parameter in core.named_parameters():
+        parameter.requires_grad_(name.startswith(PREFIX))
+
+
+def set_vocabulary(model: Any, counts: numpy.ndarray[Any, Any]) -> float:
+    """Let the draft propose the most frequent tokens; returns the part of all counts they cover.
+
+    ModelOpt leaves ``d2t`` at zero, which stands for the first tokens of the vocabulary.
+
+    Args:
+        model: this rank's part; its draft's vocabulary is smaller than the target's.
+        counts: int64 [vocabulary], how often each token is wanted.
+    """
+    import numpy
+    import torch
+
+    core = forward.unwrap(model)
+    size = core.eagle_config.draft_vocab_size
+    # By falling frequency, then by number; tokens that never occur fill up what is left.
+    chosen = numpy.sort(numpy.argsort(-counts, kind="stable")[:size])
+    if core.eagle_module is not None:
+        d2t = torch.from_numpy(chosen - numpy.arange(size))
+        core.eagle_module.d2t.copy_(d2t)
+    return float(counts[chosen].sum() / max(1, counts.sum()))
+
+
+def _modelopt_config(draft: Draft) -> dict[str, Any]:
+    """ModelOpt's EagleConfig; saved in the checkpoint's ModelOpt state, from which it restores."""
+    config = {name: value for name, value in draft.config.items() if name in draft_config.KEYS}
+    config.pop("max_position_embeddings")  # an export writes it; ModelOpt has no use for it
+    return {
+        "eagle_offline": draft.offline,
+        "eagle_architecture_config": config,
+        "eagle_decoder_type": "llama",
+        "eagle_freeze_base_model": True,
+        "eagle_self_logit_distillation": True,
+        "eagle_ttt_steps": draft.ttt_steps,
+        "eagle_mix_hidden_states": draft.mix_hidden_states,
+        # It prints; accuracies are reported by the training loop.
+        "eagle_report_acc": False,
+        # An export states the positions that the draft was trained with, nothing else.
+        "eagle_export_rope_scaling": {},
+    }
+
+
+def _initialize(module: Any, draft: Draft, seed: int) -> None:
+    """Give values to what ModelOpt leaves as it was in memory, and check that nothing is left.
+
+    ``fc`` mixes the auxiliary states into one and is created without an initialisation
+    (``megatron_eagle.py``: ``init_method=(lambda w: None)``). All tensor-parallel ranks hold it
+    whole, so all draw the same numbers.
+    """
+    import torch
+
+    weight = module.fc.weight
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(weight.shape, generator=generator) * draft.config["initializer_range"]
+    with torch.no_grad():
+        weight.copy_(values)
+        if module.fc.bias is not None and module.fc.bias.numel():
+            module.fc.bias.zero_()
+    for name, parameter in module.named_parameters():
+        if not bool(torch.isfinite(parameter).all()) or float(parameter.abs().max()) > 100:
+            raise RuntimeError(f"parameter {name} of the draft is not initialised")

@@ -1,0 +1,286 @@
+"""What an EAGLE-3 draft is: the configuration that follows the target's, and its record.
+
+A draft is a small decoder that reads hidden states of three layers of the target (the *auxiliary*
+layers) and proposes the next tokens; the target then verifies several of them in one pass (Li et
+al. 2025, arXiv:2503.01840). ModelOpt builds it (:mod:`post_training.drafts.eagle3.attach`); what it
+is made of follows the target here, so that an engine can share embedding, positions and vocabulary.
+
+A drafted checkpoint says so in its ``run.json``, entry ``draft``; ``find_source(args).draft`` is
+that entry as a :class:`Draft`. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from post_training.common.errors import UsageError, suggest
+from post_training.models.architecture import Architecture
+
+ALGORITHM = "eagle3"
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+_NUMBER = (int, float)
+# Every key of a draft's configuration, with the JSON type of its value. The names are those of
+# ModelOpt's `eagle_architecture_config` (a test compares them) and of Hugging Face's Llama.
+KEYS: dict[str, type | tuple[type, ...]] = {
+    "num_hidden_layers": int,
+    "intermediate_size": int,
+    "num_attention_heads": int,
+    "num_key_value_heads": int,
+    "head_dim": int,
+    "hidden_act": str,
+    "rms_norm_eps": _NUMBER,
+    "rope_theta": _NUMBER,
+    "rope_scaling": dict,
+    "position_embedding_type": str,
+    "max_position_embeddings": int,
+    "initializer_range": _NUMBER,
+    "mlp_bias": bool,
+    "attention_bias": bool,
+    "attention_dropout": _NUMBER,
+    "draft_vocab_size": int,
+    "has_lm_head": bool,
+    "use_input_layernorm_in_first_layer": bool,
+    "use_last_layernorm": bool,
+    "use_mtp_layernorm": bool,
+    "use_aux_hidden_state": bool,
+    "eagle_aux_hidden_state_layer_ids": list,
+    "parallel_draft_step": int,
+    "parallel_draft_heads_num_layers": int,
+    "torch_dtype": str,
+}
+# Keys whose other values ModelOpt's draft for megatron-core ignores, or that are not EAGLE-3.
+_ONLY: dict[str, Any] = {
+    "hidden_act": "silu",
+    "position_embedding_type": "rope",
+    "attention_dropout": 0.0,
+    "use_aux_hidden_state": True,
+    "use_mtp_layernorm": False,
+    "parallel_draft_step": 1,
+}
+_POSITIVE = (
+    "num_hidden_layers intermediate_size num_attention_heads num_key_value_heads head_dim "
+    "rms_norm_eps rope_theta max_position_embeddings initializer_range draft_vocab_size"
+).split()
+_HINTS = {
+    "hidden_size": "it is the target's",
+    "vocab_size": "it is the target's; draft_vocab_size is the draft's own",
+    "eagle_ttt_steps": "it is the flag --ttt-steps of eagle3.py",
+}
+# What Llama 3's scaling is called with, in Hugging Face's names; megatron-core takes the factor
+# and has the rest built in (rotary_pos_embedding.py).
+LLAMA3 = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A draft as ``run.json`` records it under ``draft``.
+
+    Attributes:
+        algorithm: ``eagle3``.
+        config: resolved configuration; the keys are those of ``KEYS``, hidden_size and vocab_size.
+        aux_hidden_state_layer_ids: layers of the target, from 0, whose output the draft reads.
+        mix_hidden_states: whether training mixes the states of earlier steps in (see ModelOpt's
+            ``eagle_mix_hidden_states``).
+        ttt_steps: steps of training-time test.
+        offline: whether the checkpoint leaves out the target's layers (``--export-offline-model``).
+        trained: training iterations so far.
+    """
+
+    algorithm: str
+    config: dict[str, Any]
+    aux_hidden_state_layer_ids: list[int]
+    mix_hidden_states: bool = False
+    ttt_steps: int = 3
+    offline: bool = False
+    trained: int = 0
+
+    @property
+    def layer_inputs(self) -> list[int]:
+        """The auxiliary layers as vLLM counts them: the input of layer ``i`` from 0."""
+        return [layer + 1 for layer in self.aux_hidden_state_layer_ids]
+
+    @property
+    def has_own_vocabulary(self) -> bool:
+        """Whether the draft proposes fewer tokens than the target has, through ``d2t``."""
+        return bool(self.config["draft_vocab_size"] != self.config["vocab_size"])
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Draft:
+        """The draft that a manifest holds; entries of a newer version are left out."""
+        known = {each.name for each in fields(cls)}
+        return cls(**{name: value for name, value in content.items() if name in known})
+
+
+def plan(
+    architecture: Architecture,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    dtype: str = "bf16",
+    mix_hidden_states: bool = False,
+    ttt_steps: int = 3,
+    offline: bool = False,
+    option: str = "--eagle-config",
+) -> Draft:
+    """The draft for a target: everything follows the target, ``overrides`` last.
+
+    Args:
+        architecture: the target's.
+        overrides: content of ``--eagle-config``.
+        dtype: ``bf16``, ``fp16`` or ``fp32``.
+        option: what to call the overrides in a message.
+
+    Raises:
+        UsageError: for an unknown key, a value of the wrong type, or one that cannot work.
+    """
+    given = dict(overrides or {})
+    target = architecture.resolved()
+    fixed = {"hidden_size": target["hidden_size"], "vocab_size": target["vocab_size"]}
+    _check_keys(given, fixed, option)
+    if target["position_embedding_type"] != "rope":
+        raise UsageError(
+            f"the target's position embedding: {target['position_embedding_type']}",
+            "drafts are made with rotary positions (rope)",
+            "train a draft for a model with rotary positions",
+        )
+    base = float(target["rotary_base"])
+    scaling = {"rope_type": "default", "rope_theta": base}
+    if target["rope_scaling"]:
+        scaling = {**LLAMA3, "rope_theta": base, "factor": target["rope_scaling_factor"]}
+    # With latent attention the target has no key-value heads of a plain size.
+    mla = architecture.multi_latent_attention
+    config = {
+        "num_hidden_layers": 1,
+        "intermediate_size": target["ffn_hidden_size"],
+        "num_attention_heads": target["num_attention_heads"],
+        "num_key_value_heads": target["num_attention_heads" if mla else "num_query_groups"],
+        "head_dim": target["v_head_dim"] if mla else target["kv_channels"],
+        "hidden_act": "silu",
+        "rms_norm_eps": target["layernorm_epsilon"],
+        "rope_theta": base,
+        "rope_scaling": scaling,
+        "position_embedding_type": "rope",
+        "max_position_embeddings": architecture.max_position_embeddings,
+        "initializer_range": 0.02,
+        "mlp_bias": False,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "draft_vocab_size": target["vocab_size"],
+        "has_lm_head": False,
+        "use_input_layernorm_in_first_layer": True,
+        "use_last_layernorm": True,
+        "use_mtp_layernorm": False,
+        "use_aux_hidden_state": True,
+        "eagle_aux_hidden_state_layer_ids": aux_layer_ids(target["num_layers"]),
+        "parallel_draft_step": 1,
+        "parallel_draft_heads_num_layers": 1,
+        "torch_dtype": DTYPES[dtype],
+        **fixed,
+        **given,
+    }
+    if "rope_theta" in given and "rope_scaling" not in given:
+        config["rope_scaling"] = {**scaling, "rope_theta": config["rope_theta"]}
+    _check_values(config, target, option)
+    return Draft(
+        ALGORITHM,
+        config,
+        list(config["eagle_aux_hidden_state_layer_ids"]),
+        mix_hidden_states,
+        ttt_steps,
+        offline,
+    )
+
+
+def aux_layer_ids(num_layers: int) -> list[int]:
+    """A low, a middle and a high layer, from 0: EAGLE-3's choice, spread out for few layers.
+
+    ModelOpt's default for 6 layers would be two layers (1, 2 and 2 again), which loses a third of
+    what the draft reads.
+    """
+    chosen = [1, num_layers // 2 - 1, num_layers - 4]
+    if chosen != sorted(set(chosen)):
+        chosen = sorted({0, (num_layers - 2) // 2, num_layers - 2} & set(range(num_layers)))
+    return chosen if len(chosen) == 3 else list(range(num_layers))[:3]
+
+
+def read_overrides(path: str, option: str = "--eagle-config") -> dict[str, Any]:
+    """The JSON object in the file that ``--eagle-config`` names.
+
+    Raises:
+        UsageError: if it is not there or no JSON object.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"{option} {path}", f"it cannot be read: {error.strerror}", "name a JSON file"
+        ) from error
+    except ValueError as error:
+        raise UsageError(
+            f"{option} {path}", f"it is not JSON: {error}", 'write {"num_hidden_layers": 1}'
+        ) from error
+    if not isinstance(content, dict):
+        raise UsageError(
+            f"{option} {path}",
+            f"it holds a JSON {type(content).__name__}, not an object",
+            'write {"num_hidden_layers": 1}',
+        )
+    return content
+
+
+def _check_keys(given: Mapping[str, Any], fixed: Mapping[str, Any], option: str) -> None:
+    for key, value in given.items():
+        if key in fixed and value == fixed[key]:
+            continue
+        if key not in KEYS:
+            hint = _HINTS.get(key) or suggest(key, KEYS) or f"keys: {', '.join(KEYS)}"
+            cause = f"it must be the target's, {fixed[key]}" if key in fixed else "unknown key"
+            raise UsageError(f"{option} {key}: {value}", cause, hint)
+        kind = KEYS[key]
+        is_bool = isinstance(value, bool)
+        if not isinstance(value, kind) or (is_bool and kind is not bool):
+            names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+            raise UsageError(
+                f"{option} {key}: {json.dumps(value)}",
+                f"it is a JSON {type(value).__name__}, and {names} is needed",
+                f"give {names}",
+            )
+
+
+def _check_values(config: Mapping[str, Any], target: Mapping[str, Any], option: str) -> None:
+    def refuse(key: str, cause: str, remedy: str) -> None:
+        raise UsageError(f"{option} {key}: {config[key]}", cause, remedy)
+
+    for key, value in _ONLY.items():
+        if config[key] != value:
+            refuse(key, f"drafts here have {value!r} only", "leave it out")
+    for key in _POSITIVE:
+        if config[key] <= 0:
+            refuse(key, "it is not positive", "give a positive number")
+    if config["torch_dtype"] not in DTYPES.values():
+        refuse("torch_dtype", "unknown type", f"one of {', '.join(DTYPES.values())}")
+    if config["attention_bias"] != config["mlp_bias"]:
+        refuse("attention_bias", "ModelOpt's draft has one switch for both biases", "set both")
+    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    if heads % groups:
+        refuse("num_key_value_heads", f"it does not divide {heads} heads", "choose a divisor")
+    if config["draft_vocab_size"] > target["vocab_size"]:
+        refuse("draft_vocab_size", f"the target has {target['vocab_size']} tokens", "choose fewer")
+    ids, layers = config["eagle_aux_hidden_state_layer_ids"], target["num_layers"]
+    key = "eagle_aux_hidden_state_layer_ids"
+    if not ids or not all(type(i) is int and 0 <= i < layers for i in ids):
+        refuse(key, f"the target's layers are 0 to {layers - 1}", f"e.g. {aux_layer_ids(layers)}")
+    if ids != sorted(set(ids)):
+        refuse(key, "they must ascend, each once", f"{sorted(set(ids))}")

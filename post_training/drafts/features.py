@@ -1,0 +1,249 @@
+"""Stored features of a target: what a draft is trained from without running the target.
+
+A folder of ``extract_features.sh``::
+
+    run.json                    of which model, in which layout, how much
+    train/ valid/ test/         of 98 %, 1 % and 1 % of the conversations
+      shard-00000.safetensors   input_ids int32 [n, s], loss_mask uint8 [n, s],
+                                hidden_states [n, s, h], aux_hidden_states [n, s, 3 h]
+
+``hidden_states`` are those after the target's last norm, in the target's precision, so that losses
+are those of online training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from post_training.common import files, manifest
+from post_training.common.errors import UsageError
+from post_training.config import arguments
+from post_training.data import conversation_data
+from post_training.drafts import options as draft_arguments
+from post_training.drafts.record import draft_of
+from post_training.models.architecture import Architecture
+
+if TYPE_CHECKING:
+    import torch
+
+    from post_training.checkpoints.source import Source
+
+OPTION = "--offline-distillation-data"
+STAGE = "extract_features"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of features: its part, its name in the folder, the sequences of the part in it."""
+
+    part: str
+    file: str
+    rows: list[int]
+
+
+def plan_shards(counts: Mapping[str, int], size: int) -> list[Shard]:
+    """Files of at most ``size`` sequences, for the number of sequences of each part."""
+    return [
+        Shard(
+            part,
+            f"{part}/shard-{first // size:05d}.safetensors",
+            list(range(first, min(first + size, count))),
+        )
+        for part, count in counts.items()
+        for first in range(0, count, size)
+    ]
+
+
+def write_shard(path: Path, parts: Sequence[Mapping[str, torch.Tensor] | None]) -> None:
+    """Write a shard under another name and rename it: it is whole, or not there."""
+    import torch
+    from safetensors.torch import save_file
+
+    found = [part for part in parts if part is not None]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = path.with_name(f".{path.name}.incomplete")
+    save_file({name: torch.cat([part[name] for part in found]) for name in found[0]}, work)
+    work.replace(path)
+
+
+def bytes_per_token(hidden_size: int, states: int, dtype: str) -> int:
+    """Disk that a token takes: its hidden state, ``states`` auxiliary ones, its id and mask."""
+    width = 4 if dtype == "fp32" else 2
+    return hidden_size * (1 + states) * width + 5
+
+
+def identity(source: Source, args: argparse.Namespace) -> dict[str, Any]:
+    """What decides the features of a model, as far as it is known without its weights."""
+    draft = draft_of(source) or draft_arguments.plan(args, source.architecture)
+    quantization = (source.manifest or {}).get("quantization") or {}
+    return {
+        "architecture": source.architecture.to_json(),
+        "aux_hidden_state_layer_ids": draft.aux_hidden_state_layer_ids,
+        "quantization": quantization.get("format"),
+        "dtype": arguments.precision(args),
+    }
+
+
+def check(args: argparse.Namespace, source: Source, sequence_length: int) -> None:
+    """Raise UsageError unless the folder that the flags name has features of this model."""
+    folder = Path(args.offline_distillation_data)
+    option = f"{OPTION} {folder}"
+    recorded = _recorded(folder, option)
+    if recorded["sequence_length"] != sequence_length and "seq_length" in args.explicit:
+        raise UsageError(
+            f"--seq-length {sequence_length}",
+            f"the sequences in {folder} have {recorded['sequence_length']} tokens",
+            f"--seq-length {recorded['sequence_length']}",
+        )
+    if source.described is None:
+        return
+    now = identity(source, args)
+    wrong = [
+        f"{d.name} is {d.theirs!r} there and {d.mine!r} here"
+        for d in source.architecture.differences(Architecture.from_json(recorded["architecture"]))
+    ]
+    wrong += [
+        f"{name} is {recorded.get(name)!r} there and {now[name]!r} here"
+        for name in ("aux_hidden_state_layer_ids", "quantization", "dtype")
+        if recorded.get(name) != now[name]
+    ]
+    if wrong:
+        raise UsageError(
+            option,
+            f"its features are of another model: {'; '.join(wrong[:4])}",
+            "extract them from this model (extract_features.sh)",
+        )
+
+
+def sequence_length(folder: Path) -> int:
+    """Tokens of each stored sequence."""
+    return int(_recorded(folder, f"{OPTION} {folder}")["sequence_length"])
+
+
+def _recorded(folder: Path, option: str) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise UsageError(option, "there is no such folder", "make it with extract_features.sh")
+    content = manifest.read(folder)
+    if content is None or content.get("stage") != STAGE:
+        unfinished = files.incomplete(folder).exists() or any(folder.glob("*/shard-*"))
+        raise UsageError(
+            option,
+            "its extraction is not finished" if unfinished else "it holds no features",
+            "run extract_features.sh; it goes on where it was interrupted",
+        )
+    damaged = manifest.damaged_outputs(folder, content)
+    if damaged:
+        raise UsageError(
+            option,
+            f"{len(damaged)} of its files are missing or cut short, e.g. {damaged[0]}",
+            "extract_features.sh --overwrite makes them again",
+        )
+    features: dict[str, Any] = content["features"]
+    return features
+
+
+@dataclass(frozen=True)
+class Features:
+    """Stored sequences of one part, read row by row; the :class:`Samples` of offline training."""
+
+    shards: tuple[tuple[Path, int], ...]
+
+    def __len__(self) -> int:
+        return sum(count for _, count in self.shards)
+
+    def batch(self, indices: Sequence[int]) -> Mapping[str, torch.Tensor]:
+        """``input_ids``, ``loss_mask``, ``hidden_states`` and ``aux_hidden_states``."""
+        import torch
+
+        rows = [self._row(index) for index in indices]
+        batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        batch["input_ids"] = batch["input_ids"].long()
+        return batch
+
+    def tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All token ids and masks, [n, s] each."""
+        import torch
+        from safetensors import safe_open
+
+        ids, masks = [], []
+        for path, _ in self.shards:
+            with safe_open(path, framework="pt") as shard:
+                ids.append(shard.get_tensor("input_ids"))
+                masks.append(shard.get_tensor("loss_mask"))
+        return torch.cat(ids), torch.cat(masks)
+
+    def _row(self, index: int) -> dict[str, torch.Tensor]:
+        from safetensors import safe_open
+
+        for path, count in self.shards:
+            if index < count:
+                with safe_open(path, framework="pt") as shard:
+                    return {name: shard.get_slice(name)[index] for name in shard.keys()}  # noqa: SIM118
+            index -= count
+        raise IndexError(index)
+
+
+def load(folder: Path) -> dict[str, Features]:
+    """The parts of a feature folder by name."""
+    content = manifest.read(folder) or {}
+    parts: dict[str, list[tuple[Path, int]]] = {name: [] for name in conversation_data.PARTS}
+    for entry in content["features"]["shards"]:
+        part = entry["file"].split("/")[0]
+        parts[part].append((folder / entry["file"], entry["sequences"]))
+    return {name: Features(tuple(shards)) for name, shards in parts.items()}
+
+
+def fingerprint(core: Any) -> str | None:
+    """Hash of a part of the target's weights, the same at every layout; on the last stage only.
+
+    Embeddings of 64 tokens and the final norm: two trainings of one architecture differ in them.
+    """
+    import torch
+
+    if not core.post_process:
+        return None
+    device = next(core.parameters()).device
+    ids = torch.linspace(0, core.vocab_size - 1, 64, device=device).long()[None]
+    with torch.no_grad():
+        rows = core.embedding(input_ids=ids, position_ids=torch.zeros_like(ids))
+        norm = core.decoder.final_layernorm.weight
+    digest = hashlib.sha256()
+    for tensor in (rows, norm):
+        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def require_same_model(core: Any, folder: Path, features: Features, tolerance: float) -> None:
+    """Raise UsageError unless the loaded target is the one that the features are of.
+
+    Its hash is compared and, where it has its layers and one stage, the states that it gives for
+    the first stored sequence.
+    """
+    import torch
+
+    from post_training.drafts.eagle3 import task as eagle_training
+
+    recorded = (manifest.read(folder) or {})["features"]
+    option = f"{OPTION} {folder}"
+    remedy = "extract features from this checkpoint (extract_features.sh)"
+    found = fingerprint(core)
+    if found is not None and found != recorded["fingerprint"]:
+        raise UsageError(option, "its features are of other weights than these", remedy)
+    if not (core.pre_process and core.post_process and len(core.decoder.layers)):
+        return
+    batch = features.batch([0])
+    device = next(core.parameters()).device
+    hidden, _, _ = eagle_training.run_target(core, batch["input_ids"].to(device))
+    stored = batch["hidden_states"].transpose(0, 1).to(device)
+    difference = float((hidden - stored).float().norm() / stored.float().norm())
+    if not math.isfinite(difference) or difference > tolerance:
+        raise UsageError(
+            option, f"this target's states differ from the stored ones by {difference:.1%}", remedy
+        )
+    torch.distributed.barrier()

@@ -1,0 +1,164 @@
+"""What a measurement of a draft keeps for later ones, and the comparison with it. No torch.
+
+A *ground truth* file holds prompts, the model's own greedy answers, the settings and what was
+accepted. Figures compare only where prompts, steps, length and temperature are the same: where they
+are not, that is said.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from post_training.common import files
+from post_training.common.errors import UsageError
+from post_training.drafts.acceptance import matching
+from post_training.drafts.measure import Measured, Question
+
+TEMPERATURE = 0.0  # decoding is greedy here
+
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """What an earlier measurement kept.
+
+    Attributes:
+        settings: see :func:`settings`.
+        answers: greedy answer by the row's identity and prompt.
+        acceptance: as :meth:`Acceptance.to_json`.
+        questions: the prompts.
+    """
+
+    settings: dict[str, Any]
+    answers: dict[str, list[int]]
+    acceptance: dict[str, Any]
+    questions: list[Question]
+
+
+def settings(
+    questions: Iterable[Question],
+    *,
+    source: str,
+    steps: int,
+    max_new_tokens: int,
+    ignore_eos: bool = False,
+) -> dict[str, Any]:
+    """What must be the same for two measurements to compare."""
+    digest = hashlib.sha256()
+    for question in questions:
+        digest.update(_key(question).encode())
+    return {
+        "prompts": source,
+        "prompts_sha256": digest.hexdigest(),
+        "steps": steps,
+        "osl": max_new_tokens,
+        "ignore_eos": ignore_eos,
+        "temperature": TEMPERATURE,
+    }
+
+
+def write(
+    path: Path,
+    content: Mapping[str, Any],
+    measured: Sequence[Measured],
+    decode: Callable[[Sequence[int]], str],
+) -> None:
+    """Keep the greedy answers and the settings in ``content`` for later comparisons.
+
+    Texts are there for people and engines, special tokens included; comparisons read the tokens.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    answers = [
+        {
+            **asdict(each.question),
+            "tokens": each.plain,
+            "prompt_text": decode(each.question.prompt),
+            "text": decode(each.plain),
+        }
+        for each in measured
+    ]
+    names = ("command", "finished", "inputs", "settings", "acceptance", "versions", "git_commit")
+    files.write_json(path, {**{name: content[name] for name in names}, "answers": answers})
+
+
+def read(path: Path, option: str = "--ground-truth-path") -> GroundTruth:
+    """What :func:`write` kept.
+
+    Raises:
+        UsageError: if it is not there, or not such a file.
+    """
+    what = f"{option} {path}"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        questions = [
+            Question(row["id"], list(map(int, row["prompt"])), row.get("category"))
+            for row in content["answers"]
+        ]
+        tokens = [list(map(int, row["tokens"])) for row in content["answers"]]
+        known = dict(content["settings"])
+        acceptance = dict(content["acceptance"])
+    except FileNotFoundError:
+        raise UsageError(
+            what, "there is no such file", "make it first: SAVE_GT_PATH=... bash validate.sh <conf>"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            what,
+            f"it is no ground truth of validate.sh: {type(error).__name__}: {error}",
+            "name a file that SAVE_GT_PATH=... bash validate.sh <conf> wrote",
+        ) from error
+    answers = {_key(each): answer for each, answer in zip(questions, tokens, strict=True)}
+    return GroundTruth(known, answers, acceptance, questions)
+
+
+def compare(
+    saved: GroundTruth, measured: Sequence[Measured], now: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    """This run's greedy answers against the saved ones.
+
+    Args:
+        now: this run's :func:`settings`.
+
+    Returns:
+        The comparison, and a sentence for each setting that differs.
+    """
+    both = [
+        (saved.answers[_key(each.question)], each.plain)
+        for each in measured
+        if _key(each.question) in saved.answers
+    ]
+    notes = []
+    for name, meaning in (
+        ("prompts_sha256", "the prompts"),
+        ("steps", "--steps"),
+        ("osl", "--osl"),
+        ("ignore_eos", "--ignore-eos"),
+        ("temperature", "the temperature"),
+    ):
+        was, value = saved.settings.get(name), now.get(name)
+        if was == value:
+            continue
+        if name == "prompts_sha256":
+            shown = f": {len(both)} of {len(measured)} are among the {len(saved.answers)} saved"
+        else:
+            shown = f": {was} there, {value} here"
+        notes.append(f"{meaning} differ from the saved ground truth's{shown}")
+    # An answer that was cut by another --osl is no other answer.
+    shortest = min(saved.settings.get("osl") or 0, now["osl"])
+    pairs = [(old[:shortest], new[:shortest]) for old, new in both]
+    return {
+        "compared_answers": len(pairs),
+        "same_answers": sum(old == new for old, new in pairs),
+        "same_leading_tokens": sum(matching(old, new) for old, new in pairs),
+        "saved_tokens": sum(len(old) for old, _ in pairs),
+        "saved_acceptance_length": saved.acceptance.get("acceptance_length"),
+        "differing_settings": notes,
+    }, notes
+
+
+def _key(question: Question) -> str:
+    return json.dumps([question.id, question.prompt])

@@ -1,0 +1,154 @@
+"""Flags that describe a draft, shared by the stages that attach one. No torch."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from post_training.checkpoints import folders
+from post_training.common import manifest
+from post_training.common.errors import UsageError
+from post_training.config.checks import at_least
+from post_training.config.flags import flag, spelled
+from post_training.config.options import StageOptions
+from post_training.drafts.eagle3 import draft
+from post_training.drafts.eagle3.draft import Draft
+from post_training.models.architecture import Architecture
+
+_TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
+
+
+def boolean(text: str) -> bool:
+    """``true`` or ``false``, and what else is usual; not Python's ``bool("False")``."""
+    if text.lower() in _TRUE + _FALSE:
+        return text.lower() in _TRUE
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftOptions:
+    TITLE: ClassVar[str] = "draft"
+
+    eagle_config: str | None = flag(
+        metavar="FILE",
+        help="JSON object with values of the draft that shall differ from the target's",
+    )
+    mix_hidden_states: bool = flag(
+        False,
+        nargs="?",
+        const=True,
+        type=boolean,
+        metavar="true|false",
+        help="train on a mix of the states of all steps instead of step by step: one step's memory",
+    )
+    draft_vocab_size: int | None = flag(
+        metavar="N",
+        help="tokens that the draft proposes: the N most frequent of the training data (all)",
+    )
+    ttt_steps: int = flag(
+        3,
+        metavar="N",
+        check=at_least(1),
+        help="steps that the draft is trained to look ahead (%(default)s)",
+    )
+
+
+NAMES = tuple(field.name for field in fields(DraftOptions))
+
+
+def plan(
+    wanted: DraftOptions,
+    options: StageOptions,
+    architecture: Architecture,
+    *,
+    offline: bool = False,
+) -> Draft:
+    """The draft that the flags describe, for this target.
+
+    Raises:
+        UsageError: as :func:`post_training.drafts.eagle3.draft.plan`.
+    """
+    overrides: dict[str, Any] = {}
+    option = "--eagle-config"
+    if wanted.eagle_config:
+        overrides = draft.read_overrides(wanted.eagle_config)
+        option = f"--eagle-config {wanted.eagle_config}"
+    if wanted.draft_vocab_size is not None:
+        size, tokens = wanted.draft_vocab_size, architecture.vocab_size
+        if not 1 <= size <= tokens:
+            raise UsageError(
+                f"--draft-vocab-size {size}", f"the target has {tokens} tokens", f"1 to {tokens}"
+            )
+        if overrides.get("draft_vocab_size", size) != size:
+            raise UsageError(
+                f"--draft-vocab-size {size}",
+                f"{option} says {overrides['draft_vocab_size']}",
+                "give one of them",
+            )
+        overrides["draft_vocab_size"] = size
+    made = draft.plan(
+        architecture,
+        overrides,
+        dtype=options.precision,
+        mix_hidden_states=wanted.mix_hidden_states,
+        ttt_steps=wanted.ttt_steps,
+        offline=offline,
+        option=option,
+    )
+    _check_division(made, options.parallel.tensor)
+    return made
+
+
+def _check_division(made: Draft, ranks: int) -> None:
+    """Raise UsageError unless tensor parallelism divides the draft."""
+    for name in (
+        "num_attention_heads",
+        "num_key_value_heads",
+        "intermediate_size",
+        "draft_vocab_size",
+    ):
+        if made.config[name] % ranks:
+            raise UsageError(
+                f"TP={ranks}",
+                f"it does not divide the draft's {name}, {made.config[name]}",
+                f"choose a multiple of {ranks} (--eagle-config), or another TP",
+            )
+
+
+def trained(
+    location: str,
+    options: StageOptions,
+    architecture: Architecture | None,
+    *,
+    offline: bool = False,
+) -> Draft:
+    """The draft of the checkpoint ``--draft-model-path``, if it was made for this target.
+
+    Raises:
+        UsageError: if there is none, flags contradict it, or it was made for another target.
+    """
+    option = f"--draft-model-path {location}"
+    folders.checkpoint_folder(Path(location), "--draft-model-path")
+    content = manifest.read(Path(location)) or {}
+    if not content.get("draft"):
+        raise UsageError(option, "its run.json records no draft", "name what eagle3.sh saved")
+    given = [name for name in NAMES if name in options.given]
+    if given:
+        spelling = spelled(given[0])
+        raise UsageError(
+            f"{spelling} {option}", "the draft is as it was trained", f"leave out {spelling}"
+        )
+    found = Draft.from_json(content["draft"])
+    if architecture is not None:
+        wrong = architecture.differences(Architecture.from_json(content["architecture"]))
+        if wrong:
+            first = wrong[0]
+            raise UsageError(
+                option,
+                f"it was made for another model: {first.name} is {first.theirs!r} there and "
+                f"{first.mine!r} here",
+                "name the model that the draft was trained for",
+            )
+    return replace(found, offline=offline)

@@ -1,0 +1,252 @@
+"""Score a megatron-core model on multiple-choice questions, in one prefill for each.
+
+The answer is the letter with the largest logit after ``Answer:``. Only that position goes through
+the output layer, and only the letters' logits leave it. What all prompts of a subject begin with
+(header and solved examples) is computed once for the subject.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from post_training.common.errors import UsageError
+from post_training.evaluation import mmlu_prompts
+from post_training.evaluation.mmlu_data import Benchmark
+from post_training.evaluation.mmlu_prompts import LETTERS, Question, Score
+from post_training.inference import generation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# A prefix shorter than this saves less than the extra forward pass and the copies cost.
+_SHORTEST_PREFIX = 32
+
+
+@dataclass(frozen=True)
+class Result:
+    """A score and how it came about.
+
+    Attributes:
+        score: counts by subject.
+        questions: what was asked, in order.
+        predictions: index of the chosen answer for each question.
+        ties: questions whose two largest logits are equal; the earlier letter was taken.
+        prompt_tokens: tokens of all prompts.
+        computed_tokens: positions that went through the model, padding included, prefixes once.
+        longest: tokens of the longest prompt.
+    """
+
+    score: Score
+    questions: list[Question]
+    predictions: list[int]
+    ties: int
+    prompt_tokens: int
+    computed_tokens: int
+    longest: int
+
+    def letters(self) -> dict[str, str]:
+        """Chosen letters of each subject in a row, such as ``ABDC``, to compare two runs."""
+        found: dict[str, str] = {}
+        for question, chosen in zip(self.questions, self.predictions, strict=True):
+            found[question.subject] = found.get(question.subject, "") + LETTERS[chosen]
+        return found
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Questions computed together; the first ``shared`` tokens are those of all of ``subject``."""
+
+    indices: list[int]
+    shared: int = 0
+    subject: str = ""
+
+
+def evaluate(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    benchmark: Benchmark,
+    *,
+    few_shots: int = 0,
+    fraction: float = 1.0,
+    batch_size: int = 1,
+    share_prefix: bool = True,
+    progress: Callable[[int], None] | None = None,
+) -> Result:
+    """Ask the questions; a collective call over all ranks, with the same result on each.
+
+    Data-parallel ranks take turns with the batches.
+
+    Args:
+        model: a GPTModel or HybridModel without sequence and context parallelism.
+        tokenizer: the model's; special tokens are added as it does by default.
+        benchmark: from :func:`post_training.evaluation.mmlu_data.load`.
+        few_shots: solved examples before each question.
+        fraction: of each subject's questions, the first ones.
+        batch_size: questions at a time.
+        share_prefix: compute what a subject's prompts begin with once.
+        progress: called with the number of questions done after each batch of this rank.
+
+    Raises:
+        UsageError: if the tokenizer does not write the letters as single different tokens.
+    """
+    questions = mmlu_prompts.select(benchmark.test, fraction)
+    sequences = tokenize(questions, tokenizer, benchmark, few_shots)
+    letters = answer_tokens(tokenizer, max(len(q.choices) for q in questions))
+    sequences = [[*tokens, *letters.bridge] for tokens in sequences]
+    share_prefix = share_prefix and generation.supports_prefix(model)
+    batches = list(_batches(questions, sequences, batch_size, share_prefix))
+    rank, size, group = generation.data_parallel()
+    # Prediction and tie of each question; the other ranks' questions stay 0 here.
+    device = next(model.parameters()).device
+    outcome = torch.zeros(len(questions), 2, dtype=torch.long, device=device)
+    computed = torch.zeros(1, dtype=torch.long, device=device)
+    prefix: generation.Prefix | None = None
+    prefix_of = ""
+    for batch in batches[rank::size]:
+        tokens = [sequences[i] for i in batch.indices]
+        if batch.shared and prefix_of != batch.subject:
+            prefix = generation.prefill_prefix(model, tokens[0][: batch.shared])
+            prefix_of = batch.subject
+            computed += batch.shared
+        rest = [each[batch.shared :] for each in tokens]
+        lengths = [len(each) for each in rest]
+        padded = torch.zeros(len(rest), max(lengths), dtype=torch.long)
+        for row, each in zip(padded, rest, strict=True):
+            row[: len(each)] = torch.tensor(each)
+        computed += padded.numel()
+        logits = generation.last_logits(
+            model, padded, lengths, letters.ids, prefix=prefix if batch.shared else None
+        )
+        for index, row in zip(batch.indices, logits, strict=True):
+            outcome[index] = _choose(row[: len(questions[index].choices)])
+        if progress is not None:
+            progress(len(batch.indices))
+    if size > 1:
+        torch.distributed.all_reduce(outcome, group=group)
+        torch.distributed.all_reduce(computed, group=group)
+    predictions = outcome[:, 0].tolist()
+    lengths = [len(tokens) for tokens in sequences]
+    return Result(
+        mmlu_prompts.score(questions, predictions),
+        questions,
+        predictions,
+        ties=int(outcome[:, 1].sum()),
+        prompt_tokens=sum(lengths),
+        computed_tokens=int(computed),
+        longest=max(lengths),
+    )
+
+
+def _choose(logits: torch.Tensor) -> torch.Tensor:
+    """Index of the largest of [choices] logits, and 1 if another is as large: int64 [2]."""
+    best = logits.argmax()
+    tie = (logits == logits[best]).sum() > 1
+    return torch.stack([best, tie.long()])
+
+
+def tokenize(
+    questions: Sequence[Question],
+    tokenizer: PreTrainedTokenizerBase,
+    benchmark: Benchmark,
+    few_shots: int,
+) -> list[list[int]]:
+    """Token ids of each question's prompt."""
+    prompts = []
+    for question in questions:
+        examples = benchmark.dev.get(question.subject, [])[:few_shots]
+        prompts.append(mmlu_prompts.prompt(question, examples))
+    sequences: list[list[int]] = tokenizer(prompts, verbose=False)["input_ids"]
+    for tokens in sequences:
+        # Some tokenizers close every text; the model is to go on with it.
+        if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id:
+            tokens.pop()
+    return sequences
+
+
+@dataclass(frozen=True)
+class AnswerTokens:
+    """How a tokenizer goes on from ``Answer:``: ``bridge``, then one of ``ids``."""
+
+    bridge: list[int]
+    ids: list[int]
+
+
+def answer_tokens(tokenizer: PreTrainedTokenizerBase, choices: int = 4) -> AnswerTokens:
+    """Tokens of " A", " B", ... after ``Answer:``.
+
+    Most tokenizers have one token for blank and letter. Where the blank is a token of its own it
+    belongs to the prompt (``bridge``): the letter is what is to be compared.
+
+    Raises:
+        UsageError: if the letters are not single, different tokens after the same beginning.
+    """
+    start = "Answer:"
+    before: list[int] = tokenizer.encode(start, add_special_tokens=False)
+    after: list[list[int]] = [
+        tokenizer.encode(f"{start} {letter}", add_special_tokens=False)
+        for letter in LETTERS[:choices]
+    ]
+    common = shared_length(after)
+    ids = [tokens[-1] for tokens in after]
+    if (
+        after[0][: len(before)] != before
+        or any(len(tokens) != common + 1 for tokens in after)
+        or len(set(ids)) < choices
+    ):
+        raise UsageError(
+            f"tokenizer {tokenizer.name_or_path}",
+            f"it writes {start!r} as {before} and with letters as {after}: the letters are not "
+            "single tokens after it",
+            "give the model's own tokenizer with --tokenizer-model",
+        )
+    return AnswerTokens(after[0][len(before) : common], ids)
+
+
+def shared_length(sequences: Sequence[list[int]]) -> int:
+    """Tokens that all ``sequences`` begin with."""
+    if not sequences:
+        return 0
+    # In lexicographic order, what the first and the last share, all share.
+    first, last = min(sequences), max(sequences)
+    for position, (one, other) in enumerate(zip(first, last, strict=False)):
+        if one != other:
+            return position
+    return min(len(first), len(last))
+
+
+def _batches(
+    questions: Sequence[Question],
+    sequences: Sequence[list[int]],
+    batch_size: int,
+    share_prefix: bool,
+) -> Iterator[_Batch]:
+    """Batches sorted by length, longest first, so that a lack of memory shows at once."""
+    groups: dict[str, list[int]] = {}
+    for index, question in enumerate(questions):
+        groups.setdefault(question.subject, []).append(index)
+    separate: list[int] = []
+    for subject, indices in groups.items():
+        # One token must be left: the output layer needs a position.
+        shared = min(
+            shared_length([sequences[i] for i in indices]),
+            min(len(sequences[i]) for i in indices) - 1,
+        )
+        if share_prefix and shared >= _SHORTEST_PREFIX and len(indices) > 1:
+            for part in _by_length(indices, sequences, batch_size):
+                yield _Batch(part, shared, subject)
+        else:
+            separate += indices
+    for part in _by_length(separate, sequences, batch_size):
+        yield _Batch(part)
+
+
+def _by_length(
+    indices: Sequence[int], sequences: Sequence[list[int]], batch_size: int
+) -> Iterator[list[int]]:
+    ordered = sorted(indices, key=lambda i: len(sequences[i]), reverse=True)
+    for start in range(0, len(ordered), batch_size):
+        yield ordered[start : start + batch_size]

@@ -1,0 +1,185 @@
+"""Answering dialogues with a model: each user turn in order, the model's own answers in context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from post_training.data import document_formats
+from post_training.data.document_formats import Document
+from post_training.data.prompts import Dialogue
+from post_training.inference import generation, sampling
+from post_training.inference.options import OPTION
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+# Why an answer ended, as in OpenAI's API; "context" if there was no room for an answer at all.
+STOP, LENGTH, CONTEXT = "stop", "length", "context"
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model with its tokenizer, and how it answers.
+
+    Attributes:
+        model: as for :func:`post_training.inference.generation.generate`.
+        tokenizer: with a chat template for conversations.
+        eos_ids: tokens that end an answer.
+        context_length: most tokens of a prompt and its answer together.
+        max_new_tokens: most tokens of one answer.
+        batch_size: most sequences at a time.
+        temperature: 0 for greedy decoding, else of the sampling.
+        top_k, top_p, seed: as in :class:`post_training.inference.sampling.Sampler`.
+        template_options: further variables of the chat template.
+    """
+
+    model: torch.nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: Sequence[int]
+    context_length: int
+    max_new_tokens: int
+    batch_size: int = 16
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def prompt(self, dialogue: Dialogue, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """Tokens of ``messages`` up to where the model's answer begins.
+
+        Raises:
+            UsageError: if the chat template refuses them.
+        """
+        document = Document(dialogue.place, messages=tuple(messages), tools=dialogue.tools)
+        text = document_formats.render(
+            document,
+            self.tokenizer,
+            OPTION,
+            ask=True,
+            template_options=self.template_options,
+        )
+        # A chat template writes the begin-of-text token itself.
+        special = not document_formats.has_template(self.tokenizer)
+        encoded = self.tokenizer(text, add_special_tokens=special, verbose=False)
+        return list(encoded["input_ids"])
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """An answer's text; the end token and other special ones do not belong to it."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def answer(
+        self, prompts: Sequence[Sequence[int]], names: Sequence[str], progress: Any = None
+    ) -> list[list[int]]:
+        """New tokens of each prompt; ``names`` tell the draws of different prompts apart."""
+        choose: generation.Choose = sampling.greedy
+        if self.temperature > 0:
+            choose = sampling.Sampler(
+                self.temperature, self.top_k, self.top_p, self.seed, list(names)
+            )
+        return generation.generate(
+            self.model,
+            prompts,
+            [min(self.max_new_tokens, self.context_length - len(each)) for each in prompts],
+            self.eos_ids,
+            batch_size=self.batch_size,
+            vocab_size=len(self.tokenizer),
+            choose=choose,
+            progress=progress,
+        )
+
+
+@dataclass
+class Answered:
+    """A dialogue with its answers so far.
+
+    ``messages`` are in OpenAI form, ``finish_reasons`` one for each answer (or for its absence).
+    """
+
+    dialogue: Dialogue
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    finish_reasons: list[str] = field(default_factory=list)
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    read: int = 0
+
+    @property
+    def has_answer(self) -> bool:
+        return any(message["role"] == "assistant" for message in self.messages)
+
+    @property
+    def empty_answers(self) -> int:
+        return sum(m["role"] == "assistant" and not m["content"].strip() for m in self.messages)
+
+    @property
+    def open(self) -> bool:
+        """Whether a user turn waits for its answer."""
+        return CONTEXT not in self.finish_reasons and self.read < len(self.dialogue.messages)
+
+    def asked(self) -> list[dict[str, Any]]:
+        """The messages up to and with the next user turn."""
+        following = self.dialogue.messages[self.read :]
+        roles = [message["role"] for message in following]
+        return [*self.messages, *following[: roles.index("user") + 1]]
+
+    def row(self) -> dict[str, Any]:
+        """The line of the output file."""
+        dialogue = self.dialogue
+        row: dict[str, Any] = {"id": dialogue.id, "messages": self.messages}
+        if dialogue.tools:
+            row["tools"] = list(dialogue.tools)
+        metadata = {
+            "index": dialogue.number,
+            "finish_reasons": self.finish_reasons,
+            "prompt_tokens": self.prompt_tokens,
+            "generated_tokens": self.generated_tokens,
+        }
+        if dialogue.category is not None:
+            metadata["category"] = dialogue.category
+        return {**row, "metadata": metadata}
+
+
+def answer(
+    speaker: Speaker,
+    dialogues: Sequence[Dialogue],
+    progress: Callable[[int], None] | None = None,
+) -> list[Answered]:
+    """Answer every user turn of ``dialogues``; first turns together, then second turns, ...
+
+    Args:
+        progress: called with the number of user turns that are done.
+
+    Returns:
+        One for each dialogue, in order. A dialogue that outgrows the context ends there: the user
+        turn without room for an answer is left out, and so is what follows.
+    """
+    answered = [Answered(dialogue) for dialogue in dialogues]
+    turn = 0
+    while waiting := [each for each in answered if each.open]:
+        asked = []
+        for each in waiting:
+            messages = each.asked()
+            prompt = speaker.prompt(each.dialogue, messages)
+            if len(prompt) >= speaker.context_length:
+                each.finish_reasons.append(CONTEXT)
+                if progress is not None:
+                    left = each.dialogue.messages[each.read :]
+                    progress(sum(message["role"] == "user" for message in left))
+            else:
+                asked.append((each, messages, prompt))
+        answers = speaker.answer(
+            [prompt for _, _, prompt in asked],
+            [f"{each.dialogue.number}/{turn}" for each, _, _ in asked],
+            progress,
+        )
+        for (each, messages, prompt), tokens in zip(asked, answers, strict=True):
+            each.read += len(messages) - len(each.messages)
+            each.messages = [*messages, {"role": "assistant", "content": speaker.text(tokens)}]
+            each.finish_reasons.append(STOP if tokens[-1] in speaker.eos_ids else LENGTH)
+            each.prompt_tokens += len(prompt)
+            each.generated_tokens += len(tokens)
+        turn += 1
+    return answered

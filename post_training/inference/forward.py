@@ -1,0 +1,229 @@
+"""One forward pass of a megatron-core model over tensor and pipeline parallelism, for inference.
+
+Internals of :mod:`post_training.inference.generation` and of speculative decoding: the exchange
+between pipeline stages and the two hooks that keep a pass small, on the output layer and on
+attention after a cached prefix.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+
+def run(
+    core: Any,
+    input_ids: torch.Tensor,
+    positions: torch.Tensor | None,
+    context: StaticInferenceContext | None = None,
+    features: list[torch.Tensor] | None = None,
+    labels: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """Run this rank's stage. Logits on the last one, None on the others.
+
+    A draft that is attached to the model takes no part.
+
+    Args:
+        core: the model.
+        input_ids: int64 [b, s].
+        positions: int64 [b]; logits of this position of each sequence only, [b, 1, vocabulary].
+            None: of all, [b, s, vocabulary].
+        context: cache holding ``sequence_len_offset`` tokens already; advanced by s.
+        features: on the last stage the hidden states that an attached draft is fed with are
+            appended, one tensor [s, b, hidden] for each of its auxiliary layers, in order.
+        labels: int64 [b, s]; the result is then the cross entropy of each, float32 [b, s].
+    """
+    from megatron.core import parallel_state
+    from megatron.core.inference.utils import InferenceMode
+
+    _check(core)
+    if core.training:
+        core.eval()
+    batch, length = input_ids.shape
+    offset = 0 if context is None else int(context.sequence_len_offset)
+    position_ids = torch.arange(offset, offset + length, device=input_ids.device)
+    group = parallel_state.get_pipeline_model_parallel_group()
+    dtype = dtype_of(core)
+    collected: list[torch.Tensor] = []
+    if not core.pre_process:
+        width = core.config.hidden_size
+        parts = 1 if features is None else 1 + _earlier_features(core)
+        received = torch.empty(length, batch, parts * width, dtype=dtype, device=input_ids.device)
+        previous = parallel_state.get_pipeline_model_parallel_prev_rank()
+        torch.distributed.recv(received, src=previous, group=group)
+        hidden, *collected = received.split(width, dim=-1)
+        core.set_input_tensor(hidden.contiguous())
+    mask = None
+    hooks: list[contextlib.AbstractContextManager[None]] = []
+    if core.post_process and positions is not None:
+        hooks.append(_output_at(core, positions))
+    if offset and length > 1:
+        mask = causal_mask(offset, length, input_ids.device)
+        hooks.append(attention_mask_type(core.decoder.layers, "arbitrary"))
+    with contextlib.ExitStack() as stack:
+        if labels is None:
+            # In this mode logits are always whole; the cross entropy takes them split.
+            stack.enter_context(InferenceMode.active())
+        for hook in hooks:
+            stack.enter_context(hook)
+        output = _target(core)(
+            input_ids,
+            position_ids.expand(batch, -1),
+            mask,
+            labels=labels,
+            inference_context=context,
+            runtime_gather_output=labels is None,
+        )
+    if features is not None:
+        collected += _take_features(core)
+    if context is not None:
+        context.sequence_len_offset += length
+        context.enable_decode_mode()
+    if core.post_process:
+        if features is not None:
+            features += collected
+        return output
+    if features is not None:
+        output = torch.cat([output, *collected], dim=-1)
+    following = parallel_state.get_pipeline_model_parallel_next_rank()
+    torch.distributed.send(output.to(dtype).contiguous(), dst=following, group=group)
+    return None
+
+
+def _target(core: Any) -> Callable[..., Any]:
+    """The model as a function; of a drafted one the target alone.
+
+    The class that ModelOpt's ``eagle`` mode gives a model computes training losses in its
+    ``forward``. The outputs of the auxiliary layers are left in ``core._aux_hidden_states``.
+    """
+    if not hasattr(core, "eagle_ttt_steps"):
+        return core
+    from megatron.core.models.gpt import GPTModel
+
+    core._aux_hidden_states.clear()
+    return partial(GPTModel.forward, core)
+
+
+def _take_features(core: Any) -> list[torch.Tensor]:
+    """The outputs of this stage's auxiliary layers, which :func:`_target` has left."""
+    kept = list(core._aux_hidden_states)
+    core._aux_hidden_states.clear()
+    return kept
+
+
+def _earlier_features(core: Any) -> int:
+    """Number of auxiliary layers on the stages before this one."""
+    first = core.decoder.layers[0].layer_number - 1
+    return sum(layer < first for layer in core.eagle_config.eagle_aux_hidden_state_layer_ids)
+
+
+@contextlib.contextmanager
+def _output_at(core: Any, positions: torch.Tensor) -> Iterator[None]:
+    """Let the output layer see one position of each sequence: hidden [s, b, h] -> [1, b, h]."""
+    rows = torch.arange(len(positions), device=positions.device)
+
+    def gather(_module: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, *rest = arguments
+        return (hidden[positions, rows].unsqueeze(0), *rest)
+
+    handle = core.output_layer.register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def causal_mask(offset: int, length: int, device: torch.device) -> torch.Tensor:
+    """bool [1, 1, length, offset + length], True where attention is not allowed."""
+    keys = torch.arange(offset + length, device=device)
+    queries = torch.arange(offset, offset + length, device=device)
+    return (keys[None, :] > queries[:, None])[None, None]
+
+
+@contextlib.contextmanager
+def attention_mask_type(layers: Iterable[Any], name: str) -> Iterator[None]:
+    """Let the attention of ``layers`` use this type of mask, one of megatron-core's AttnMaskType.
+
+    megatron-core (transformer/attention.py) supposes one token after a filled static cache and
+    turns masking off: several tokens need ``arbitrary`` and a mask.
+    """
+    from megatron.core.transformer.enums import AttnMaskType
+
+    def change(
+        _module: torch.nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return arguments, {**keywords, "attn_mask_type": AttnMaskType[name]}
+
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            attention = layer.self_attention.core_attention
+            handle = attention.register_forward_pre_hook(change, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+def new_context(batch: int, length: int) -> StaticInferenceContext:
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+    context = StaticInferenceContext(batch, length)
+    # The positions are chosen here (see _output_at), before this would cut to the last one.
+    context.config.materialize_only_last_token_logits = False
+    return context
+
+
+def select(context: StaticInferenceContext, rows: torch.Tensor) -> None:
+    """Keep these sequences of a cache: int64 [n], indices into its batch."""
+    for layer, memory in context.key_value_memory_dict.items():
+        context.key_value_memory_dict[layer] = tuple(each[:, rows] for each in memory)
+    context.max_batch_size = len(rows)
+
+
+def from_last_stage(
+    tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor:
+    """Give a tensor of the last pipeline stage to the others."""
+    from megatron.core import parallel_state
+
+    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        if tensor is None:
+            raise RuntimeError("the only pipeline stage gave no output")
+        return tensor
+    if tensor is None:
+        tensor = torch.empty(shape, dtype=dtype, device=torch.cuda.current_device())
+    torch.distributed.broadcast(
+        tensor := tensor.contiguous(),
+        src=parallel_state.get_pipeline_model_parallel_last_rank(),
+        group=parallel_state.get_pipeline_model_parallel_group(),
+    )
+    return tensor
+
+
+def _check(core: Any) -> None:
+    if core.config.sequence_parallel or core.config.context_parallel_size > 1:
+        raise ValueError(
+            "inference needs a model built with sequence_parallel=False and context_parallel_size=1"
+        )
+
+
+def device_of(core: torch.nn.Module) -> torch.device:
+    return next(core.parameters()).device
+
+
+def dtype_of(core: Any) -> torch.dtype:
+    """Of the activations."""
+    dtype: torch.dtype = core.config.pipeline_dtype or core.config.params_dtype
+    return dtype
+
+
+def unwrap(model: torch.nn.Module) -> Any:
+    """The megatron-core model inside wrappers such as DistributedDataParallel."""
+    while isinstance(inner := getattr(model, "module", None), torch.nn.Module):
+        model = inner
+    return model

@@ -1,0 +1,303 @@
+"""Running a megatron-core model forward: logits of chosen positions, and generation.
+
+Works over tensor and pipeline parallelism; every rank of one model copy calls with the same
+arguments and gets the same result. Three things keep it fast and small:
+
+- The output layer sees only the positions that are asked for (a forward pre-hook gathers them),
+  never a whole [batch, sequence, vocabulary].
+- Masks are implied by the causal attention type. Padding stands on the right, where causal
+  attention keeps it from the tokens before it.
+- Between pipeline stages go activations, and back only the chosen logits or tokens.
+
+The output layer is called as a module, so that tied embeddings, logit scaling and quantizers act
+as in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from post_training.inference import forward
+from post_training.inference.sampling import greedy
+
+if TYPE_CHECKING:
+    from megatron.core.inference.contexts import StaticInferenceContext
+
+# Logits [b, vocabulary], the prompt's index of each row, the tokens it has generated -> int64 [b].
+Choose = Callable[[torch.Tensor, Sequence[int], Sequence[int]], torch.Tensor]
+
+
+@torch.inference_mode()
+def last_logits(
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    lengths: Sequence[int],
+    token_ids: Sequence[int] | None = None,
+    prefix: Prefix | None = None,
+) -> torch.Tensor:
+    """Logits after the last token of each sequence.
+
+    Args:
+        model: a GPTModel or HybridModel, built without sequence and context parallelism.
+        input_ids: int64 [b, s], padded on the right with any token.
+        lengths: true length of each sequence, 1 to s.
+        token_ids: give the logits of these tokens only.
+        prefix: what stands before every sequence, computed by :func:`prefill_prefix`.
+
+    Returns:
+        float32 [b, vocabulary], or [b, len(token_ids)], on every rank.
+    """
+    core = forward.unwrap(model)
+    input_ids = input_ids.to(forward.device_of(core))
+    positions = torch.tensor(list(lengths), device=input_ids.device) - 1
+    context = None if prefix is None else prefix.context(*input_ids.shape)
+    logits = forward.run(core, input_ids, positions, context)
+    columns = core.vocab_size if token_ids is None else len(token_ids)
+    if logits is not None:
+        logits = logits[:, 0].float()
+        if token_ids is not None:
+            logits = logits[:, torch.tensor(list(token_ids), device=logits.device)]
+    return forward.from_last_stage(logits, (len(input_ids), columns), torch.float32)
+
+
+@torch.inference_mode()
+def prefill_logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """Logits after every token: float32 [b, s, vocabulary] on every rank. For comparisons.
+
+    Args:
+        model: as :func:`last_logits`.
+        input_ids: int64 [b, s].
+    """
+    core = forward.unwrap(model)
+    input_ids = input_ids.to(forward.device_of(core))
+    logits = forward.run(core, input_ids, None)
+    if logits is not None:
+        logits = logits.float()
+    return forward.from_last_stage(logits, (*input_ids.shape, core.vocab_size), torch.float32)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values of tokens that several sequences begin with.
+
+    Attributes:
+        length: number of tokens p.
+        layers: layer number -> keys and values, [p, 1, groups, dim] each, of this rank.
+    """
+
+    length: int
+    layers: dict[int, tuple[torch.Tensor, torch.Tensor]]
+
+    def context(self, batch: int, length: int) -> StaticInferenceContext:
+        """A cache for ``batch`` sequences of ``length`` further tokens, holding the prefix."""
+        context = forward.new_context(batch, self.length + length)
+        for layer, pair in self.layers.items():
+            context.key_value_memory_dict[layer] = tuple(
+                self._expanded(tensor, batch, length) for tensor in pair
+            )
+        context.sequence_len_offset = self.length
+        return context
+
+    def _expanded(self, tensor: torch.Tensor, batch: int, length: int) -> torch.Tensor:
+        memory = tensor.new_empty(self.length + length, batch, *tensor.shape[2:])
+        memory[: self.length] = tensor
+        return memory
+
+
+def supports_prefix(model: torch.nn.Module) -> bool:
+    """Whether :func:`prefill_prefix` works: full causal attention with a key-value cache only.
+
+    State-space layers keep another state; sliding windows and attention chunks would need their
+    own masks.
+    """
+    from megatron.core.transformer.attention import Attention
+
+    core = forward.unwrap(model)
+    config = core.config
+    if getattr(config, "window_size", None) or getattr(config, "attention_chunk_size", None):
+        return False
+    layers = core.decoder.layers
+    return all(isinstance(getattr(layer, "self_attention", None), Attention) for layer in layers)
+
+
+@torch.inference_mode()
+def prefill_prefix(model: torch.nn.Module, tokens: Sequence[int]) -> Prefix:
+    """Compute the keys and values of ``tokens`` once, for the sequences that begin with them.
+
+    The five-shot prompts of an MMLU subject share all but the question: 4/5 of the tokens.
+
+    Args:
+        model: one that :func:`supports_prefix`.
+        tokens: at least one.
+    """
+    core = forward.unwrap(model)
+    input_ids = torch.tensor([list(tokens)], device=forward.device_of(core))
+    context = forward.new_context(1, len(tokens))
+    forward.run(core, input_ids, torch.zeros(1, dtype=torch.long, device=input_ids.device), context)
+    return Prefix(len(tokens), dict(context.key_value_memory_dict))
+
+
+@torch.inference_mode()
+def generate(
+    model: torch.nn.Module,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int | Sequence[int],
+    eos_ids: Sequence[int] = (),
+    *,
+    batch_size: int = 16,
+    use_cache: bool = True,
+    vocab_size: int | None = None,
+    choose: Choose = greedy,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """Continue each prompt until an end token or ``max_new_tokens``.
+
+    A static cache holds one position for all sequences of a batch. Prompts of different lengths
+    therefore run together as in Megatron's static engine: the batch is prefilled up to its
+    shortest prompt, then goes token by token, longer prompts being fed their own tokens until
+    they end. Nothing is padded, so each sequence is computed as if alone. When half of a batch
+    has finished, the others go on in a smaller one.
+
+    Args:
+        model: as :func:`last_logits`.
+        prompts: token ids, at least one each.
+        max_new_tokens: most tokens to add to each, one number or one for each prompt.
+        eos_ids: tokens that end a sequence; the end token is part of the result.
+        batch_size: most sequences at a time.
+        use_cache: False computes the whole sequence again for each token (for comparisons).
+        vocab_size: choose among the first tokens only, where the output layer is padded.
+        choose: from float32 logits [b, vocabulary], the index in ``prompts`` of each row and the
+            number of tokens it has generated, to tokens [b]. It runs on every tensor-parallel rank
+            of the last stage and must give the same on each; see :mod:`.sampling`.
+        progress: called with the number of finished prompts after each batch.
+
+    Returns:
+        The new tokens of each prompt, in the order of ``prompts``.
+    """
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError("a prompt is empty: generation needs at least one token to start from")
+    core = forward.unwrap(model)
+    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+    results: list[list[int]] = [[] for _ in prompts]
+    if max(limits, default=0) < 1:
+        return results
+    for group in _groups([len(prompt) for prompt in prompts], batch_size, max(limits)):
+        batch = _Batch(core, prompts, group, limits, set(eos_ids), use_cache)
+        batch.run(choose, vocab_size)
+        for index in group:
+            results[index] = batch.new[index]
+        if progress is not None:
+            progress(len(group))
+    return results
+
+
+def _groups(lengths: Sequence[int], batch_size: int, spread: int) -> list[list[int]]:
+    """Indices by length, at most ``batch_size`` together.
+
+    Lengths of a group differ by at most ``spread``: feeding a longer prompt token by token costs
+    what generating does, and should not cost more than the generation itself.
+    """
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        group = groups[-1] if groups else []
+        if group and len(group) < batch_size and lengths[index] - lengths[group[0]] <= spread:
+            group.append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+class _Batch:
+    """Sequences that are continued together; ``rows`` are the indices of those that still are."""
+
+    def __init__(
+        self,
+        core: Any,
+        prompts: Sequence[Sequence[int]],
+        group: Sequence[int],
+        limits: Sequence[int],
+        eos_ids: set[int],
+        use_cache: bool,
+    ) -> None:
+        self.core = core
+        self.rows = list(group)
+        self.lengths = {index: len(prompts[index]) for index in group}
+        self.new: dict[int, list[int]] = {index: [] for index in group}
+        self.limits = limits
+        self.eos_ids = eos_ids
+        total = max(self.lengths[index] + limits[index] for index in group)
+        self.tokens = torch.zeros(len(group), total, dtype=torch.long)
+        for row, index in zip(self.tokens, group, strict=True):
+            row[: len(prompts[index])] = torch.tensor(list(prompts[index]))
+        self.tokens = self.tokens.to(forward.device_of(core))
+        self.context = forward.new_context(len(group), total) if use_cache else None
+
+    def run(self, choose: Choose, vocab_size: int | None) -> None:
+        """Fill ``new``."""
+        cached = 0
+        for end in range(min(self.lengths.values()), self.tokens.shape[1]):
+            start = cached if self.context is not None else 0
+            chosen = self._next(self.tokens[:, start:end], choose, vocab_size)
+            cached = end
+            alive = []
+            for i, (index, token) in enumerate(zip(self.rows, chosen.tolist(), strict=True)):
+                if end >= self.lengths[index] and not self._finished(index):
+                    self.tokens[i, end] = token
+                    self.new[index].append(token)
+                if not self._finished(index):
+                    alive.append(i)
+            if not alive:
+                break
+            if 2 * len(alive) <= len(self.rows):
+                self._keep(alive)
+
+    def _keep(self, alive: list[int]) -> None:
+        """Go on with these rows only."""
+        self.rows = [self.rows[i] for i in alive]
+        index = torch.tensor(alive, device=self.tokens.device)
+        self.tokens = self.tokens[index]
+        if self.context is not None:
+            forward.select(self.context, index)
+
+    def _finished(self, index: int) -> bool:
+        new = self.new[index]
+        return len(new) >= self.limits[index] or (bool(new) and new[-1] in self.eos_ids)
+
+    def _next(
+        self, input_ids: torch.Tensor, choose: Choose, vocab_size: int | None
+    ) -> torch.Tensor:
+        """Tokens chosen after the last position of ``input_ids``: int64 [b] on every rank."""
+        count, length = input_ids.shape
+        positions = torch.full((count,), length - 1, device=input_ids.device)
+        logits = forward.run(self.core, input_ids, positions, self.context)
+        chosen = None
+        if logits is not None:
+            generated = [len(self.new[index]) for index in self.rows]
+            chosen = choose(logits[:, 0, :vocab_size].float(), self.rows, generated)
+            chosen = chosen.to(torch.long)
+        return forward.from_last_stage(chosen, (count,), torch.long)
+
+
+def data_parallel() -> tuple[int, int, Any]:
+    """Rank, size and group over which independent batches may be split.
+
+    With expert parallelism the ranks of an expert group exchange tokens in every layer and must
+    run the same batches, so only copies of all experts count as data-parallel.
+    """
+    from megatron.core import parallel_state as state
+
+    if state.get_expert_model_parallel_world_size() > 1:
+        return (
+            state.get_expert_data_parallel_rank(),
+            state.get_expert_data_parallel_world_size(),
+            state.get_expert_data_parallel_group(),
+        )
+    return (
+        state.get_data_parallel_rank(),
+        state.get_data_parallel_world_size(),
+        state.get_data_parallel_group(),
+    )

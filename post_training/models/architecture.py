@@ -1,0 +1,247 @@
+"""What a model is: the values that decide its tensors and its forward pass.
+
+An :class:`Architecture` comes from flags (``arguments.architecture``), from the manifest of a
+checkpoint (:meth:`Architecture.from_json`) or from a Hugging Face ``config.json``
+(:func:`from_huggingface`). It is JSON throughout and says nothing about how the model is run:
+parallel sizes, precision and kernels are elsewhere. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from post_training.common.errors import UsageError
+from post_training.models import transformer_fields
+
+# Fields of TransformerConfig that belong to the model. All others say how it is run or trained.
+TRANSFORMER_FIELDS = frozenset(
+    """
+    num_layers mtp_num_layers mtp_use_repeated_layer mtp_hybrid_override_pattern
+    hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels
+    softmax_scale softmax_type apply_residual_connection_post_layernorm
+    normalization layernorm_epsilon layernorm_zero_centered_gamma
+    add_bias_linear add_qkv_bias qk_layernorm qk_l2_norm attention_output_gate
+    gated_linear_unit activation_func glu_linear_offset activation_func_clamp_value
+    rotary_interleaved no_rope_freq mrope_section window_size window_attn_skip_freq
+    experimental_attention_variant dsa_indexer_n_heads dsa_indexer_head_dim dsa_indexer_topk
+    dsa_indexer_topk_freq dsa_indexer_skip_topk_offset dsa_indexer_rope_interleaved
+    dsa_indexer_rotate_activation dsa_indexer_scoring_relu dsa_indexer_k_norm_epsilon
+    linear_attention_freq linear_conv_kernel_dim linear_key_head_dim linear_value_head_dim
+    linear_num_key_heads linear_num_value_heads
+    num_moe_experts moe_layer_freq moe_ffn_hidden_size moe_latent_size
+    moe_shared_expert_intermediate_size moe_shared_expert_gate
+    moe_router_topk moe_router_num_groups moe_router_group_topk moe_router_pre_softmax
+    moe_router_topk_scaling_factor moe_router_score_function moe_router_enable_expert_bias
+    moe_router_dtype moe_apply_probs_on_input
+    is_hybrid_model mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads
+    heterogeneous_block_specs multi_latent_attention
+    """.split()
+)
+# Fields that MLATransformerConfig adds; without multi-latent attention they mean nothing.
+MLA_FIELDS = frozenset(
+    """
+    q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rope_type
+    rotary_scaling_factor original_max_position_embeddings beta_fast beta_slow mscale
+    mscale_all_dim
+    """.split()
+)
+REQUIRED = ("num_layers", "hidden_size", "num_attention_heads")
+POSITION_EMBEDDINGS = ("rope", "mrope", "yarn", "relative", "learned_absolute", "none")
+MODEL_TYPES = ("GPTModel", "HybridModel", "MambaModel")
+
+
+class Difference(NamedTuple):
+    """A value on which two descriptions of a model disagree."""
+
+    name: str
+    mine: Any
+    theirs: Any
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model's resolved architecture.
+
+    ``transformer`` holds fields of megatron-core's configuration with JSON values
+    (``activation_func`` by name); the fields left out have megatron-core's defaults.
+    ``vocab_size`` counts the rows of the embedding, padding included.
+    ``rope_scaling`` is Llama 3's, with ``rope_scaling_factor``.
+    """
+
+    transformer: dict[str, Any]
+    vocab_size: int
+    max_position_embeddings: int
+    position_embedding_type: str = "rope"
+    rotary_base: float = 10000.0
+    rotary_percent: float = 1.0
+    rope_scaling: bool = False
+    rope_scaling_factor: float = 8.0
+    share_embeddings_and_output_weights: bool = False
+    model_type: str = "GPTModel"
+    hybrid_layer_pattern: str | None = None
+    huggingface_architecture: str | None = None
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.transformer) - TRANSFORMER_FIELDS - MLA_FIELDS)
+        if unknown:
+            raise ValueError(f"not fields of an architecture: {', '.join(unknown)}")
+
+    @property
+    def multi_latent_attention(self) -> bool:
+        """Whether megatron-core's MLATransformerConfig describes the model."""
+        return bool(self.transformer.get("multi_latent_attention"))
+
+    def value(self, name: str) -> Any:
+        """The value of a transformer field, megatron-core's default filled in."""
+        return self.resolved()[name]
+
+    def resolved(self) -> dict[str, Any]:
+        """Every value by name in one flat dictionary, megatron-core's defaults filled in."""
+        table = transformer_fields.load()
+        names = TRANSFORMER_FIELDS | (MLA_FIELDS if self.multi_latent_attention else set())
+        default = "mla_default" if self.multi_latent_attention else "default"
+        values = {n: table[n].get(default, table[n]["default"]) for n in sorted(names)}
+        values |= self.transformer
+        heads, hidden = values["num_attention_heads"], values["hidden_size"]
+        if values["num_query_groups"] is None:
+            values["num_query_groups"] = heads
+        if values["kv_channels"] is None and heads:
+            values["kv_channels"] = hidden // heads
+        if values["ffn_hidden_size"] is None:
+            values["ffn_hidden_size"] = 4 * hidden
+        if values["num_moe_experts"] and values["moe_ffn_hidden_size"] is None:
+            values["moe_ffn_hidden_size"] = values["ffn_hidden_size"]
+        return values | {n: getattr(self, n) for n in OWN_FIELDS}
+
+    def differences(self, other: Architecture) -> list[Difference]:
+        """The values in which the two models differ, by name; empty for the same model.
+
+        Values without influence on either model are not compared: the length limit of a model
+        with rotary positions, rotary values of a model without, and the name of the Hugging Face
+        architecture where one side does not know it.
+        """
+        mine, theirs = self.resolved(), other.resolved()
+        skipped = self.irrelevant() & other.irrelevant()
+        if None in (self.huggingface_architecture, other.huggingface_architecture):
+            skipped |= {"huggingface_architecture"}
+        return [
+            Difference(name, mine.get(name), theirs.get(name))
+            for name in sorted(mine.keys() | theirs.keys())
+            if name not in skipped and not same(mine.get(name), theirs.get(name))
+        ]
+
+    def contradictions(self, stated: Mapping[str, Any]) -> list[Difference]:
+        """The values of ``stated`` (flat, by name) that this architecture does not have."""
+        values, skipped = self.resolved(), self.irrelevant()
+        return [
+            Difference(name, value, values.get(name))
+            for name, value in sorted(stated.items())
+            if name not in skipped and not same(value, values.get(name))
+        ]
+
+    def irrelevant(self) -> set[str]:
+        """Names whose values do not influence this model."""
+        names = {"model_type"} if self.model_type == "GPTModel" else set()
+        names |= set() if self.multi_latent_attention else set(MLA_FIELDS)
+        if self.position_embedding_type != "learned_absolute":
+            names.add("max_position_embeddings")
+        if self.position_embedding_type not in ("rope", "mrope", "yarn"):
+            names |= {"rotary_base", "rotary_percent", "rotary_interleaved", "rope_scaling"}
+        if not self.rope_scaling:
+            names.add("rope_scaling_factor")
+        return names
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object; :meth:`from_json` reads it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Architecture:
+        """The architecture that a manifest holds.
+
+        Raises:
+            UsageError: if a value is missing, or one is there that this version does not know.
+        """
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        missing = sorted(
+            n for n, f in known.items() if f.default is dataclasses.MISSING and n not in content
+        )
+        unknown = sorted(
+            (set(content) - set(known))
+            | (set(content.get("transformer", {})) - TRANSFORMER_FIELDS - MLA_FIELDS)
+        )
+        if missing or unknown:
+            raise UsageError(
+                "the architecture in the manifest run.json",
+                f"missing: {', '.join(missing) or '-'}; unknown: {', '.join(unknown) or '-'}",
+                "make the checkpoint again with this version",
+            )
+        return cls(**content)
+
+
+OWN_FIELDS = tuple(f.name for f in dataclasses.fields(Architecture) if f.name != "transformer")
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equality of JSON values; floats to 1e-9 relative, so that 1e-6 read twice is the same."""
+    if isinstance(a, bool) or isinstance(b, bool):
+        return a is b or a == b
+    if isinstance(a, int | float) and isinstance(b, int | float):
+        return math.isclose(a, b, rel_tol=1e-9)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+def show(differences: Iterable[Difference], mine: str, theirs: str) -> str:
+    """One line: ``num_layers is 28 in the conf and 24 in config.json; ...``."""
+    return "; ".join(
+        f"{d.name} is {d.mine!r} in {mine} and {d.theirs!r} in {theirs}" for d in differences
+    )
+
+
+def reconcile(
+    stated: Architecture | Mapping[str, Any], manifest: Mapping[str, Any], source: str = "run.json"
+) -> Architecture:
+    """The architecture of a checkpoint, checked against what the conf states about it.
+
+    ``manifest`` is the content of the checkpoint's ``run.json``: its ``architecture`` and, for a
+    pruned model, the original's under ``pruned_from``. A conf that states the original's value is
+    right about the model it is named after: the checkpoint's value is taken. Any other
+    contradiction is an error.
+
+    Args:
+        stated: values by flat name, as ``arguments.stated`` gives them, or an Architecture.
+        manifest: content of a ``run.json``.
+        source: what to call the manifest in a message.
+    """
+    found = Architecture.from_json(manifest["architecture"])
+    values = stated.resolved() if isinstance(stated, Architecture) else dict(stated)
+    if isinstance(stated, Architecture) and stated.huggingface_architecture is None:
+        values.pop("huggingface_architecture")
+    original = None
+    if manifest.get("pruned_from"):
+        original = Architecture.from_json(manifest["pruned_from"]).resolved()
+    wrong = [
+        d
+        for d in found.contradictions(values)
+        if original is None or not same(d.mine, original.get(d.name))
+    ]
+    if wrong:
+        raise UsageError(
+            f"the checkpoint of {source}",
+            f"it is not the model of the conf: {show(wrong, 'the conf', 'the checkpoint')}",
+            "name the conf of this model, or the checkpoint of this conf",
+        )
+    return found
+
+
+def from_huggingface(config: Mapping[str, Any]) -> Architecture:
+    """The architecture that a Hugging Face ``config.json`` describes; see ``families``."""
+    from post_training.models import families
+
+    return families.from_huggingface(config)

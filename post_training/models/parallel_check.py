@@ -1,0 +1,70 @@
+"""Whether a model can be divided over parallel groups of given sizes. No torch."""
+
+from __future__ import annotations
+
+from post_training.common.errors import UsageError
+from post_training.distributed.parallel import Parallel
+from post_training.models.architecture import Architecture
+
+
+def check(architecture: Architecture, parallel: Parallel) -> None:
+    """Raise UsageError, naming both numbers, if the model cannot be divided this way."""
+    values = architecture.resolved()
+    _divides("TP", parallel.tensor, {
+        "attention heads": values["num_attention_heads"],
+        "query groups": None if values["multi_latent_attention"] else values["num_query_groups"],
+        "FFN size": values["ffn_hidden_size"],
+        "vocabulary": values["vocab_size"],
+        "Mamba heads": values["mamba_num_heads"],
+    })  # fmt: skip
+    _divides("EP", parallel.expert, {"experts": values["num_moe_experts"]})
+    if values["num_moe_experts"]:
+        _divides(
+            "ETP", parallel.expert_tensor, {"experts' FFN size": values["moe_ffn_hidden_size"]}
+        )
+    elif parallel.expert > 1:
+        raise UsageError(f"EP={parallel.expert}", "the model has no experts", "EP=1")
+    layers_per_stage(values["num_layers"], parallel)
+
+
+def layers_per_stage(layers: int, parallel: Parallel) -> list[int]:
+    """Layers of each pipeline stage, first to last.
+
+    Raises:
+        UsageError: if they do not come out as at least one whole layer a stage.
+    """
+    stages, first, last = parallel.pipeline, parallel.first_layers, parallel.last_layers
+    if stages == 1:
+        if first not in (None, layers) or last not in (None, layers):
+            raise UsageError(
+                f"--decoder-first-pipeline-num-layers {first} --decoder-last-... {last}",
+                f"with PP=1 the only stage has all {layers} layers",
+                "leave them out, or set PP",
+            )
+        return [layers]
+    fixed = [n for n in (first, last) if n is not None]
+    middle, rest = stages - len(fixed), layers - sum(fixed)
+    if middle == 0 and rest == 0 and min(fixed) > 0:
+        return fixed
+    if middle == 0 or rest % middle or rest // middle < 1 or min(fixed, default=1) < 1:
+        detail = f" ({first or 'even'} first, {last or 'even'} last)" if fixed else ""
+        raise UsageError(
+            f"PP={stages}",
+            f"{rest} layers{' of ' + str(layers) if fixed else ''} cannot be spread evenly over "
+            f"{middle} pipeline stages{detail}",
+            "choose a PP that divides the layers, or set the layers of the first and last stage "
+            "with --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers",
+        )
+    even = [rest // middle] * middle
+    return ([first] if first is not None else []) + even + ([last] if last is not None else [])
+
+
+def _divides(name: str, size: int, counts: dict[str, int | None]) -> None:
+    wrong = [f"{count} {what}" for what, count in counts.items() if count and count % size]
+    if wrong:
+        good = [n for n in range(1, size) if all(c % n == 0 for c in counts.values() if c)]
+        raise UsageError(
+            f"{name}={size}",
+            f"it does not divide the model's {', '.join(wrong)}",
+            f"{name} can be {', '.join(map(str, good))}",
+        )

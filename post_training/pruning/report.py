@@ -1,0 +1,155 @@
+"""What prune prints at its end and records in the manifest."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from post_training.common import report
+from post_training.pruning.minitron import Outcome
+from post_training.pruning.search import Memory, Size
+from post_training.pruning.space import MEANINGS
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from post_training.models.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model: its architecture, its size, and its scores where they were asked for.
+
+    Attributes:
+        loss: mean cross entropy on the calibration text, in nats.
+        accuracy: share of MMLU's questions that are right.
+    """
+
+    architecture: Architecture
+    size: Size
+    loss: float | None = None
+    accuracy: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.size.to_json(), "loss": self.loss, "mmlu_accuracy": self.accuracy}
+
+
+def metrics(
+    outcome: Outcome, before: Measured, after: Measured, calibration: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The manifest's metrics. ``calibration`` is None where scores came from the cache."""
+    return {
+        "pruned": outcome.config,
+        "kept_layers": outcome.kept_layers,
+        "layer_scores": {str(n): value for n, value in sorted(outcome.layer_scores.items())},
+        "before": before.to_json(),
+        "after": after.to_json(),
+        "candidates": outcome.candidates,
+        "candidates_within_limits": outcome.fitting,
+        "calibration": calibration,
+    }
+
+
+def show_candidates(candidates: list[dict[str, Any]], fitting: int, scored_by: str) -> None:
+    """Print the table of the candidates that were scored, the best first."""
+    from rich.table import Table
+
+    title = f"candidates: {len(candidates)} scored of {fitting} within the limits"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    names = list(candidates[0]["config"])
+    table.add_column("")
+    for name in names:
+        table.add_column(MEANINGS[name], justify="right")
+    for name in ("params", "memory", scored_by):
+        table.add_column(name, justify="right", no_wrap=name != scored_by)
+    for number, each in enumerate(candidates, start=1):
+        table.add_row(
+            str(number),
+            *(f"{each['config'][name]:,}" for name in names),
+            f"{each['parameters']:,}",
+            report.number_of_bytes(each["weight_bytes"] + each["cache_bytes"]),
+            f"{each['score']:.4f}",
+            style="bold" if number == 1 else None,
+        )
+    _print(table)
+
+
+def show(
+    args: argparse.Namespace,
+    content: Mapping[str, Any],
+    outcome: Outcome,
+    before: Measured,
+    after: Measured,
+    memory: Memory,
+) -> None:
+    """Print before and after, and what a pruned model needs next."""
+    from rich.table import Table
+
+    table = Table(title="pruned", title_justify="left", title_style="bold")
+    table.add_column("", style="cyan", no_wrap=True)
+    for name in ("before", "after", "left"):
+        table.add_column(name, justify="right", no_wrap=True)
+    old, new = before.architecture.resolved(), after.architecture.resolved()
+    for name, text in MEANINGS.items():
+        if new.get(name) and (name in outcome.config or name in ("num_layers", "hidden_size")):
+            _row(table, text, old[name], new[name])
+    _row(table, "parameters", before.size.parameters, after.size.parameters)
+    if before.size.active != before.size.parameters:
+        _row(table, "parameters used for a token", before.size.active, after.size.active)
+    cache = f"cache of {memory.batch_size} x {memory.sequence_length:,} tokens"
+    for text, mine, theirs in (
+        ("weights in 16 bits", before.size.weights, after.size.weights),
+        (cache, before.size.cache, after.size.cache),
+    ):
+        shown = report.number_of_bytes(mine), report.number_of_bytes(theirs)
+        table.add_row(text, *shown, f"{theirs / mine:.1%}")
+    if before.loss is not None and after.loss is not None:
+        perplexities = [f"{math.exp(min(x, 700)):,.2f}" for x in (before.loss, after.loss)]
+        table.add_row("perplexity of the calibration text", *perplexities)
+    if before.accuracy is not None and after.accuracy is not None:
+        left = f"{after.accuracy / before.accuracy:.1%}" if before.accuracy else ""
+        table.add_row("MMLU accuracy", f"{before.accuracy:.4f}", f"{after.accuracy:.4f}", left)
+    _print(table)
+    calibration = content["metrics"]["calibration"]
+    scores = f"kept in {args.prune_intermediate_ckpt}" if calibration is None else (
+        f"{calibration['sequences']:,} sequences of {calibration['sequence_length']:,}, "
+        f"{calibration['tokens_per_second']:,.0f} tokens/s"
+    )  # fmt: skip
+    report.summary(
+        "checkpoint",
+        {
+            "kept layers": _ranges(outcome.kept_layers),
+            "scores from": scores,
+            "checkpoint": f"{args.save} ({report.size(Path(args.save))})",
+            **report.cost(content),
+            "note": "weights were cut and not trained: a pruned model needs distillation from "
+            "the original before it is of use",
+        },
+        next_step=f"TEACHER_CKPT={args.load or args.pretrained_model_path} "
+        f"MLM_MODEL_CKPT={args.save} bash distill.sh <conf>",
+    )
+
+
+def _row(table: Table, text: str, before: int, after: int) -> None:
+    table.add_row(text, f"{before:,}", f"{after:,}", f"{after / before:.1%}")
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``1-3, 5``."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][-1] + 1:
+            found[-1][1:] = [number]
+        else:
+            found.append([number])
+    return ", ".join("-".join(map(str, each)) for each in found)
+
+
+def _print(table: Table) -> None:
+    from rich.console import Console
+
+    Console(stderr=True).print(table)

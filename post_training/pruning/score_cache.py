@@ -1,0 +1,133 @@
+"""Importance scores kept between runs of prune, so that another target needs no calibration.
+
+A folder holds ``scores.json`` (of which model, from which text, at which layout) and one file of
+ModelOpt's for each rank. ``scores.json`` is written last: without it, files that a killed run left
+are not used. Nothing here imports torch before the scores are read or written.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from post_training.common import files, manifest
+from post_training.common.errors import UsageError
+
+logger = logging.getLogger("post_training")
+
+OPTION = "--prune-intermediate-ckpt"
+_DESCRIPTION = "scores.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ScoreCache:
+    """One folder of scores.
+
+    Attributes:
+        folder: may not exist yet.
+        model: the model to prune, as a manifest describes an input.
+        layout: of the pipeline, which decides what each rank's file holds.
+        search: what the candidates of a search depend on besides the scores.
+    """
+
+    folder: Path
+    model: Mapping[str, Any]
+    layout: Mapping[str, Any]
+    search: Mapping[str, Any]
+
+    def described(self) -> dict[str, Any] | None:
+        """What ``scores.json`` says; None without one.
+
+        Raises:
+            UsageError: if the scores are of another model or layout, or cannot be read.
+        """
+        what = f"{OPTION} {self.folder}"
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UsageError(what, "it is a file", "name a folder")
+        path = self.folder / _DESCRIPTION
+        if not path.is_file():
+            return None
+        try:
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                what, f"{path.name} cannot be read: {error}", "delete the folder, or name another"
+            ) from error
+        theirs = {name: content.get(name) for name in ("format", "layout")}
+        mine = {"format": _FORMAT, "layout": dict(self.layout)}
+        if _identity(content.get("model", {})) != _identity(self.model):
+            raise UsageError(
+                what,
+                f"its scores are of the model {content.get('model', {}).get('path')} as it was "
+                f"then, not of {self.model['path']} as it is now",
+                "name another folder, or delete this one to calibrate again",
+            )
+        if theirs != mine:
+            raise UsageError(
+                what,
+                f"its scores were saved with {theirs}, this run has {mine}",
+                "use the same PP, name another folder, or delete this one",
+            )
+        return content
+
+    def read(self, rank: int, device: Any) -> dict[str, Any] | None:
+        """ModelOpt's search state of this rank, or None where some rank has none; collective.
+
+        Candidates found under other settings of the search are left out.
+        """
+        import torch
+        from modelopt.torch.utils.serialization import safe_load
+
+        content = self.described()
+        path = self._file(rank)
+        found: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(found, content is not None and path.is_file())
+        if not all(found) or content is None:
+            return None
+        text = content["calibration"]
+        logger.info(
+            "importance scores of %s are used again, no calibration; they are of %s sequences of "
+            "%s tokens of %s",
+            self.folder,
+            *(text[name] for name in ("sequences", "sequence_length", "source")),
+        )
+        state: dict[str, Any] = safe_load(path, map_location=device)
+        if content["search"] != dict(self.search):
+            state["all_candidates_per_constraint"] = {}
+        return state
+
+    def write(self, state: Mapping[str, Any], rank: int, calibration: Mapping[str, Any]) -> None:
+        """Save this rank's search state, and, once every rank's is there, what they are of."""
+        import torch
+        from modelopt.torch.utils.serialization import safe_save
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        work = self._file(rank).with_suffix(".incomplete")
+        safe_save(dict(state), work)
+        work.replace(self._file(rank))
+        torch.distributed.barrier()
+        if rank == 0:
+            files.write_json(
+                self.folder / _DESCRIPTION,
+                {
+                    "format": _FORMAT,
+                    "model": dict(self.model),
+                    "layout": dict(self.layout),
+                    "calibration": dict(calibration),
+                    "search": dict(self.search),
+                    "versions": manifest.versions(),
+                },
+            )
+
+    def _file(self, rank: int) -> Path:
+        return self.folder / f"rank{rank}.pth"  # ModelOpt's own name for it
+
+
+def _identity(model: Mapping[str, Any]) -> Any:
+    """What tells two models apart: the hash of manifest or files, else (a hub name) the name."""
+    return model.get("manifest_sha256") or model.get("listing_sha256") or model.get("path")

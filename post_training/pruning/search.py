@@ -1,0 +1,204 @@
+"""Where a search for an architecture looks, and what an architecture takes.
+
+Sizes are computed by ModelOpt from the configuration alone, so that thousands of candidates can be
+compared, and a target out of reach is refused, before any weight is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from post_training.common.errors import UsageError
+from post_training.pruning.space import Dimension
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import MegatronModule, TransformerConfig
+
+    from post_training.models.architecture import Architecture
+
+logger = logging.getLogger("post_training")
+
+MEBIBYTE = 1 << 20
+_WEIGHT_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What inference memory is counted for: 16-bit weights and the cache of these tokens."""
+
+    sequence_length: int = 4096
+    batch_size: int = 1
+
+
+@dataclass(frozen=True)
+class Search:
+    """Limits that the pruned model must meet, and where to look for it.
+
+    Attributes:
+        limits: ``params``, ``active_params`` and ``memory`` (bytes), those that are given.
+        max_width: largest share of a width's choices that may be cut.
+        max_depth: the same for the depth.
+        top_k: candidates that are scored: the largest ones within the limits.
+        skip: hyper-parameters that stay as they are.
+        memory: what memory is counted for.
+    """
+
+    limits: Mapping[str, float]
+    max_width: float = 0.4
+    max_depth: float = 0.2
+    top_k: int = 10
+    skip: tuple[str, ...] = ()
+    memory: Memory = field(default_factory=Memory)
+
+    def spaces(self, allowed: Mapping[str, Dimension]) -> dict[str, tuple[int, ...]]:
+        """The values that are tried of each hyper-parameter (as ModelOpt chooses them)."""
+        found = {}
+        for name, each in allowed.items():
+            share = self.max_depth if name == "num_layers" else self.max_width
+            if len(each.choices) > 1 and name not in self.skip:
+                found[name] = each.choices[int((1 - share) * len(each.choices)) :]
+        return found
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters, those used for one token, and bytes of weights and cache."""
+
+    parameters: int
+    active: int
+    weights: int
+    cache: int
+
+    @property
+    def memory(self) -> int:
+        return self.weights + self.cache
+
+    def to_json(self) -> dict[str, int]:
+        return {
+            "parameters": self.parameters,
+            "active_parameters": self.active,
+            "weight_bytes": self.weights,
+            "cache_bytes": self.cache,
+        }
+
+
+def size(
+    architecture: Architecture, config: TransformerConfig, memory: Memory, **changes: int
+) -> Size:
+    """What a model takes, with ``changes`` to its hyper-parameters; computed, not measured."""
+    from modelopt.torch.nas.plugins import megatron_model_stats as stats
+
+    described = (
+        architecture.vocab_size,
+        architecture.share_embeddings_and_output_weights,
+        architecture.hybrid_layer_pattern,
+    )
+    values = {**architecture.resolved(), **changes}
+    total, active = stats.mcore_param_count(config, *described, **changes)
+    weights, cached, state, _ = stats.mcore_memory_footprint_mb(
+        config,
+        *described,
+        sequence_length=memory.sequence_length,
+        batch_size=memory.batch_size,
+        **changes,
+    )
+    more = 0
+    if values["add_qkv_bias"] and not values["add_bias_linear"]:
+        # ModelOpt counts biases of all linears or of none.
+        rows = values["num_attention_heads"] + 2 * values["num_query_groups"]
+        more = rows * values["kv_channels"] * values["num_layers"]
+    return Size(
+        total + more,
+        active + more,
+        round(weights * MEBIBYTE) + more * _WEIGHT_BYTES,
+        round((cached + state) * MEBIBYTE),
+    )
+
+
+def counted(model: MegatronModule, computed: Size) -> Size:
+    """``computed`` with the parameters that the model really has; a collective call."""
+    from modelopt.torch.nas.plugins import megatron_model_stats as stats
+
+    # Not model.count_parameters: after dropping layers the stages may hold unequal numbers.
+    actual = stats.mcore_param_count_live(model)
+    if actual != computed.parameters:
+        logger.warning(
+            "%s parameters were computed for this architecture, it has %s: a search may miss its "
+            "target by as much",
+            f"{computed.parameters:,}",
+            f"{actual:,}",
+        )
+    more = actual - computed.parameters
+    return replace(
+        computed,
+        parameters=actual,
+        active=computed.active + more,
+        weights=computed.weights + more * _WEIGHT_BYTES,
+    )
+
+
+def within(found: Size, limits: Mapping[str, float]) -> bool:
+    """Whether a size meets every limit of a search."""
+    values = {"params": found.parameters, "active_params": found.active, "memory": found.memory}
+    return all(values[name] <= limit for name, limit in limits.items())
+
+
+def check_reachable(
+    architecture: Architecture,
+    config: TransformerConfig,
+    allowed: Mapping[str, Dimension],
+    search: Search,
+) -> None:
+    """Raise UsageError if the limits are met already, or by no architecture of the search."""
+    smallest = {name: choices[0] for name, choices in search.spaces(allowed).items()}
+    if architecture.hybrid_layer_pattern:
+        smallest.pop("num_layers", None)  # its size depends on which layers go
+    least = size(architecture, config, search.memory, **smallest)
+    whole = size(architecture, config, search.memory)
+    wanted = ", ".join(f"{name} <= {limit:,.0f}" for name, limit in search.limits.items())
+    if within(whole, search.limits):
+        raise UsageError(
+            f"the target {wanted}",
+            f"the model meets it already: {_shown(whole)}",
+            "give a smaller target",
+        )
+    if not within(least, search.limits):
+        raise UsageError(
+            f"the target {wanted}",
+            f"the smallest architecture of the search has {_shown(least)}: {smallest}",
+            f"give a larger target, raise --prune-max-width-pruning {search.max_width} or "
+            f"--prune-max-depth-pruning {search.max_depth}, or name the widths with "
+            "--prune-export-config",
+        )
+
+
+def _shown(found: Size) -> str:
+    return (
+        f"params = {found.parameters:,}, active_params = {found.active:,}, "
+        f"memory = {found.memory:,} bytes"
+    )
+
+
+def acceptance(
+    architecture: Architecture,
+    config: TransformerConfig,
+    allowed: Mapping[str, Dimension],
+    target: Mapping[str, int] | Search,
+) -> Callable[[Mapping[str, Any]], bool]:
+    """What a candidate of ModelOpt's must meet besides: it knows no top-k and no biases of q, k, v.
+
+    The function takes a candidate's hyper-parameters by name, other names being skipped.
+    """
+
+    def accept(candidate: Mapping[str, Any]) -> bool:
+        found = {name: value for name, value in candidate.items() if allowed[name].choices}
+        if any(value not in allowed[name].choices for name, value in found.items()):
+            return False
+        if not isinstance(target, Search) or architecture.hybrid_layer_pattern:
+            return True
+        return within(size(architecture, config, target.memory, **found), target.limits)
+
+    return accept

@@ -1,0 +1,162 @@
+"""What a training run shows and keeps of itself, on rank 0.
+
+- ``training/metrics.jsonl``: one JSON object a log line, ``kind`` ``train`` or ``eval``;
+- TensorBoard files of the same numbers;
+- a progress bar where there is a terminal, log lines where there is none;
+- ``training/curves.png`` at the end.
+
+A run that goes on after an interruption cuts the lines that lie after its checkpoint, and writes
+them again: the file is that of a run without the interruption, but for times.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from post_training.common import files
+
+logger = logging.getLogger("post_training")
+
+FILE = "metrics.jsonl"
+CURVES = "curves.png"
+# They describe the machine rather than the model: not drawn, and not equal between two runs.
+MACHINE = ("tokens_per_second", "memory_bytes", "seconds")
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The lines of ``folder``'s metrics file; a last line that was cut short is left out."""
+    lines = []
+    try:
+        text = (folder / FILE).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    for line in text.splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    return lines
+
+
+class Metrics:
+    """Writes the metrics of a run.
+
+    Args:
+        folder: ``training/`` of the run.
+        iteration: the run goes on after this one: later lines go.
+        total: iterations altogether, for the bar.
+        show_progress: whether to draw it.
+        tensorboard: folder of the TensorBoard files.
+        title: of the bar and the curves.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        iteration: int,
+        total: int,
+        *,
+        show_progress: bool = False,
+        tensorboard: Path | None = None,
+        title: str = "training",
+    ) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.title = title
+        self.lines = [line for line in read(folder) if line["iteration"] <= iteration]
+        text = "".join(json.dumps(line) + "\n" for line in self.lines)
+        files.write_text(folder / FILE, text)
+        self._stream = (folder / FILE).open("a", encoding="utf-8")
+        self._writer = SummaryWriter(
+            str(tensorboard or folder / "tensorboard"), purge_step=iteration + 1
+        )
+        self._bar = tqdm(
+            total=total, initial=iteration, desc=title, unit="it", disable=not show_progress
+        )
+        self._show_progress = show_progress
+        self._total = total
+
+    def advance(self) -> None:
+        """Move the bar by one iteration."""
+        self._bar.update(1)
+
+    def log(self, kind: str, iteration: int, samples: int, values: Mapping[str, float]) -> None:
+        """Write one line of ``kind`` (``train``, ``eval``)."""
+        line = {"kind": kind, "iteration": iteration, "samples": samples, **values}
+        self.lines.append(line)
+        self._stream.write(json.dumps(line) + "\n")
+        self._stream.flush()
+        for name, value in values.items():
+            self._writer.add_scalar(f"{kind}/{name}", value, iteration)
+        shown = {name: value for name, value in values.items() if name not in MACHINE}
+        text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        if self._show_progress and kind == "train":
+            self._bar.set_postfix_str(f"loss {values['loss']:.4f}")
+            return
+        speed = values.get("tokens_per_second")
+        speed_text = f"  {speed:,.0f} tokens/s" if speed else ""
+        where = f"{kind} {iteration:,}/{self._total:,}"
+        if self._show_progress:
+            self._bar.write(f"[{self.title}] {where}: {text}{speed_text}")
+        else:
+            logger.info("%s: %s%s", where, text, speed_text)
+
+    def close(self) -> None:
+        """End the files and draw the curves."""
+        self._bar.close()
+        self._stream.close()
+        self._writer.close()
+        draw(self.lines, self.folder / CURVES, self.title)
+
+
+def draw(lines: list[dict[str, Any]], path: Path, title: str) -> None:
+    """A PNG with one panel for each group of metrics (the name up to its last underscore)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    groups: dict[str, set[str]] = {}
+    for line in lines:
+        for name, value in line.items():
+            if isinstance(value, int | float) and name not in (*MACHINE, "iteration", "samples"):
+                head, _, tail = name.rpartition("_")
+                groups.setdefault(head if tail.isdecimal() else name, set()).add(name)
+    if not groups:
+        return
+    columns = min(3, len(groups))
+    rows = -(-len(groups) // columns)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(5 * columns, 3.4 * rows), squeeze=False, layout="constrained"
+    )
+    for axis, (group, names) in zip(axes.flat, groups.items(), strict=False):
+        for i, name in enumerate(sorted(names)):
+            for kind, style in (("train", "-"), ("eval", "o--")):
+                points = [
+                    (line["iteration"], line[name])
+                    for line in lines
+                    if line["kind"] == kind and name in line
+                ]
+                if points:
+                    label = f"{name} ({kind})" if kind == "eval" else name
+                    axis.plot(
+                        *zip(*points, strict=True), style, color=f"C{i}", label=label, markersize=4
+                    )
+        axis.set_title(group)
+        axis.set_xlabel("iteration")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    for axis in list(axes.flat)[len(groups) :]:
+        axis.set_visible(False)
+    figure.suptitle(title)
+    work = path.with_name(f".{path.name}")
+    figure.savefig(work, format="png", dpi=110)
+    pyplot.close(figure)
+    work.replace(path)

@@ -1,0 +1,114 @@
+"""What comes before the first step of a training run: whether it is to begin at all, and
+megatron-core's DDP, distributed optimizer, schedule and pipeline."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from post_training.distributed import signals
+from post_training.training.options import EXIT_UNFINISHED, TrainingOptions
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.core.transformer import MegatronModule
+
+    from post_training.distributed.session import Session
+
+
+def leave_if_asked(session: Session) -> None:
+    """End the process with exit code 75 if a deferred signal has come; a collective call.
+
+    For the moments before training begins at which nothing is half done: there is nothing to save.
+    """
+    import torch
+
+    asked = torch.tensor([float(signals.asked_to_end())], device=session.device)
+    if session.world > 1:
+        torch.distributed.all_reduce(asked)
+    if not asked.item():
+        return
+    if session.is_main:
+        print(
+            f"{session.stage}: asked to end before its training began; nothing was changed, and "
+            "the same command goes on",
+            file=sys.stderr,
+        )
+    sys.exit(EXIT_UNFINISHED)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The model in DDP, its optimizer and schedule, and the function that runs micro batches."""
+
+    ddp: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    forward_backward: Callable[..., Any]
+
+
+def build(model: MegatronModule, options: TrainingOptions) -> Parts:
+    """The parts for a model, whose configuration learns of them.
+
+    Gradients are summed in float32 and divided by the tokens of the whole iteration, over ranks and
+    micro batches; the optimizer's state and the float32 weights are split over data parallelism.
+
+    Args:
+        model: this rank's part; parameters with ``requires_grad`` are trained.
+        options: of the run.
+    """
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    config = model.config
+    config.calculate_per_token_loss = True
+    ddp = DistributedDataParallel(
+        config=config,
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=True
+        ),
+        module=model,
+    )
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=options.lr,
+            min_lr=options.min_lr,
+            weight_decay=options.weight_decay,
+            adam_beta1=options.adam_beta1,
+            adam_beta2=options.adam_beta2,
+            adam_eps=options.adam_eps,
+            clip_grad=options.clip_grad,
+            bf16=options.dtype == "bf16",
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=True,
+        ),
+        [ddp],
+    )
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=options.lr,
+        min_lr=options.min_lr,
+        lr_warmup_steps=options.lr_warmup_iters,
+        lr_decay_steps=options.lr_decay_iters or options.train_iters,
+        lr_decay_style=options.lr_decay_style,
+        start_wd=options.weight_decay,
+        end_wd=options.weight_decay,
+        wd_incr_steps=options.train_iters,
+        wd_incr_style="constant",
+    )
+    config.grad_scale_func = optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    config.no_sync_func = ddp.no_sync
+    return Parts(ddp, optimizer, scheduler, get_forward_backward_func())

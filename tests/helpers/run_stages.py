@@ -1,0 +1,85 @@
+"""Run several stages in one set of processes: ``tests/helpers/tools.py`` starts it.
+
+Starting Python with megatron-core and ModelOpt takes many seconds; the stages' own work on tiny
+models takes one. The argument is a JSON list of [stage, [flags...]]; all share the parallel sizes
+of the first. ``logits`` is one more stage: it loads a model as the others do and writes its logits;
+speculative_jobs.py has others.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from post_training.checkpoints import loading
+from post_training.checkpoints.source import Source, fetch_source, find_source
+from post_training.cli.stage import Stage, make_plan, open_session
+from post_training.config import arguments
+from post_training.config.flags import flag
+from post_training.config.options import StageOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitsOptions(StageOptions):
+    ids: Path = flag(help="token ids")
+    output: Path = flag(help="where the logits go")
+
+
+@dataclass(frozen=True)
+class LogitsPlan:
+    options: LogitsOptions
+    source: Source
+
+
+def logits(plan: LogitsPlan, session: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from post_training.inference import generation
+
+    source = fetch_source(plan.source, plan.options)
+    model = loading.load(source, plan.options, session)
+    ids = load_file(plan.options.ids)["ids"].to(session.device)
+    result = generation.prefill_logits(model, ids)
+    if session.is_main:
+        save_file({"logits": result.float().cpu().contiguous()}, plan.options.output)
+
+
+LOGITS = Stage(
+    "logits", LogitsOptions, lambda options: LogitsPlan(options, find_source(options)), logits
+)
+
+
+def stage_module(name: str) -> Any:
+    if name == "logits":
+        return SimpleNamespace(STAGE=LOGITS)
+    if name in ("prepare", "decode"):
+        return importlib.import_module("speculative_jobs").job(name)
+    return importlib.import_module(name)
+
+
+def main() -> None:
+    jobs = json.loads(sys.argv[1])
+    first = stage_module(jobs[0][0])
+    if hasattr(first, "STAGE"):
+        options: Any = arguments.parse(first.STAGE.name, first.STAGE.options, jobs[0][1])
+    else:
+        options = arguments.parse_namespace(
+            jobs[0][0], first.add_arguments, lambda args: None, jobs[0][1]
+        )
+    with open_session(options) as session:
+        for name, flags in jobs:
+            module = stage_module(name)
+            if hasattr(module, "STAGE"):
+                module.STAGE.work(make_plan(module.STAGE, flags), session)
+                continue
+            parsed = arguments.parse_namespace(name, module.add_arguments, module.check, flags)
+            getattr(module, name)(parsed, session)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""What several test files need: tiny random models, and stages run as users run them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import speed
+import torch
+
+from benchmarks.random_model import CHAT_TEMPLATE, byte_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+VOCABULARY = 512
+SHARED = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+}
+# Parallel layouts: processes and flags. Six layers, so that 4 + 2 is an uneven split.
+LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {
+    "TP=1": (1, ()),
+    "TP=2": (2, ("--tensor-model-parallel-size", 2)),
+    "PP=2": (2, ("--pipeline-model-parallel-size", 2)),
+    "PP=2, 4 + 2 layers": (
+        2,
+        ("--pipeline-model-parallel-size", 2, "--decoder-first-pipeline-num-layers", 4),
+    ),
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama3": {
+        "model_type": "llama",
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        "max_position_embeddings": 131072,
+        "tie_word_embeddings": False,
+    },
+    "qwen2.5": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "head_dim": 64, "tie_word_embeddings": True},
+}
+
+
+def random_model(
+    folder: Path,
+    family: str,
+    dtype: torch.dtype = torch.float32,
+    scale: float = 1.0,
+    **changes: Any,
+):
+    """Save a tiny random model of ``family`` with a byte-level tokenizer; returns the model.
+
+    Every parameter is random, norms and biases included, so that a tensor in a wrong place shows.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {**SHARED, **FAMILIES[family], **changes}
+    config = AutoConfig.for_model(**settings)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("norm.weight", "layernorm.weight")):
+                parameter.uniform_(0.5, 1.5)
+            elif parameter.dim() == 1:
+                parameter.normal_(std=0.5 * scale)
+            else:
+                parameter.normal_(std=0.08 * scale)
+    model.eval().save_pretrained(folder)
+    chat_tokenizer().save_pretrained(folder)
+    return model
+
+
+def chat_tokenizer():
+    """One token a byte, with a plain chat template."""
+    fast = byte_tokenizer()
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def write_conversations(path: Path, count: int = 60) -> Path:
+    """Questions and answers of different lengths, as JSONL with messages."""
+    lines = []
+    for i in range(count):
+        answer = f"It is {2 * i}." + " Sure." * (i % 4)
+        turns = [
+            {"role": "user", "content": f"What is {i} plus {i}?"},
+            {"role": "assistant", "content": answer},
+        ]
+        lines.append(json.dumps({"messages": turns}) + "\n")
+    path.write_text("".join(lines))
+    return path
+
+
+def write_texts(path: Path, count: int = 60) -> Path:
+    """Short texts, each of its own, as JSONL."""
+    texts = [{"text": f"Fact {i}: {i} plus {i} is {2 * i}, and so on."} for i in range(count)]
+    path.write_text("".join(json.dumps(each) + "\n" for each in texts))
+    return path
+
+
+def tokens(rows: int = 2, length: int = 48) -> torch.Tensor:
+    """Token ids [rows, length], the same on every call."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (rows, length), generator=generator)
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """This process's environment without torchrun's variables; one thread a process."""
+    distributed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    inherited = {name: value for name, value in os.environ.items() if name not in distributed}
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, **variables}
+
+
+def command(script: str, *flags: object, processes: int = 1) -> list[str]:
+    """How a script of this repository is started: python for one process, else torchrun."""
+    words = [str(ROOT / script), *map(str, flags)]
+    if processes == 1:
+        return [sys.executable, *words]
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*run, f"--nproc_per_node={processes}", *words]
+
+
+def run(
+    script: str, *flags: object, processes: int = 1, code: int = 0, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a script to its end and require the exit ``code``; the output is in the failure."""
+    done = subprocess.run(
+        command(script, *flags, processes=processes),
+        cwd=ROOT,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=speed.scaled(600),
+    )
+    assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def run_stages(
+    *jobs: tuple[str, tuple[object, ...]], processes: int = 1
+) -> subprocess.CompletedProcess[str]:
+    """Run stages, given as (name, flags), one after the other in one set of processes.
+
+    The flags of the first decide the parallel sizes; the others must not contradict them.
+    Returns what they printed.
+    """
+    listed = [[name, [str(flag) for flag in flags]] for name, flags in jobs]
+    return run("tests/helpers/run_stages.py", json.dumps(listed), processes=processes)
+
+
+def logits_job(work: Path, ids: torch.Tensor, *flags: object) -> tuple[str, tuple[object, ...]]:
+    """A job for :func:`run_stages`; :func:`read_logits` of the same folder gets its result."""
+    from safetensors.torch import save_file
+
+    work.mkdir(parents=True, exist_ok=True)
+    save_file({"ids": ids}, work / "ids.safetensors")
+    output = ("--ids", work / "ids.safetensors", "--output", work / "logits.safetensors")
+    return ("logits", (*flags, *output))
+
+
+def read_logits(work: Path) -> torch.Tensor:
+    """Logits [rows, length, vocabulary] in float32 that a logits job wrote."""
+    from safetensors.torch import load_file
+
+    return load_file(work / "logits.safetensors")["logits"]
+
+
+def transformers_logits(model, ids: torch.Tensor) -> torch.Tensor:
+    """Logits [rows, length, vocabulary] in float32."""
+    with torch.inference_mode():
+        return model(ids).logits.float()

@@ -1,0 +1,123 @@
+"""convert followed by a BF16 export gives back every tensor bit for bit, at every layout."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import tools
+import torch
+
+from post_training.checkpoints import huggingface
+from post_training.common import files
+
+SOURCES = {"llama3": "untied", "qwen2.5": "tied, with biases", "qwen3": "tied, with q/k norms"}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sources")
+    for family in SOURCES:
+        tools.random_model(root / family, family, torch.bfloat16)
+    return root
+
+
+@pytest.fixture(scope="module")
+def source(sources):
+    return sources / "qwen3"
+
+
+def umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def assert_same_tensors(first, second):
+    wanted, actual = dict(huggingface.tensors(first)), dict(huggingface.tensors(second))
+    assert actual.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert actual[name].dtype == tensor.dtype
+        assert torch.equal(actual[name].view(torch.int16), tensor.view(torch.int16)), name
+
+
+@pytest.mark.parametrize("layout", list(tools.LAYOUTS))
+def test_round_trip_is_exact(sources, layout, tmp_path):
+    processes, flags = tools.LAYOUTS[layout]
+    convert = [
+        (
+            "convert",
+            ("--pretrained-model-path", sources / family, "--save", tmp_path / family, *flags),
+        )
+        for family in SOURCES
+    ]
+    tools.run_stages(*convert, processes=processes)
+    # Export runs at TP=1 whatever the checkpoint was saved at; PP is kept.
+    if "--tensor-model-parallel-size" in flags:
+        processes, flags = 1, ()
+    export = [
+        ("export", ("--load", tmp_path / family, "--export-dir", tmp_path / f"{family}_hf", *flags))
+        for family in SOURCES
+    ]
+    tools.run_stages(*export, processes=processes)
+    for family in SOURCES:
+        exported = tmp_path / f"{family}_hf"
+        assert_same_tensors(sources / family, exported)
+        config = json.loads((exported / "config.json").read_text())
+        assert config == json.loads((sources / family / "config.json").read_text())
+
+
+def test_shards_have_the_chosen_size_and_an_index(source, tmp_path):
+    tools.run_stages(
+        ("convert", ("--pretrained-model-path", source, "--save", tmp_path / "megatron")),
+        (
+            "export",
+            (
+                *("--load", tmp_path / "megatron", "--export-dir", tmp_path / "exported"),
+                *("--max-shard-size", 0.0005),
+            ),
+        ),
+    )
+    shards = sorted((tmp_path / "exported").glob("*.safetensors"))
+    assert len(shards) > 2
+    assert all(shard.stat().st_mode & 0o044 == 0o044 & ~umask() for shard in shards)
+    assert all(shard.stat().st_size < 510_000 for shard in shards)
+    assert_same_tensors(source, tmp_path / "exported")
+
+
+def test_checkpoint_moves_between_layouts(source, tmp_path):
+    """Saved at TP=2, saved again at PP=2, exported at TP=1: still the same bits."""
+    first, second = tmp_path / "tp2", tmp_path / "pp2"
+    convert = ("convert", ("--pretrained-model-path", source, "--save", first))
+    tools.run_stages((convert[0], (*convert[1], *tools.LAYOUTS["TP=2"][1])), processes=2)
+    moved = ("--load", first, "--save", second, *tools.LAYOUTS["PP=2"][1])
+    tools.run_stages(("convert", moved), processes=2)
+    tools.run_stages(("export", ("--load", second, "--export-dir", tmp_path / "exported")))
+    assert_same_tensors(source, tmp_path / "exported")
+
+
+def test_meta_device_initialisation_gives_the_same_checkpoint(source, tmp_path):
+    flags = ("--pretrained-model-path", source, "--save", tmp_path / "megatron")
+    tools.run_stages(
+        ("convert", (*flags, "--init-model-with-meta-device")),
+        ("export", ("--load", tmp_path / "megatron", "--export-dir", tmp_path / "exported")),
+    )
+    assert_same_tensors(source, tmp_path / "exported")
+
+
+def test_manifest_names_inputs_outputs_and_architecture(source, tmp_path):
+    tools.run("convert.py", "--pretrained-model-path", source, "--save", tmp_path / "megatron")
+    tools.run("export.py", "--load", tmp_path / "megatron", "--export-dir", tmp_path / "exported")
+    convert = json.loads((tmp_path / "megatron" / "run.json").read_text())
+    export = json.loads((tmp_path / "exported" / "run.json").read_text())
+    assert convert["architecture"]["transformer"]["num_layers"] == 6
+    assert convert["metrics"]["parameters"] > 100_000
+    assert export["architecture"] == convert["architecture"]
+
+    assert export["inputs"][0]["manifest_sha256"] == files.sha256(
+        tmp_path / "megatron" / "run.json"
+    )
+    for entry in export["outputs"]:
+        path = tmp_path / "exported" / entry["file"]
+        assert (entry["bytes"], entry["sha256"]) == (path.stat().st_size, files.sha256(path))

@@ -1,0 +1,346 @@
+"""Architectures from Hugging Face configurations, flags and manifests, and their agreement."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from confs import conf_flags, parse
+
+from post_training.common.errors import UsageError
+from post_training.config import arguments
+from post_training.models.architecture import Architecture, from_huggingface, reconcile
+
+LLAMA3_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "mlp_bias": False,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "rope_scaling": LLAMA3_SCALING,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+_QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 21,
+    "sliding_window": 32768,
+    "use_sliding_window": False,
+}
+_QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000,
+    "rope_scaling": None,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 28,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "num_key_value_heads": 8,
+    "vocab_size": 151936,
+}
+# The config.json of each released model, as far as it decides the architecture.
+RELEASED: dict[str, dict[str, Any]] = {
+    "meta-llama/Llama-3.1-8B-Instruct": {
+        **_LLAMA,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "tie_word_embeddings": False,
+    },
+    "meta-llama/Llama-3.2-1B-Instruct": {
+        **_LLAMA,
+        "head_dim": 64,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "rope_scaling": {**LLAMA3_SCALING, "factor": 32.0},
+        "tie_word_embeddings": True,
+    },
+    "Qwen/Qwen2.5-0.5B-Instruct": {
+        **_QWEN2,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        "vocab_size": 151936,
+    },
+    "Qwen/Qwen2.5-7B-Instruct": {
+        **_QWEN2,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+        "vocab_size": 152064,
+    },
+    "Qwen/Qwen3-0.6B": {
+        **_QWEN3,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "tie_word_embeddings": True,
+    },
+    "Qwen/Qwen3-8B": {
+        **_QWEN3,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "tie_word_embeddings": False,
+    },
+}
+QWEN3 = RELEASED["Qwen/Qwen3-0.6B"]
+
+
+@pytest.mark.parametrize("conf", RELEASED)
+def test_a_conf_states_what_the_released_config_json_says(conf):
+    args = parse(*conf_flags(conf))
+    from_flags = arguments.architecture(args)
+    released = from_huggingface(RELEASED[conf])
+    assert from_flags.differences(released) == []
+    assert from_flags.max_position_embeddings == released.max_position_embeddings
+    assert arguments.architecture(args, RELEASED[conf]) == released
+
+
+def test_the_quickstarts_conf_is_the_model_that_it_trains(tiny_model):
+    config = json.loads((tiny_model / "config.json").read_text())
+    args = parse(*conf_flags("quickstart/tiny"))
+    assert arguments.architecture(args).differences(arguments.architecture(args, config)) == []
+
+
+def test_a_config_json_gives_every_field():
+    found = from_huggingface(RELEASED["meta-llama/Llama-3.2-1B-Instruct"])
+    assert found == Architecture(
+        transformer={
+            "num_layers": 16,
+            "hidden_size": 2048,
+            "ffn_hidden_size": 8192,
+            "num_attention_heads": 32,
+            "num_query_groups": 8,
+            "kv_channels": 64,
+            "layernorm_epsilon": 1e-05,
+            "normalization": "RMSNorm",
+            "gated_linear_unit": True,
+            "activation_func": "silu",
+            "add_bias_linear": False,
+        },
+        vocab_size=128256,
+        max_position_embeddings=131072,
+        rotary_base=500000.0,
+        rope_scaling=True,
+        rope_scaling_factor=32.0,
+        share_embeddings_and_output_weights=True,
+        huggingface_architecture="LlamaForCausalLM",
+    )
+    assert from_huggingface(QWEN3).transformer["qk_layernorm"] is True
+    assert from_huggingface(RELEASED["Qwen/Qwen2.5-0.5B-Instruct"]).transformer["add_qkv_bias"]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_what_transformers_writes_is_read_like_the_older_form(model_type, tmp_path):
+    from transformers import AutoConfig
+
+    scaling = LLAMA3_SCALING if model_type == "llama" else {"rope_type": "default"}
+    sizes = {
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 131072,
+    }
+    name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[model_type] + "ForCausalLM"
+    config = AutoConfig.for_model(
+        model_type,
+        **sizes,
+        architectures=[name],
+        rope_parameters={**scaling, "rope_theta": 500000.0},
+    )
+    config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert "rope_parameters" in written
+    older = {**sizes, "architectures": [name], "rope_theta": 500000.0, "rope_scaling": scaling}
+    assert from_huggingface(written) == from_huggingface(older)
+    older["rope_scaling"] = {"type": scaling["rope_type"], **scaling}
+    del older["rope_scaling"]["rope_type"]
+    assert from_huggingface(written) == from_huggingface(older)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"architectures": ["Qwen3ForCausalLN"]}, ["Qwen3ForCausalLN", "Did you mean: Qwen3"]),
+        ({"architectures": ["BertModel"]}, ["BertModel", "LlamaForCausalLM", "Qwen2ForCausalLM"]),
+        ({"architectures": None}, ["None", "Qwen3ForCausalLM"]),
+        ({"hidden_act": "gelu"}, ["hidden_act = 'gelu'", "'silu'"]),
+        ({"attention_bias": True}, ["attention_bias = True"]),
+        ({"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 14},
+         ["sliding window of 4096 tokens"]),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, ["sliding window"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["rope type 'yarn'"]),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, ["rope type 'linear'"]),
+        ({"rope_scaling": {**LLAMA3_SCALING, "low_freq_factor": 2.0}}, ["low_freq_factor = 2.0"]),
+        ({"rope_scaling": {**LLAMA3_SCALING, "high_freq_factor": 8.0}}, ["high_freq_factor = 8.0"]),
+        ({"rope_scaling": {**LLAMA3_SCALING, "original_max_position_embeddings": 4096}},
+         ["original_max_position_embeddings = 4096", "8192"]),
+        ({"num_hidden_layers": "28"}, ["num_hidden_layers = '28'", "whole number"]),
+        ({"vocab_size": None}, ["vocab_size = None"]),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["gptq", "4 bits"]),
+        ({"quantization_config": {"quant_method": "fp8", "fmt": "e4m3"}}, ["fp8", "e4m3"]),
+        ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}},
+         ["modelopt", "NVFP4", "already quantized"]),
+        ({"quantization_config": {"quant_method": "compressed-tensors", "format": "int"}},
+         ["compressed-tensors"]),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_represented_is_refused_by_name(changes, parts):
+    with pytest.raises(UsageError) as refused:
+        from_huggingface({**QWEN3, **changes})
+    for part in parts:
+        assert part in str(refused.value)
+
+
+def test_a_sliding_window_that_no_layer_uses_is_no_hindrance():
+    used = {**QWEN3, "use_sliding_window": True, "sliding_window": 4096}
+    assert from_huggingface({**used, "max_window_layers": 28}) == from_huggingface(QWEN3)
+    full = {**used, "layer_types": ["full_attention"] * 28}
+    assert from_huggingface(full) == from_huggingface(QWEN3)
+
+
+def test_json_keeps_everything():
+    found = from_huggingface(RELEASED["meta-llama/Llama-3.1-8B-Instruct"])
+    assert Architecture.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+def test_a_manifest_of_another_version_is_refused():
+    content = from_huggingface(QWEN3).to_json()
+    with pytest.raises(UsageError, match="missing: vocab_size; unknown: colour"):
+        Architecture.from_json(
+            {n: v for n, v in content.items() if n != "vocab_size"} | {"colour": 1}
+        )
+
+
+def test_differences_fill_in_megatron_cores_defaults():
+    short = Architecture({"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4}, 100, 128)
+    spelled = Architecture(
+        {
+            "num_layers": 2,
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "num_query_groups": 4,
+            "kv_channels": 16,
+            "ffn_hidden_size": 256,
+            "normalization": "LayerNorm",
+            "activation_func": "gelu",
+        },
+        100,
+        128,
+    )
+    assert short.differences(spelled) == []
+    other = Architecture({**spelled.transformer, "num_query_groups": 2}, 101, 128)
+    assert short.differences(other) == [("num_query_groups", 4, 2), ("vocab_size", 100, 101)]
+
+
+@pytest.mark.parametrize("conf", ["Qwen/Qwen3-0.6B"])
+def test_a_conf_that_contradicts_config_json_names_every_difference(conf):
+    args = parse(*conf_flags(conf))
+    config = {**QWEN3, "num_hidden_layers": 24, "rope_theta": 10000.0, "tie_word_embeddings": False}
+    with pytest.raises(UsageError) as refused:
+        arguments.architecture(args, config)
+    text = str(refused.value)
+    assert "num_layers is 28 in the conf and 24 in config.json" in text
+    assert "rotary_base is 1000000.0 in the conf and 10000.0 in config.json" in text
+    # Tied embeddings are what a conf says by saying nothing, as in Megatron-LM.
+    assert "share_embeddings" not in text
+
+
+def test_what_an_original_conf_leaves_unsaid_comes_from_config_json():
+    args = parse(*"--num-layers 16 --hidden-size 2048 --use-rope-scaling --swiglu".split())
+    found = arguments.architecture(args, RELEASED["meta-llama/Llama-3.2-1B-Instruct"])
+    assert found.rope_scaling_factor == 32.0
+    assert found.transformer["layernorm_epsilon"] == 1e-05
+
+
+def test_the_length_limit_of_a_conf_may_be_lower_than_the_models():
+    args = parse("--max-position-embeddings", "4096")
+    assert arguments.architecture(args, QWEN3).max_position_embeddings == 40960
+
+
+def test_without_config_json_the_missing_flags_are_named():
+    with pytest.raises(UsageError, match="--hidden-size, --padded-vocab-size"):
+        arguments.architecture(parse("--num-layers", "2", "--num-attention-heads", "4"))
+
+
+def test_the_vocabulary_is_padded_as_in_megatron_lm(tmp_path):
+    shape = "--num-layers 2 --hidden-size 64 --num-attention-heads 4".split()
+
+    def rows(*words: str) -> int:
+        return arguments.architecture(parse(*shape, *words)).vocab_size
+
+    assert rows("--padded-vocab-size", "1000") == 1000
+    assert rows("--vocab-size", "1000") == 1000
+    assert rows("--vocab-size", "1000", "--make-vocab-size-divisible-by", "128") == 1024
+    vocabulary = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 999}]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(vocabulary))
+    assert rows("--tokenizer-model", str(tmp_path)) == 1024
+    words = ("--tokenizer-model", str(tmp_path), "--make-vocab-size-divisible-by", "1")
+    assert rows(*words) == 1000
+
+
+def test_group_query_attention_without_a_number_has_one_group():
+    assert arguments.stated(parse("--group-query-attention"))["num_query_groups"] == 1
+
+
+def pruned() -> dict[str, Any]:
+    original = from_huggingface(QWEN3)
+    small = from_huggingface({**QWEN3, "num_hidden_layers": 24, "intermediate_size": 2048})
+    return {"architecture": small.to_json(), "pruned_from": original.to_json()}
+
+
+def test_a_pruned_checkpoint_needs_no_flags_by_hand():
+    args = parse(*conf_flags("Qwen/Qwen3-0.6B"))
+    found = arguments.architecture(args, manifest=pruned())
+    assert (found.value("num_layers"), found.value("ffn_hidden_size")) == (24, 2048)
+
+
+def test_flags_that_name_the_pruned_sizes_are_right_too():
+    args = parse(*conf_flags("Qwen/Qwen3-0.6B"), "--num-layers", "24", "--ffn-hidden-size", "2048")
+    assert arguments.architecture(args, manifest=pruned()).value("num_layers") == 24
+
+
+def test_a_conf_of_another_model_is_refused_with_both_values():
+    args = parse(*conf_flags("Qwen/Qwen3-8B"), "--load", "/work/x")
+    with pytest.raises(UsageError) as refused:
+        arguments.architecture(args, manifest=pruned())
+    text = str(refused.value)
+    assert "--load /work/x" in text
+    assert "num_layers is 36 in the conf and 24 in the checkpoint" in text
+    assert "hidden_size is 4096 in the conf and 1024 in the checkpoint" in text
+    unpruned = {"architecture": pruned()["architecture"]}
+    with pytest.raises(UsageError, match="num_layers is 28 in the conf and 24"):
+        reconcile(from_huggingface(QWEN3), unpruned)

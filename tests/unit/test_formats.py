@@ -1,0 +1,200 @@
+"""The table of quantization formats: complete, spelled as in ModelOpt, strict about export."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import tools
+
+from post_training.common.errors import UsageError
+from post_training.quantization import formats, recipes
+from post_training.quantization.formats import Linear
+
+MODELOPT = """
+import json
+from modelopt.recipe import presets
+from modelopt.torch.quantization import config
+from modelopt.torch.quantization.config import QuantizeConfig
+def same(a, b):
+    return QuantizeConfig(**a).model_dump() == QuantizeConfig(**b).model_dump()
+named = {name: getattr(config, name) for name in config.choices}
+found = {
+    preset: [name for name in named if same(named[name], value)]
+    for preset, value in presets.QUANT_CFG_CHOICES.items()
+}
+print(json.dumps({"choices": sorted(config.choices), "presets": found}))
+"""
+
+
+@pytest.fixture(scope="module")
+def modelopt():
+    import json
+
+    done = subprocess.run(
+        [sys.executable, "-c", MODELOPT],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=tools.environment(),
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_every_choice_of_modelopt_is_in_the_table_and_no_other(modelopt):
+    assert sorted(formats.FORMATS) == modelopt["choices"]
+    assert len(modelopt["choices"]) == 39
+
+
+def test_every_preset_of_modelopt_names_the_configuration_with_the_same_content(modelopt):
+    for preset, names in modelopt["presets"].items():
+        assert formats.find(preset).name in names
+
+
+def test_no_two_formats_share_a_spelling():
+    spellings = [s.lower() for row in formats.FORMATS.values() for s in (row.name, *row.spellings)]
+    assert len(spellings) == len(set(spellings))
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("FP8_DEFAULT_CFG", "FP8_DEFAULT_CFG"),
+        ("fp8", "FP8_DEFAULT_CFG"),
+        ("Nvfp4", "NVFP4_DEFAULT_CFG"),
+        ("int8_sq", "INT8_SMOOTHQUANT_CFG"),
+        ("w4a8_awq", "W4A8_AWQ_BETA_CFG"),
+        ("fp8_kv", "FP8_KV_CFG"),
+    ],
+)
+def test_a_format_is_found_by_any_spelling(typed, meant):
+    assert formats.find(typed).name == meant
+
+
+@pytest.mark.parametrize(
+    ("typed", "suggested"),
+    [("fp9", "fp8"), ("NVFP4_DEFALT_CFG", "NVFP4_DEFAULT_CFG"), ("aut", "auto"), ("awq", "_awq")],
+)
+def test_an_unknown_name_gets_the_nearest_ones(typed, suggested):
+    with pytest.raises(UsageError) as error:
+        formats.find(typed)
+    assert typed in error.value.what
+    assert suggested in error.value.remedy
+
+
+EXPORTED = {
+    "FP8_DEFAULT_CFG": "FP8",
+    "NVFP4_DEFAULT_CFG": "NVFP4",
+    "NVFP4_MLP_ONLY_CFG": "NVFP4",
+    "W4A16_NVFP4_CFG": "W4A16_NVFP4",
+    "MXFP8_DEFAULT_CFG": "MXFP8",
+}
+REFUSED = {
+    "INT8_DEFAULT_CFG": "INT8",
+    "INT8_SMOOTHQUANT_CFG": "pre_quant_scale",
+    "INT4_AWQ_CFG": "pre_quant_scale",
+    "INT4_BLOCKWISE_WEIGHT_ONLY_CFG": "INT4",
+    "NVFP4_AWQ_LITE_CFG": "pre_quant_scale",
+    "NVFP4_SVDQUANT_DEFAULT_CFG": "low-rank",
+    "NVFP4_MLP_WEIGHT_ONLY_CFG": "blocks of 32",
+    "MXFP4_DEFAULT_CFG": "MXFP4",
+    "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG": "128 x 128",
+    "FP8_PER_CHANNEL_PER_TOKEN_CFG": "one scale per row",
+    "NVFP4_FOUR_OVER_SIX_CFG": "block scales",
+    "NVFP4_FP8_MHA_CONFIG": "attention",
+    "FP8_KV_CFG": "only in a model whose weights",
+}
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_formats_that_engines_read_are_exportable(name):
+    assert formats.verdict(formats.FORMATS[name]).quant_algo == EXPORTED[name]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_formats_that_no_engine_would_read_correctly_are_refused_with_the_reason(name):
+    found = formats.verdict(formats.FORMATS[name])
+    assert not found.exportable
+    assert REFUSED[name] in found.reason
+
+
+def test_every_exportable_algorithm_has_engines_and_gpus():
+    found = [formats.verdict(row) for row in formats.FORMATS.values()]
+    algorithms = {each.quant_algo for each in found if each.exportable}
+    assert algorithms | {"MIXED_PRECISION"} == set(formats.ENGINES)
+
+
+def test_weight_only_changes_the_verdict():
+    fp8, nvfp4 = formats.FORMATS["FP8_DEFAULT_CFG"], formats.FORMATS["NVFP4_DEFAULT_CFG"]
+    refused = formats.verdict(fp8, weight_only=True)
+    assert not refused.exportable
+    assert "input scale" in refused.reason
+    assert formats.verdict(nvfp4, weight_only=True).quant_algo == "W4A16_NVFP4"
+
+
+def test_the_kv_cache_changes_the_verdict():
+    fp8 = formats.FORMATS["FP8_DEFAULT_CFG"]
+    assert formats.verdict(fp8, kv_cache="fp8").kv_cache_quant_algo == "FP8"
+    assert formats.verdict(fp8, kv_cache="nvfp4").kv_cache_quant_algo == "NVFP4"
+    for cache in ("fp8_affine", "nvfp4_affine", "nvfp4_rotate"):
+        assert not formats.verdict(fp8, kv_cache=cache).exportable
+
+
+def test_only_formats_that_vllm_mixes_are_exportable_together():
+    fp8, nvfp4 = Linear("fp8", "fp8"), Linear("nvfp4", "nvfp4")
+    assert formats.judge([fp8, nvfp4]).quant_algo == "MIXED_PRECISION"
+    assert not formats.judge([fp8, Linear("mxfp8", "mxfp8")]).exportable
+    assert formats.judge([]).exportable
+
+
+def test_a_recipe_is_found_by_path_built_in_path_and_stem(tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text("metadata: {recipe_type: ptq}\nquantize: {quant_cfg: []}\n")
+    assert recipes.find(str(own)).path == own
+    for name in ("general/ptq/fp8_default-kv_fp8.yaml", "fp8_default-kv_fp8"):
+        assert recipes.find(name).kind == "ptq"
+    assert recipes.find("nvfp4_fp8_at_5p4bits").kind == "auto_quantize"
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        ("a: [1", "not YAML"),
+        ("quantize: {}\n", "no metadata.recipe_type"),
+        ("just text\n", "no metadata.recipe_type"),
+        ("metadata: {recipe_type: ptq}\n", "it has no quantize"),
+        ("metadata: {recipe_type: speculative_eagle}\neagle: {}\n", "speculative_eagle"),
+    ],
+)
+def test_a_broken_recipe_is_refused_with_its_path(tmp_path, content, cause):
+    path = tmp_path / "broken.yaml"
+    path.write_text(content)
+    with pytest.raises(UsageError) as error:
+        recipes.find(str(path))
+    assert str(path) in error.value.what
+    assert cause in error.value.cause
+
+
+def test_an_unknown_recipe_gets_the_nearest_ones():
+    with pytest.raises(UsageError) as error:
+        recipes.find("general/ptq/nvfp4_defalt-kv_fp8.yaml")
+    assert "nvfp4_default-kv_fp8" in error.value.remedy
+
+
+def test_the_markdown_table_has_a_line_for_each_format_and_algorithm():
+    table = formats.markdown_table()
+    for name in [*(f"`{name}`" for name in formats.FORMATS), *formats.ENGINES]:
+        assert f"| {name} |" in table
+    widths = {line.count("|") for line in table.splitlines() if line.startswith("| `")}
+    assert widths == {7}
+
+
+def test_the_table_is_read_without_torch_or_modelopt():
+    code = (
+        "import sys; from post_training.quantization import formats, options, recipes\n"
+        "formats.markdown_table(); recipes.find('fp8_default-kv_fp8')\n"
+        "assert not {'torch', 'modelopt', 'megatron'} & set(sys.modules)"
+    )
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", code], check=True, env=tools.environment())
+    assert time.monotonic() - started < 5

@@ -1,0 +1,117 @@
+"""A rank that dies, or a machine that falls silent, ends all ranks and is named."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import speed
+import tools
+
+from post_training.distributed import liveness
+
+# Two ranks without torch: rank 0 listens on PORT of ADDRESS, rank 1 connects.
+PROGRAM = """
+import socket, sys, threading, time
+from post_training.distributed import liveness
+rank, address, port = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+watch = liveness.Watch(rank, ["first", "second", "third"], 0)
+if rank == 0:
+    listener = socket.create_server((address, port))
+    threading.Thread(target=watch.serve, args=(listener, "token"), daemon=True).start()
+else:
+    connection = liveness.connect((address, port), "token", rank)
+    threading.Thread(target=watch.follow, args=(0, connection), daemon=True).start()
+print("ready", flush=True)
+if sys.stdin.readline() == "leave\\n":
+    watch.leave()
+else:
+    time.sleep(600)
+"""
+
+
+def start(rank: int, port: int, address: str = "127.0.0.1", prefix: tuple[str, ...] = ()):
+    process = subprocess.Popen(
+        [*prefix, sys.executable, "-c", PROGRAM, str(rank), address, str(port)],
+        cwd=tools.ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.fixture
+def port():
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def ended():
+    """Processes that are killed after a test, whatever happened."""
+    started: list[subprocess.Popen] = []
+    yield started
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize(("dies", "host"), [(1, "second"), (0, "first")])
+def test_a_dead_rank_is_named_by_all_and_they_end(dies, host, port, ended):
+    ended += [start(rank, port) for rank in range(3)]
+    ended[dies].send_signal(signal.SIGKILL)
+    for rank, process in enumerate(ended):
+        if rank != dies:
+            process.wait(timeout=speed.scaled(liveness.GRACE + 10))
+            said = process.stderr.read()
+            assert process.returncode == liveness.EXIT_CODE
+            assert f"error: rank {dies} on host {host} is lost" in said
+            assert "cause:" in said and "remedy:" in said
+
+
+def test_a_rank_that_leaves_is_not_missed(port, ended):
+    ended += [start(rank, port) for rank in range(3)]
+    for rank in (1, 0, 2):
+        said = ended[rank].communicate("leave\n", timeout=speed.scaled(10))
+        assert (ended[rank].returncode, said[1]) == (0, "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not shutil.which("ip"), reason="NOT TESTED: needs root and iproute2"
+)
+def test_a_machine_that_falls_silent_is_lost_within_a_minute(port, ended):
+    """Rank 1 in a network of its own, whose cable is cut: no packet says that it is gone."""
+    name = f"liveness{os.getpid()}"
+    near, far = f"a{os.getpid()}", f"b{os.getpid()}"
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    ip("netns", "add", name)
+    try:
+        ip("link", "add", near, "type", "veth", "peer", "name", far, "netns", name)
+        ip("address", "add", "198.51.100.1/30", "dev", near)
+        ip("link", "set", near, "up")
+        ip("-n", name, "address", "add", "198.51.100.2/30", "dev", far)
+        ip("-n", name, "link", "set", far, "up")
+        ended.append(start(0, port, "198.51.100.1"))
+        ended.append(start(1, port, "198.51.100.1", ("ip", "netns", "exec", name)))
+        ip("-n", name, "link", "set", far, "down")
+        began = time.monotonic()
+        ended[0].wait(timeout=speed.scaled(60))
+        assert time.monotonic() - began > liveness.GRACE
+        assert "error: rank 1 on host second is lost" in ended[0].stderr.read()
+    finally:
+        ip("netns", "delete", name)
