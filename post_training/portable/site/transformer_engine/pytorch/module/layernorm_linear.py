@@ -13,9 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from transformer_engine.pytorch.cpp_extensions import general_gemm
-from transformer_engine.pytorch.module._norms import normalize
-from transformer_engine.pytorch.module.linear import Linear, _Parallelism, weight_gradient
+from transformer_engine.pytorch.module.linear import (
+    Linear,
+    _Parallelism,
+    general_gemm,
+    weight_gradient,
+)
+from transformer_engine.pytorch.module.norms import normalize
 
 __all__ = ["LayerNormLinear"]
 
@@ -41,8 +45,7 @@ class _LayerNormLinear(torch.autograd.Function):
         ``norm`` is (name, epsilon, whether the weight is stored minus one). ``ctx`` is None where
         no gradient is wanted.
         """
-        normalization, eps, zero_centered = norm
-        normalized = normalize(normalization, inp, ln_weight, ln_bias, eps, zero_centered)
+        normalized = normalize(inp, ln_weight, ln_bias, *norm)
         out = general_gemm(weight, parallelism.gathered_input(normalized), bias=bias)[0]
         if ctx is not None:
             ctx.save_for_backward(inp, ln_weight, ln_bias, weight)
@@ -56,7 +59,6 @@ class _LayerNormLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         inp, ln_weight, ln_bias, weight = ctx.saved_tensors
         parallelism: _Parallelism = ctx.parallelism
-        normalization, eps, zero_centered = ctx.norm
         needs_inp, needs_ln_weight, needs_ln_bias, needs_weight, needs_bias = ctx.needs_input_grad[
             :5
         ]
@@ -72,10 +74,8 @@ class _LayerNormLinear(torch.autograd.Function):
         ]
         with torch.enable_grad():
             norm_bias = leaves[2] if ln_bias is not None else None
-            normalized = normalize(
-                normalization, leaves[0], leaves[1], norm_bias, eps, zero_centered
-            )
-        product = general_gemm(weight, grad, layout="NN", grad=True)[0]
+            normalized = normalize(leaves[0], leaves[1], norm_bias, *ctx.norm)
+        product = general_gemm(weight, grad, layout="NN")[0]
         product = parallelism.reduced_gradient(product)
         if len(grads) > 1:
             product = product + grads[1]
@@ -84,7 +84,7 @@ class _LayerNormLinear(torch.autograd.Function):
             gathered = parallelism.gathered_input(normalized.detach())
             gradient = weight_gradient(
                 ctx.parameter,
-                lambda: general_gemm(gathered, grad, layout="NT", grad=True)[0],
+                lambda: general_gemm(gathered, grad, layout="NT")[0],
                 ctx.fuse,
             )
         wanted = [leaf for leaf in leaves if leaf.requires_grad]

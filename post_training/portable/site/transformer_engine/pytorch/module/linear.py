@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812
 
-from transformer_engine.pytorch.cpp_extensions import general_gemm
 from transformer_engine.pytorch.distributed import (
     all_reduce,
     gather_along_first_dim,
@@ -22,13 +22,39 @@ from transformer_engine.pytorch.distributed import (
 )
 from transformer_engine.pytorch.module.base import (
     TransformerEngineBaseModule,
-    default_init,
     fill,
     get_dummy_wgrad,
     mark,
 )
 
 __all__ = ["Linear"]
+
+
+def general_gemm(
+    A: torch.Tensor,  # noqa: N803 -- names of the real package
+    B: torch.Tensor,  # noqa: N803
+    layout: str = "TN",
+    bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor]:
+    """A product in column-major terms, as cuBLAS sees it: ``op(B) @ op(A)``, in a tuple.
+
+    ModelOpt replaces it in ``layernorm_linear`` to quantize ``B`` (forward) or ``A`` (gradient of
+    the weight): hence the form. It is not offered as ``cpp_extensions.general_gemm``, without which
+    megatron-core's router multiplies in the router's precision itself
+    (transformer/moe/moe_utils.py:1326).
+
+    Args:
+        A, B: see ``layout``.
+        layout: "TN" is ``B @ A.T`` (forward: A = weight [out, in], B = input [..., in]), "NN" is
+            ``B @ A`` (gradient of the input) and "NT" is ``B.T @ A`` (gradient of the weight,
+            leading dimensions flattened).
+        bias: [out], added with "TN".
+    """
+    if layout == "TN":
+        return (F.linear(B, A, bias),)
+    if layout == "NN":
+        return (B.matmul(A),)
+    return (B.flatten(0, -2).t().matmul(A.flatten(0, -2)),)
 
 
 @dataclass(frozen=True)
@@ -133,15 +159,13 @@ class _Linear(torch.autograd.Function):
             bias_gradient = grad.flatten(0, -2).sum(0)
         inp_gradient = None
         if needs_inp:
-            product = general_gemm(weight, grad, layout="NN", grad=True)[0]
+            product = general_gemm(weight, grad, layout="NN")[0]
             inp_gradient = parallelism.reduced_gradient(product)
         gradient = None
         if needs_weight:
             gradient = weight_gradient(
                 ctx.parameter,
-                lambda: general_gemm(parallelism.gathered_input(inp), grad, layout="NT", grad=True)[
-                    0
-                ],
+                lambda: general_gemm(parallelism.gathered_input(inp), grad, layout="NT")[0],
                 ctx.fuse,
             )
         return gradient, inp_gradient, bias_gradient, None, None
@@ -170,7 +194,6 @@ class Linear(TransformerEngineBaseModule):
         parallel_mode: str | None = None,
         device: torch.device | str | int = "cpu",
         rng_tracker_name: str | None = None,
-        save_original_input: bool = False,
         **ignored: Any,
     ) -> None:
         """Arguments of communication overlap and of FP8 have no effect.
@@ -189,19 +212,20 @@ class Linear(TransformerEngineBaseModule):
         self.use_bias = bias
         self.return_bias = return_bias
         self.apply_bias = bias and not return_bias
-        self.rng_tracker_name = rng_tracker_name
-        self.save_original_input = save_original_input
-        self.get_rng_state_tracker = get_rng_state_tracker
-        self._init_method = init_method or default_init
+        # Always so here; extensions/transformer_engine.py:3571 insists on the attribute.
+        self.save_original_input = True
         shape = (self.out_features, self.in_features)
         self.weight = torch.nn.Parameter(torch.empty(shape, dtype=params_dtype, device=device))
+        fill(self.weight, init_method, get_rng_state_tracker, rng_tracker_name)
+        row = parallel_mode == "row"
+        mark(self.weight, parallel_mode is not None, 1 if row else 0, False)
         self.bias: torch.nn.Parameter | None
         self.register_parameter("bias", None)
         if bias:
             self.bias = torch.nn.Parameter(
-                torch.empty(self.out_features, dtype=params_dtype, device=device)
+                torch.zeros(self.out_features, dtype=params_dtype, device=device)
             )
-        self.reset_parameters()
+            mark(self.bias, parallel_mode == "column", 0, row and self.sequence_parallel)
 
     def _part(self, name: str, features: int, split: bool) -> int:
         if not split:
@@ -209,16 +233,6 @@ class Linear(TransformerEngineBaseModule):
         if features % self.tp_size:
             raise ValueError(f"{name}={features} is not divisible by tp_size={self.tp_size}")
         return features // self.tp_size
-
-    def reset_parameters(self, defer_init: bool | None = None) -> None:
-        """Initialise, and mark how the parameters are split."""
-        fill(self.weight, self._init_method, self.get_rng_state_tracker, self.rng_tracker_name)
-        row = self.parallel_mode == "row"
-        mark(self.weight, self.parallel_mode is not None, 1 if row else 0, False)
-        if self.bias is not None:
-            if not self.bias.is_meta:
-                torch.nn.init.zeros_(self.bias)
-            mark(self.bias, self.parallel_mode == "column", 0, row and self.sequence_parallel)
 
     def forward(
         self, inp: torch.Tensor, is_first_microbatch: bool | None = None, **ignored: Any
