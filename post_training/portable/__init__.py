@@ -83,11 +83,8 @@ def install() -> PortableReport:
     if reason:
         _refuse_late_install()
         imports.add_stand_in()
-        engine = importlib.import_module("transformer_engine")
-        name = STAND_IN
-    else:
-        engine = importlib.import_module("transformer_engine")
-        name = f"transformer_engine {engine.__version__}"
+    engine = importlib.import_module("transformer_engine")
+    name = STAND_IN if reason else f"transformer_engine {engine.__version__}"
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         cuda.install()

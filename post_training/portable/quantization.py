@@ -35,8 +35,8 @@ __all__ = [
 
 E8M0 = (8, 0)
 NVFP4 = ((2, 1), (4, 3))
-E4M3_MAX = 448.0
-E2M1_MAX = 6.0
+E4M3_MAX = FORMATS[4, 3].largest
+E2M1_MAX = FORMATS[2, 1].largest
 # Below this the kernel takes a block for zeros.
 SMALLEST_NVFP4_SCALE = 1e-5
 

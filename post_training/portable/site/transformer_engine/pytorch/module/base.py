@@ -10,6 +10,8 @@ import torch
 
 __all__ = ["TransformerEngineBaseModule", "get_dummy_wgrad"]
 
+Device = torch.device | str | int
+
 
 def get_dummy_wgrad(shape: list[int], dtype: torch.dtype, zero: bool = False) -> torch.Tensor:
     """A gradient that only triggers hooks, where the true one was added to ``main_grad``.
@@ -39,6 +41,17 @@ class TransformerEngineBaseModule(torch.nn.Module):
     def backward_dw(self) -> None:
         """Weight gradients are never delayed; megatron-core calls it with
         ``delay_wgrad_compute`` (extensions/transformer_engine.py:1119)."""
+
+
+def call(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """Run an autograd function: ``apply`` with gradients, else ``forward`` with None for ``ctx``.
+
+    ModelOpt replaces these attributes of the class while a quantized layer runs
+    (quantization/plugins/transformer_engine.py:64, :105): they are looked up here, at each call.
+    """
+    if torch.is_grad_enabled():
+        return function.apply(*arguments)
+    return function.forward(None, *arguments)
 
 
 def fill(

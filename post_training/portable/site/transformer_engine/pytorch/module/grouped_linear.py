@@ -12,7 +12,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from transformer_engine.pytorch.module.base import TransformerEngineBaseModule, fill, mark
+from transformer_engine.pytorch.module.base import (
+    Device,
+    TransformerEngineBaseModule,
+    call,
+    fill,
+    mark,
+)
 from transformer_engine.pytorch.module.linear import weight_gradient
 
 __all__ = ["GroupedLinear"]
@@ -55,9 +61,7 @@ class _GroupedLinear(torch.autograd.Function):
         for index, (rows, grad) in enumerate(zip(inp.split(ctx.m_splits), parts, strict=True)):
             gradient = None
             if needed[index]:
-                gradient = weight_gradient(
-                    ctx.parameters[index], lambda r=rows, g=grad: g.t() @ r, ctx.fuse
-                )
+                gradient = weight_gradient(ctx.parameters[index], grad.t() @ rows, ctx.fuse)
             gradients.append(gradient)
         for index, grad in enumerate(parts):
             gradients.append(grad.sum(0) if needed[count + index] else None)
@@ -88,7 +92,7 @@ class GroupedLinear(TransformerEngineBaseModule):
         return_bias: bool = False,
         params_dtype: torch.dtype | None = None,
         parallel_mode: str | None = None,
-        device: torch.device | str | int = "cpu",
+        device: Device = "cpu",
         **ignored: Any,
     ) -> None:
         """As :class:`Linear`, for experts: megatron-core does their communication itself.
@@ -138,9 +142,5 @@ class GroupedLinear(TransformerEngineBaseModule):
         weights = [getattr(self, f"weight{index}") for index in range(self.num_gemms)]
         biases = [getattr(self, f"bias{index}", None) for index in range(self.num_gemms)]
         applied = biases if self.apply_bias else [None] * self.num_gemms
-        arguments = (inp, m_splits, self.fuse_wgrad_accumulation, *weights, *applied)
-        if torch.is_grad_enabled():
-            out = _GroupedLinear.apply(*arguments)
-        else:
-            out = _GroupedLinear.forward(None, *arguments)
+        out = call(_GroupedLinear, inp, m_splits, self.fuse_wgrad_accumulation, *weights, *applied)
         return (out, biases) if self.return_bias else out

@@ -1,8 +1,6 @@
 """Linear layer, column- or row-parallel.
 
-ModelOpt's plugin finds :class:`_Linear` here, reads its signature (``weight``, ``inp``) and
-replaces ``apply`` (with gradients) or ``forward`` (without) while a quantized layer runs: both are
-therefore looked up on the class at each call.
+ModelOpt's plugin finds :class:`_Linear` here and reads its signature (``weight``, ``inp``).
 """
 
 from __future__ import annotations
@@ -21,7 +19,9 @@ from transformer_engine.pytorch.distributed import (
     reduce_scatter_along_first_dim,
 )
 from transformer_engine.pytorch.module.base import (
+    Device,
     TransformerEngineBaseModule,
+    call,
     fill,
     get_dummy_wgrad,
     mark,
@@ -58,7 +58,7 @@ def general_gemm(
 
 
 @dataclass(frozen=True)
-class _Parallelism:
+class Parallelism:
     """How a linear is split over ranks.
 
     Attributes:
@@ -101,14 +101,11 @@ class _Parallelism:
         return all_reduce(grad, self.group)
 
 
-def weight_gradient(
-    weight: torch.Tensor, compute: Callable[[], torch.Tensor], accumulate: bool
-) -> torch.Tensor:
+def weight_gradient(weight: torch.Tensor, gradient: torch.Tensor, accumulate: bool) -> torch.Tensor:
     """The gradient of ``weight``; with ``accumulate`` it is added to ``weight.main_grad`` instead.
 
     megatron-core's data parallelism reads ``grad_added_to_main_grad`` to know which happened.
     """
-    gradient = compute()
     main = getattr(weight, "main_grad", None)
     if not accumulate or main is None:
         return gradient
@@ -126,7 +123,7 @@ class _Linear(torch.autograd.Function):
         weight: torch.Tensor,
         inp: torch.Tensor,
         bias: torch.Tensor | None,
-        parallelism: _Parallelism,
+        parallelism: Parallelism,
         fuse_wgrad_accumulation: bool,
     ) -> torch.Tensor:
         """[..., in] to [..., out]; ``ctx`` is None where no gradient is wanted."""
@@ -148,7 +145,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         inp, weight = ctx.saved_tensors
-        parallelism: _Parallelism = ctx.parallelism
+        parallelism: Parallelism = ctx.parallelism
         needs_weight, needs_inp, needs_bias = ctx.needs_input_grad[:3]
         grad = grads[0]
         bias_gradient = None
@@ -163,11 +160,8 @@ class _Linear(torch.autograd.Function):
             inp_gradient = parallelism.reduced_gradient(product)
         gradient = None
         if needs_weight:
-            gradient = weight_gradient(
-                ctx.parameter,
-                lambda: general_gemm(parallelism.gathered_input(inp), grad, layout="NT")[0],
-                ctx.fuse,
-            )
+            product = general_gemm(parallelism.gathered_input(inp), grad, layout="NT")[0]
+            gradient = weight_gradient(ctx.parameter, product, ctx.fuse)
         return gradient, inp_gradient, bias_gradient, None, None
 
 
@@ -192,7 +186,7 @@ class Linear(TransformerEngineBaseModule):
         return_bias: bool = False,
         params_dtype: torch.dtype | None = None,
         parallel_mode: str | None = None,
-        device: torch.device | str | int = "cpu",
+        device: Device = "cpu",
         rng_tracker_name: str | None = None,
         **ignored: Any,
     ) -> None:
@@ -242,15 +236,12 @@ class Linear(TransformerEngineBaseModule):
         With sequence parallelism the first dimension is split over the ranks on the input side
         ("column") or on the output side ("row").
         """
-        arguments = (
+        out = call(
+            _Linear,
             self.weight,
             inp,
             self.bias if self.apply_bias else None,
-            _Parallelism(self.parallel_mode, self.sequence_parallel, self.tp_group),
+            Parallelism(self.parallel_mode, self.sequence_parallel, self.tp_group),
             self.fuse_wgrad_accumulation,
         )
-        if torch.is_grad_enabled():
-            out = _Linear.apply(*arguments)
-        else:
-            out = _Linear.forward(None, *arguments)
         return (out, self.bias) if self.return_bias else out

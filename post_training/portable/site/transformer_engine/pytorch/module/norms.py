@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
+from transformer_engine.pytorch.module.base import Device, TransformerEngineBaseModule
 
-__all__ = ["LayerNorm", "RMSNorm", "normalize"]
+__all__ = ["LayerNorm", "RMSNorm", "norm_parameter", "normalize"]
 
 
 def normalize(
@@ -39,6 +39,20 @@ def normalize(
     return F.layer_norm(inp, (inp.shape[-1],), scale, bias, eps)
 
 
+def norm_parameter(
+    size: int,
+    value: float,
+    sequence_parallel: bool,
+    dtype: torch.dtype | None,
+    device: Device | None,
+) -> torch.nn.Parameter:
+    """A parameter [size] that starts at ``value``. With sequence parallelism megatron-core sums its
+    gradient over the ranks (distributed/finalize_model_grads.py)."""
+    parameter = torch.nn.Parameter(torch.full((size,), value, dtype=dtype, device=device))
+    vars(parameter)["sequence_parallel"] = sequence_parallel
+    return parameter
+
+
 class _Norm(TransformerEngineBaseModule):
     """Normalization over the last dimension with a weight ``[size]``."""
 
@@ -52,7 +66,7 @@ class _Norm(TransformerEngineBaseModule):
         sequence_parallel: bool = False,
         zero_centered_gamma: bool = False,
         params_dtype: torch.dtype | None = None,
-        device: torch.device | str | int | None = None,
+        device: Device | None = None,
         hidden_size: int | None = None,
     ) -> None:
         """The size is ``normalized_shape`` (extensions/transformer_engine.py:844) or its older
@@ -64,22 +78,10 @@ class _Norm(TransformerEngineBaseModule):
         self.eps = eps
         self.zero_centered_gamma = zero_centered_gamma
         self.sequence_parallel = sequence_parallel
-        self.weight = self._parameter(
-            size, 0.0 if zero_centered_gamma else 1.0, params_dtype, device
-        )
+        start = 0.0 if zero_centered_gamma else 1.0
+        self.weight = norm_parameter(size, start, sequence_parallel, params_dtype, device)
         if self.normalization == "LayerNorm":
-            self.bias = self._parameter(size, 0.0, params_dtype, device)
-
-    def _parameter(
-        self,
-        size: int,
-        value: float,
-        dtype: torch.dtype | None,
-        device: torch.device | str | int | None,
-    ) -> torch.nn.Parameter:
-        parameter = torch.nn.Parameter(torch.full((size,), value, dtype=dtype, device=device))
-        vars(parameter)["sequence_parallel"] = self.sequence_parallel
-        return parameter
+            self.bias = norm_parameter(size, 0.0, sequence_parallel, params_dtype, device)
 
     def forward(self, inp: torch.Tensor) -> torch.Tensor:
         """[..., size] to the same shape and type."""
