@@ -3,10 +3,10 @@
 Covers what :mod:`modelopt.torch.quantization.tensor_quant` sends to those kernels:
 
 - dynamic blocks (NVFP4, MXFP8, MXFP6, MXFP4, MXINT8): the operator
-  ``tensorrt::dynamic_block_quantize_op`` gets an implementation for CPU tensors; the one for CUDA
-  tensors is left alone;
-- static NVFP4 blocks and the plain cast to FP4: the two Triton functions get a counterpart for CPU
-  tensors.
+  ``tensorrt::dynamic_block_quantize_op`` (:229) gets an implementation for CPU tensors; the one for
+  CUDA tensors is left alone;
+- static NVFP4 blocks (:592) and the plain cast to FP4 (:662): the two Triton functions get a
+  counterpart for CPU tensors.
 
 Fake quantization agrees with the values that ModelOpt's packers (``NVFP4QTensor``,
 ``MXFP8QTensor``) store, with the kernels' own exceptions: NVFP4 blocks whose scale is below 1e-5,

@@ -20,7 +20,8 @@ QUERY_CHUNK = 1024
 
 
 class DotProductAttention(TransformerEngineBaseModule):
-    """Attention over [s, b, h, d] queries, keys and values.
+    """Attention over [s, b, h, d] queries, keys and values, the base of megatron-core's
+    TEDotProductAttention (extensions/transformer_engine.py:1770).
 
     Causal attention without a window allocates no mask and uses PyTorch's fused kernels. Numbers
     of heads are taken from the tensors, so that pruned models work; ``num_attention_heads`` is an
@@ -207,7 +208,7 @@ def _repeat_heads(tensor: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
 
 
 def _unshared(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy if ``tensor`` lies in a buffer that is written to in place, such as a cache of keys.
+    """A copy if ``tensor`` lies in a buffer that is written to in place, such as a KV cache.
 
     The next write to the cache would otherwise change what the backward pass needs.
     """

@@ -3,7 +3,7 @@
 The conventions of Transformer Engine, documented at its ``DotProductAttention``: masks that
 callers pass are True where a key is *hidden*; ``causal`` is aligned to the top left (query i sees
 keys 0..i), everything else, sliding windows included, to the bottom right (the last query sees the
-last key), which is what a step with a cache of keys needs.
+last key), which is what decoding with a KV cache needs.
 
 The types are those of megatron-core's ``AttnMaskType`` (transformer/enums.py) that language models
 use: ``arbitrary`` comes from ModelOpt's layer spec (post_training/modelopt/gpt/model_specs.py:62)

@@ -1,7 +1,8 @@
 """Several linear layers of one shape, each applied to its rows: the experts of a mixture.
 
-ModelOpt's plugin finds :class:`_GroupedLinear` here, looks for ``inp`` in its signature and takes
-the last ``2 * num_gemms`` arguments for weights and biases.
+megatron-core derives TEGroupedLinear from it (extensions/transformer_engine.py:2106). ModelOpt's
+plugin finds :class:`_GroupedLinear` here, looks for ``inp`` in its signature and takes the last
+``2 * num_gemms`` arguments for weights and biases (quantization/plugins/transformer_engine.py:259).
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """Normalization followed by a linear layer.
 
-ModelOpt's plugin replaces ``_LayerNormLinear`` and ``general_gemm`` of *this module* while a
-quantized layer runs: both are therefore looked up here at each call. It counts the products of the
-backward pass, first that for the input's gradient, second that for the weight's.
+megatron-core derives TELayerNormColumnParallelLinear from it (extensions/transformer_engine.py
+:1122). While a quantized layer runs, ModelOpt's plugin (quantization/plugins/transformer_engine.py
+:307-425) replaces ``_LayerNormLinear`` and ``general_gemm`` of *this module*: both are looked up
+here at each call. In the backward pass it takes the first product for the input's gradient and the
+second for the weight's.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ __all__ = ["LayerNormLinear"]
 
 
 class _LayerNormLinear(torch.autograd.Function):
-    """``normalize(inp) @ weight.T + bias``; the normalization is computed again going back."""
+    """``normalize(inp) @ weight.T + bias``; the backward pass recomputes the normalization."""
 
     @staticmethod
     def forward(

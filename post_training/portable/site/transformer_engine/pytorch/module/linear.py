@@ -1,6 +1,8 @@
 """Linear layer, column- or row-parallel.
 
-ModelOpt's plugin finds :class:`_Linear` here and reads its signature (``weight``, ``inp``).
+megatron-core derives TELinear from it (extensions/transformer_engine.py:855). ModelOpt's plugin
+finds :class:`_Linear` here and reads its signature for ``weight`` and ``inp``
+(quantization/plugins/transformer_engine.py:85-106).
 """
 
 from __future__ import annotations

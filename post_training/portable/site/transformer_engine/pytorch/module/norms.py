@@ -1,4 +1,8 @@
-"""The two normalizations, as functions and as layers.
+"""The two normalizations, as a function and as layers.
+
+megatron-core takes the layers from its TENorm (extensions/transformer_engine.py:829-844) and from
+ModelOpt's layer spec (post_training/modelopt/layers.py:68-85); ModelOpt makes them prunable
+(nas/plugins/megatron.py:285).
 
 Both compute in float32 and cast to the input's type *before* they multiply by the weight, in the
 order of Hugging Face's Llama and Qwen models. Transformer Engine's kernels multiply in float32 and
