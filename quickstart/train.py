@@ -51,7 +51,7 @@ CONFIG: dict[str, Any] = {
     "initializer_range": 0.02,
 }
 # The number of threads decides the order of sums, and so the model: 92.1 % of the questions right
-# with one, 94.5 % with two. Two that sleep while they wait are as fast on one core as one is.
+# with one, 94.5 % with two. Two that sleep while they wait cost little more on one core than one.
 THREADS = 2
 CHAT_PASSES = 3  # how often chat.jsonl asks each question
 

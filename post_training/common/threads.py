@@ -2,7 +2,7 @@
 
 torch's OpenMP runtime knows the cores that a process is bound to, but not the quota of a container
 (``docker run --cpus=1``), and its threads spin while they wait for each other: on cores that others
-use too, the one that is waited for does not get to run. :func:`configure` mends both.
+use too, the one that is waited for does not get to run. :func:`configure` fixes both.
 """
 
 from __future__ import annotations
