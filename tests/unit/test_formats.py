@@ -9,6 +9,7 @@ import tools
 
 from post_training.common.errors import UsageError
 from post_training.quantization import formats, recipes
+from post_training.quantization.engines import registry as engines
 from post_training.quantization.formats import Linear
 
 MODELOPT = """
@@ -121,7 +122,11 @@ def test_formats_that_no_engine_would_read_correctly_are_refused_with_the_reason
 def test_every_exportable_algorithm_has_engines_and_gpus():
     found = [formats.verdict(row) for row in formats.FORMATS.values()]
     algorithms = {each.quant_algo for each in found if each.exportable}
-    assert algorithms | {"MIXED_PRECISION"} == set(formats.ENGINES)
+    assert algorithms | {"MIXED_PRECISION"} == set(engines.algorithms())
+    for algorithm in algorithms:
+        names, gpus = engines.describe(algorithm)
+        assert names
+        assert gpus
 
 
 def test_weight_only_changes_the_verdict():
@@ -183,7 +188,7 @@ def test_an_unknown_recipe_gets_the_nearest_ones():
 
 def test_the_markdown_table_has_a_line_for_each_format_and_algorithm():
     table = formats.markdown_table()
-    for name in [*(f"`{name}`" for name in formats.FORMATS), *formats.ENGINES]:
+    for name in [*(f"`{name}`" for name in formats.FORMATS), *engines.algorithms()]:
         assert f"| {name} |" in table
     widths = {line.count("|") for line in table.splitlines() if line.startswith("| `")}
     assert widths == {7}
