@@ -14,7 +14,7 @@ def decode(read: Read, module: str, stored: torch.Tensor) -> torch.Tensor:
     scale = read(f"{module}.weight_scale")
     require_dtype(f"{module} scale", scale, torch.uint8)
     require_shape(module, scale, (stored.shape[0], stored.shape[1] // BLOCK))
-    power = torch.ldexp(torch.ones((), device=stored.device), scale.int() - 127)
+    power = torch.ldexp(torch.ones_like(scale, dtype=torch.float32), scale.int() - 127)
     blocks = stored.float().reshape(stored.shape[0], -1, BLOCK)
     return (blocks * power.unsqueeze(-1)).reshape(stored.shape)
 

@@ -6,7 +6,7 @@ every fact about it; ``registry`` lists the families, ``exportable`` decides wha
 ModelOpt: the command line is checked before they are loaded.
 """
 
-from post_training.quantization.formats.base import Format, KvCache, Linear, NumberFormat, Verdict
+from post_training.quantization.formats.base import Format, Linear, Verdict
 from post_training.quantization.formats.exportable import judge, unexportable, verdict
 from post_training.quantization.formats.registry import (
     AUTO,
@@ -38,9 +38,7 @@ __all__ = [
     "WEIGHTS",
     "WEIGHT_BITS",
     "Format",
-    "KvCache",
     "Linear",
-    "NumberFormat",
     "Verdict",
     "find",
     "is_recipe",

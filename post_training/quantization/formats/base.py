@@ -100,8 +100,8 @@ class Format:
         kv: number format of keys and values, a ``KvCache.name``; empty if they stay in 16 bits.
         attention: whether the products inside attention are quantized too.
         broken: why it cannot run on a Megatron model at all; empty if it can.
-        quant_cfg: ModelOpt's entries for quantizers to switch on, before its own list of layers
-            that never are (output layer, routers); empty: ModelOpt has a configuration of this name.
+        quant_cfg: ModelOpt's entries for the quantizers to enable; its own list of layers that are
+            never quantized follows. Empty: ModelOpt has a configuration of this name.
     """
 
     name: str
