@@ -178,10 +178,9 @@ def test_a_quantizer_is_recognised_by_its_bits_blocks_and_axis(num_bits, blocks,
     assert (found.name if found else None) == name
 
 
-def test_an_input_with_a_scale_per_token_is_no_format_of_weights():
+def test_an_input_with_a_scale_per_token_is_recognised():
     quantizer = SimpleNamespace(num_bits=(4, 3), block_sizes={-1: None}, axis=None, _dynamic=True)
     assert formats.number_format(quantizer, is_input=True).name == "fp8_token"
-    assert formats.number_format(quantizer) is None
 
 
 def test_every_engine_names_the_version_and_file_that_was_read():
