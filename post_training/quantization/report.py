@@ -13,7 +13,7 @@ from post_training.quantization.engines import registry as engines
 from post_training.quantization.formats import Verdict
 
 if TYPE_CHECKING:
-    from post_training.distributed.runtime import Session
+    from post_training.distributed.session import Session
     from post_training.quantization.calibration import Calibration
     from post_training.quantization.coverage_report import Coverage
 
