@@ -118,9 +118,9 @@ def run(
     with quantizers.quiet():
         _, state = mtq.auto_quantize(core, **options)
     if kv_entries:
-        off = {"quantizer_name": "*", "enable": False}
+        entries = [dict(quantizers.ALL_OFF), *kv_entries]
         mtq.set_quantizer_by_cfg(core, list(kv_entries))
-        with quantizers.quiet(), mtq.set_quantizer_by_cfg_context(core, [off, *kv_entries]):
+        with quantizers.quiet(), mtq.set_quantizer_by_cfg_context(core, entries):
             mtq.calibrate(core, "max", forward_loop=calibration)
     _record_all_off(core)
     # The search runs backward passes; nothing later needs what they leave.
@@ -142,7 +142,7 @@ def _record_all_off(core: torch.nn.Module) -> None:
     ModelOpt records its default, INT8, as the configuration of a search. Loading first applies
     that, then each layer's own state; an output layer that is off has none, and would be INT8.
     """
-    off = QuantizeConfig(quant_cfg=[{"quantizer_name": "*", "enable": False}]).model_dump()
+    off = QuantizeConfig(quant_cfg=[dict(quantizers.ALL_OFF)]).model_dump()
     for mode, state in ModeloptStateManager(core).state_dict():
         if mode == "auto_quantize":
             state["config"] = off

@@ -57,7 +57,7 @@ def survey(model: torch.nn.Module, config: quantizers.Config | None = None) -> C
         if tied and name == "output_layer":
             continue  # a copy of the embedding, on another pipeline stage
         shards = tensor_size if getattr(weight, "tensor_model_parallel", False) else 1
-        form = probe.linear_format(module)
+        form = probe.linear_of(module)
         asked, reason = wanted(name, module, entries)
         if form is None and asked:
             missed.append(_global_name(model, name))

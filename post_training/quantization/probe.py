@@ -65,7 +65,7 @@ def _description(quantizer: Any) -> str:
     return f"{bits} bits with blocks {block_sizes(quantizer)} and axis {axis}"
 
 
-def linear_format(module: torch.nn.Module, method: str = "") -> Linear | None:
+def linear_of(module: torch.nn.Module, method: str = "") -> Linear | None:
     """How a linear layer is quantized; None if its weight is not.
 
     Args:

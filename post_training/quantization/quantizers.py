@@ -41,7 +41,7 @@ _MEGATRON_NAMES = (
 )
 # Linears that compute queries, keys and values; with multi-latent attention there are several.
 QKV_PATTERNS = ("*.linear_qkv.*", "*.linear_q_*proj.*", "*.linear_kv_*proj.*")
-_ALL_OFF: Config = {"quantizer_name": "*", "enable": False}
+ALL_OFF: Config = {"quantizer_name": "*", "enable": False}
 _SKIP_CHECK = "MODELOPT_SKIP_WEIGHT_QUANT_CHECK"
 
 
@@ -91,10 +91,10 @@ def named(name: str) -> Config:
     row = formats.FORMATS[name]
     if row.quant_cfg:
         own = [*row.quant_cfg, *modelopt_config._default_disabled_quantizer_cfg]
-        return copy.deepcopy({"quant_cfg": [_ALL_OFF, *own], "algorithm": row.method or None})
+        return copy.deepcopy({"quant_cfg": [dict(ALL_OFF), *own], "algorithm": row.method or None})
     config: Config = copy.deepcopy(getattr(modelopt_config, name))
     if row.linear is None:
-        config["quant_cfg"] = [_ALL_OFF, *config["quant_cfg"]]
+        config["quant_cfg"] = [dict(ALL_OFF), *config["quant_cfg"]]
     config.setdefault("algorithm", "max")
     return config
 
@@ -180,10 +180,10 @@ def judge_model(model: torch.nn.Module, method: str = "") -> Verdict:
     Args:
         method: of the calibration that is still to come.
     """
-    found = [probe.linear_format(module, method) for module in model.modules()]
+    found = [probe.linear_of(module, method) for module in model.modules()]
     output = getattr(model, "output_layer", None)
     tied = bool(getattr(model, "share_embeddings_and_output_weights", False))
-    tied_output = output is not None and tied and probe.linear_format(output) is not None
+    tied_output = output is not None and tied and probe.linear_of(output) is not None
     mine = ([each for each in found if each is not None], *probe.kv_format(model), tied_output)
     gathered = from_all_ranks(mine)
     if any(each[3] for each in gathered):
@@ -208,7 +208,7 @@ def require_exportable(model: torch.nn.Module, method: str = "") -> Verdict:
 def require_savable(model: torch.nn.Module) -> None:
     """Raise UsageError, before calibration, for scales that ModelOpt cannot save at TP > 1."""
     size = parallel_state.get_tensor_model_parallel_world_size()
-    linears = filter(None, map(probe.linear_format, model.modules()))
+    linears = filter(None, map(probe.linear_of, model.modules()))
     static = sorted({linear.weight for linear in linears} & formats.STATIC_BLOCKS)
     if size > 1 and any(from_all_ranks(static)):
         raise UsageError(
