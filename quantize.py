@@ -1,8 +1,8 @@
 """Quantize a model and calibrate it; save a Megatron checkpoint with the scales.
 
 Inputs:  --load, a Megatron checkpoint, or --pretrained-model-path, a Hugging Face folder or hub
-         name; --export-quant-cfg, a format (README.md has the table) or auto, or --recipe, a file;
-         --calib-dataset-path-or-name, text or conversations to calibrate on.
+         name; --export-quant-cfg, a format (docs/formats.md has the table) or auto, or --recipe, a
+         file; --calib-dataset-path-or-name, text or conversations to calibrate on.
 Outputs: --save, a checkpoint whose weights are unchanged and whose quantizers have their scales
          (with --compress the weights are packed), with run.json.
 

@@ -174,7 +174,9 @@ def _check_format(options: QuantizeOptions, choice: Format) -> None:
     if options.export_kv_cache_quant != "none":
         what += f" --export-kv-cache-quant {options.export_kv_cache_quant}"
     if choice.broken:
-        raise UsageError(what, choice.broken, "choose another format; README.md has the table")
+        raise UsageError(
+            what, choice.broken, "choose another format; docs/formats.md has the table"
+        )
     if choice.kv == "nvfp4_rotate" and options.allow_unexportable:
         _require_hadamard(what)
     if not found.exportable and not options.allow_unexportable:

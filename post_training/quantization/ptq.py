@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
 
     from post_training.quantization.calibration import Calibration
-    from post_training.quantization.coverage import Coverage
+    from post_training.quantization.coverage_report import Coverage
     from post_training.quantization.quantizers import Config
 
 logger = logging.getLogger("post_training")
@@ -59,11 +59,11 @@ def quantize(
     if isinstance(choice, str) or is_search(choice):
         config, search = search_formats(model, options, choice, data)
         reached = coverage.survey(model, None)
-        found = quantizers.verdict(model)
+        found = quantizers.judge_model(model)
     else:
         config = with_format(model, options, choice, data)
         reached = coverage.survey(model, config)
-        found = quantizers.verdict(model, quantizers.method_of(config))
+        found = quantizers.judge_model(model, quantizers.method_of(config))
     if not found.exportable:
         if not options.allow_unexportable:
             raise formats.unexportable("the quantized model", found)
