@@ -17,20 +17,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training.checkpoints import loading, torch_dist
+from post_training.checkpoints import huggingface, loading, record, torch_dist
 from post_training.checkpoints.source import Source, fetch_source, find_source, size_estimate
 from post_training.cli.stage import Stage, run
-from post_training.common import outputs
+from post_training.common import files, outputs
 from post_training.common.errors import UsageError
 from post_training.config import checks
 from post_training.data import options as calibration_options
 from post_training.evaluation import options as mmlu_options
 from post_training.evaluation.mmlu_data import Benchmark
 from post_training.inference import smoke_generation
-from post_training.models import parallel_check
-from post_training.pruning import export_config, search
+from post_training.models import builder, families, parallel_check
+from post_training.pruning import export_config, report, search
 from post_training.pruning import options as pruning_options
 from post_training.pruning.options import PruneOptions
+from post_training.pruning.report import ModelScores
 from post_training.pruning.score_cache import ScoreCache
 from post_training.pruning.search import SizeSearch
 from post_training.pruning.space import PruningSpace, pruned_architecture
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 
     from post_training.distributed.session import Session
     from post_training.models.architecture import Architecture
-    from post_training.pruning.report import ModelScores
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,7 @@ def prune(plan: Plan, session: Session) -> Pruned:
     Raises:
         UsageError: if the sizes are not allowed, or no architecture meets the target.
     """
-    from post_training.checkpoints import record
-    from post_training.models import builder
-    from post_training.pruning import minitron, report
+    from post_training.pruning import minitron
     from post_training.pruning.measure import Scorer
 
     options, target = plan.options, plan.target
@@ -161,9 +159,6 @@ def small_files(
     source: Path, architecture: Architecture, kept_layers: list[int], *, python_files: bool
 ) -> Callable[[Path], None]:
     """Writes configuration, adapted to the pruned model, and tokenizer into a folder."""
-    from post_training.checkpoints import huggingface
-    from post_training.common import files
-    from post_training.models import families
 
     def write(folder: Path) -> None:
         huggingface.copy_small_files(source, folder, python_files=python_files)
@@ -175,8 +170,6 @@ def small_files(
 
 
 def show(plan: Plan, result: Pruned, session: Session) -> None:
-    from post_training.pruning import report
-
     report.show(plan.options, plan.save, result.content, result.before, result.after)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training.checkpoints import loading
+from post_training.checkpoints import huggingface, loading, record, torch_dist
 from post_training.checkpoints.source import Source, fetch_source, find_source, size_estimate
 from post_training.cli.stage import Stage, run
 from post_training.common import outputs
@@ -82,7 +82,6 @@ def quantize(plan: Plan, session: Session) -> Quantized:
     Raises:
         UsageError: if the format cannot be exported, or a weight that it matches has no scale.
     """
-    from post_training.checkpoints import huggingface, record, torch_dist
     from post_training.quantization import calibration, ptq, report
 
     options = plan.options

@@ -33,7 +33,7 @@ def read(text: str) -> dict[str, Any]:
             error
         )
     if not isinstance(content, dict):
-        raise UsageError(shown, "it is no JSON object", f"write {OPTION} {example}")
+        raise UsageError(shown, "it is not a JSON object", f"write {OPTION} {example}")
     for key in content:
         if key not in MEANINGS:
             raise UsageError(
@@ -47,7 +47,7 @@ def read(text: str) -> dict[str, Any]:
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a key stands there twice")
+        raise ValueError("a key is given twice")
     return found
 
 
