@@ -2,7 +2,7 @@
 
 An :class:`Architecture` comes from flags (``arguments.architecture``), from the manifest of a
 checkpoint (:meth:`Architecture.from_json`) or from a Hugging Face ``config.json``
-(:func:`from_huggingface`). It is JSON throughout and says nothing about how the model is run:
+(``families.from_huggingface``). It is JSON throughout and says nothing about how the model is run:
 parallel sizes, precision and kernels are elsewhere. Nothing here imports torch.
 """
 

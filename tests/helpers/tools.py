@@ -12,20 +12,10 @@ from typing import Any
 import torch
 
 from benchmarks.random_model import CHAT_TEMPLATE, byte_tokenizer
+from post_training.models import families
 
 ROOT = Path(__file__).resolve().parents[2]
-VOCABULARY = 512
-SHARED = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-6,
-}
-# Parallel layouts: processes and flags. Six layers, so that 4 + 2 is an uneven split.
+# Parallel layouts: processes and flags. The tiny models have six layers, so 4 + 2 is uneven.
 LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {
     "TP=1": (1, ()),
     "TP=2": (2, ("--tensor-model-parallel-size", 2)),
@@ -35,23 +25,8 @@ LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {
         ("--pipeline-model-parallel-size", 2, "--decoder-first-pipeline-num-layers", 4),
     ),
 }
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama3": {
-        "model_type": "llama",
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": False,
-    },
-    "qwen2.5": {"model_type": "qwen2", "tie_word_embeddings": True},
-    "qwen3": {"model_type": "qwen3", "head_dim": 64, "tie_word_embeddings": True},
-}
+# Name -> family. What is registered is tested.
+FAMILIES = {family.name: family for family in families.FAMILIES.values()}
 
 
 def random_model(
@@ -67,8 +42,7 @@ def random_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = {**SHARED, **FAMILIES[family], **changes}
-    config = AutoConfig.for_model(**settings)
+    config = AutoConfig.for_model(**FAMILIES[family].tiny_config(**changes))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
