@@ -23,6 +23,7 @@ from post_training.common.errors import UsageError
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _HASH_BLOCK = 1 << 22
+_AGAIN = "copy or download it again"
 
 
 def incomplete(target: Path) -> Path:
@@ -90,12 +91,37 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Content of a JSON file; None where there is none, or none that can be read."""
+def read_json(path: Path, what: str = "file", remedy: str = _AGAIN) -> Any | None:
+    """Content of a JSON file; None where there is no such file.
+
+    Args:
+        path: of the file.
+        what: the file is, in a message.
+        remedy: in a message.
+
+    Raises:
+        UsageError: if it cannot be read, or is not JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{what} {path}", f"it cannot be read as JSON: {error}", remedy) from error
+
+
+def read_json_object(path: Path, what: str = "file", remedy: str = _AGAIN) -> dict[str, Any]:
+    """Content of a JSON file that must be there and hold an object; otherwise as :func:`read_json`.
+
+    Raises:
+        UsageError: if it is missing, cannot be read, is not JSON, or no object.
+    """
+    content = read_json(path, what, remedy)
+    if content is None and not path.is_file():
+        raise UsageError(f"{what} {path}", "there is no such file", remedy)
+    if not isinstance(content, dict):
+        raise UsageError(f"{what} {path}", "it is no JSON object", remedy)
+    return content
 
 
 def sha256(path: Path) -> str:
@@ -188,15 +214,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"file {path}", f"it cannot be read as JSON: {error}", "copy or download it again"
-        ) from error
-    if not isinstance(content, dict):
-        raise UsageError(f"file {path}", "it is no JSON object", "copy or download it again")
-    return content

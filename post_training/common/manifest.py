@@ -7,13 +7,12 @@ duration and peak memory. Nothing here imports torch.
 
     python -m post_training.manifest valid OUTPUT INPUT [COMMAND...]
 
-leaves with exit code 0 if OUTPUT is whole and was made from INPUT as it is now, by the versions
+exits with code 0 if OUTPUT is whole and was made from INPUT as it is now, by the versions
 that are installed now and, where the words of a COMMAND are given, by that very command.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import subprocess
@@ -109,16 +108,11 @@ def read(folder: Path) -> dict[str, Any] | None:
         UsageError: if it is not JSON or of a newer format than this version reads.
     """
     path = folder if folder.is_file() else folder / FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    content: dict[str, Any] | None = files.read_json(
+        path, "manifest", "make the output again, or delete the file to continue without a manifest"
+    )
+    if content is None:
         return None
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"manifest {path}",
-            f"it cannot be read as JSON: {error}",
-            "make the output again, or delete the file to go on without a manifest",
-        ) from error
     if content.get("format", 0) > FORMAT:
         raise UsageError(
             f"manifest {path}",
@@ -172,7 +166,7 @@ def is_valid(output: Path, source: str, made_by: Sequence[str] = ()) -> bool:
         return False
     if content["versions"] != versions():
         return False
-    # A report may say that the model fell short of what was asked, training that it goes on.
+    # A report may say that the model fell short of a limit, a training run that it is unfinished.
     if not (content.get("passed", True) and content.get("complete", True)):
         return False
     if made_by and _plain(shlex.split(content["command"])) != _plain(shlex.split(quoted(made_by))):

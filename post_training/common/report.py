@@ -6,12 +6,18 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from post_training.common import files
 
-if TYPE_CHECKING:
-    from post_training.distributed.parallel import Parallel
+
+class Layout(Protocol):
+    """Parallel sizes, such as those of ``distributed.parallel.Parallel``."""
+
+    @property
+    def tensor(self) -> int: ...
+    @property
+    def pipeline(self) -> int: ...
 
 
 def summary(title: str, rows: Mapping[str, Any], next_step: str | None = None) -> None:
@@ -57,7 +63,7 @@ def size(folder: Path) -> str:
     return number_of_bytes(files.size_of(folder))
 
 
-def layout(parallel: Parallel) -> str:
+def layout(parallel: Layout) -> str:
     """``TP=2 PP=1``."""
     return f"TP={parallel.tensor} PP={parallel.pipeline}"
 

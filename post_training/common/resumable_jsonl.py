@@ -1,8 +1,8 @@
 """A JSONL file that grows over a long run, survives a kill, and appears under its name when whole.
 
 Rows are appended to ``<name>.incomplete``; ``<name>.incomplete.json`` says how many bytes of it
-count and with which settings they were made. What a killed run wrote after its last record there is
-cut off by the next run, which goes on from that record. Nothing here imports torch.
+count and with which settings they were made. The next run cuts off what a killed run wrote after its
+last record there, and resumes from that record. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def check(target: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None
 
     Raises:
         UsageError: if it exists, its folder cannot be written, or the left rows were made with
-            other settings and ``overwrite`` does not allow to drop them.
+            other settings and ``overwrite`` is not given.
     """
     what = f"output {target}"
     if target.is_dir():
@@ -40,7 +40,7 @@ def check(target: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None
     if target.exists() and not overwrite:
         made = ""
         if manifest_path(target).is_file():
-            content = json.loads(manifest_path(target).read_text(encoding="utf-8"))
+            content = files.read_json_object(manifest_path(target), "manifest")
             made = f", complete, made by: {content.get('command')}"
         raise UsageError(
             what,
@@ -60,7 +60,7 @@ def check(target: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None
         raise UsageError(
             what,
             f"an interrupted run left {state['rows']} rows that were made otherwise: {shown}",
-            "give the same settings to go on, or --overwrite to begin again",
+            "give the same settings to resume, or --overwrite to start over",
         )
 
 
@@ -132,9 +132,8 @@ class Rows:
 
 def _read_state(target: Path) -> dict[str, Any] | None:
     """The record of an interrupted run; None where there is none, or its rows are gone."""
-    try:
-        state: dict[str, Any] = json.loads(state_path(target).read_text(encoding="utf-8"))
-        size = files.incomplete(target).stat().st_size
-    except (FileNotFoundError, ValueError):
-        return None
-    return state if size >= state["bytes"] else None
+    state: dict[str, Any] | None = files.read_json(
+        state_path(target), "progress of an interrupted run", "delete it to start over"
+    )
+    rows = files.incomplete(target)
+    return state if state and rows.is_file() and rows.stat().st_size >= state["bytes"] else None
