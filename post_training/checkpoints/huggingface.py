@@ -7,17 +7,18 @@ tensors that nobody read is an error instead of a model that is silently wrong.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training.common import safetensors_index
+from post_training.common import files, safetensors_index
 from post_training.common.errors import UsageError
+from post_training.models import families
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +83,7 @@ def resolve(name_or_path: str, *, weights: bool, trust_remote_code: bool = False
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UsageError(
             f"model {name_or_path}",
-            f"it is no local folder, and the hub did not give it: {_first_line(error)}",
+            f"it is no local folder, and the hub did not provide it: {_first_line(error)}",
             "name a local folder in HF_MODEL_CKPT; for a gated model set HF_TOKEN",
         ) from error
     return path
@@ -90,7 +91,7 @@ def resolve(name_or_path: str, *, weights: bool, trust_remote_code: bool = False
 
 def read_config(folder: Path) -> dict[str, Any]:
     """``config.json`` of a model folder."""
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return files.read_json_object(folder / "config.json")
 
 
 def copy_small_files(source: Path, target: Path, *, python_files: bool = False) -> None:
@@ -104,6 +105,27 @@ def copy_small_files(source: Path, target: Path, *, python_files: bool = False) 
     if python_files:
         for path in source.glob("*.py"):
             shutil.copyfile(path, target / path.name)
+
+
+@dataclass(frozen=True)
+class SmallFiles:
+    """What travels with a checkpoint so that it can be exported again: no weights.
+
+    Attributes:
+        folder: of the Hugging Face model.
+        python_files: whether the model's own code travels too.
+        config: takes the place of its ``config.json``: a pruned model's.
+    """
+
+    folder: Path
+    python_files: bool = False
+    config: Mapping[str, Any] | None = None
+
+    def copy_to(self, target: Path) -> None:
+        """Write the files into ``target``, which exists."""
+        copy_small_files(self.folder, target, python_files=self.python_files)
+        if self.config is not None:
+            files.write_json(target / "config.json", dict(self.config))
 
 
 def load_tokenizer(location: Path | str, *, trust_remote_code: bool = False) -> Any:
@@ -149,6 +171,7 @@ def load_weights(
     Raises:
         UsageError: if a tensor is missing, has another shape, or is left over.
     """
+    families.register_weight_mappings()
     importer = _importer_class()(
         model, str(folder), dtype=dtype, trust_remote_code=trust_remote_code
     )
@@ -183,7 +206,7 @@ def _importer_class() -> type:
     from modelopt.torch.export.plugins.megatron_importer import GPTModelImporter
 
     class RecordingImporter(GPTModelImporter):
-        """Remembers which source tensors were read and from which shard each comes."""
+        """Records the tensors that were read, and parses the source's index once."""
 
         @cached_property
         def _index(self) -> dict[str, safetensors_index.Entry]:
@@ -228,19 +251,6 @@ def _collect_failures(work: Any, folder: Path) -> None:
             f"its tensors do not fit the Megatron model: {reason}",
             "the conf does not describe this model: compare it with config.json",
         )
-
-
-def tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors of a folder, one shard open at a time."""
-    from safetensors import safe_open
-
-    by_file: dict[Path, list[str]] = {}
-    for name, entry in safetensors_index.read(folder).items():
-        by_file.setdefault(entry.path, []).append(name)
-    for path, names in by_file.items():
-        with safe_open(path, framework="pt") as shard:
-            for name in names:
-                yield name, shard.get_tensor(name)
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,8 +1,8 @@
 """A JSONL file that grows over a long run, survives a kill, and appears under its name when whole.
 
 Rows are appended to ``<name>.incomplete``; ``<name>.incomplete.json`` says how many bytes of it
-count and with which settings they were made. The next run cuts off what a killed run wrote after its
-last record there, and resumes from that record. Nothing here imports torch.
+count and with which settings they were made. The next run cuts off what a killed run wrote after
+its last record there, and resumes from that record. Nothing here imports torch.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,16 @@ def run_stages(
     """
     listed = [[name, [str(flag) for flag in flags]] for name, flags in jobs]
     return run("tests/helpers/run_stages.py", json.dumps(listed), processes=processes)
+
+
+def tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors of a Hugging Face folder by name."""
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118
+                yield name, shard.get_tensor(name)
 
 
 def logits_job(work: Path, ids: torch.Tensor, *flags: object) -> tuple[str, tuple[object, ...]]:

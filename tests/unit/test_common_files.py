@@ -78,7 +78,7 @@ def test_an_index_that_names_a_tensor_its_files_lack_is_refused(tmp_path):
     folder = write_model(tmp_path, a=[4], b=[4])
     names = {"a": "model.safetensors", "c": "model.safetensors"}
     (folder / safetensors_index.INDEX).write_text(json.dumps({"weight_map": names}))
-    with pytest.raises(UsageError, match="names 1 tensors that its files lack, e.g. c"):
+    with pytest.raises(UsageError, match="names 1 tensors that its files lack"):
         safetensors_index.read(folder)
 
 

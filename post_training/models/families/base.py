@@ -60,9 +60,7 @@ class Refused(NamedTuple):
 
 
 ONLY_SILU = Refused("hidden_act", "silu", "another activation")
-NO_ATTENTION_BIAS = Refused(
-    "attention_bias", False, "a bias in the attention's output projection"
-)
+NO_ATTENTION_BIAS = Refused("attention_bias", False, "a bias in the attention's output projection")
 NO_MLP_BIAS = Refused("mlp_bias", False, "biases in the MLP")
 
 
@@ -224,8 +222,6 @@ def refuse_sliding_window(config: Mapping[str, Any]) -> None:
         )
 
 
-def refuse(
-    what: str, cause: str, remedy: str = "convert another model of this family"
-) -> NoReturn:
+def refuse(what: str, cause: str, remedy: str = "convert another model of this family") -> NoReturn:
     """Raise UsageError about a value of ``config.json``."""
     raise UsageError(f"config.json: {what}", cause, remedy)
