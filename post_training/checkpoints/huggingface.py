@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from post_training.common import files, safetensors_index
 from post_training.common.errors import UsageError
-from post_training.models import families
 
 if TYPE_CHECKING:
     import torch
@@ -171,7 +170,6 @@ def load_weights(
     Raises:
         UsageError: if a tensor is missing, has another shape, or is left over.
     """
-    families.register_weight_mappings()
     importer = _importer_class()(
         model, str(folder), dtype=dtype, trust_remote_code=trust_remote_code
     )

@@ -4,7 +4,7 @@ from post_training.models.families.registry import (
     FAMILIES,
     from_huggingface,
     refuse_quantized,
-    register_weight_mappings,
+    register_weight_mapping,
     unconvertible,
     with_shape,
 )
@@ -13,7 +13,7 @@ __all__ = [
     "FAMILIES",
     "from_huggingface",
     "refuse_quantized",
-    "register_weight_mappings",
+    "register_weight_mapping",
     "unconvertible",
     "with_shape",
 ]

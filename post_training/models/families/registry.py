@@ -67,15 +67,15 @@ def unconvertible(stated: Mapping[str, Any]) -> str | None:
     return f"it has {' and '.join(found)}, and only {', '.join(sorted(FAMILIES))} are converted yet"
 
 
-def register_weight_mappings() -> None:
-    """Add the families' rules for weights to ModelOpt's tables, for its importer and exporter."""
-    from modelopt.torch.export.plugins import mcore_common
+def register_weight_mapping(architecture: Architecture) -> None:
+    """Add a family's rules for weights to the tables of ModelOpt's importer and exporter."""
+    name = architecture.huggingface_architecture or ""
+    mapping = FAMILIES[name].weight_mapping() if name in FAMILIES else None
+    if mapping is not None:
+        from modelopt.torch.export.plugins import mcore_common
 
-    for name, family in FAMILIES.items():
-        mapping = family.weight_mapping()
-        if mapping is not None:
-            mcore_common.all_mcore_hf_import_mapping[name] = dict(mapping.importing)
-            mcore_common.all_mcore_hf_export_mapping[name] = dict(mapping.exporting)
+        mcore_common.all_mcore_hf_import_mapping[name] = dict(mapping.importing)
+        mcore_common.all_mcore_hf_export_mapping[name] = dict(mapping.exporting)
 
 
 def refuse_quantized(config: Mapping[str, Any], source: str = "config.json") -> None:
