@@ -1,8 +1,8 @@
 """Hugging Face folders as a source: resolve, describe, and stream the weights into a model.
 
-ModelOpt's importer knows how each architecture's tensors map to megatron-core's; it is extended
-here so that the names it reads are recorded, the source's index is parsed once, and a source with
-tensors that nobody read is an error instead of a model that is silently wrong.
+ModelOpt's importer maps each architecture's tensors to megatron-core's. It is extended here: the
+source's index is parsed once, the names that are read are recorded, and a source with tensors that
+were not read is an error instead of a silently wrong model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Everything of a model folder that is not weights and that its users need.
+# Files of a model folder, other than weights, that are needed to use the model.
 SMALL_FILES = (
     "config.json",
     "generation_config.json",
@@ -47,7 +47,7 @@ _WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 
 
 def resolve(name_or_path: str, *, weights: bool, trust_remote_code: bool = False) -> Path:
-    """The local folder of a model; a hub name is downloaded first (rank 0 alone, others wait).
+    """The local folder of a model; rank 0 downloads a hub name, the others wait.
 
     Args:
         name_or_path: a folder, or a hub name such as ``Qwen/Qwen3-0.6B``.
@@ -156,12 +156,12 @@ def load_weights(
 ) -> int:
     """Stream the weights of ``folder`` into this rank's part of ``model``; a collective call.
 
-    Host memory beyond the model itself: the tensors of one linear layer, since each is read (only
-    this rank's slice of it), copied and dropped before the next.
+    Host memory beyond the model itself: the tensors of one linear layer. Each is read (this rank's
+    slice), copied and freed before the next.
 
     Args:
         dtype: of the model's parameters; the source is cast.
-        tied_embeddings: the source may still carry ``lm_head.weight``, which then is not read.
+        tied_embeddings: a ``lm_head.weight`` in the source is not read.
         show_progress: draw a progress bar on this rank.
 
     Returns:
@@ -231,7 +231,7 @@ def _importer_class() -> type:
 
 
 def _collect_failures(work: Any, folder: Path) -> None:
-    """Run ``work`` and fail on all ranks together with the first rank's reason."""
+    """Run ``work``; if a rank fails, all fail together with the reason of the lowest rank."""
     import torch
 
     failure = None

@@ -1,7 +1,7 @@
-"""Output folders that appear whole or not at all.
+"""Output folders that appear complete or not at all, and the readers and writers of small files.
 
-Work is written into a sibling of the final folder, ``<name>.incomplete``, and renamed when it is
-finished. A process killed at any moment leaves the final name as it was: absent, or holding the
+Output is written to a sibling of the final folder, ``<name>.incomplete``, and renamed when it is
+complete. A process killed at any moment leaves the final name as it was: absent, or holding the
 previous complete output. Nothing here imports torch.
 """
 
@@ -27,12 +27,12 @@ _AGAIN = "copy or download it again"
 
 
 def incomplete(target: Path) -> Path:
-    """Name under which the output ``target`` is written before it is finished."""
+    """Name under which the output ``target`` is written until it is complete."""
     return target.with_name(target.name + ".incomplete")
 
 
 def begin(target: Path) -> Path:
-    """Create an empty working folder for ``target``, discarding what a killed run left there."""
+    """Create an empty working folder for ``target``, discarding what a killed run left."""
     work = incomplete(target)
     if work.exists():
         shutil.rmtree(work)
@@ -41,7 +41,7 @@ def begin(target: Path) -> Path:
 
 
 def publish(target: Path) -> None:
-    """Give the finished working folder its final name; a previous ``target`` is replaced whole.
+    """Give the finished working folder its final name; a previous ``target`` is replaced.
 
     On Linux the two folders are exchanged in one step (``renameat2``), so that ``target`` is never
     missing. File systems without it (some network file systems) get two renames; in between, the
@@ -77,7 +77,7 @@ def recover(target: Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old text or the new one, never half."""
+    """Write a small file atomically: a reader sees the old text or the new one."""
     work = path.with_name(f".{path.name}.{os.getpid()}")
     with work.open("w", encoding="utf-8") as stream:
         stream.write(text)
@@ -190,7 +190,7 @@ def _exchange(first: Path, second: Path) -> bool:
 def _allow_reading(folder: Path) -> None:
     """Give every file the permissions of the user's umask.
 
-    Some libraries write weights with mode 0600, which a server under another account cannot read.
+    Some libraries write weights with mode 0600, which a server of another account cannot read.
     """
     mask = os.umask(0)
     os.umask(mask)

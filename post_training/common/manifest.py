@@ -66,14 +66,14 @@ class Manifest:
 
         Args:
             folder: of the output.
-            parts: subfolders whose files to describe, where others still change; by default all.
+            parts: subfolders whose files to describe, if others still change; by default all.
         """
         content = self.content(self._outputs(folder, parts))
         files.write_json(folder / FILE, content)
         return content
 
     def content(self, outputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """What is written, for outputs that are described as ``files.describe_tree`` does."""
+        """The content, for outputs described as by ``files.describe_tree``."""
         return {
             "format": FORMAT,
             "stage": self.stage,
@@ -125,8 +125,8 @@ def read(folder: Path) -> dict[str, Any] | None:
 def describe_input(role: str, location: str | Path) -> dict[str, Any]:
     """An input as manifests record it: path (or hub name) and the hash of its own manifest.
 
-    A folder without a manifest is described by the names, sizes and times of its files instead, a
-    file by its hash.
+    A folder without a manifest is described by the names, sizes and times of its files, a file by
+    its hash.
     """
     folder = Path(location)
     entry: dict[str, Any] = {"role": role, "path": str(location)}
@@ -156,8 +156,7 @@ def is_valid(output: Path, source: str, made_by: Sequence[str] = ()) -> bool:
 
     Args:
         output: a stage's output folder, or its report.
-        source: what it must have been made from, as it is now: a path, or a hub name whose
-            download is still what it was.
+        source: what it must have been made from, unchanged since: a path, or a hub name.
         made_by: words of the command that must have made it, the stage's program first; by
             default any.
     """
@@ -175,7 +174,7 @@ def is_valid(output: Path, source: str, made_by: Sequence[str] = ()) -> bool:
 
 
 def _plain(words: Sequence[str]) -> list[str]:
-    """A command without what does not decide its result: the program's folder, --overwrite."""
+    """A command without the parts that do not affect its result: folder, --overwrite."""
     words = [word for word in words if word != "--overwrite"]
     return [Path(words[0]).name, *words[1:]] if words else []
 

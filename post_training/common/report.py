@@ -1,4 +1,4 @@
-"""The short summary a stage ends with."""
+"""The summary that a stage prints at its end."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def summary(title: str, rows: Mapping[str, Any], next_step: str | None = None) -
 def beside(model: str | Path, stage: str) -> Path:
     """Where a stage reports about a model: ``<model>.<stage>.json`` beside it.
 
-    In the work folder (``MLM_WORK_DIR``) if the model is a hub name, or its folder is read-only.
+    In the work folder (``MLM_WORK_DIR``) if the model is a hub name or its folder is read-only.
     """
     folder = Path(model).resolve()
     if folder.exists() and os.access(folder.parent, os.W_OK):

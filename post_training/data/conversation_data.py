@@ -27,7 +27,7 @@ _CHECKED = 5_000  # rows that a check reads, well under a second
 
 
 def check(source: TrainingText) -> None:
-    """Check local data by its first rows: known fields, known roles, an answer in each. No torch.
+    """Check the first rows of local data: known fields and roles, an answer in each. No torch.
 
     Raises:
         UsageError: naming file and line.
@@ -52,8 +52,6 @@ def prepare(
     show_progress: bool = False,
 ) -> tuple[dict[str, PackedConversations], dict[str, Any]]:
     """Sequences by part (``PARTS``), and what is known about them; a collective call.
-
-    Rank 0 reads and packs, unless ``folder`` has the result already; every rank maps the files.
 
     Args:
         source: of the conversations.
@@ -177,7 +175,7 @@ def source(args: argparse.Namespace) -> TrainingText:
 
 
 def shown(source: TrainingText, tokenizer: Any, count: int, color: bool) -> Iterator[str]:
-    """The first conversations as text, answers marked, each under its place."""
+    """The first conversations as text with the answers marked, each under its place."""
     for document, option in islice(sources.documents(source), count):
         tokens = assistant_mask.tokenize(document, tokenizer, option)
         title = f"-- {document.place}: {sum(tokens.mask)} of {len(tokens.ids)} tokens are answers"

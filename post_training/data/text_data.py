@@ -24,7 +24,7 @@ _TENTH = 10
 
 
 def check(source: TrainingText) -> None:
-    """Check local data by its first rows. No torch.
+    """Check the first rows of local data. No torch.
 
     Raises:
         UsageError: naming file and line.
@@ -56,7 +56,7 @@ def prepare(
 def sequences(
     source: TrainingText, tokenizer: PreTrainedTokenizerBase, length: int
 ) -> Iterator[list[int]]:
-    """Sequences of exactly ``length`` tokens; the end-of-text token stands between documents."""
+    """Sequences of exactly ``length`` tokens, the end-of-text token between documents."""
     from post_training.data import calibration_data
 
     eos = tokenizer.eos_token_id

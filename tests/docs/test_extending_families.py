@@ -1,26 +1,19 @@
-"""docs/extending.md, "A model family": what the page says is done in a copy of the tree, and works.
-
-Only the file and the row that the page names are written; the family's tests then run in the copy.
-"""
+"""docs/extending.md, "A model family": doing what it says is enough."""
 
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import extending
 import pytest
 import tools
 
-PAGE = (tools.ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
-SECTION = re.search(r"^## A model family\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)[1]
-TEST_FILES = re.findall(
-    r"tests/\w+/test_\w+\.py", re.search(r"```bash\n(.*?)```", SECTION, re.S)[1]
-)
-NAME = "arcee"
-# Of the page's test files: what concerns one process. The others differ in the layout alone.
+FAMILY = "post_training/models/families/arcee.py"
+REGISTRY = "post_training/models/families/registry.py"
+# The page's test files, and what of them one process can do: the rest are other layouts.
 TESTS = {
     "tests/unit/test_families.py": "",
     "tests/parallel/test_logits.py": "::test_logits_equal_transformers_in_float32[TP=1]",
@@ -28,42 +21,24 @@ TESTS = {
 }
 
 
-def written_by_the_page() -> dict[str, str]:
-    """Path -> code block, for each sentence that names a path and ends with a colon."""
-    return dict(re.findall(r"`(post_training/[\w/]+\.py)`:\n\n```python\n(.*?)```", SECTION, re.S))
-
-
-def git(folder: Path, *words: str) -> str:
-    return subprocess.run(
-        ["git", *words], cwd=folder, capture_output=True, text=True, check=True
-    ).stdout
-
-
 @pytest.fixture(scope="module")
-def copy(tmp_path_factory) -> Path:
-    """The tree as it is, under git, with the page's file and row written."""
-    folder = tmp_path_factory.mktemp("extended") / "tree"
-    for name in git(tools.ROOT, "ls-files", "-co", "--exclude-standard").splitlines():
-        if (tools.ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(tools.ROOT / name, folder / name)
-    git(folder, "init", "-q")
-    git(folder, "add", "-A")
-    for path, block in written_by_the_page().items():
-        target = folder / path
-        if target.exists():
-            text = target.read_text(encoding="utf-8")
-            assert text.count("_FILES = (\n") == 1
-            block = text.replace("_FILES = (\n", f"_FILES = (\n{block}")
-        target.write_text(block, encoding="utf-8")
-    return folder
+def extended(tmp_path_factory) -> Path:
+    """A copy of the repository after the section, which touches its file and its row alone."""
+    root = extending.copy_of_repository(tmp_path_factory.mktemp("extended") / "repository")
+    before = extending.contents(root)
+    assert extending.follow(extending.section("A model family"), root) == ({FAMILY}, {REGISTRY})
+    after = extending.contents(root)
+    assert {name for name in after if after[name] != before.get(name)} == {FAMILY, REGISTRY}
+    assert len(after[REGISTRY].splitlines()) == len(before[REGISTRY].splitlines()) + 1
+    return root
 
 
-def run(copy: Path, *words: str) -> str:
+def python(root: Path, *words: str) -> str:
+    """Run a module of Python in the copy, which comes first on the path; it must succeed."""
     done = subprocess.run(
-        [sys.executable, *words],
-        cwd=copy,
-        env=tools.environment(PYTHONPATH=str(copy), PYTHONDONTWRITEBYTECODE="1"),
+        [sys.executable, "-m", *words],
+        cwd=root,
+        env=tools.environment(PYTHONPATH=str(root), PYTHONDONTWRITEBYTECODE="1"),
         capture_output=True,
         text=True,
         timeout=900,
@@ -72,30 +47,23 @@ def run(copy: Path, *words: str) -> str:
     return done.stdout
 
 
-def test_the_page_names_one_new_file_and_one_row():
-    written = written_by_the_page()
-    assert list(written) == [
-        f"post_training/models/families/{NAME}.py",
-        "post_training/models/families/registry.py",
-    ]
-    assert not (tools.ROOT / f"post_training/models/families/{NAME}.py").exists()
-    assert len(written["post_training/models/families/registry.py"].splitlines()) == 1
-    assert set(TEST_FILES) == set(TESTS)
+def test_the_example_passes_the_linters(extended):
+    python(extended, "ruff", "check", "--no-cache", FAMILY, REGISTRY)
+    python(extended, "ruff", "format", "--no-cache", "--check", FAMILY, REGISTRY)
+    python(extended, "mypy", "--cache-dir=/dev/null", FAMILY)
 
 
-def test_the_new_family_is_clean_for_ruff_and_mypy(copy):
-    path = f"post_training/models/families/{NAME}.py"
-    for words in (("ruff", "check", path), ("ruff", "format", "--check", path), ("mypy", path)):
-        run(copy, "-m", *words)
+def test_the_page_names_the_tests_that_ask_the_registry():
+    commands = re.findall(r"```bash\n(.*?)```", extending.section("A model family"), re.DOTALL)
+    assert re.findall(r"tests/\w+/test_\w+\.py", "".join(commands)) == list(TESTS)
 
 
 @pytest.mark.timeout(1000)
 @pytest.mark.parametrize("file", TESTS)
-def test_the_familys_tests_pass_in_the_copy(copy, file):
-    if file == "tests/unit/test_families.py":
-        assert f"[{NAME}]" in run(copy, "-m", "pytest", "--co", "-q", "-n", "0", file)
-    run(copy, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", file + TESTS[file])
-    changed = git(copy, "status", "--porcelain").splitlines()
-    assert sorted(line.split()[-1] for line in changed if line[1] != " ") == sorted(
-        written_by_the_page()
-    )
+def test_the_family_passes_the_tests_of_every_family(extended, file):
+    before = extending.contents(extended)
+    pytest_words = ("pytest", "-q", "-n", "0", "-p", "no:cacheprovider", file + TESTS[file])
+    if not TESTS[file]:
+        assert "[arcee]" in python(extended, *pytest_words, "--collect-only")
+    python(extended, *pytest_words)
+    assert extending.contents(extended) == before
