@@ -18,11 +18,11 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from post_training.checkpoints import loading
+from post_training.checkpoints.source import fetch_source, find_source, size_estimate
 from post_training.common import outputs
 from post_training.common.errors import UsageError
 from post_training.config import arguments, checks
@@ -34,8 +34,8 @@ from post_training.training import checkpoint as training_checkpoint
 from post_training.training import options as training_options
 
 if TYPE_CHECKING:
-    from post_training.checkpoints.loading import Source
-    from post_training.distributed.runtime import Session
+    from post_training.checkpoints.source import Source
+    from post_training.distributed.session import Session
     from post_training.training.trainer import Outcome
 
 logger = logging.getLogger("post_training")
@@ -87,7 +87,7 @@ def check(args: argparse.Namespace) -> None:
                     f"--seq-length {limit}",
                 )
     (conversation_data if args.answers_only else text_data).check(conversation_data.source(args))
-    needed = 2 * loading.size_estimate(student, 8)  # weights and optimizer, twice
+    needed = 2 * size_estimate(student, 8)  # weights and optimizer, twice
     outputs.disk_space(Path(args.save), needed)
 
 
@@ -100,7 +100,7 @@ def find_student(args: argparse.Namespace) -> Source:
     )
     if goes_on:
         args.load = args.save
-    return loading.find(args)
+    return find_source(args)
 
 
 def distill(args: argparse.Namespace, session: Session) -> Outcome:
@@ -120,9 +120,9 @@ def distill(args: argparse.Namespace, session: Session) -> Outcome:
     leave_if_asked(session)
     options = training_options.options(args)
     config = distill_config.read(args.export_kd_cfg)
-    source = loading.fetch(find_student(args), args)
+    source = fetch_source(find_student(args), args)
     of_teacher = distill_config.teacher_arguments(args)
-    teacher_source = loading.fetch(distill_config.find_teacher(args), of_teacher)
+    teacher_source = fetch_source(distill_config.find_teacher(args), of_teacher)
     distill_config.check_pair(args, config, source, teacher_source)
     resume = training_checkpoint.goes_on(Path(args.save), args.overwrite)
     small_files = loading.local_huggingface(source, args)
@@ -180,8 +180,7 @@ def distill(args: argparse.Namespace, session: Session) -> Outcome:
 
 def load(args: argparse.Namespace, source: Source, session: Session) -> Any:
     """This rank's part of a model with its weights."""
-    build = replace(loading.build_options(args, source), sequence_parallel=False)
-    return loading.load(source, build, session, trust_remote_code=args.trust_remote_code)
+    return loading.load(source, args, session)
 
 
 def samples(args: argparse.Namespace, source: Source, session: Session) -> tuple[Any, Any]:
@@ -236,10 +235,10 @@ def show(args: argparse.Namespace, outcome: Outcome) -> None:
 def main() -> None:
     # From the start: imports and loading take longer than a scheduler may wait.
     signals.defer_until_exit()
-    args = arguments.parse("distill", add_arguments, check)
-    from post_training.distributed import runtime
+    args = arguments.parse_namespace("distill", add_arguments, check)
+    from post_training.cli.stage import open_session
 
-    with runtime.session(args) as session:
+    with open_session(args) as session:
         outcome = distill(args, session)
         if session.is_main:
             show(args, outcome)

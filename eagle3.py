@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from post_training.checkpoints import loading, torch_dist
+from post_training.checkpoints.source import fetch_source, find_source, size_estimate
 from post_training.common import files, outputs
 from post_training.common.errors import UsageError
 from post_training.config import arguments, checks
@@ -33,13 +34,14 @@ from post_training.distributed import signals
 from post_training.drafts import features as draft_features
 from post_training.drafts import options as draft_arguments
 from post_training.drafts.eagle3.draft import DTYPES
+from post_training.drafts.record import draft_of
 from post_training.models import parallel_check
 from post_training.training import checkpoint as training_checkpoint
 from post_training.training import options as training_options
 
 if TYPE_CHECKING:
-    from post_training.checkpoints.loading import Source
-    from post_training.distributed.runtime import Session
+    from post_training.checkpoints.source import Source
+    from post_training.distributed.session import Session
     from post_training.training.options import TrainingOptions
     from post_training.training.trainer import Outcome
 
@@ -111,7 +113,7 @@ def check(args: argparse.Namespace) -> None:
         draft_features.check(args, source, options.seq_length)
     else:
         conversation_data.check(conversation_data.source(args))
-    needed = 2 * loading.size_estimate(source, 2)  # two checkpoints, of which one is being written
+    needed = 2 * size_estimate(source, 2)  # two checkpoints, of which one is being written
     outputs.disk_space(Path(args.save), needed)
 
 
@@ -132,20 +134,20 @@ def find_source(args: argparse.Namespace) -> Source:
     )
     if not overwrite and (folder / torch_dist.TRACKER).is_file():
         args.load = args.save
-        source = loading.find(args)
-        if source.draft is None:
+        source = find_source(args)
+        if draft_of(source) is None:
             raise UsageError(
                 f"output folder {folder}",
                 "it holds a checkpoint without a draft",
                 "name another folder in MLM_MODEL_SAVE, and this one in MLM_MODEL_CKPT",
             )
         return source
-    return loading.find(args)
+    return find_source(args)
 
 
 def _check_draft(args: argparse.Namespace, source: Source, offline: bool) -> None:
     """The draft's flags, and that they do not contradict the draft that there is."""
-    recorded = source.draft
+    recorded = draft_of(source)
     planned = draft_arguments.plan(args, source.architecture)
     if recorded is None:
         return
@@ -201,15 +203,14 @@ def eagle3(args: argparse.Namespace, session: Session) -> Outcome:
 
     leave_if_asked(session)
     options = read_options(args)
-    source = loading.fetch(find_source(args), args)
+    source = fetch_source(find_source(args), args)
     resume = training_checkpoint.goes_on(Path(args.save), args.overwrite)
     small_files = loading.local_huggingface(source, args)
     train, valid, prompts = samples(args, source, session)
     leave_if_asked(session)
-    build = replace(loading.build_options(args, source), sequence_parallel=False)
-    model = loading.load(source, build, session, trust_remote_code=args.trust_remote_code)
-    draft = source.draft or draft_arguments.plan(args, source.architecture)
-    if source.draft is None:
+    model = loading.load(source, args, session)
+    draft = draft_of(source) or draft_arguments.plan(args, source.architecture)
+    if draft_of(source) is None:
         eagle.attach(model, draft, args.seed)
     if draft.has_own_vocabulary and not draft.trained:
         counts = conversation_data.frequencies(train, draft.config["vocab_size"])
@@ -272,7 +273,7 @@ def acceptance(
     """What an evaluation measures by decoding for real; None where that cannot be done."""
     from post_training.drafts.eagle3 import decoding as speculative
 
-    offline = source.draft is not None and source.draft.offline
+    offline = draft_of(source) is not None and draft_of(source).offline
     if offline or not prompts or not speculative.can_verify(model):
         return None
     tokenizer = loading.tokenizer(source, args)
@@ -320,7 +321,7 @@ def samples(
 
 def show_loss_mask(args: argparse.Namespace) -> None:
     """Print conversations as the target reads them, with their answers marked."""
-    source = loading.fetch(find_source(args), args)
+    source = fetch_source(find_source(args), args)
     tokenizer = loading.tokenizer(source, args)
     for text in conversation_data.shown(
         conversation_data.source(args), tokenizer, args.show_loss_mask, sys.stdout.isatty()
@@ -365,10 +366,10 @@ def show(args: argparse.Namespace, outcome: Outcome) -> None:
 def main() -> None:
     # From the start: imports and loading take longer than a scheduler may wait.
     signals.defer_until_exit()
-    args = arguments.parse("eagle3", add_arguments, check)
-    from post_training.distributed import runtime
+    args = arguments.parse_namespace("eagle3", add_arguments, check)
+    from post_training.cli.stage import open_session
 
-    with runtime.session(args) as session:
+    with open_session(args) as session:
         if args.show_loss_mask:
             if session.is_main:
                 show_loss_mask(args)

@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from post_training.checkpoints import loading
+from post_training.checkpoints.source import fetch_source, find_source, size_estimate
 from post_training.common import files, outputs
 from post_training.common.errors import UsageError
 from post_training.config import arguments, checks
+from post_training.drafts.record import draft_of, require_draft
 from post_training.export import eagle3_exporter
 from post_training.models import parallel_check
 
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
     import torch
     from megatron.core.transformer import MegatronModule
 
-    from post_training.checkpoints.loading import Source
-    from post_training.distributed.runtime import Session
+    from post_training.checkpoints.source import Source
+    from post_training.distributed.session import Session
     from post_training.export.exporter import Exporter
 
 logger = logging.getLogger("post_training")
@@ -82,9 +84,9 @@ def check(args: argparse.Namespace) -> None:
     if source.described:
         parallel_check.check(source.described, arguments.parallel(args))
     if args.export_extra_modules:
-        loading.require_draft(source, args)
-        if source.draft is not None:
-            eagle3_exporter.require_exportable(source.draft.config, f"--load {args.load}")
+        require_draft(source, args)
+        if draft_of(source) is not None:
+            eagle3_exporter.require_exportable(draft_of(source).config, f"--load {args.load}")
         outputs.check_folder(Path(args.export_dir), overwrite=args.overwrite)
         return
     recorded = (source.manifest or {}).get("quantization") or {}
@@ -96,7 +98,7 @@ def check(args: argparse.Namespace) -> None:
             "quantize the model in an exportable format (README.md has the table)",
         )
     outputs.check_folder(
-        Path(args.export_dir), overwrite=args.overwrite, needed=loading.size_estimate(source, 2)
+        Path(args.export_dir), overwrite=args.overwrite, needed=size_estimate(source, 2)
     )
 
 
@@ -110,9 +112,8 @@ def export(args: argparse.Namespace, session: Session) -> dict[str, Any]:
 
     from post_training.common.manifest import Manifest
 
-    source = loading.fetch(_source(args), args)
-    options = loading.build_options(args, source)
-    model = loading.load(source, options, session, trust_remote_code=args.trust_remote_code)
+    source = fetch_source(_source(args), args)
+    model = loading.load(source, args, session)
     target = Path(args.export_dir)
     write = write_draft if args.export_extra_modules else write_model
     metrics = write(args, session, model, source)
@@ -196,7 +197,7 @@ def write_draft(
     work = _begin(args, session)
     exporter.write(work, int(args.max_shard_size * _GIGABYTE))
     written = eagle3_readback.DraftFolder(work)
-    trained = source.draft.aux_hidden_state_layer_ids if source.draft else None
+    trained = draft_of(source).aux_hidden_state_layer_ids if draft_of(source) else None
     problems = list(written.differences(exporter.reference()))
     if session.is_main:
         problems += written.problems(huggingface.read_config(configuration), trained)
@@ -204,7 +205,7 @@ def write_draft(
     torch.distributed.all_gather_object(gathered, problems)
     _require_none([problem for each in gathered for problem in each], work)
     logger.info("read back: %d tensors equal the draft's", len(written.index))
-    if source.draft is not None and not source.draft.trained:
+    if draft_of(source) is not None and not draft_of(source).trained:
         logger.warning("this draft has not been trained: its acceptance length is 1")
     return {
         "tensors_compared": len(written.index),
@@ -258,11 +259,11 @@ def _require_none(found: list[str], folder: Path) -> None:
 
 
 def main() -> None:
-    args = arguments.parse("export", add_arguments, check)
+    args = arguments.parse_namespace("export", add_arguments, check)
+    from post_training.cli.stage import open_session
     from post_training.common import report
-    from post_training.distributed import runtime
 
-    with runtime.session(args) as session:
+    with open_session(args) as session:
         content = export(args, session)
         if session.is_main:
             rows, next_step = (draft_rows if args.export_extra_modules else model_rows)(
@@ -299,7 +300,7 @@ def draft_rows(args: argparse.Namespace, metrics: dict[str, Any]) -> tuple[dict[
 def _source(args: argparse.Namespace) -> Source:
     if args.pretrained_model_name and not args.pretrained_model_path:
         args.pretrained_model_path = args.pretrained_model_name
-    return loading.find(args)
+    return find_source(args)
 
 
 if __name__ == "__main__":

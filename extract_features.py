@@ -19,25 +19,26 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from post_training.checkpoints import loading
+from post_training.checkpoints.source import fetch_source, find_source
 from post_training.common import files, manifest, outputs
 from post_training.common.errors import UsageError
 from post_training.config import arguments, checks
 from post_training.data import conversation_data
 from post_training.drafts import features as draft_features
 from post_training.drafts import options as draft_arguments
+from post_training.drafts.record import draft_of
 from post_training.models import parallel_check
 
 if TYPE_CHECKING:
     import torch
 
-    from post_training.checkpoints.loading import Source
+    from post_training.checkpoints.source import Source
     from post_training.data.packing import PackedConversations
-    from post_training.distributed.runtime import Session
+    from post_training.distributed.session import Session
 
 logger = logging.getLogger("post_training")
 
@@ -64,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
     checks.required(args, "--output-dir", "--output-dir")
-    source = loading.find(args)
+    source = find_source(args)
     longest = source.described.max_position_embeddings if source.described else SEQUENCE_LENGTH
     args.seq_length = args.seq_length or min(SEQUENCE_LENGTH, longest)
     for name in ("num_samples", "shard_size", "micro_batch_size", "seq_length"):
@@ -142,7 +143,7 @@ def extract_features(args: argparse.Namespace, session: Session) -> dict[str, An
     from post_training.common.manifest import Manifest
     from post_training.drafts.eagle3 import attach as eagle
 
-    source = loading.fetch(loading.find(args), args)
+    source = fetch_source(find_source(args), args)
     folder = Path(args.output_dir)
     if session.is_main:
         if args.overwrite and folder.exists():
@@ -160,9 +161,8 @@ def extract_features(args: argparse.Namespace, session: Session) -> dict[str, An
     )
     counts = {part: min(len(data[part]), most) for part, most in _most(args.num_samples).items()}
     logger.info("data: %s", conversation_data.describe(content))
-    options = replace(loading.build_options(args, source), sequence_parallel=False)
-    model = loading.load(source, options, session, trust_remote_code=args.trust_remote_code)
-    if source.draft is None:
+    model = loading.load(source, args, session)
+    if draft_of(source) is None:
         # ModelOpt's hooks on the auxiliary layers come with a draft; its weights do not matter.
         eagle.attach(model, draft_arguments.plan(args, source.architecture), args.seed)
     model.eval()
@@ -290,11 +290,11 @@ def _features(
 
 
 def main() -> None:
-    args = arguments.parse("extract_features", add_arguments, check)
+    args = arguments.parse_namespace("extract_features", add_arguments, check)
+    from post_training.cli.stage import open_session
     from post_training.common import report
-    from post_training.distributed import runtime
 
-    with runtime.session(args) as session:
+    with open_session(args) as session:
         content = extract_features(args, session)
         if session.is_main:
             report.summary(

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from post_training.checkpoints import loading
+from post_training.checkpoints.source import fetch_source, find_source
 from post_training.common import manifest, resumable_jsonl
 from post_training.common.errors import UsageError
 from post_training.config import arguments, checks
@@ -30,9 +31,9 @@ from post_training.inference import options as prompts_arguments
 from post_training.models import parallel_check
 
 if TYPE_CHECKING:
-    from post_training.checkpoints.loading import Source
+    from post_training.checkpoints.source import Source
     from post_training.data.prompts import Dialogue
-    from post_training.distributed.runtime import Session
+    from post_training.distributed.session import Session
     from post_training.inference.dialogues import Answered, Speaker
 
 logger = logging.getLogger("post_training")
@@ -78,7 +79,7 @@ def check(args: argparse.Namespace) -> None:
             "sequences are not divided here",
             "leave CP at 1; DP splits the prompts",
         )
-    source = loading.find(args)
+    source = find_source(args)
     if source.is_local:
         parallel_check.check(source.architecture, arguments.parallel(args))
     prompts_arguments.check(args)
@@ -114,7 +115,7 @@ def generate(args: argparse.Namespace, session: Session) -> dict[str, Any]:
 
     read = calibration_data.on_first_rank(lambda: prompts_arguments.load(args))
     logger.info("%s", read.describe())
-    source = loading.fetch(loading.find(args), args)
+    source = fetch_source(find_source(args), args)
     speaker = load(args, session, source)
     output = resumable_jsonl.Rows(Path(args.output), settings(args)) if session.is_main else None
     found = calibration_data.on_first_rank(lambda: output.done if output else 0)
@@ -151,8 +152,7 @@ def load(args: argparse.Namespace, session: Session, source: Source) -> Speaker:
     """The model with its tokenizer and how it shall answer; a collective call."""
     from post_training.inference import dialogues
 
-    options = loading.build_options(args, source)
-    model = loading.load(source, options, session, trust_remote_code=args.trust_remote_code)
+    model = loading.load(source, args, session)
     tokenizer = loading.tokenizer(source, args)
     return dialogues.Speaker(
         model,
@@ -243,11 +243,11 @@ def _totals(answered: list[Answered], seconds: float) -> dict[str, float]:
 
 
 def main() -> None:
-    args = arguments.parse("generate", add_arguments, check)
+    args = arguments.parse_namespace("generate", add_arguments, check)
+    from post_training.cli.stage import open_session
     from post_training.common import report
-    from post_training.distributed import runtime
 
-    with runtime.session(args) as session:
+    with open_session(args) as session:
         content = generate(args, session)
         if session.is_main:
             metrics = content["metrics"]

@@ -14,12 +14,12 @@ import argparse
 import logging
 import sys
 import time
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from post_training.checkpoints import loading
+from post_training.checkpoints.source import Source, fetch_source, find_source
 from post_training.common import files, manifest, outputs
 from post_training.common.errors import UsageError
 from post_training.common.report import beside
@@ -29,7 +29,7 @@ from post_training.evaluation import options as mmlu_options
 from post_training.models import parallel_check
 
 if TYPE_CHECKING:
-    from post_training.distributed.runtime import Session
+    from post_training.distributed.session import Session
     from post_training.evaluation.mmlu import Result
 
 logger = logging.getLogger("post_training")
@@ -59,7 +59,7 @@ def check(args: argparse.Namespace) -> None:
             "scoring computes whole sequences on each rank",
             "leave CP at 1; DP splits the questions",
         )
-    source = loading.find(args)
+    source = find_source(args)
     if source.is_local:
         parallel_check.check(source.architecture, arguments.parallel(args))
     mmlu_options.check(args)
@@ -74,16 +74,8 @@ def mmlu(args: argparse.Namespace, session: Session) -> dict[str, Any]:
     from post_training.evaluation import mmlu
 
     benchmark = mmlu_data.load(args.mmlu_dataset, args.few_shots)
-    source = loading.fetch(loading.find(args), args)
-    options = loading.build_options(args, source)
-    if options.sequence_parallel:
-        logger.info("sequence parallelism is left out: it has no use in scoring")
-    model = loading.load(
-        source,
-        replace(options, sequence_parallel=False),
-        session,
-        trust_remote_code=args.trust_remote_code,
-    )
+    source = fetch_source(find_source(args), args)
+    model = loading.load(source, args, session)
     tokenizer = loading.tokenizer(source, args)
     asked = len(mmlu_prompts.select(benchmark.test, args.fraction))
     logger.info(
@@ -123,7 +115,7 @@ def mmlu(args: argparse.Namespace, session: Session) -> dict[str, Any]:
 def report(
     args: argparse.Namespace,
     session: Session,
-    source: loading.Source,
+    source: Source,
     result: Result,
     seconds: float,
 ) -> dict[str, Any]:
@@ -190,10 +182,10 @@ def _cells(count: dict[str, Any]) -> tuple[str, ...]:
 
 
 def main() -> None:
-    args = arguments.parse("mmlu", add_arguments, check)
-    from post_training.distributed import runtime
+    args = arguments.parse_namespace("mmlu", add_arguments, check)
+    from post_training.cli.stage import open_session
 
-    with runtime.session(args) as session:
+    with open_session(args) as session:
         content = mmlu(args, session)
         if session.is_main:
             print_table(content)

@@ -14,11 +14,11 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from post_training.checkpoints import loading, torch_dist
+from post_training.checkpoints.source import fetch_source, find_source, size_estimate
 from post_training.common import outputs
 from post_training.common.errors import UsageError
 from post_training.config import arguments, checks
@@ -32,7 +32,7 @@ from post_training.pruning import space as pruning_space
 if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
 
-    from post_training.distributed.runtime import Session
+    from post_training.distributed.session import Session
     from post_training.models.architecture import Architecture
     from post_training.pruning.search import Search
 
@@ -51,7 +51,7 @@ def check(args: argparse.Namespace) -> None:
     checks.required(args, "--save", "MLM_MODEL_SAVE")
     smoke_generation.check(args)
     pruning_choice.check_parallel(args)
-    source = loading.find(args)
+    source = find_source(args)
     # With --dry-run an earlier job may still have to make it.
     made = source.is_checkpoint and source.is_local
     if made and torch_dist.is_quantized(Path(source.location)):
@@ -72,9 +72,7 @@ def check(args: argparse.Namespace) -> None:
         kept.described()
     calibration_options.check(args)
     mmlu_options.check(args)
-    outputs.check_folder(
-        Path(args.save), overwrite=args.overwrite, needed=loading.size_estimate(source, 2)
-    )
+    outputs.check_folder(Path(args.save), overwrite=args.overwrite, needed=size_estimate(source, 2))
 
 
 def prune(args: argparse.Namespace, session: Session) -> tuple[MegatronModule, dict[str, Any]]:
@@ -91,12 +89,11 @@ def prune(args: argparse.Namespace, session: Session) -> tuple[MegatronModule, d
     from post_training.pruning import search as pruning_search
 
     limits, config = pruning_choice.targets(args)
-    source = loading.fetch(loading.find(args), args)
+    source = fetch_source(find_source(args), args)
     original = source.architecture
     allowed = pruning_choice.dimensions(args, original)
     memory = pruning_search.Memory(args.prune_memory_sequence_length, args.prune_memory_batch_size)
-    options = replace(loading.build_options(args, source), layer_spec="transformer_engine")
-    transformer = model_building.transformer_config(original, options)
+    transformer = model_building.transformer_config(original, loading.build_options(source, args))
     target: dict[str, int] | Search
     if config is None:
         target = pruning_search.Search(
@@ -114,7 +111,7 @@ def prune(args: argparse.Namespace, session: Session) -> tuple[MegatronModule, d
         target = {name: value for name, value in config.items() if value != allowed[name].original}
     folder = loading.local_huggingface(source, args)
     measure = pruning_measure.Measure(args, session, source)
-    model = loading.load(source, options, session, trust_remote_code=args.trust_remote_code)
+    model = loading.load(source, args, session, layer_spec="transformer_engine")
     whole = pruning_search.counted(model, pruning_search.size(original, transformer, memory))
     before = measure.of(model, original, whole)
     outcome = minitron.prune(
@@ -179,12 +176,12 @@ def small_files(
 
 
 def main() -> None:
-    args = arguments.parse("prune", add_arguments, check)
-    from post_training.distributed import runtime
+    args = arguments.parse_namespace("prune", add_arguments, check)
+    from post_training.cli.stage import open_session
 
-    with runtime.session(args) as session:
+    with open_session(args) as session:
         model, _ = prune(args, session)
-        smoke_generation.run(args, model, loading.find(args))
+        smoke_generation.run(args, model, find_source(args))
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import argparse
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from post_training.checkpoints import loading
+from post_training.checkpoints.source import fetch_source, find_source, size_estimate
 from post_training.common import outputs
 from post_training.common.errors import UsageError
 from post_training.config import arguments, checks
@@ -31,7 +31,7 @@ from post_training.quantization.recipes import Recipe
 if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
 
-    from post_training.distributed.runtime import Session
+    from post_training.distributed.session import Session
     from post_training.quantization.calibration import Calibration
 
 logger = logging.getLogger("post_training")
@@ -114,7 +114,7 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(
             f"CP={args.context_parallel_size}", "sequences are not divided here", "CP=1; raise DP"
         )
-    source = loading.find(args)
+    source = find_source(args)
     if source.manifest is not None and source.manifest.get("quantization"):
         raise UsageError(
             f"--load {args.load}",
@@ -127,9 +127,7 @@ def check(args: argparse.Namespace) -> None:
     if args.tokenizer_model:
         tokenizer_files.check(args.tokenizer_model)
     calibration_options.check(args)
-    outputs.check_folder(
-        Path(args.save), overwrite=args.overwrite, needed=loading.size_estimate(source, 2)
-    )
+    outputs.check_folder(Path(args.save), overwrite=args.overwrite, needed=size_estimate(source, 2))
 
 
 def quantize(args: argparse.Namespace, session: Session) -> tuple[MegatronModule, dict[str, Any]]:
@@ -144,13 +142,12 @@ def quantize(args: argparse.Namespace, session: Session) -> tuple[MegatronModule
     from post_training.quantization import report as quantization_report
 
     choice = quantization_choice.chosen(args)
-    source = loading.fetch(loading.find(args), args)
+    source = fetch_source(find_source(args), args)
     # Activations are small here, and generation needs them whole.
-    options = replace(loading.build_options(args, source), sequence_parallel=False)
     small_files = loading.local_huggingface(source, args)
     tokenizer = loading.tokenizer(source, args)
     samples = calibration_options.load(args, tokenizer, source.architecture)
-    model = loading.load(source, options, session, trust_remote_code=args.trust_remote_code)
+    model = loading.load(source, args, session)
     run = calibration.Calibration(samples, args.calib_batch_size, session.show_progress)
     if quantization_choice.is_search(choice):
         config, search = search_formats(args, choice, model, run)
@@ -254,12 +251,12 @@ def search_formats(
 
 
 def main() -> None:
-    args = arguments.parse("quantize", add_arguments, check)
-    from post_training.distributed import runtime
+    args = arguments.parse_namespace("quantize", add_arguments, check)
+    from post_training.cli.stage import open_session
 
-    with runtime.session(args) as session:
+    with open_session(args) as session:
         model, _ = quantize(args, session)
-        smoke_generation.run(args, model, loading.find(args))
+        smoke_generation.run(args, model, find_source(args))
 
 
 if __name__ == "__main__":

@@ -21,18 +21,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from post_training.checkpoints import loading
+from post_training.checkpoints.source import fetch_source, find_source
 from post_training.common import files, manifest, outputs, report
 from post_training.common.errors import UsageError
 from post_training.config import arguments
 from post_training.drafts import ground_truth
 from post_training.drafts import measure as validation
+from post_training.drafts.record import draft_of, require_draft
 from post_training.inference import options as prompts_arguments
 from post_training.models import parallel_check
 
 if TYPE_CHECKING:
-    from post_training.checkpoints.loading import Source
+    from post_training.checkpoints.source import Source
     from post_training.data.prompts import Prompts
-    from post_training.distributed.runtime import Session
+    from post_training.distributed.session import Session
     from post_training.drafts.measure import Measured, Question
     from post_training.inference.dialogues import Speaker
 
@@ -73,8 +75,8 @@ def check(args: argparse.Namespace) -> None:
             "sequences are not divided here",
             "leave CP at 1; DP splits the prompts",
         )
-    source = loading.find(args)
-    loading.require_draft(source, args)
+    source = find_source(args)
+    require_draft(source, args)
     parallel_check.check(source.architecture, arguments.parallel(args))
     if args.ground_truth_path:
         ground_truth.read(Path(args.ground_truth_path))
@@ -107,7 +109,7 @@ def validate(args: argparse.Namespace, session: Session) -> dict[str, Any]:
     if args.prompts_path:
         read = calibration_data.on_first_rank(lambda: prompts_arguments.load(args))
         logger.info("%s; the first turn of each is asked", read.describe())
-    source = loading.fetch(loading.find(args), args)
+    source = fetch_source(find_source(args), args)
     speaker = load(args, session, source)
     asked, origin = (saved.questions, saved.settings["prompts"]) if saved else ([], "")
     if read is not None:
@@ -132,7 +134,7 @@ def validate(args: argparse.Namespace, session: Session) -> dict[str, Any]:
         ),
         "acceptance": acceptance,
         "passed": not shortcomings(args, acceptance),
-        "draft": source.draft.to_json() if source.draft else None,
+        "draft": draft_of(source).to_json() if draft_of(source) else None,
         "accepted": [{"id": each.question.id, "accepted": each.accepted} for each in measured],
         "peak_memory_bytes": peak_memory,
         "parallel": {
@@ -163,8 +165,7 @@ def load(args: argparse.Namespace, session: Session, source: Source) -> Speaker:
     from post_training.drafts.eagle3 import decoding as speculative
     from post_training.inference import dialogues
 
-    options = loading.build_options(args, source)
-    model = loading.load(source, options, session, trust_remote_code=args.trust_remote_code)
+    model = loading.load(source, args, session)
     if not speculative.can_verify(model):
         raise UsageError(
             f"--load {args.load}",
@@ -172,7 +173,7 @@ def load(args: argparse.Namespace, session: Session, source: Source) -> Speaker:
             "are not verified here",
             "measure the exported draft in an engine",
         )
-    if source.draft is not None and not source.draft.trained:
+    if draft_of(source) is not None and not draft_of(source).trained:
         logger.warning("the draft of %s has not been trained yet", args.load)
     tokenizer = loading.tokenizer(source, args)
     return dialogues.Speaker(
@@ -312,11 +313,11 @@ def summary(args: argparse.Namespace, content: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    args = arguments.parse("validate", add_arguments, check)
-    from post_training.distributed import runtime
+    args = arguments.parse_namespace("validate", add_arguments, check)
+    from post_training.cli.stage import open_session
 
     failed: list[str] = []
-    with runtime.session(args) as session:
+    with open_session(args) as session:
         content = validate(args, session)
         if session.is_main:
             summary(args, content)

@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from post_training.checkpoints import loading
+from post_training.checkpoints.source import fetch_source, find_source
 from post_training.config import arguments
 from post_training.drafts.eagle3 import draft
 
@@ -85,17 +85,16 @@ def measure(model: Any, plan: draft.Draft, length: int, args: Any, session: Any)
 
 
 def main() -> None:
-    args = arguments.parse("eagle3_steps", add_arguments, loading.find)
-    from post_training.distributed import runtime
+    args = arguments.parse_namespace("eagle3_steps", add_arguments, find_source)
+    from post_training.cli.stage import open_session
 
-    with runtime.session(args) as session:
+    with open_session(args) as session:
         import torch
 
         from post_training.drafts.eagle3 import attach as eagle
 
-        source = loading.fetch(loading.find(args), args)
-        build = replace(loading.build_options(args, source), sequence_parallel=False)
-        model = loading.load(source, build, session)
+        source = fetch_source(find_source(args), args)
+        model = loading.load(source, args, session)
         plan = draft.plan(source.architecture)
         eagle.attach(model, plan, args.seed)
         eagle.freeze_target(model)

@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 from post_training.checkpoints import loading
+from post_training.checkpoints.source import fetch_source, find_source
 from post_training.config import arguments
 
 
@@ -22,14 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
-    args = arguments.parse("greedy_tokens", add_arguments, loading.find)
-    from post_training.distributed import runtime
+    args = arguments.parse_namespace("greedy_tokens", add_arguments, find_source)
+    from post_training.cli.stage import open_session
 
-    with runtime.session(args) as session:
+    with open_session(args) as session:
         from post_training.inference import generation
 
-        source = loading.fetch(loading.find(args), args)
-        model = loading.load(source, loading.build_options(args, source), session)
+        source = fetch_source(find_source(args), args)
+        model = loading.load(source, args, session)
         tokenizer = loading.tokenizer(source, args)
         prompts = json.loads(args.prompts_file.read_text(encoding="utf-8"))
         # As an engine does: the text holds the chat template's special tokens already.

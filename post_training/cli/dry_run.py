@@ -7,15 +7,15 @@ them) are taken to be the conf's model.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import sys
 from itertools import groupby
 
-from post_training.checkpoints import loading
+from post_training.checkpoints.source import Source
 from post_training.common import manifest
-from post_training.config import arguments
+from post_training.config.model_description import architecture
+from post_training.config.options import StageOptions
 from post_training.distributed.parallel import Parallel
 from post_training.models import families, parallel_check, parameter_count
 from post_training.models.architecture import Architecture
@@ -24,36 +24,32 @@ from post_training.models.architecture import Architecture
 _ALWAYS = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
 
 
-def show(args: argparse.Namespace) -> None:
-    """Print the plan of checked arguments to stdout.
+def show(options: StageOptions, source: Source) -> None:
+    """Print what checked options ask for to stdout.
 
     Raises:
         UsageError: if the architecture is not known, or cannot be divided this way.
     """
-    named = getattr(args, "pretrained_model_name", None)
-    if named and not args.pretrained_model_path:
-        args.pretrained_model_path = named
-    source = loading.find(args)
-    architecture = source.described or arguments.architecture(args)
-    sizes = arguments.parallel(args)
-    parallel_check.check(architecture, sizes)
+    described = source.described or architecture(options)
+    sizes = options.parallel
+    parallel_check.check(described, sizes)
     rows = {
-        "stage": args.stage,
+        "stage": options.stage,
         "model": f"{source.location}{'' if source.is_local else ' (not on this machine yet)'}",
-        "architecture": _architecture(architecture),
-        "parameters": f"{parameter_count.total(architecture):,} ({arguments.precision(args)})",
+        "architecture": _architecture(described),
+        "parameters": f"{parameter_count.total(described):,} ({options.precision})",
         "processes": _processes(sizes),
-        **_ranks(architecture, sizes),
-        "launch line": launch_line(args, sizes.world),
+        **_ranks(described, sizes),
+        "launch line": launch_line(sizes.world),
     }
-    reason = families.unconvertible(arguments.stated(args))
+    reason = families.unconvertible(options.stated)
     if reason and not source.is_checkpoint:
         rows["note"] = f"this cannot run yet: {reason}"
     for name, text in rows.items():
         print(f"{name:13} {text}")
 
 
-def launch_line(args: argparse.Namespace, processes: int) -> str:
+def launch_line(processes: int) -> str:
     """The line that starts the stage, without ``--dry-run``; quoted for a shell, tokens hidden."""
     words = shlex.split(os.environ.get("MLM_LAUNCH_LINE", ""))
     if not words:

@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from post_training.common.errors import UsageError, exit_with_usage_error
-from post_training.config.parser import flag, make_parser
+from post_training.config import flags
+from post_training.config.flags import spelled as flag
+from post_training.config.options import StageOptions
+from post_training.config.parser import make_parser
 from post_training.distributed import placement
 from post_training.distributed.parallel import Parallel
 from post_training.models import architecture as model_architecture
@@ -47,7 +50,64 @@ _OWN_STATED = (
 )
 
 
-def parse(
+def parse[Options: StageOptions](
+    stage: str,
+    options: type[Options],
+    argv: Sequence[str] | None = None,
+    description: str | None = None,
+) -> Options:
+    """The options of ``stage`` that a command line states, each flag checked by itself.
+
+    Args:
+        stage: name of the stage, e.g. ``convert``; its ``.py`` is the program in messages.
+        options: class of the stage's options; its fields add the stage's own flags.
+        argv: the command line, by default this process's.
+        description: text above the flags in ``--help``, by default the main module's docstring.
+
+    Raises:
+        UsageError: for an unknown flag, or a value that cannot be.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = make_parser(
+        stage,
+        lambda parser: flags.add(parser, options, stage, getattr(options, "DEFAULTS", None)),
+        show_all="--help-all" in words,
+        description=description,
+    )
+    defaults, given = parser.split(words)
+    ignored = given.pop("ignored_flags", [])
+    args = argparse.Namespace(**{**defaults, **given}, explicit=given)
+    shared: dict[str, Any] = {
+        "stage": stage,
+        "given": given,
+        "ignored_flags": tuple(dict.fromkeys(ignored)),
+        "load": args.load,
+        "save": args.save,
+        "overwrite": args.overwrite,
+        "pretrained_model_path": args.pretrained_model_path,
+        "tokenizer_model": args.tokenizer_model,
+        "trust_remote_code": args.trust_remote_code,
+        "seed": args.seed,
+        "distributed_timeout_minutes": args.distributed_timeout_minutes,
+        "log_level": args.log_level,
+        "check_only": args.check,
+        "dry_run": args.dry_run,
+        "parallel": parallel(args),
+        "precision": precision(args),
+        "layer_spec": "transformer_engine" if args.export_default_te_spec else "modelopt",
+        "local_attention": args.export_force_local_attention,
+        "meta_device": args.init_model_with_meta_device,
+        # As Megatron-LM does: confs of large models carry the flag, also to TP=1.
+        "sequence_parallel": args.sequence_parallel and args.tensor_model_parallel_size > 1,
+        "seq_length": args.seq_length,
+        "stated": stated(args),
+        "vocabulary_multiple": _vocabulary_multiple(args),
+        "overrides": transformer_overrides(args),
+    }
+    return options(**shared, **flags.read(options, args))
+
+
+def parse_namespace(
     stage: str,
     add_stage_arguments: Callable[[argparse.ArgumentParser], None],
     check: Callable[[argparse.Namespace], None],
@@ -75,13 +135,24 @@ def parse(
         args.ignored_flags = list(dict.fromkeys(ignored))
         # As Megatron-LM does: confs of large models carry the flag, also to TP=1.
         args.sequence_parallel = args.sequence_parallel and args.tensor_model_parallel_size > 1
+        # Until every stage has typed options, the library's functions take either.
+        args.given, args.check_only = given, args.check
+        args.parallel, args.precision = parallel(args), precision(args)
+        args.layer_spec = "transformer_engine" if args.export_default_te_spec else "modelopt"
+        args.local_attention = args.export_force_local_attention
+        args.meta_device = args.init_model_with_meta_device
+        args.stated, args.overrides = stated(args), transformer_overrides(args)
+        args.vocabulary_multiple = _vocabulary_multiple(args)
         _check_division(args)
         check(args)
         _check_tokenizer(args)
         if args.dry_run:
+            from post_training.checkpoints.source import find_source
             from post_training.cli import dry_run
 
-            dry_run.show(args)
+            named = getattr(args, "pretrained_model_name", None)
+            args.pretrained_model_path = args.pretrained_model_path or named
+            dry_run.show(args, find_source(args))  # type: ignore[arg-type]
             sys.exit(0)
     except UsageError as error:
         exit_with_usage_error(error)
@@ -253,6 +324,10 @@ def _stated_vocabulary(args: argparse.Namespace) -> int | None:
 
 def _padded(args: argparse.Namespace, size: int) -> int:
     """``size`` padded as Megatron-LM does: to a multiple of N x tensor parallel size."""
-    multiple = args.make_vocab_size_divisible_by or _VOCABULARY_MULTIPLE
-    multiple *= args.tensor_model_parallel_size
+    multiple = _vocabulary_multiple(args)
     return -(-size // multiple) * multiple
+
+
+def _vocabulary_multiple(args: argparse.Namespace) -> int:
+    multiple: int = args.make_vocab_size_divisible_by or _VOCABULARY_MULTIPLE
+    return multiple * int(args.tensor_model_parallel_size)

@@ -1,18 +1,51 @@
-"""Checks of single flags, before the work. No torch."""
+"""Checks of single flags, before the work. No torch.
+
+Those with the arguments (flag, value) are checks of ``flags.flag``.
+"""
 
 from __future__ import annotations
 
-import argparse
+import math
+from collections.abc import Callable
 
 from post_training.common.errors import UsageError, suggest
 
 
-def required(args: argparse.Namespace, option: str, variable: str) -> str:
-    """The value of ``option``; an error names it and the launcher's variable."""
-    value = getattr(args, option.lstrip("-").replace("-", "_"))
+def required(option: str, value: str | None, variable: str) -> str:
+    """``value``; where there is none, an error names the flag and the launcher's variable."""
     if not value:
         raise UsageError(f"{option} (not given)", "it is needed", f"set {variable} or {option}")
-    return str(value)
+    return value
+
+
+def at_least(least: int) -> Callable[[str, float], None]:
+    """A check that a number is finite and not below ``least``."""
+
+    def check(option: str, value: float) -> None:
+        if not math.isfinite(value) or value < least:
+            raise UsageError(
+                f"{option} {value}", f"it is not a number from {least} up", f"{least} or more"
+            )
+
+    return check
+
+
+def positive(option: str, value: float) -> None:
+    """Raise UsageError unless the number is finite and above 0."""
+    if not math.isfinite(value) or value <= 0:
+        raise UsageError(f"{option} {value}", "it is not positive", "give a number above 0")
+
+
+def fraction(option: str, value: float) -> None:
+    """Raise UsageError unless the number is from 0 to 1."""
+    if not 0 <= value <= 1:
+        raise UsageError(f"{option} {value}", "it is not from 0 to 1", "give e.g. 0.5")
+
+
+def no_context_parallelism(size: int) -> None:
+    """Raise UsageError where CP is set: the stages here compute whole sequences on each rank."""
+    if size > 1:
+        raise UsageError(f"CP={size}", "sequences are not divided here", "CP=1; raise DP")
 
 
 def check_choice(option: str, value: str, known: list[str]) -> None:

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from post_training.common.errors import UsageError, nearest, suggest
 from post_training.config import megatron_spellings
+from post_training.config.flags import spelled as flag
 from post_training.models import transformer_fields
 from post_training.models.architecture import MODEL_TYPES, POSITION_EMBEDDINGS
 
@@ -87,7 +88,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(
-    stage: str, add_stage_arguments: Callable[[argparse.ArgumentParser], None], show_all: bool
+    stage: str,
+    add_stage_arguments: Callable[[argparse.ArgumentParser], None],
+    show_all: bool,
+    description: str | None = None,
 ) -> Parser:
     """The parser of ``stage``; ``show_all`` puts every flag into its help.
 
@@ -96,7 +100,7 @@ def make_parser(
     parser = Parser(
         prog=f"{stage}.py",
         usage=f"python {stage}.py [flags]",
-        description=getattr(sys.modules.get("__main__"), "__doc__", None),
+        description=description or getattr(sys.modules.get("__main__"), "__doc__", None),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         add_help=False,
@@ -190,11 +194,6 @@ class _OneOrMore(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
-
-
-def flag(name: str) -> str:
-    """The flag of a field: ``num_layers`` -> ``--num-layers``."""
-    return "--" + name.replace("_", "-")
 
 
 def _add_fields(group: _Group) -> None:

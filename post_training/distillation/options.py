@@ -21,12 +21,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training.checkpoints import loading
+from post_training.checkpoints.source import find_source
 from post_training.common import inputs
 from post_training.common.errors import UsageError, suggest
+from post_training.drafts.record import draft_of
 
 if TYPE_CHECKING:
-    from post_training.checkpoints.loading import Source
+    from post_training.checkpoints.source import Source
     from post_training.models.architecture import Architecture
 
 OPTION, TEACHER = "--export-kd-cfg", "--export-kd-teacher-load"
@@ -162,7 +163,7 @@ def check_pair(
 ) -> None:
     """Raise UsageError for a teacher that this student cannot learn from."""
     shown = f"{TEACHER} {args.export_kd_teacher_load}"
-    if student.draft is not None or teacher.draft is not None:
+    if draft_of(student) is not None or draft_of(teacher) is not None:
         raise UsageError(
             shown,
             "student or teacher has a draft attached",
@@ -217,10 +218,10 @@ def find_teacher(args: argparse.Namespace) -> Source:
     """The teacher as a stage finds its model; no torch, no network.
 
     Raises:
-        UsageError: as :func:`loading.find`, in the teacher's name.
+        UsageError: as :func:`find_source`, in the teacher's name.
     """
     try:
-        return loading.find(teacher_arguments(args))
+        return find_source(teacher_arguments(args))
     except UsageError as error:
         what = re.sub(r"--load|--pretrained-model-path", TEACHER, error.what)
         raise UsageError(what, error.cause, error.remedy) from error

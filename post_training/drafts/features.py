@@ -26,12 +26,13 @@ from post_training.common.errors import UsageError
 from post_training.config import arguments
 from post_training.data import conversation_data
 from post_training.drafts import options as draft_arguments
+from post_training.drafts.record import draft_of
 from post_training.models.architecture import Architecture
 
 if TYPE_CHECKING:
     import torch
 
-    from post_training.checkpoints.loading import Source
+    from post_training.checkpoints.source import Source
 
 OPTION = "--offline-distillation-data"
 STAGE = "extract_features"
@@ -79,7 +80,7 @@ def bytes_per_token(hidden_size: int, states: int, dtype: str) -> int:
 
 def identity(source: Source, args: argparse.Namespace) -> dict[str, Any]:
     """What decides the features of a model, as far as it is known without its weights."""
-    draft = source.draft or draft_arguments.plan(args, source.architecture)
+    draft = draft_of(source) or draft_arguments.plan(args, source.architecture)
     quantization = (source.manifest or {}).get("quantization") or {}
     return {
         "architecture": source.architecture.to_json(),

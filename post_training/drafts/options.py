@@ -3,52 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from post_training.checkpoints import folders
 from post_training.common import manifest
 from post_training.common.errors import UsageError
-from post_training.config import arguments
+from post_training.config.checks import at_least
+from post_training.config.flags import flag, spelled
+from post_training.config.options import StageOptions
 from post_training.drafts.eagle3 import draft
 from post_training.drafts.eagle3.draft import Draft
 from post_training.models.architecture import Architecture
 
-NAMES = ("eagle_config", "mix_hidden_states", "draft_vocab_size", "ttt_steps")
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
-
-
-def add(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of ``NAMES`` to a stage's parser."""
-    group = parser.add_argument_group("draft")
-    group.add_argument(
-        "--eagle-config",
-        metavar="FILE",
-        help="JSON object with values of the draft that shall differ from the target's",
-    )
-    group.add_argument(
-        "--mix-hidden-states",
-        nargs="?",
-        const=True,
-        default=False,
-        type=boolean,
-        metavar="true|false",
-        help="train on a mix of the states of all steps instead of step by step: one step's memory",
-    )
-    group.add_argument(
-        "--draft-vocab-size",
-        type=int,
-        metavar="N",
-        help="tokens that the draft proposes: the N most frequent of the training data (all)",
-    )
-    group.add_argument(
-        "--ttt-steps",
-        type=int,
-        default=3,
-        metavar="N",
-        help="steps that the draft is trained to look ahead (%(default)s)",
-    )
 
 
 def boolean(text: str) -> bool:
@@ -58,21 +27,56 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
-def plan(args: argparse.Namespace, architecture: Architecture, offline: bool = False) -> Draft:
+@dataclass(frozen=True, kw_only=True)
+class DraftOptions:
+    TITLE: ClassVar[str] = "draft"
+
+    eagle_config: str | None = flag(
+        metavar="FILE",
+        help="JSON object with values of the draft that shall differ from the target's",
+    )
+    mix_hidden_states: bool = flag(
+        False,
+        nargs="?",
+        const=True,
+        type=boolean,
+        metavar="true|false",
+        help="train on a mix of the states of all steps instead of step by step: one step's memory",
+    )
+    draft_vocab_size: int | None = flag(
+        metavar="N",
+        help="tokens that the draft proposes: the N most frequent of the training data (all)",
+    )
+    ttt_steps: int = flag(
+        3,
+        metavar="N",
+        check=at_least(1),
+        help="steps that the draft is trained to look ahead (%(default)s)",
+    )
+
+
+NAMES = tuple(field.name for field in fields(DraftOptions))
+
+
+def plan(
+    wanted: DraftOptions,
+    options: StageOptions,
+    architecture: Architecture,
+    *,
+    offline: bool = False,
+) -> Draft:
     """The draft that the flags describe, for this target.
 
     Raises:
-        UsageError: as :func:`post_training.drafts.eagle3.draft.plan`; for a number below 1 too.
+        UsageError: as :func:`post_training.drafts.eagle3.draft.plan`.
     """
-    if args.ttt_steps < 1:
-        raise UsageError(f"--ttt-steps {args.ttt_steps}", "a draft looks ahead", "1 or more")
     overrides: dict[str, Any] = {}
     option = "--eagle-config"
-    if args.eagle_config:
-        overrides = draft.read_overrides(args.eagle_config)
-        option = f"--eagle-config {args.eagle_config}"
-    if args.draft_vocab_size is not None:
-        size, tokens = args.draft_vocab_size, architecture.vocab_size
+    if wanted.eagle_config:
+        overrides = draft.read_overrides(wanted.eagle_config)
+        option = f"--eagle-config {wanted.eagle_config}"
+    if wanted.draft_vocab_size is not None:
+        size, tokens = wanted.draft_vocab_size, architecture.vocab_size
         if not 1 <= size <= tokens:
             raise UsageError(
                 f"--draft-vocab-size {size}", f"the target has {tokens} tokens", f"1 to {tokens}"
@@ -87,13 +91,13 @@ def plan(args: argparse.Namespace, architecture: Architecture, offline: bool = F
     made = draft.plan(
         architecture,
         overrides,
-        dtype=arguments.precision(args),
-        mix_hidden_states=args.mix_hidden_states,
-        ttt_steps=args.ttt_steps,
+        dtype=options.precision,
+        mix_hidden_states=wanted.mix_hidden_states,
+        ttt_steps=wanted.ttt_steps,
         offline=offline,
         option=option,
     )
-    _check_division(made, args.tensor_model_parallel_size)
+    _check_division(made, options.parallel.tensor)
     return made
 
 
@@ -113,7 +117,13 @@ def _check_division(made: Draft, ranks: int) -> None:
             )
 
 
-def trained(location: str, args: argparse.Namespace, architecture: Architecture | None) -> Draft:
+def trained(
+    location: str,
+    options: StageOptions,
+    architecture: Architecture | None,
+    *,
+    offline: bool = False,
+) -> Draft:
     """The draft of the checkpoint ``--draft-model-path``, if it was made for this target.
 
     Raises:
@@ -124,10 +134,12 @@ def trained(location: str, args: argparse.Namespace, architecture: Architecture 
     content = manifest.read(Path(location)) or {}
     if not content.get("draft"):
         raise UsageError(option, "its run.json records no draft", "name what eagle3.sh saved")
-    given = [name for name in NAMES if name in args.explicit]
+    given = [name for name in NAMES if name in options.given]
     if given:
-        flag = "--" + given[0].replace("_", "-")
-        raise UsageError(f"{flag} {option}", "the draft is as it was trained", f"leave out {flag}")
+        spelling = spelled(given[0])
+        raise UsageError(
+            f"{spelling} {option}", "the draft is as it was trained", f"leave out {spelling}"
+        )
     found = Draft.from_json(content["draft"])
     if architecture is not None:
         wrong = architecture.differences(Architecture.from_json(content["architecture"]))
@@ -139,4 +151,4 @@ def trained(location: str, args: argparse.Namespace, architecture: Architecture 
                 f"{first.mine!r} here",
                 "name the model that the draft was trained for",
             )
-    return replace(found)
+    return replace(found, offline=offline)

@@ -16,7 +16,7 @@ from post_training.data import options as calibration_options
 if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
 
-    from post_training.checkpoints.loading import Source
+    from post_training.checkpoints.source import Source
 
 logger = logging.getLogger("post_training")
 

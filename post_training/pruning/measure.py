@@ -16,8 +16,8 @@ from post_training.pruning.search import Size
 from post_training.quantization import calibration
 
 if TYPE_CHECKING:
-    from post_training.checkpoints.loading import Source
-    from post_training.distributed.runtime import Session
+    from post_training.checkpoints.source import Source
+    from post_training.distributed.session import Session
     from post_training.models.architecture import Architecture
 
 

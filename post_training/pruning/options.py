@@ -16,7 +16,7 @@ from post_training.pruning import space as pruning_space
 from post_training.pruning.space import MEANINGS, Dimension, Granularity
 
 if TYPE_CHECKING:
-    from post_training.checkpoints.loading import Source
+    from post_training.checkpoints.source import Source
     from post_training.models.architecture import Architecture
 
 _DIVISORS = ("hidden_size", "ffn_hidden_size", "num_layers", "num_moe_experts", "mamba_head_dim")

@@ -12,7 +12,7 @@ from post_training.quantization import options as quantization_choice
 from post_training.quantization.formats import Verdict
 
 if TYPE_CHECKING:
-    from post_training.distributed.runtime import Session
+    from post_training.distributed.session import Session
     from post_training.quantization.calibration import Calibration
     from post_training.quantization.coverage import Coverage
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.core.transformer import MegatronModule
 
-    from post_training.distributed.runtime import Session
+    from post_training.distributed.session import Session
 
 
 def leave_if_asked(session: Session) -> None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import torch
     from megatron.core.transformer import MegatronModule
 
-    from post_training.distributed.runtime import Session
+    from post_training.distributed.session import Session
 
 logger = logging.getLogger("post_training")
 

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 from post_training.config import arguments
+from post_training.config.options import StageOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFS = sorted(
@@ -13,8 +14,9 @@ CONFS = sorted(
 )
 
 
-def parse(*words: str, check=lambda args: None):
-    return arguments.parse("convert", lambda parser: None, check, list(words))
+def parse(*words: str) -> StageOptions:
+    """The options of a command line; UsageError for a mistake in it."""
+    return arguments.parse("convert", StageOptions, list(words))
 
 
 def conf_flags(conf: str) -> list[str]:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from post_training.checkpoints import loading
+from post_training.checkpoints.source import find_source
 
-check = loading.find
+check = find_source
 
 
 class Held:
@@ -33,8 +34,8 @@ def eagle_parity(args: argparse.Namespace, session: Any) -> None:
     from post_training.drafts.eagle3 import loss as draft_loss
     from post_training.drafts.eagle3 import task as eagle_training
 
-    source = loading.find(args)
-    core = loading.load(source, loading.build_options(args, source), session)
+    source = find_source(args)
+    core = loading.load(source, args, session)
     eagle.freeze_target(core)
     eagle_training.set_mode(core)
     generator = torch.Generator().manual_seed(3)

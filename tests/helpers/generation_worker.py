@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from post_training.cli.stage import open_session
 from post_training.common.errors import UsageError
 from post_training.config import arguments
 from post_training.data import calibration_data
-from post_training.distributed import runtime
 from post_training.inference import generation
 from post_training.models.architecture import Architecture
 from post_training.models.builder import BuildOptions, build
@@ -166,8 +166,8 @@ def loaded_on_first_rank() -> bool:
 
 def main() -> None:
     output, *words = sys.argv[1:]
-    args = arguments.parse("worker", lambda parser: None, lambda args: None, words)
-    with runtime.session(args) as session:
+    args = arguments.parse_namespace("worker", lambda parser: None, lambda args: None, words)
+    with open_session(args) as session:
         options = BuildOptions(
             dtype=arguments.precision(args), local_attention=args.export_force_local_attention
         )

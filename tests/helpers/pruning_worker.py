@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from generation_worker import GROUPED_QUERIES, SHARED, VOCABULARY, fill
 
+from post_training.cli.stage import open_session
 from post_training.common.errors import UsageError
 from post_training.config import arguments
-from post_training.distributed import runtime
 from post_training.inference import generation
 from post_training.models.architecture import Architecture
 from post_training.models.builder import BuildOptions, build, transformer_config
@@ -42,8 +42,8 @@ SIZES = {
 
 def main() -> None:
     output = Path(sys.argv[1])
-    args = arguments.parse("worker", lambda parser: None, lambda args: None, sys.argv[2:])
-    with runtime.session(args):
+    args = arguments.parse_namespace("worker", lambda parser: None, lambda args: None, sys.argv[2:])
+    with open_session(args):
         torch.save(run(output.with_suffix("")), output)
 
 

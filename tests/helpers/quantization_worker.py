@@ -14,9 +14,10 @@ import torch
 
 import quantize
 from post_training.checkpoints import loading
+from post_training.checkpoints.source import find_source
+from post_training.cli.stage import open_session
 from post_training.common.errors import UsageError
 from post_training.config import arguments
-from post_training.distributed import runtime
 from post_training.quantization import formats, recipes
 from post_training.quantization import options as quantization_choice
 
@@ -30,7 +31,7 @@ class Model:
 
         self.args = args
         self.session = session
-        self.source = loading.find(args)
+        self.source = find_source(args)
         self.samples = calibration_data.load_calibration_data(
             args.calib_dataset_path_or_name,
             loading.tokenizer(self.source, args),
@@ -40,9 +41,7 @@ class Model:
         self.run = lambda: calibration.Calibration(self.samples, args.calib_batch_size)
 
     def plain(self) -> Any:
-        return loading.load(
-            self.source, loading.build_options(self.args, self.source), self.session
-        )
+        return loading.load(self.source, self.args, self.session)
 
     def quantized(self, choice: Any, model: Any = None, **flags: Any) -> tuple[Any, Any]:
         """The quantized model and the configuration."""
@@ -179,16 +178,16 @@ def reload(build: Model) -> dict[str, Any]:
         model, _ = quantize.quantize(args, build.session)
         again = copy.copy(build.args)
         again.load, again.pretrained_model_path = args.save, None
-        source = loading.find(again)
-        loaded = loading.load(source, loading.build_options(again, source), build.session)
+        source = find_source(again)
+        loaded = loading.load(source, again, build.session)
         results[name] = {"saved": build.logits(model), "loaded": build.logits(loaded)}
     return results
 
 
 def main() -> None:
     job, output, *words = sys.argv[1:]
-    args = arguments.parse("quantize", quantize.add_arguments, lambda args: None, words)
-    with runtime.session(args) as session:
+    args = arguments.parse_namespace("quantize", quantize.add_arguments, lambda args: None, words)
+    with open_session(args) as session:
         results = {
             "every_format": every_format,
             "flags": flags,

@@ -8,41 +8,55 @@ speculative_jobs.py has others.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from post_training.checkpoints import loading
+from post_training.checkpoints.source import Source, fetch_source, find_source
+from post_training.cli.stage import Stage, make_plan, open_session
 from post_training.config import arguments
+from post_training.config.flags import flag
+from post_training.config.options import StageOptions
 
 
-def add_logits_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ids", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
+@dataclass(frozen=True, kw_only=True)
+class LogitsOptions(StageOptions):
+    ids: Path = flag(help="token ids")
+    output: Path = flag(help="where the logits go")
 
 
-def logits(args: argparse.Namespace, session: Any) -> None:
+@dataclass(frozen=True)
+class LogitsPlan:
+    options: LogitsOptions
+    source: Source
+
+
+def logits(plan: LogitsPlan, session: Any) -> None:
     from safetensors.torch import load_file, save_file
 
     from post_training.inference import generation
 
-    source = loading.fetch(loading.find(args), args)
-    model = loading.load(source, loading.build_options(args, source), session)
-    ids = load_file(args.ids)["ids"].to(session.device)
+    source = fetch_source(plan.source, plan.options)
+    model = loading.load(source, plan.options, session)
+    ids = load_file(plan.options.ids)["ids"].to(session.device)
     result = generation.prefill_logits(model, ids)
     if session.is_main:
-        save_file({"logits": result.float().cpu().contiguous()}, args.output)
+        save_file({"logits": result.float().cpu().contiguous()}, plan.options.output)
+
+
+LOGITS = Stage(
+    "logits", LogitsOptions, lambda options: LogitsPlan(options, find_source(options)), logits
+)
 
 
 def stage_module(name: str) -> Any:
     if name == "logits":
-        return SimpleNamespace(
-            add_arguments=add_logits_arguments, check=loading.find, logits=logits
-        )
+        return SimpleNamespace(STAGE=LOGITS)
     if name in ("prepare", "decode"):
         return importlib.import_module("speculative_jobs").job(name)
     return importlib.import_module(name)
@@ -51,13 +65,19 @@ def stage_module(name: str) -> Any:
 def main() -> None:
     jobs = json.loads(sys.argv[1])
     first = stage_module(jobs[0][0])
-    args = arguments.parse(jobs[0][0], first.add_arguments, lambda args: None, jobs[0][1])
-    from post_training.distributed import runtime
-
-    with runtime.session(args) as session:
+    if hasattr(first, "STAGE"):
+        options: Any = arguments.parse(first.STAGE.name, first.STAGE.options, jobs[0][1])
+    else:
+        options = arguments.parse_namespace(
+            jobs[0][0], first.add_arguments, lambda args: None, jobs[0][1]
+        )
+    with open_session(options) as session:
         for name, flags in jobs:
             module = stage_module(name)
-            parsed = arguments.parse(name, module.add_arguments, module.check, flags)
+            if hasattr(module, "STAGE"):
+                module.STAGE.work(make_plan(module.STAGE, flags), session)
+                continue
+            parsed = arguments.parse_namespace(name, module.add_arguments, module.check, flags)
             getattr(module, name)(parsed, session)
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 
 from post_training.checkpoints import loading
+from post_training.checkpoints.source import fetch_source, find_source
+from post_training.drafts.record import draft_of
 
 STEPS = (1, 3, 5)
 NEW_TOKENS = 12
@@ -37,8 +39,8 @@ def prepare(args: argparse.Namespace, session: Any) -> None:
     from post_training.common.manifest import Manifest
     from post_training.drafts.eagle3 import attach as eagle
 
-    source = loading.fetch(loading.find(args), args)
-    model = loading.load(source, loading.build_options(args, source), session)
+    source = fetch_source(find_source(args), args)
+    model = loading.load(source, args, session)
     module = eagle.draft_of(model)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -49,7 +51,7 @@ def prepare(args: argparse.Namespace, session: Any) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.08)
         if hasattr(module, "d2t"):
             module.d2t.copy_(torch.tensor(MAPPING) - torch.arange(len(MAPPING)))
-    draft = replace(source.draft, trained=1)
+    draft = replace(draft_of(source), trained=1)
     record = Manifest("prepare", source.architecture.to_json(), extra={"draft": draft.to_json()})
     small_files = SmallFiles(Path(source.huggingface))
     torch_dist.save(model, Path(args.save), record, small_files=small_files)
@@ -59,8 +61,8 @@ def decode(args: argparse.Namespace, session: Any) -> None:
     from post_training.drafts.eagle3 import decoding as speculative
     from post_training.inference import generation
 
-    source = loading.fetch(loading.find(args), args)
-    model = loading.load(source, loading.build_options(args, source), session)
+    source = fetch_source(find_source(args), args)
+    model = loading.load(source, args, session)
     found: dict[str, Any] = {}
     with few_tokens(model):
         longer = generation.generate(model, PROMPTS, NEW_TOKENS + max(STEPS) + 1)
@@ -147,4 +149,4 @@ def _output(parser: argparse.ArgumentParser) -> None:
 def job(name: str) -> Any:
     """What run_stages.py expects of a stage."""
     functions = {"prepare": prepare, "decode": decode}
-    return SimpleNamespace(add_arguments=_output, check=loading.find, **{name: functions[name]})
+    return SimpleNamespace(add_arguments=_output, check=find_source, **{name: functions[name]})

@@ -234,7 +234,7 @@ def test_usage_errors_come_before_anything_is_loaded(setting, more, expected):
     program = (
         "import sys, generate\n"
         "from post_training.config import arguments\n"
-        "try: arguments.parse('generate', generate.add_arguments, generate.check)\n"
+        "try: arguments.parse_namespace('generate', generate.add_arguments, generate.check)\n"
         "except SystemExit as end: assert end.code == 2, end.code\n"
         "assert 'torch' not in sys.modules\n"
     )

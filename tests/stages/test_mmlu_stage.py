@@ -156,7 +156,7 @@ def test_the_check_imports_no_torch(setting):
     program = (
         "import sys, mmlu\n"
         "from post_training.config import arguments\n"
-        "try: arguments.parse('mmlu', mmlu.add_arguments, mmlu.check)\n"
+        "try: arguments.parse_namespace('mmlu', mmlu.add_arguments, mmlu.check)\n"
         "except SystemExit as end: assert end.code == 0, end.code\n"
         "assert 'torch' not in sys.modules\n"
     )

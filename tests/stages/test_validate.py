@@ -229,7 +229,7 @@ def check(*words: object) -> subprocess.CompletedProcess[str]:
     program = (
         "import sys, validate\n"
         "from post_training.config import arguments\n"
-        "try: arguments.parse('validate', validate.add_arguments, validate.check)\n"
+        "try: arguments.parse_namespace('validate', validate.add_arguments, validate.check)\n"
         "except SystemExit as end: assert end.code == 2, end.code\n"
         "assert 'torch' not in sys.modules\n"
     )

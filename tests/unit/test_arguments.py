@@ -310,9 +310,9 @@ def test_a_stages_own_flag_replaces_a_common_one_and_stands_first(capsys):
     def add(parser):
         parser.add_argument_group("mine").add_argument("--seed", default="own", help="my seed")
 
-    assert arguments.parse("convert", add, lambda args: None, []).seed == "own"
+    assert arguments.parse_namespace("convert", add, lambda args: None, []).seed == "own"
     with pytest.raises(SystemExit):
-        arguments.parse("convert", add, lambda args: None, ["--help"])
+        arguments.parse_namespace("convert", add, lambda args: None, ["--help"])
     text = capsys.readouterr().out
     assert text.count("--seed") == 1
     assert text.index("my seed") < text.index("--load")

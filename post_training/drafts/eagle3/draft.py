@@ -5,7 +5,7 @@ layers) and proposes the next tokens; the target then verifies several of them i
 al. 2025, arXiv:2503.01840). ModelOpt builds it (:mod:`post_training.drafts.eagle3.attach`); what it
 is made of follows the target here, so that an engine can share embedding, positions and vocabulary.
 
-A drafted checkpoint says so in its ``run.json``, entry ``draft``; ``loading.find(args).draft`` is
+A drafted checkpoint says so in its ``run.json``, entry ``draft``; ``find_source(args).draft`` is
 that entry as a :class:`Draft`. Nothing here imports torch.
 """
 

@@ -1,13 +1,12 @@
 """The process a stage runs in: versions, device, process groups, seeds, signals, memory, logs.
 
-:func:`session` is entered once by every stage after its arguments are checked. CUDA with NCCL is
-used where there is a GPU, the CPU with gloo where there is none; nothing else in this repository
+:func:`open_session` is entered once by every stage after its arguments are checked. CUDA with NCCL
+is used where there is a GPU, the CPU with gloo where there is none; nothing else in this repository
 asks which.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import datetime
 import logging
@@ -16,13 +15,12 @@ import random
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from post_training.common import versions
 from post_training.common.errors import UsageError, exit_with_usage_error
-from post_training.config import arguments
 from post_training.distributed import liveness, placement, signals
 from post_training.distributed.parallel import Parallel
 
@@ -67,23 +65,35 @@ class Session:
 
 
 @contextlib.contextmanager
-def session(args: argparse.Namespace) -> Iterator[Session]:
+def open_session(
+    stage: str,
+    parallel: Parallel,
+    *,
+    seed: int = 1234,
+    timeout_minutes: float = 10,
+    log_level: str = "info",
+    ignored_flags: Sequence[str] = (),
+) -> Iterator[Session]:
     """Start and end everything a stage runs in. Exits the process on errors that it explains.
 
     A UsageError ends with code 2, a signal with 128 + its number; any other exception passes.
 
     Args:
-        args: checked arguments of the stage (:func:`post_training.config.arguments.parse`).
+        stage: its name begins each log line.
+        parallel: sizes of the parallel groups, for the processes that were started.
+        seed: of every random number generator.
+        timeout_minutes: limit of a collective operation.
+        log_level: ``debug``, ``info``, ``warning`` or ``error``.
+        ignored_flags: given flags without meaning, logged at level debug.
     """
-    configure_logging(args.stage, args.log_level)
-    if args.ignored_flags:
-        logger.debug("flags without meaning here: %s", " ".join(args.ignored_flags))
+    configure_logging(stage, log_level)
+    if ignored_flags:
+        logger.debug("flags without meaning here: %s", " ".join(ignored_flags))
     watch = None
     try:
         with signals.prompt_exit():
             versions.check()
-            parallel = arguments.parallel(args)
-            current = _start(args.stage, parallel, args.seed, args.distributed_timeout_minutes)
+            current = _start(stage, parallel, seed, timeout_minutes)
             watch = liveness.start(current.rank, current.world)
             yield current
     except UsageError as error:
@@ -99,7 +109,7 @@ def session(args: argparse.Namespace) -> Iterator[Session]:
     except signals.Interrupted as error:
         if placement.placement().rank == 0:
             print(
-                f"\n{args.stage}: ended by {error}. Finished outputs are untouched; what was "
+                f"\n{stage}: ended by {error}. Finished outputs are untouched; what was "
                 "being written is discarded by the next run.",
                 file=sys.stderr,
             )

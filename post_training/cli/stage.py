@@ -1,0 +1,122 @@
+"""How a stage runs: parse, check, dry run, session, work, summary. No torch before the session.
+
+A stage module declares itself once and its ``main`` is one call::
+
+    STAGE = Stage("convert", ConvertOptions, check, convert, show)
+
+    def main() -> None:
+        run(STAGE)
+
+``check`` turns options into a plan: everything that was looked up, read and decided. ``work`` gets
+that plan and the session and looks nothing up again.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from post_training.checkpoints.source import Source
+from post_training.cli import dry_run
+from post_training.common.errors import UsageError, exit_with_usage_error
+from post_training.config import arguments, model_description
+from post_training.config.options import StageOptions
+from post_training.distributed import signals
+
+if TYPE_CHECKING:
+    from post_training.distributed.session import Session
+
+logger = logging.getLogger("post_training")
+
+
+class Plan(Protocol):
+    """What every plan has: the options it was made from, and the model to work on."""
+
+    @property
+    def options(self) -> StageOptions: ...
+
+    @property
+    def source(self) -> Source: ...
+
+
+def _success(plan: Any, result: Any) -> int:
+    return 0
+
+
+@dataclass(frozen=True)
+class Stage[Options: StageOptions, P: Plan, Result]:
+    """A stage of the toolkit.
+
+    Attributes:
+        name: its ``.py`` and ``.sh``, e.g. ``convert``.
+        options: class of its options; the fields are its flags.
+        check: from options to a plan; raises UsageError for what cannot work. Must not import
+            torch, load weights or use the network.
+        work: does it, on every rank.
+        show: prints the summary, on rank 0, from the plan, what ``work`` returned and the session.
+        exit_code: from the plan and the result, the same on every rank.
+        saves_on_signal: SIGTERM and SIGUSR1 end the work at a point where it can save.
+    """
+
+    name: str
+    options: type[Options]
+    check: Callable[[Options], P]
+    work: Callable[[P, Session], Result]
+    show: Callable[[P, Result, Session], None] | None = None
+    exit_code: Callable[[P, Result], int] = _success
+    saves_on_signal: bool = False
+
+
+def make_plan[Options: StageOptions, P: Plan, Result](
+    stage: Stage[Options, P, Result], argv: Sequence[str] | None = None
+) -> P:
+    """The plan of a command line, by default this process's.
+
+    Raises:
+        UsageError: if it cannot work.
+    """
+    options = arguments.parse(stage.name, stage.options, argv)
+    model_description.check_division(options)
+    plan = stage.check(options)
+    model_description.check_tokenizer(options)
+    return plan
+
+
+def run[Options: StageOptions, P: Plan, Result](stage: Stage[Options, P, Result]) -> None:
+    """Run ``stage`` with this process's command line. A usage error exits with code 2."""
+    if stage.saves_on_signal:
+        # From the start: imports and loading take longer than a scheduler may wait.
+        signals.defer_until_exit()
+    try:
+        plan = make_plan(stage)
+        if plan.options.dry_run:
+            dry_run.show(plan.options, plan.source)
+    except UsageError as error:
+        exit_with_usage_error(error)
+    if plan.options.dry_run or plan.options.check_only:
+        return
+    with open_session(plan.options) as session:
+        result = stage.work(plan, session)
+        if session.is_main and stage.show is not None:
+            stage.show(plan, result, session)
+    code = stage.exit_code(plan, result)
+    if code:
+        sys.exit(code)
+
+
+def open_session(options: StageOptions) -> AbstractContextManager[Session]:
+    """The session that a stage's options ask for."""
+    from post_training.distributed.session import open_session
+
+    return open_session(
+        options.stage,
+        options.parallel,
+        seed=options.seed,
+        timeout_minutes=options.distributed_timeout_minutes,
+        log_level=options.log_level,
+        ignored_flags=options.ignored_flags,
+    )

@@ -1,0 +1,127 @@
+"""Command-line flags from dataclass fields: one declaration is name, default, help and check.
+
+    @dataclass(frozen=True, kw_only=True)
+    class CalibrationOptions:
+        TITLE: ClassVar[str] = "calibration"
+        calib_size: int = flag(1024, metavar="N", help="sequences (%(default)s)", check=positive)
+
+adds ``--calib-size`` to a parser (:func:`add`) and reads its value into an instance
+(:func:`read`). The annotation decides how text is converted: ``bool`` is a switch, ``tuple[str,
+...]`` takes several words, ``X | None`` is an X that may be left out. A field made by
+:func:`group` holds the options of another such dataclass, which several stages share. Nothing here
+imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+_FLAG, _GROUP = "flag", "group"
+
+
+def spelled(name: str) -> str:
+    """The flag of a field: ``num_layers`` -> ``--num-layers``."""
+    return "--" + name.replace("_", "-")
+
+
+def flag(
+    default: Any = None,
+    *,
+    help: str,
+    check: Callable[[str, Any], None] | None = None,
+    names: Sequence[str] = (),
+    **argparse_options: Any,
+) -> Any:
+    """A dataclass field that is a flag.
+
+    Args:
+        default: value where the flag is not given.
+        help: text for ``--help``; ``%(default)s`` stands for the default.
+        check: called with the flag and its value, unless that is None; raises UsageError.
+        names: further spellings, such as Megatron-LM's.
+        argparse_options: ``metavar``, ``choices``, ``nargs``, ``type``, as argparse knows them.
+    """
+    declared = {"help": help, "names": tuple(names), "check": check, **argparse_options}
+    return dataclasses.field(default=default, metadata={_FLAG: declared})
+
+
+def group(options: type) -> Any:
+    """A dataclass field that holds the options of another dataclass."""
+    return dataclasses.field(metadata={_GROUP: options})
+
+
+def add(
+    parser: argparse.ArgumentParser,
+    options: type,
+    title: str = "",
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
+    """Add the flags of a dataclass, and of those that it holds, to ``parser``.
+
+    Args:
+        title: heading in the help; by default the class's ``TITLE``.
+        defaults: by field name, where this stage's default is another than the declared one.
+    """
+    hints = typing.get_type_hints(options)
+    heading = None
+    held = []
+    for field in dataclasses.fields(options):
+        if _GROUP in field.metadata:
+            held.append(field.metadata[_GROUP])
+        elif _FLAG in field.metadata:
+            heading = heading or parser.add_argument_group(title or options.TITLE)  # type: ignore[attr-defined]
+            default = (defaults or {}).get(field.name, field.default)
+            _add_flag(heading, field, hints[field.name], default)
+    for each in held:
+        add(parser, each, defaults={**getattr(options, "DEFAULTS", {}), **(defaults or {})})
+
+
+def read(options: type, args: argparse.Namespace) -> dict[str, Any]:
+    """The values of a dataclass's flags by field name, each checked.
+
+    Raises:
+        UsageError: from a field's check.
+    """
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(options):
+        if _GROUP in field.metadata:
+            held = field.metadata[_GROUP]
+            values[field.name] = held(**read(held, args))
+        elif _FLAG in field.metadata:
+            value = getattr(args, field.name)
+            check = field.metadata[_FLAG]["check"]
+            if check is not None and value is not None:
+                check(spelled(field.name), value)
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+    return values
+
+
+def _add_flag(parser: Any, field: dataclasses.Field[Any], hint: Any, default: Any) -> None:
+    declared = dict(field.metadata[_FLAG])
+    declared.pop("check")
+    names = (spelled(field.name), *declared.pop("names"))
+    kind = _without_none(hint)
+    if kind is bool and "nargs" not in declared:
+        parser.add_argument(*names, action="store_true", dest=field.name, **declared)
+        return
+    if typing.get_origin(kind) is tuple:
+        declared.setdefault("nargs", "+")
+        kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) is not typing.Literal:
+        declared.setdefault("type", kind)
+    else:
+        declared.setdefault("choices", typing.get_args(kind))
+    parser.add_argument(*names, dest=field.name, default=default, **declared)
+
+
+def _without_none(hint: Any) -> Any:
+    """``X`` of ``X | None``."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+        return kinds[0] if len(kinds) == 1 else hint
+    return hint

@@ -1,0 +1,99 @@
+"""The model's architecture: from a checkpoint or ``config.json``, and from flags. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from post_training.common.errors import UsageError
+from post_training.config.flags import spelled
+from post_training.config.options import StageOptions
+from post_training.models import architecture as model_architecture
+from post_training.models import families, parallel_check, tokenizer_files
+from post_training.models.architecture import MLA_FIELDS, REQUIRED, TRANSFORMER_FIELDS, Architecture
+
+
+def architecture(
+    options: StageOptions,
+    huggingface_config: Mapping[str, Any] | None = None,
+    manifest: Mapping[str, Any] | None = None,
+) -> Architecture:
+    """The model's architecture: from the checkpoint where there is one, else from the flags.
+
+    A ``config.json`` or a manifest describes the weights, so its values are taken; a flag (the
+    conf) that contradicts it is an error. What flags leave unsaid is not a contradiction: confs of
+    Megatron-LM do not state everything (their Llama 3.2 conf leaves out the factor of its rotary
+    scaling).
+
+    Args:
+        options: what the flags state.
+        huggingface_config: content of the source's ``config.json``.
+        manifest: content of the Megatron checkpoint's ``run.json``.
+
+    Raises:
+        UsageError: all contradictions in one message, or the flags that are missing.
+    """
+    if manifest is not None and manifest.get("architecture"):
+        return model_architecture.reconcile(options.stated, manifest, f"--load {options.load}")
+    if huggingface_config is None:
+        return _from_flags(options)
+    found = families.from_huggingface(huggingface_config)
+    wrong = found.contradictions(options.stated)
+    if wrong:
+        raise UsageError(
+            f"--pretrained-model-path {options.pretrained_model_path}",
+            f"it is not the model of the conf: "
+            f"{model_architecture.show(wrong, 'the conf', 'config.json')}",
+            "name the conf of this model, or the folder of the conf's model",
+        )
+    return found
+
+
+def check_division(options: StageOptions) -> None:
+    """Check that the parallel sizes divide the conf's model, which may not be on this machine.
+
+    A checkpoint (``--load``) may be a pruned form of the conf's model: then the stage checks.
+    """
+    said = options.stated
+    if not options.load and all(said.get(name) for name in REQUIRED):
+        stated = Architecture(_transformer_fields(said), said.get("vocab_size", 0), 0)
+        parallel_check.check(stated, options.parallel)
+
+
+def check_tokenizer(options: StageOptions) -> None:
+    """Check a tokenizer folder that is not the model's own; a hub name has no folder."""
+    named = options.tokenizer_model
+    if named and named != options.pretrained_model_path:
+        tokenizer_files.check(named)
+
+
+def _from_flags(options: StageOptions) -> Architecture:
+    said = dict(options.stated)
+    missing = [spelled(name) for name in REQUIRED if not said.get(name)]
+    if "vocab_size" not in said:
+        found = tokenizer_files.vocabulary(Path(options.tokenizer_model or ""))
+        if found is None:
+            missing.append("--padded-vocab-size")
+        else:
+            said["vocab_size"] = padded(found, options.vocabulary_multiple)
+    if missing:
+        raise UsageError(
+            f"the model's architecture: no {', '.join(missing)}",
+            "there is no config.json or run.json to take it from, and the flags do not state it",
+            "name a conf (conf/<org>/<model>.sh), or give these flags",
+        )
+    transformer = _transformer_fields(said)
+    own = {n: v for n, v in said.items() if n not in transformer}
+    own.setdefault("max_position_embeddings", options.seq_length or 4096)
+    own.setdefault("share_embeddings_and_output_weights", True)
+    return Architecture(transformer=transformer, **own)
+
+
+def _transformer_fields(said: Mapping[str, Any]) -> dict[str, Any]:
+    return {n: v for n, v in said.items() if n in TRANSFORMER_FIELDS | MLA_FIELDS}
+
+
+def padded(size: int, multiple: int) -> int:
+    """``size`` rounded up to a ``multiple``."""
+    return -(-size // multiple) * multiple
