@@ -8,9 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training.common import files
 from post_training.common.errors import UsageError
 from post_training.data import assistant_mask, document_formats, packed_data, records, sources
+from post_training.data.packed_data import Packed
 from post_training.data.packing import PackedConversations, Packer
 from post_training.data.sources import DATASET, FILES, SPLIT, TrainingText
 
@@ -66,9 +66,7 @@ def prepare(
     """
     target = folder / packed_data.fingerprint(source, tokenizer, length, rows)
     parts, content = packed_data.prepare(
-        target,
-        PARTS,
-        lambda work: _pack(source, tokenizer, length, rows, work, show_progress),
+        target, lambda: _pack(source, tokenizer, length, rows, show_progress), PARTS
     )
     return parts, {**content, "prompts": str(target / PROMPTS)}
 
@@ -78,9 +76,8 @@ def _pack(
     tokenizer: Any,
     length: int,
     rows: int,
-    work: Path,
     show_progress: bool,
-) -> dict[str, Any]:
+) -> Packed:
     from tqdm import tqdm
 
     packers = {part: Packer(length) for part in PARTS}
@@ -113,10 +110,8 @@ def _pack(
             else "it holds no conversation",
             "raise --seq-length, or give conversations with shorter prompts",
         )
-    for name, packer in packers.items():
-        packed_data.save_part(work, name, *packer.arrays())
-    files.write_json(work / PROMPTS, prompts)
-    return {
+    parts = {name: packer.arrays() for name, packer in packers.items()}
+    description = {
         "source": source.describe(),
         "conversations": conversations,
         "tokens": tokens,
@@ -128,6 +123,7 @@ def _pack(
         "cut": sum(packer.cut for packer in packers.values()),
         "left_out": sum(packer.dropped for packer in packers.values()),
     }
+    return Packed(parts, description, {PROMPTS: prompts})
 
 
 def describe(content: Mapping[str, Any]) -> str:

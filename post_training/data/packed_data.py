@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from post_training.common import files
 from post_training.data import records
@@ -21,6 +22,20 @@ if TYPE_CHECKING:
     import numpy
 
 _DESCRIPTION = "data.json"
+
+
+class Packed(NamedTuple):
+    """What was packed.
+
+    Attributes:
+        parts: name -> token ids int32 [n, s] and loss mask uint8 [n, s].
+        description: for the log and the manifest.
+        others: further JSON files to keep, by name.
+    """
+
+    parts: Mapping[str, tuple[numpy.ndarray[Any, Any], numpy.ndarray[Any, Any]]]
+    description: dict[str, Any]
+    others: Mapping[str, Any] = MappingProxyType({})
 
 
 def fingerprint(source: TrainingText, tokenizer: Any, length: int, rows: int) -> str:
@@ -37,15 +52,14 @@ def fingerprint(source: TrainingText, tokenizer: Any, length: int, rows: int) ->
 
 
 def prepare(
-    target: Path, parts: Sequence[str], pack: Callable[[Path], dict[str, Any]]
+    target: Path, pack: Callable[[], Packed], parts: Sequence[str]
 ) -> tuple[dict[str, PackedConversations], dict[str, Any]]:
-    """Sequences by part, and what is known about them; a collective call.
+    """Sequences by part, and their description; a collective call.
 
     Args:
         target: folder of the packed data; a file system that all ranks see.
-        parts: their names.
-        pack: fills the folder that it is given with :func:`save_part` for each part, and returns
-            the description; called on rank 0 unless ``target`` is complete.
+        pack: reads and packs; called on rank 0 unless ``target`` is there.
+        parts: those that ``pack`` makes.
 
     Raises:
         UsageError: on every rank, what ``pack`` raises.
@@ -54,23 +68,23 @@ def prepare(
 
     def make() -> None:
         if not (target / _DESCRIPTION).is_file():
-            work = files.begin(target)
-            files.write_json(work / _DESCRIPTION, pack(work))
-            files.publish(target)
+            _write(target, pack())
 
     calibration_data.on_first_rank(make)
     content = files.read_json_object(target / _DESCRIPTION, "packed data", "delete its folder")
     return {part: _mapped(target, part) for part in parts}, content
 
 
-def save_part(
-    folder: Path, name: str, ids: numpy.ndarray[Any, Any], mask: numpy.ndarray[Any, Any]
-) -> None:
-    """Write the part ``name``: token ids int32 [n, s] and loss mask uint8 [n, s]."""
+def _write(target: Path, packed: Packed) -> None:
     import numpy
 
-    numpy.save(folder / f"{name}_ids.npy", ids)
-    numpy.save(folder / f"{name}_mask.npy", mask)
+    work = files.begin(target)
+    for name, (ids, mask) in packed.parts.items():
+        numpy.save(work / f"{name}_ids.npy", ids)
+        numpy.save(work / f"{name}_mask.npy", mask)
+    for name, content in {**packed.others, _DESCRIPTION: packed.description}.items():
+        files.write_json(work / name, content)
+    files.publish(target)
 
 
 def _mapped(folder: Path, name: str) -> PackedConversations:

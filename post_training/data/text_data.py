@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from post_training.common.errors import UsageError
 from post_training.data import conversation_data, document_formats, packed_data, sources
+from post_training.data.packed_data import Packed
 from post_training.data.packing import PackedConversations
 from post_training.data.sources import DATASET, TrainingText
 
@@ -48,8 +49,8 @@ def prepare(
     """
     return packed_data.prepare(
         folder / f"{packed_data.fingerprint(source, tokenizer, length, rows)}-text",
+        lambda: _pack(source, tokenizer, length, rows, show_progress),
         PARTS,
-        lambda work: _pack(source, tokenizer, length, rows, work, show_progress),
     )
 
 
@@ -72,8 +73,8 @@ def sequences(
 
 
 def _pack(
-    source: TrainingText, tokenizer: Any, length: int, rows: int, work: Path, show_progress: bool
-) -> dict[str, Any]:
+    source: TrainingText, tokenizer: Any, length: int, rows: int, show_progress: bool
+) -> Packed:
     import numpy
     from tqdm import tqdm
 
@@ -94,16 +95,18 @@ def _pack(
             f"it holds less text than one sequence of {length} tokens",
             "lower --seq-length, or give more text",
         )
+    parts = {}
     for name, chosen in zip(PARTS, (train, valid), strict=True):
         ids = numpy.stack(chosen) if chosen else numpy.zeros((0, length), dtype=numpy.int32)
-        packed_data.save_part(work, name, ids, numpy.ones(ids.shape, dtype=numpy.uint8))
-    return {
+        parts[name] = ids, numpy.ones(ids.shape, dtype=numpy.uint8)
+    description = {
         "source": source.describe(),
         "sequences": len(train),
         "held_out_sequences": len(valid),
         "sequence_length": length,
         "tokens": (len(train) + len(valid)) * length,
     }
+    return Packed(parts, description)
 
 
 def describe(content: dict[str, Any]) -> str:

@@ -67,11 +67,12 @@ def test_no_data_is_refused_by_name(kind):
         kind.check(TrainingText(""))
 
 
-def test_data_too_short_for_one_sequence_is_refused(kind, tmp_path):
+def test_data_too_short_for_one_sequence_is_refused_and_leaves_nothing(kind, tmp_path):
     write = tools.write_conversations if kind is conversation_data else tools.write_texts
     source = TrainingText("", (str(write(tmp_path / "data.jsonl", 1)),))
     with pytest.raises(UsageError, match="--seq-length"):
         prepare(kind, source, tmp_path / "packed", length=10 if kind is conversation_data else 9999)
+    assert not (tmp_path / "packed").exists()
 
 
 def test_local_paths_come_with_the_option_that_named_them(tmp_path):
