@@ -54,7 +54,7 @@ def test_the_example_passes_the_linters(extended):
 
 
 def test_the_page_names_the_tests_that_ask_the_registry():
-    commands = re.findall(r"```bash\n(.*?)```", extending.section("A model family"), re.DOTALL)
+    commands = re.findall(r"```text\n(.*?)```", extending.section("A model family"), re.DOTALL)
     assert re.findall(r"tests/\w+/test_\w+\.py", "".join(commands)) == list(TESTS)
 
 
