@@ -12,7 +12,7 @@ from post_training.common.errors import UsageError
 from post_training.data import assistant_mask, document_formats, packed_data, records, sources
 from post_training.data.packed_data import Packed
 from post_training.data.packing import PackedConversations, Packer
-from post_training.data.sources import DATASET, FILES, SPLIT, TrainingText
+from post_training.data.sources import DATASET, FILES, SPLIT, TextSource
 
 if TYPE_CHECKING:
     import numpy
@@ -26,7 +26,7 @@ _MOST_PROMPTS = 64
 _CHECKED = 5_000  # rows that a check reads, well under a second
 
 
-def check(source: TrainingText) -> None:
+def check(source: TextSource) -> None:
     """Check the first rows of local data: known fields and roles, an answer in each. No torch.
 
     Raises:
@@ -44,7 +44,7 @@ def check(source: TrainingText) -> None:
 
 
 def prepare(
-    source: TrainingText,
+    source: TextSource,
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     rows: int,
@@ -72,7 +72,7 @@ def prepare(
 
 
 def _pack(
-    source: TrainingText,
+    source: TextSource,
     tokenizer: Any,
     length: int,
     rows: int,
@@ -161,16 +161,16 @@ def add_arguments(parser: argparse.ArgumentParser, default: str) -> None:
     )
 
 
-def source(args: argparse.Namespace) -> TrainingText:
+def source(args: argparse.Namespace) -> TextSource:
     """The source that the flags name; local files replace the default data set."""
     given = tuple(args.finetune_data_files or ())
     dataset = args.finetune_hf_dataset
     if given and "finetune_hf_dataset" not in args.explicit:
         dataset = ""
-    return TrainingText(dataset, given, args.finetune_data_split)
+    return TextSource(dataset, given, args.finetune_data_split)
 
 
-def shown(source: TrainingText, tokenizer: Any, count: int, color: bool) -> Iterator[str]:
+def shown(source: TextSource, tokenizer: Any, count: int, color: bool) -> Iterator[str]:
     """The first conversations as text with the answers marked, each under its place."""
     for document, option in islice(sources.documents(source), count):
         tokens = assistant_mask.tokenize(document, tokenizer, option)

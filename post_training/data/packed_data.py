@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from post_training.common import files
 from post_training.data import records
 from post_training.data.packing import PackedConversations
-from post_training.data.sources import TrainingText
+from post_training.data.sources import TextSource
 
 if TYPE_CHECKING:
     import numpy
@@ -38,7 +38,7 @@ class Packed(NamedTuple):
     others: Mapping[str, Any] = MappingProxyType({})
 
 
-def fingerprint(source: TrainingText, tokenizer: Any, length: int, rows: int) -> str:
+def fingerprint(source: TextSource, tokenizer: Any, length: int, rows: int) -> str:
     """Hash of everything that decides the packed sequences."""
     entries: list[Any] = [source.dataset, source.files, source.split, length]
     entries.append(None if source.local else rows)

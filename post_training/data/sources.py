@@ -1,7 +1,7 @@
 """Where text comes from: local files, ModelOpt's presets, data sets on the hub. No torch.
 
 Calibration reads documents of one source (:func:`read_documents`); training reads those of a
-:class:`TrainingText`, which may be several files.
+:class:`TextSource`, which may be several files.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ DATASET, FILES, SPLIT = "--finetune-hf-dataset", "--finetune-data-files", "--fin
 
 
 @dataclass(frozen=True)
-class TrainingText:
-    """Where the text to train on comes from.
+class TextSource:
+    """Where text or conversations to train on come from.
 
     Attributes:
         dataset: hub name, local file or folder; may be empty if there are files.
@@ -48,7 +48,7 @@ class TrainingText:
         return ", ".join(path for path, _ in self.local) or self.dataset
 
 
-def require(source: TrainingText) -> None:
+def require(source: TextSource) -> None:
     """Raise UsageError unless ``source`` names something."""
     if not source.dataset and not source.files:
         raise UsageError(
@@ -56,7 +56,7 @@ def require(source: TrainingText) -> None:
         )
 
 
-def documents(source: TrainingText) -> Iterator[tuple[Document, str]]:
+def documents(source: TextSource) -> Iterator[tuple[Document, str]]:
     """Documents with the option that named their source, read lazily."""
     if source.local:
         for path, option in source.local:

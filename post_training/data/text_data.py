@@ -14,7 +14,7 @@ from post_training.common.errors import UsageError
 from post_training.data import conversation_data, document_formats, packed_data, sources
 from post_training.data.packed_data import Packed
 from post_training.data.packing import PackedConversations
-from post_training.data.sources import DATASET, TrainingText
+from post_training.data.sources import DATASET, TextSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +24,7 @@ _HELD_OUT = 50  # every fiftieth sequence is held out
 _TENTH = 10
 
 
-def check(source: TrainingText) -> None:
+def check(source: TextSource) -> None:
     """Check the first rows of local data. No torch.
 
     Raises:
@@ -36,7 +36,7 @@ def check(source: TrainingText) -> None:
 
 
 def prepare(
-    source: TrainingText,
+    source: TextSource,
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     rows: int,
@@ -55,7 +55,7 @@ def prepare(
 
 
 def sequences(
-    source: TrainingText, tokenizer: PreTrainedTokenizerBase, length: int
+    source: TextSource, tokenizer: PreTrainedTokenizerBase, length: int
 ) -> Iterator[list[int]]:
     """Sequences of exactly ``length`` tokens, the end-of-text token between documents."""
     from post_training.data import calibration_data
@@ -73,7 +73,7 @@ def sequences(
 
 
 def _pack(
-    source: TrainingText, tokenizer: Any, length: int, rows: int, show_progress: bool
+    source: TextSource, tokenizer: Any, length: int, rows: int, show_progress: bool
 ) -> Packed:
     import numpy
     from tqdm import tqdm

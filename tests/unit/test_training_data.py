@@ -11,7 +11,7 @@ import tools
 
 from post_training.common.errors import UsageError
 from post_training.data import conversation_data, text_data
-from post_training.data.sources import DATASET, FILES, TrainingText
+from post_training.data.sources import DATASET, FILES, TextSource
 
 LENGTH = 96
 
@@ -24,7 +24,7 @@ def kind(request):
 @pytest.fixture
 def source(kind, tmp_path):
     write = tools.write_conversations if kind is conversation_data else tools.write_texts
-    return TrainingText("", (str(write(tmp_path / "data.jsonl", 300)),))
+    return TextSource("", (str(write(tmp_path / "data.jsonl", 300)),))
 
 
 def prepare(kind, source, folder, length=LENGTH):
@@ -64,12 +64,12 @@ def test_another_length_or_file_is_packed_anew(kind, source, tmp_path):
 
 def test_no_data_is_refused_by_name(kind):
     with pytest.raises(UsageError, match=f"{DATASET}\n  cause: no data to train on"):
-        kind.check(TrainingText(""))
+        kind.check(TextSource(""))
 
 
 def test_data_too_short_for_one_sequence_is_refused_and_leaves_nothing(kind, tmp_path):
     write = tools.write_conversations if kind is conversation_data else tools.write_texts
-    source = TrainingText("", (str(write(tmp_path / "data.jsonl", 1)),))
+    source = TextSource("", (str(write(tmp_path / "data.jsonl", 1)),))
     with pytest.raises(UsageError, match="--seq-length"):
         prepare(kind, source, tmp_path / "packed", length=10 if kind is conversation_data else 9999)
     assert not (tmp_path / "packed").exists()
@@ -77,8 +77,8 @@ def test_data_too_short_for_one_sequence_is_refused_and_leaves_nothing(kind, tmp
 
 def test_local_paths_come_with_the_option_that_named_them(tmp_path):
     path = str(tmp_path)
-    assert TrainingText(path).local == [(path, DATASET)]
-    assert TrainingText("", ("a.jsonl",)).local == [("a.jsonl", FILES)]
-    assert TrainingText("org/name", ("./a.jsonl",)).local == [("./a.jsonl", FILES)]
-    assert TrainingText("org/name", ("train",)).local == []
-    assert TrainingText("org/name").describe() == "org/name"
+    assert TextSource(path).local == [(path, DATASET)]
+    assert TextSource("", ("a.jsonl",)).local == [("a.jsonl", FILES)]
+    assert TextSource("org/name", ("./a.jsonl",)).local == [("./a.jsonl", FILES)]
+    assert TextSource("org/name", ("train",)).local == []
+    assert TextSource("org/name").describe() == "org/name"
