@@ -1,7 +1,7 @@
-"""Output folders that appear complete or not at all, and the readers and writers of small files.
+"""Output folders that appear whole or not at all.
 
-Output is written to a sibling of the final folder, ``<name>.incomplete``, and renamed when it is
-complete. A process killed at any moment leaves the final name as it was: absent, or holding the
+Work is written into a sibling of the final folder, ``<name>.incomplete``, and renamed when it is
+finished. A process killed at any moment leaves the final name as it was: absent, or holding the
 previous complete output. Nothing here imports torch.
 """
 
@@ -23,7 +23,6 @@ from post_training.common.errors import UsageError
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _HASH_BLOCK = 1 << 22
-_AGAIN = "copy or download it again"
 
 
 def incomplete(target: Path) -> Path:
@@ -41,7 +40,7 @@ def begin(target: Path) -> Path:
 
 
 def publish(target: Path) -> None:
-    """Give the finished working folder its final name; a previous ``target`` is replaced.
+    """Give the finished working folder its final name; a previous ``target`` is replaced whole.
 
     On Linux the two folders are exchanged in one step (``renameat2``), so that ``target`` is never
     missing. File systems without it (some network file systems) get two renames; in between, the
@@ -89,6 +88,9 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write ``content`` as indented JSON, atomically (see :func:`write_text`)."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+_AGAIN = "copy or download it again"
 
 
 def read_json(path: Path, what: str = "file", remedy: str = _AGAIN) -> Any | None:

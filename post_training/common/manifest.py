@@ -7,7 +7,7 @@ duration and peak memory. Nothing here imports torch.
 
     python -m post_training.manifest valid OUTPUT INPUT [COMMAND...]
 
-exits with code 0 if OUTPUT is whole and was made from INPUT as it is now, by the versions
+leaves with exit code 0 if OUTPUT is whole and was made from INPUT as it is now, by the versions
 that are installed now and, where the words of a COMMAND are given, by that very command.
 """
 
