@@ -15,7 +15,6 @@ A checkpoint can be loaded at other tensor- and pipeline-parallel sizes than it 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,7 @@ from post_training.checkpoints.huggingface import SmallFiles
 from post_training.checkpoints.megatron_arguments import (
     megatron_lm_arguments as megatron_lm_arguments,  # training/checkpoint.py takes it from here
 )
-from post_training.common import files
+from post_training.common import files, threads
 from post_training.common.errors import UsageError
 from post_training.common.manifest import Manifest
 
@@ -140,7 +139,7 @@ def save_strategy(model: MegatronModule) -> Any:
 
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
     return TorchDistSaveShardedStrategy(
-        thread_count=max(1, min(_MOST_FILES, size // _FILE_BYTES, os.cpu_count() or 1))
+        thread_count=max(1, min(_MOST_FILES, size // _FILE_BYTES, threads.cores()))
     )
 
 
