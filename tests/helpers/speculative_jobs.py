@@ -35,6 +35,7 @@ def prepare(args: argparse.Namespace, session: Any) -> None:
     from dataclasses import replace
 
     from post_training.checkpoints import torch_dist
+    from post_training.checkpoints.huggingface import SmallFiles
     from post_training.common.manifest import Manifest
     from post_training.drafts.eagle3 import attach as eagle
 
@@ -52,7 +53,8 @@ def prepare(args: argparse.Namespace, session: Any) -> None:
             module.d2t.copy_(torch.tensor(MAPPING) - torch.arange(len(MAPPING)))
     draft = replace(draft_of(source), trained=1)
     record = Manifest("prepare", source.architecture.to_json(), extra={"draft": draft.to_json()})
-    torch_dist.save(model, Path(args.save), record, huggingface=Path(source.huggingface))
+    small_files = SmallFiles(Path(source.huggingface))
+    torch_dist.save(model, Path(args.save), record, small_files=small_files)
 
 
 def decode(args: argparse.Namespace, session: Any) -> None:
