@@ -105,6 +105,8 @@ def _add_flag(parser: Any, field: dataclasses.Field[Any], hint: Any, default: An
     declared = dict(field.metadata[_FLAG])
     declared.pop("check")
     names = (spelled(field.name), *declared.pop("names"))
+    if default is None:
+        declared["help"] = declared["help"].replace(" (%(default)s)", "")
     kind = _without_none(hint)
     if kind is bool and "nargs" not in declared:
         parser.add_argument(*names, action="store_true", dest=field.name, **declared)

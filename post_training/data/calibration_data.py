@@ -11,7 +11,7 @@ points in pruning) and no document is cut by characters.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 from post_training.common.errors import UsageError
 from post_training.data import document_formats, records
 from post_training.data.document_formats import Document
+from post_training.distributed import collectives
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -282,22 +283,5 @@ def _take_turns(streams: list[Iterator[Document]]) -> Iterator[Document]:
         streams = alive
 
 
-def on_first_rank[T](load: Callable[[], T]) -> T:
-    """Run ``load`` on rank 0 and give its result, or its UsageError, to every rank.
-
-    Without it each of many ranks would ask the hub, and one that failed would leave the others
-    waiting in the next collective.
-    """
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return load()
-    outcome: list[Any] = [None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            outcome = [load()]
-        except UsageError as error:
-            outcome = [error]
-    torch.distributed.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[0], UsageError):
-        raise outcome[0]
-    result: T = outcome[0]
-    return result
+# Under this name until all callers use collectives.
+on_first_rank = collectives.on_first_rank

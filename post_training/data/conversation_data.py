@@ -6,7 +6,6 @@ the very same data at once, and every rank reads only what it needs.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import logging
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("post_training")
 
-DATASET, FILES, SPLIT = "--finetune-hf-dataset", "--finetune-data-files", "--finetune-data-split"
+DATASET, FILES = "--finetune-hf-dataset", "--finetune-data-files"
 PARTS = ("train", "valid", "test")
 # Of a hundred conversations these are held out: one to evaluate on while training, one for later.
 _HELD_OUT = {49: "valid", 99: "test"}
@@ -38,8 +37,8 @@ _CHECKED = 5_000  # rows that a check reads, well under a second
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where conversations come from.
+class TextSource:
+    """Where text or conversations to train on come from.
 
     Attributes:
         dataset: hub name, local file or folder; may be empty where there are files.
@@ -64,7 +63,7 @@ class Source:
         return ", ".join(path for path, _ in self.local) or self.dataset
 
 
-def check(source: Source) -> None:
+def check(source: TextSource) -> None:
     """Check local data by its first rows: known fields, known roles, an answer in each. No torch.
 
     Raises:
@@ -84,7 +83,7 @@ def check(source: Source) -> None:
             raise UsageError(f"{option} {path}", "it holds no rows", "give a file with data")
 
 
-def documents(source: Source) -> Iterator[tuple[Document, str]]:
+def documents(source: TextSource) -> Iterator[tuple[Document, str]]:
     """Conversations with the option that named their source, as they are asked for."""
     from post_training.data import calibration_data
 
@@ -100,7 +99,7 @@ def documents(source: Source) -> Iterator[tuple[Document, str]]:
         yield document_formats.document_of(row, DATASET), DATASET
 
 
-def fingerprint(source: Source, tokenizer: Any, length: int, rows: int) -> str:
+def fingerprint(source: TextSource, tokenizer: Any, length: int, rows: int) -> str:
     """Hash of everything that decides the packed sequences."""
     entries: list[Any] = [source.dataset, source.files, source.split, length]
     entries.append(None if source.local else rows)
@@ -114,7 +113,7 @@ def fingerprint(source: Source, tokenizer: Any, length: int, rows: int) -> str:
 
 
 def prepare(
-    source: Source,
+    source: TextSource,
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     rows: int,
@@ -136,7 +135,7 @@ def prepare(
     Raises:
         UsageError: on every rank, for data that cannot be trained on.
     """
-    from post_training.data import calibration_data
+    from post_training.distributed import collectives
 
     target = folder / fingerprint(source, tokenizer, length, rows)
 
@@ -144,14 +143,14 @@ def prepare(
         if not (target / "data.json").is_file():
             _pack(source, tokenizer, length, rows, target, show_progress)
 
-    calibration_data.on_first_rank(make)
+    collectives.on_first_rank(make)
     content = json.loads((target / "data.json").read_text(encoding="utf-8"))
     content["prompts"] = str(target / PROMPTS)
     return {part: mapped(target, part) for part in PARTS}, content
 
 
 def _pack(
-    source: Source,
+    source: TextSource,
     tokenizer: Any,
     length: int,
     rows: int,
@@ -240,36 +239,7 @@ def describe(content: Mapping[str, Any]) -> str:
     return text
 
 
-def add_arguments(parser: argparse.ArgumentParser, default: str) -> None:
-    """Flags that name the conversations."""
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        DATASET,
-        metavar="NAME_OR_PATH",
-        default=default,
-        help="conversations: a data set on the hub, a file or a folder (%(default)s)",
-    )
-    group.add_argument(
-        SPLIT, metavar="NAME", default="train", help="of the hub's data set (%(default)s)"
-    )
-    group.add_argument(
-        FILES,
-        metavar="FILE",
-        nargs="+",
-        help="files with conversations (JSONL, parquet, CSV), or files of the hub's data set",
-    )
-
-
-def source(args: argparse.Namespace) -> Source:
-    """The source that the flags name; local files replace the default data set."""
-    given = tuple(args.finetune_data_files or ())
-    dataset = args.finetune_hf_dataset
-    if given and "finetune_hf_dataset" not in args.explicit:
-        dataset = ""
-    return Source(dataset, given, args.finetune_data_split)
-
-
-def shown(source: Source, tokenizer: Any, count: int, color: bool) -> Iterator[str]:
+def shown(source: TextSource, tokenizer: Any, count: int, color: bool) -> Iterator[str]:
     """The first conversations as text, answers marked, each under its place."""
     for document, option in islice(documents(source), count):
         tokens = assistant_mask.tokenize(document, tokenizer, option)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from post_training.common import files
 from post_training.common.errors import UsageError
 from post_training.data import conversation_data
-from post_training.data.conversation_data import Source
+from post_training.data.conversation_data import TextSource
 from post_training.data.packing import PackedConversations
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _HELD_OUT = 50  # every fiftieth sequence is held out
 _TENTH = 10
 
 
-def check(source: Source) -> None:
+def check(source: TextSource) -> None:
     """Check local data by its first rows. No torch.
 
     Raises:
@@ -45,7 +45,7 @@ def check(source: Source) -> None:
 
 
 def prepare(
-    source: Source,
+    source: TextSource,
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     rows: int,
@@ -56,9 +56,9 @@ def prepare(
 
     A collective call.
 
-    Args and result as :func:`draft_data.prepare`; every token of the mask is 1.
+    Args and result as :func:`conversation_data.prepare`; every token of the mask is 1.
     """
-    from post_training.data import calibration_data
+    from post_training.distributed import collectives
 
     target = folder / f"{conversation_data.fingerprint(source, tokenizer, length, rows)}-text"
 
@@ -66,13 +66,13 @@ def prepare(
         if not (target / "data.json").is_file():
             _pack(source, tokenizer, length, rows, target, show_progress)
 
-    calibration_data.on_first_rank(make)
+    collectives.on_first_rank(make)
     content = json.loads((target / "data.json").read_text(encoding="utf-8"))
     return {part: conversation_data.mapped(target, part) for part in ("train", "valid")}, content
 
 
 def sequences(
-    source: Source, tokenizer: PreTrainedTokenizerBase, length: int
+    source: TextSource, tokenizer: PreTrainedTokenizerBase, length: int
 ) -> Iterator[list[int]]:
     """Sequences of exactly ``length`` tokens; the end-of-text token stands between documents."""
     from post_training.data import calibration_data
@@ -90,7 +90,7 @@ def sequences(
 
 
 def _pack(
-    source: Source, tokenizer: Any, length: int, rows: int, target: Path, show_progress: bool
+    source: TextSource, tokenizer: Any, length: int, rows: int, target: Path, show_progress: bool
 ) -> None:
     import numpy
     from tqdm import tqdm

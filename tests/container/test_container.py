@@ -347,5 +347,5 @@ def test_training_in_a_container_is_saved_at_a_signal_and_goes_on(submit, cluste
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     slurm_jobs.wait_for_restart(cluster, job, 1, log)
     text = slurm_jobs.finished(cluster, job)
-    assert "queued again" in text and "going on after iteration" in text
+    assert "queued again" in text and "resuming after iteration" in text
     assert iterations() == list(range(1, 13))

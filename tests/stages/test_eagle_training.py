@@ -231,7 +231,7 @@ def test_an_interrupted_run_writes_the_same_losses(work):
     process.communicate()
 
     output = tools.run("eagle3.py", *words).stderr
-    assert "going on after iteration" in output
+    assert "resuming after iteration" in output
     assert lines(work, "interrupted") == lines(work, "TP=1")
     ours, theirs = tensors(newest(target)), tensors(newest(work / "TP=1"))
     assert ours.keys() == theirs.keys()
