@@ -114,9 +114,7 @@ def distill(plan: Plan, session: Session) -> TrainingResult:
     options, config = plan.options, plan.config
     this = Run.open(plan, session)
     teacher_source = fetch_source(plan.teacher, plan.of_teacher)
-    distillation_options.check_pair(
-        config, this.source, teacher_source, options.parallel.pipeline
-    )
+    distillation_options.check_pair(config, this.source, teacher_source, options.parallel.pipeline)
     prepare = conversation_data.prepare if options.answers_only else text_data.prepare
     parts, _ = this.data(prepare, plan.text)
     exit_if_asked(session)
@@ -155,7 +153,9 @@ def show(plan: Plan, result: TrainingResult, session: Session) -> None:
         for text, names in losses.items()
         if names[0] in found
     }
-    next_step = f"MLM_MODEL_CKPT={plan.start.folder} bash mmlu.sh <conf>, then bash export.sh <conf>"
+    next_step = (
+        f"MLM_MODEL_CKPT={plan.start.folder} bash mmlu.sh <conf>, then bash export.sh <conf>"
+    )
     training_run.show(plan, result, "distilled", rows, next_step)
 
 

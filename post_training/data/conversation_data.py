@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -239,12 +240,12 @@ def describe(content: Mapping[str, Any]) -> str:
     return text
 
 
-def shown(source: TextSource, tokenizer: Any, count: int, color: bool) -> Iterator[str]:
-    """The first conversations as text, answers marked, each under its place."""
+def print_masks(source: TextSource, tokenizer: Any, count: int) -> None:
+    """Print the first conversations, answers marked, each under its place."""
     for document, option in islice(documents(source), count):
         tokens = assistant_mask.tokenize(document, tokenizer, option)
-        title = f"-- {document.place}: {sum(tokens.mask)} of {len(tokens.ids)} tokens are answers"
-        yield f"{title}\n{assistant_mask.show(tokens, tokenizer, color)}"
+        print(f"-- {document.place}: {sum(tokens.mask)} of {len(tokens.ids)} tokens are answers")
+        print(assistant_mask.show(tokens, tokenizer, sys.stdout.isatty()))
 
 
 def frequencies(samples: Any, vocabulary: int) -> numpy.ndarray[Any, Any]:

@@ -13,10 +13,13 @@ from post_training.common.errors import UsageError
 from post_training.config.checks import at_least
 from post_training.config.flags import flag, spelled
 from post_training.config.options import StageOptions
+from post_training.drafts import registry
 from post_training.drafts.eagle3 import draft
 from post_training.drafts.eagle3.draft import Draft
 from post_training.models.architecture import Architecture
 
+# Conversations that drafts are trained on by default.
+DATASET = "Magpie-Align/Magpie-Llama-3.1-Pro-MT-300K-Filtered"
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
@@ -63,12 +66,13 @@ def plan(
     options: StageOptions,
     architecture: Architecture,
     *,
+    algorithm: str = draft.ALGORITHM,
     offline: bool = False,
 ) -> Draft:
     """The draft that the flags describe, for this target.
 
     Raises:
-        UsageError: as :func:`post_training.drafts.eagle3.draft.plan`.
+        UsageError: as :meth:`post_training.drafts.algorithm.DraftAlgorithm.plan`.
     """
     overrides: dict[str, Any] = {}
     option = "--eagle-config"
@@ -88,7 +92,7 @@ def plan(
                 "give one of them",
             )
         overrides["draft_vocab_size"] = size
-    made = draft.plan(
+    made = registry.find(algorithm).plan(
         architecture,
         overrides,
         dtype=options.precision,

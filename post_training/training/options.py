@@ -42,9 +42,7 @@ class TrainingFlags:
     global_batch_size: int | None = flag(
         metavar="N", check=at_least(1), help="sequences an iteration (micro batch size x DP)"
     )
-    lr: float = flag(
-        5e-5, metavar="X", check=positive, help="highest learning rate (%(default)s)"
-    )
+    lr: float = flag(5e-5, metavar="X", check=positive, help="highest learning rate (%(default)s)")
     min_lr: float = flag(
         1e-7, metavar="X", check=at_least(0), help="learning rate at the end (%(default)s)"
     )
@@ -66,9 +64,7 @@ class TrainingFlags:
     lr_warmup_fraction: float | None = flag(
         metavar="X", check=fraction, help="the same as a part of all iterations"
     )
-    weight_decay: float = flag(
-        0.0, metavar="X", check=at_least(0), help="of AdamW (%(default)s)"
-    )
+    weight_decay: float = flag(0.0, metavar="X", check=at_least(0), help="of AdamW (%(default)s)")
     clip_grad: float = flag(
         1.0,
         metavar="X",
@@ -91,7 +87,10 @@ class TrainingFlags:
         help="global batches an evaluation, at most; 0 for none (%(default)s)",
     )
     log_interval: int = flag(
-        100, metavar="N", check=at_least(1), help="iterations that a log line averages (%(default)s)"
+        100,
+        metavar="N",
+        check=at_least(1),
+        help="iterations that a log line averages (%(default)s)",
     )
     exit_interval: int | None = flag(
         metavar="N", check=at_least(1), help="save and exit at a multiple of N iterations"

@@ -89,7 +89,7 @@ def check_folder(
 
 
 def _require_same_start(folder: Path, content: Mapping[str, Any], model: str) -> None:
-    """Raise UsageError if ``model`` is not the checkpoint that the run in ``folder`` started from."""
+    """Raise UsageError if the run in ``folder`` started from another checkpoint than ``model``."""
     if Path(model).resolve() == folder.resolve() or not (Path(model) / manifest.FILE).is_file():
         return
     now = manifest.describe_input("model", model)

@@ -35,12 +35,12 @@ from post_training.training.sampler import Samples
 from post_training.training.task import Task
 
 if TYPE_CHECKING:
-    import torch
     from megatron.core.transformer import MegatronModule
 
     from post_training.distributed.session import Session
 
 logger = logging.getLogger("post_training")
+
 
 @dataclass(frozen=True)
 class TrainingResult:
@@ -237,9 +237,7 @@ class Trainer:
         if self.session.world > 1:
             torch.distributed.broadcast(seconds, 0)
         self.progress = replace(self.progress, window=window, seconds=seconds.item())
-        content = self.checkpoints.save(
-            self.model, self.optimizer, self.progress, self.metrics
-        )
+        content = self.checkpoints.save(self.model, self.optimizer, self.progress, self.metrics)
         self.task.set_mode(self.model)
         logger.info("saved iteration %d to %s", self.progress.iteration, self.checkpoints.folder)
         return content

@@ -22,7 +22,7 @@ from post_training.drafts.eagle3 import attention as draft_attention
 from post_training.drafts.eagle3 import loss as draft_loss
 from post_training.drafts.eagle3.draft import Draft
 from post_training.inference import forward
-from post_training.training.trainer import Loss, LossFunction, Task
+from post_training.training.task import Loss, LossFunction, Task
 
 
 def task(core: Any, draft: Draft) -> Task:
@@ -93,13 +93,10 @@ def run_target(
             anchor = 0.0 * received.sum()
         received = received.detach()
         core.decoder.set_input_tensor(received[..., :size].contiguous())
-    core._aux_hidden_states.clear()
     length = input_ids.shape[1]
     positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
-    with torch.no_grad():
+    with torch.no_grad(), forward.auxiliary_states(core) as states:
         hidden, _ = core._base_model_forward(input_ids, positions, None)
-    states = list(core._aux_hidden_states)
-    core._aux_hidden_states.clear()
     if received is not None:
         states.insert(0, received[..., size:])
     auxiliary = torch.cat(states, dim=-1) if states else hidden[..., :0]
@@ -173,7 +170,7 @@ def _losses(
             total = total + core.eagle_loss_decay_factor**step * loss
             metrics[f"loss_{step + 1}"] = torch.stack([loss.detach(), count])
             metrics[f"accuracy_{step + 1}"] = torch.stack([right, count])
-            # Row t goes on with what row t - 1 made.
+            # Row t reads what row t - 1 made.
             shifted = torch.nn.functional.pad(following_states[:-1], (0, 0, 0, 0, 1, 0))
             states = _mix(states, shifted, step) if mixed else shifted
     return total, weight[:rows].sum(), metrics
