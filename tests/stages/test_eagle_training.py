@@ -14,8 +14,8 @@ import tools
 
 from post_training.common import manifest
 from post_training.drafts import features as draft_features
-from post_training.training import checkpoint as training_checkpoint
 from post_training.training import metrics as training_metrics
+from post_training.training import run_folder
 from post_training.training.options import EXIT_UNFINISHED
 
 ITERATIONS = 8
@@ -92,7 +92,7 @@ def lines(folder, name):
     """The metrics of a run without what describes the machine."""
     return [
         {key: value for key, value in line.items() if key not in training_metrics.MACHINE}
-        for line in training_metrics.read(folder / name / training_checkpoint.FOLDER)
+        for line in training_metrics.read(folder / name / run_folder.FOLDER)
     ]
 
 
@@ -221,8 +221,8 @@ def test_an_interrupted_run_writes_the_same_losses(work):
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == EXIT_UNFINISHED, output
-    assert "the same command goes on" in output
-    stopped = training_checkpoint.last_iteration(target)
+    assert "the same command resumes" in output
+    stopped = run_folder.last_iteration(target)
     assert 2 <= stopped < ITERATIONS
 
     process = start()
@@ -245,7 +245,7 @@ def test_features_say_what_they_are_of(work):
     assert {entry["file"].split("/")[0] for entry in recorded["shards"]} == {
         "train", "valid", "test",
     }  # fmt: skip
-    parts = draft_features.load(work / "features")
+    parts = draft_features.find(work / "features").parts()
     assert parts["train"].batch([0])["aux_hidden_states"].shape == (1, 128, 3 * 128)
     assert not list((work / "features").rglob("*.incomplete"))
 
@@ -338,7 +338,7 @@ def tensors(folder):
 
 
 def newest(folder):
-    return folder / f"iter_{training_checkpoint.last_iteration(folder):07d}"
+    return folder / f"iter_{run_folder.last_iteration(folder):07d}"
 
 
 def range_like(tensor):
