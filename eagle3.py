@@ -149,10 +149,12 @@ def eagle3(plan: Plan, session: Session) -> TrainingResult | None:
         this, plan.text, plan.stored, options.eval_prompts
     )
     exit_if_asked(session)
-    model = loading.load(this.source, options, session)
     draft = plan.draft or to_train(
         options.draft, options, this.source, offline=plan.stored is not None
     )
+    # ModelOpt turns sequence parallelism off in a model without the target's layers.
+    split = options.sequence_parallel and not draft.offline
+    model = loading.load(this.source, options, session, sequence_parallel=split)
     algorithm = draft_training.prepare(model, draft, this.source, train, options.seed)
     inputs = [{"role": "data", "path": plan.text.describe()}]
     if plan.stored:

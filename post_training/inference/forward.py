@@ -128,6 +128,31 @@ def auxiliary_states(core: Any) -> Iterator[list[torch.Tensor]]:
         kept.clear()
 
 
+@contextlib.contextmanager
+def whole_sequences(core: Any) -> Iterator[None]:
+    """Sequence parallelism, which is for training, is off in the context.
+
+    As megatron-core's ``set_model_to_sequence_parallel`` (transformer/utils.py), but for every
+    configuration in the model, of which a draft has its own.
+    """
+    names = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+    owners = [*core.modules(), *{id(c): c for c in map(_config, core.modules())}.values()]
+    changed = [
+        (each, name) for each in owners for name in names if getattr(each, name, False) is True
+    ]
+    for each, name in changed:
+        setattr(each, name, False)
+    try:
+        yield
+    finally:
+        for each, name in changed:
+            setattr(each, name, True)
+
+
+def _config(module: torch.nn.Module) -> Any:
+    return getattr(module, "config", None)
+
+
 def _earlier_features(core: Any) -> int:
     """Number of auxiliary layers on the stages before this one."""
     first = core.decoder.layers[0].layer_number - 1

@@ -127,7 +127,10 @@ def test_distillation_lowers_the_loss_also_on_held_out_text(runs):
         assert lines(runs / name, "eval")[-1]["logits"] < found[0]
 
 
-@pytest.mark.parametrize("sizes", [TP, PP], ids=["TP=2", "PP=2"])
+SPLIT = (*TP, "--sequence-parallel")
+
+
+@pytest.mark.parametrize("sizes", [TP, SPLIT, PP], ids=["TP=2", "TP=2 split", "PP=2"])
 def test_two_ranks_have_the_losses_of_one(runs, sizes, tmp_path):
     everything, topk = (
         ("--export-kd-cfg", runs / name, *sizes) for name in ("everything.yaml", "topk.yaml")

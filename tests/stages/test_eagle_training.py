@@ -19,6 +19,11 @@ from post_training.training import run_folder
 from post_training.training.options import EXIT_UNFINISHED
 
 ITERATIONS = 8
+LAYOUTS = {
+    "TP=2": tools.LAYOUTS["TP=2"],
+    "TP=2 split": (2, (*tools.LAYOUTS["TP=2"][1], "--sequence-parallel")),
+    "PP=2": tools.LAYOUTS["PP=2"],
+}
 STEPS = (
     "--fp32", "--seq-length", 128, "--train-iters", ITERATIONS, "--global-batch-size", 4,
     "--micro-batch-size", 2, "--lr", 2e-3, "--log-interval", 2, "--eval-interval", 4,
@@ -78,8 +83,7 @@ def work(tmp_path_factory):
         ("eagle_parity", ("--load", folder / "drafted", "--fp32", "--output",
                           folder / "parity.json")),
     )  # fmt: skip
-    for layout in ("TP=2", "PP=2"):
-        processes, flags = tools.LAYOUTS[layout]
+    for layout, (processes, flags) in LAYOUTS.items():
         done = tools.run_stages(
             ("eagle3", (*online, "--save", folder / layout, *flags)), processes=processes
         )
@@ -125,7 +129,7 @@ def test_training_lowers_the_loss_of_every_step(work):
     assert logged[-1]["lr"] < 2e-3
 
 
-@pytest.mark.parametrize("layout", ["TP=2", "PP=2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_trains_alike(work, layout):
     """Relative tolerance 1e-5 in float32 over 8 iterations; PP computes in the same order."""
     expected, found = lines(work, "TP=1"), lines(work, layout)

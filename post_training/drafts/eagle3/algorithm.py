@@ -56,6 +56,7 @@ class Eagle3(DraftAlgorithm):
         self, model: MegatronModule, prompts: Sequence[list[int]], tokens: int, tokenizer: Any
     ) -> Callable[[int], dict[str, float]] | None:
         from post_training.drafts.eagle3 import decoding
+        from post_training.inference import forward
 
         if not decoding.can_verify(model):
             return None
@@ -63,9 +64,10 @@ class Eagle3(DraftAlgorithm):
         steps = min(_EVALUATED_STEPS, int(model.eagle_ttt_steps))
 
         def measure(_iteration: int) -> dict[str, float]:
-            found = decoding.measure(
-                model, prompts, tokens, ends, steps=steps, vocab_size=len(tokenizer)
-            )
+            with forward.whole_sequences(forward.unwrap(model)):
+                found = decoding.measure(
+                    model, prompts, tokens, ends, steps=steps, vocab_size=len(tokenizer)
+                )
             return {} if found.length is None else {"acceptance_length": found.length}
 
         return measure
