@@ -167,6 +167,7 @@ STAGE = Stage(
     show,
     exit_code=training_run.exit_code,
     saves_on_signal=True,
+    sequence_parallel=True,
 )
 
 

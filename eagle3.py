@@ -16,30 +16,23 @@ interrupted. Ended by SIGTERM, SIGUSR1 or a limit, it saves and exits with code 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from post_training.checkpoints.source import Source, fetch_source, size_estimate
 from post_training.cli.stage import Stage, run
 from post_training.common import manifest, outputs
 from post_training.common.errors import UsageError
-from post_training.config.checks import at_least
-from post_training.config.flags import flag, group
-from post_training.config.options import StageOptions
 from post_training.data import conversation_data
 from post_training.data.conversation_data import TextSource
-from post_training.data.options import TrainingTextOptions
 from post_training.drafts import features
-from post_training.drafts import options as draft_options
 from post_training.drafts import training as draft_training
 from post_training.drafts.eagle3.draft import Draft
-from post_training.drafts.options import DraftOptions
+from post_training.drafts.options import Eagle3Options
 from post_training.drafts.record import draft_of, to_train
 from post_training.training import options as training_options
 from post_training.training import run as training_run
-from post_training.training.options import TrainingFlags, TrainingOptions
+from post_training.training.options import TrainingOptions
 from post_training.training.run import Record, Run, Start
 
 if TYPE_CHECKING:
@@ -47,36 +40,6 @@ if TYPE_CHECKING:
     from post_training.training.trainer import TrainingResult
 
 SEQUENCE_LENGTH = 2048  # or the model's longest text
-
-
-@dataclass(frozen=True, kw_only=True)
-class Eagle3Options(StageOptions):
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {
-        "finetune_hf_dataset": draft_options.DATASET,
-        "train_samples": 128_000,
-    }
-
-    offline_distillation_data: Path | None = flag(
-        metavar="DIR",
-        help="train from what extract_features.sh wrote there, without running the target",
-    )
-    show_loss_mask: int | None = flag(
-        metavar="N",
-        check=at_least(1),
-        help="show the first N conversations with their answers marked, and exit",
-    )
-    eval_prompts: int = flag(
-        16,
-        metavar="N",
-        check=at_least(0),
-        help="held-out prompts on which evaluations measure the acceptance length (%(default)s)",
-    )
-    eval_output_len: int = flag(
-        48, metavar="N", check=at_least(1), help="tokens each (%(default)s)"
-    )
-    text: TrainingTextOptions = group(TrainingTextOptions)
-    draft: DraftOptions = group(DraftOptions)
-    training: TrainingFlags = group(TrainingFlags)
 
 
 @dataclass(frozen=True)
@@ -98,7 +61,7 @@ class Plan:
 def check(options: Eagle3Options) -> Plan:
     start = training_run.find_start(options, after="convert")
     source = start.source
-    if source.location == str(start.folder) and draft_of(source) is None:
+    if start.in_place and draft_of(source) is None:
         raise UsageError(
             f"output folder {start.folder}",
             "it holds a checkpoint without a draft",
@@ -197,6 +160,7 @@ STAGE = Stage(
     show,
     exit_code=training_run.exit_code,
     saves_on_signal=True,
+    sequence_parallel=True,
 )
 
 

@@ -43,11 +43,13 @@ class Start:
     Attributes:
         folder: of the run (``--save``).
         source: the run in ``folder``, where there is one to resume, else the given model.
+        in_place: whether ``source`` is in ``folder``: a run, or a checkpoint that is trained there.
         resumes: whether it resumes a run.
     """
 
     folder: Path
     source: Source
+    in_place: bool
     resumes: bool
 
 
@@ -79,9 +81,10 @@ def find_start(options: StageOptions, *, after: str | None = None) -> Start:
     overwrite = options.overwrite and not resumes
     model = options.given.get("load")
     run_folder.check_folder(folder, options.stage, overwrite, after, model)
-    if not overwrite and (folder / torch_dist.TRACKER).is_file():
+    in_place = not overwrite and (folder / torch_dist.TRACKER).is_file()
+    if in_place:
         options = replace(options, load=str(folder))
-    return Start(folder, find_source(options), resumes)
+    return Start(folder, find_source(options), in_place, resumes)
 
 
 def check_model(source: Source, options: StageOptions, seq_length: int) -> None:
