@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training.common import files
+from post_training.common import files, threads
 from post_training.common.errors import UsageError
 from post_training.common.manifest import Manifest
 from post_training.models.architecture import Architecture
@@ -139,7 +138,7 @@ def save_strategy(model: MegatronModule) -> Any:
 
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
     return TorchDistSaveShardedStrategy(
-        thread_count=max(1, min(_MOST_FILES, size // _FILE_BYTES, os.cpu_count() or 1))
+        thread_count=max(1, min(_MOST_FILES, size // _FILE_BYTES, threads.cores()))
     )
 
 

@@ -1,4 +1,4 @@
-"""``python -m post_training.manifest``: may an output stay as it is? No torch."""
+"""``python -m post_training.manifest``: may an output be kept? How is a command shown? No torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ def main() -> None:
     valid.add_argument("output", type=Path, metavar="OUTPUT")
     valid.add_argument("source", metavar="INPUT")
     valid.add_argument("made_by", nargs=argparse.REMAINDER, metavar="COMMAND")
+    quote = commands.add_parser("quote", help="print WORDS quoted for a shell, without secrets")
+    quote.add_argument("words", nargs=argparse.REMAINDER, metavar="WORDS")
     args = parser.parse_args()
+    if args.command == "quote":
+        print(manifest.quoted(args.words))
+        return
     try:
         sys.exit(0 if manifest.is_valid(args.output, args.source, args.made_by) else 1)
     except UsageError:

@@ -1,14 +1,13 @@
 """Output folders that appear whole or not at all.
 
 Work is written into a sibling of the final folder, ``<name>.incomplete``, and renamed when it is
-finished. A process killed at any moment leaves the final name as it was: absent, or holding the
-previous complete output. Nothing here imports torch.
+finished. A process killed at any moment leaves a complete output or none: the previous one keeps
+its name, or gets it back from :func:`recover`, which stages call before they read. Nothing here
+imports torch.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import hashlib
 import json
 import os
@@ -18,10 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from post_training.common import threads
 from post_training.common.errors import UsageError
 
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
 _HASH_BLOCK = 1 << 22
 
 
@@ -42,26 +40,23 @@ def begin(target: Path) -> Path:
 def publish(target: Path) -> None:
     """Give the finished working folder its final name; a previous ``target`` is replaced whole.
 
-    On Linux the two folders are exchanged in one step (``renameat2``), so that ``target`` is never
-    missing. File systems without it (some network file systems) get two renames; in between, the
-    previous output lies at ``<name>.previous``, where :func:`recover` finds it.
+    That takes two renames; in between, the previous output lies at ``<name>.previous``, where
+    :func:`recover` finds it. (Linux can exchange two folders in one step, but not on the network
+    file systems on which outputs usually lie.)
 
     Raises:
-        OSError: if a rename fails; the previous output then still has its name.
+        OSError: if a rename fails; the previous output is then where :func:`recover` finds it.
     """
     work = incomplete(target)
     _allow_reading(work)
     _sync_tree(work)
-    if not target.exists():
-        work.rename(target)
-    elif _exchange(work, target):
-        shutil.rmtree(work)
-    else:
-        previous = _previous(target)
+    previous = _previous(target)
+    if target.exists():
         if previous.exists():
             shutil.rmtree(previous)
         target.rename(previous)
-        work.rename(target)
+    work.rename(target)
+    if previous.exists():
         shutil.rmtree(previous)
     _sync_folder(target.parent)
 
@@ -118,7 +113,7 @@ def describe_tree(folder: Path, skip: frozenset[str] = frozenset()) -> list[dict
     ``hashlib`` releases the interpreter lock, so threads read a large checkpoint at disk speed.
     """
     paths = [path for path in tree(folder) if path.name not in skip]
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max_workers=min(8, threads.cores())) as pool:
         hashes = list(pool.map(sha256, paths))
     return [
         {"file": str(path.relative_to(folder)), "bytes": path.stat().st_size, "sha256": digest}
@@ -144,21 +139,6 @@ def size_of(folder: Path) -> int:
 
 def _previous(target: Path) -> Path:
     return target.with_name(target.name + ".previous")
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Swap two paths atomically. False where the kernel or the file system cannot."""
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    arguments = (_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE)
-    if renameat2(*arguments) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.ENOTSUP):
-        return False
-    raise OSError(code, os.strerror(code), str(second))
 
 
 def _allow_reading(folder: Path) -> None:

@@ -6,14 +6,17 @@ commit, the inputs with their own manifests' hashes, the outputs with sizes and 
 duration and peak memory. Nothing here imports torch.
 
     python -m post_training.manifest valid OUTPUT INPUT [COMMAND...]
+    python -m post_training.manifest quote WORDS...
 
-leaves with exit code 0 if OUTPUT is whole and was made from INPUT as it is now, by the versions
-that are installed now and, where the words of a COMMAND are given, by that very command.
+``valid`` exits with code 0 if OUTPUT is whole and was made from INPUT as it is now, by the versions
+that are installed now and, where the words of a COMMAND are given, by that very command. ``quote``
+prints a command line for a shell, with secrets hidden.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -41,11 +44,12 @@ _PACKAGES = (
     "safetensors",
     "transformer-engine",
 )
-# A Hub token is "hf_" and 30 or more characters; anything given to an option that names a
-# token (not tokens, which are counted), key, secret or password is hidden too.
+# Secrets: Hub tokens, known by their form, the values of these variables, and what follows a flag
+# whose last word names one. --moe-token-dispatcher-type and --max-new-tokens take none.
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
-_SECRET_OPTION = re.compile(
-    r"--[\w-]*(token(?!izer|s)|api-key|secret|password)[\w-]*$", re.IGNORECASE
+_SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+_SECRET_FLAG = re.compile(
+    r"--([\w-]*[-_])?(token|(api|access|secret)[-_]key|secret|password)", re.I
 )
 
 
@@ -82,7 +86,7 @@ class Manifest:
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.time() - self.started, 3),
             "architecture": self.architecture,
-            "configuration": self.configuration,
+            "configuration": _without_secrets(self.configuration),
             "versions": versions(),
             "git_commit": git_commit(),
             "inputs": self.inputs,
@@ -197,23 +201,44 @@ def _is_input(entry: dict[str, Any], source: str) -> bool:
 
 
 def command() -> str:
-    """This process's command line, quoted for a shell, with tokens and passwords hidden."""
+    """This process's command line, quoted for a shell, with secrets hidden."""
     return quoted(sys.argv)
 
 
 def quoted(line: Sequence[str]) -> str:
-    """The words of a command line, quoted for a shell, with tokens and passwords hidden."""
+    """The words of a command line, quoted for a shell, with secrets hidden."""
     words: list[str] = []
     hide_next = False
     for word in line:
-        name, equals, _ = word.partition("=")
+        flag, equals, _ = word.partition("=")
+        is_secret = _SECRET_FLAG.fullmatch(flag) is not None
         if hide_next:
             word = "***"
-        elif equals and _SECRET_OPTION.fullmatch(name):
-            word = f"{name}=***"
-        hide_next = not equals and bool(_SECRET_OPTION.fullmatch(word))
-        words.append(_TOKEN.sub("hf_***", word))
+        elif equals and is_secret:
+            word = f"{flag}=***"
+        hide_next = is_secret and not equals and not hide_next
+        words.append(without_secrets(word))
     return shlex.join(words)
+
+
+def without_secrets(text: str) -> str:
+    """``text`` with Hub tokens and the values of secret variables replaced by asterisks."""
+    for name in _SECRET_VARIABLES:
+        value = os.environ.get(name, "")
+        if len(value) >= 8:  # a shorter one is no secret, and may be part of any word
+            text = text.replace(value, "***")
+    return _TOKEN.sub("hf_***", text)
+
+
+def _without_secrets(value: Any) -> Any:
+    """The same for every string in a JSON value."""
+    if isinstance(value, str):
+        return without_secrets(value)
+    if isinstance(value, dict):
+        return {name: _without_secrets(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_secrets(each) for each in value]
+    return value
 
 
 def versions() -> dict[str, str]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from post_training.common.errors import UsageError
-from post_training.distributed import signals
+from post_training.distributed import placement, signals
 from post_training.training import setup as training_setup
 from post_training.training.checkpoint import Progress, TrainingCheckpoints
 from post_training.training.metrics import Metrics
@@ -239,6 +239,8 @@ class Trainer:
         self.progress = replace(self.progress, window=window, seconds=seconds.item())
         content = self.checkpoints.save(self.model, self.optimizer, self.progress, self.metrics)
         self.task.set_mode(self.model)
+        if self.session.is_main:
+            placement.note_saved(self.progress.iteration)
         logger.info("saved iteration %d to %s", self.progress.iteration, self.checkpoints.folder)
         return content
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import speed
 import torch
 
 from benchmarks.random_model import CHAT_TEMPLATE, byte_tokenizer
@@ -145,7 +146,7 @@ def run(
         env=environment(**variables),
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=speed.scaled(600),
     )
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
