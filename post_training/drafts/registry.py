@@ -6,7 +6,10 @@ from post_training.common.errors import UsageError, suggest
 from post_training.drafts.algorithm import DraftAlgorithm
 from post_training.drafts.eagle3.algorithm import EAGLE3
 
-ALGORITHMS: dict[str, DraftAlgorithm] = {each.name: each for each in (EAGLE3,)}
+_ROWS: list[DraftAlgorithm] = [
+    EAGLE3,
+]
+ALGORITHMS = {each.name: each for each in _ROWS}
 
 
 def find(name: str) -> DraftAlgorithm:
