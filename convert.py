@@ -126,7 +126,8 @@ def plan_draft(options: ConvertOptions, target: Architecture) -> Draft | None:
 
 def convert(plan: Plan, session: Session) -> dict[str, Any]:
     """Load the source at the requested layout and save it. Returns the manifest on rank 0."""
-    from post_training.checkpoints import huggingface, loading, record, torch_dist
+    from post_training.checkpoints import loading, record, torch_dist
+    from post_training.checkpoints.huggingface import SmallFiles
     from post_training.models.builder import count_parameters
 
     options = plan.options
@@ -148,9 +149,7 @@ def convert(plan: Plan, session: Session) -> dict[str, Any]:
         model,
         plan.save,
         manifest,
-        write_huggingface=lambda folder: huggingface.copy_small_files(
-            small_files, folder, python_files=options.trust_remote_code
-        ),
+        small_files=SmallFiles(small_files, options.trust_remote_code),
     )
     return content or {}
 

@@ -25,8 +25,8 @@ from post_training.common import manifest, outputs
 from post_training.config.flags import flag, group
 from post_training.config.options import StageOptions
 from post_training.data import conversation_data, text_data
-from post_training.data.conversation_data import TextSource
 from post_training.data.options import TrainingTextOptions
+from post_training.data.sources import TextSource
 from post_training.distillation import options as distillation_options
 from post_training.distillation.options import DistillationOptions, DistillConfig
 from post_training.training import options as training_options

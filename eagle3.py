@@ -24,7 +24,7 @@ from post_training.cli.stage import Stage, run
 from post_training.common import manifest, outputs
 from post_training.common.errors import UsageError
 from post_training.data import conversation_data
-from post_training.data.conversation_data import TextSource
+from post_training.data.sources import TextSource
 from post_training.drafts import features
 from post_training.drafts import training as draft_training
 from post_training.drafts.eagle3.draft import Draft

@@ -29,8 +29,8 @@ from post_training.config.checks import at_least, required
 from post_training.config.flags import flag, group
 from post_training.config.options import StageOptions
 from post_training.data import conversation_data
-from post_training.data.conversation_data import TextSource
 from post_training.data.options import TrainingTextOptions
+from post_training.data.sources import TextSource
 from post_training.drafts import extraction, features, registry
 from post_training.drafts import options as draft_options
 from post_training.drafts.eagle3.draft import Draft

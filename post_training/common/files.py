@@ -24,12 +24,12 @@ _HASH_BLOCK = 1 << 22
 
 
 def incomplete(target: Path) -> Path:
-    """Name under which the output ``target`` is written before it is finished."""
+    """Name under which the output ``target`` is written until it is complete."""
     return target.with_name(target.name + ".incomplete")
 
 
 def begin(target: Path) -> Path:
-    """Create an empty working folder for ``target``, discarding what a killed run left there."""
+    """Create an empty working folder for ``target``, discarding what a killed run left."""
     work = incomplete(target)
     if work.exists():
         shutil.rmtree(work)
@@ -71,7 +71,7 @@ def recover(target: Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old text or the new one, never half."""
+    """Write a small file atomically: a reader sees the old text or the new one."""
     work = path.with_name(f".{path.name}.{os.getpid()}")
     with work.open("w", encoding="utf-8") as stream:
         stream.write(text)
@@ -85,12 +85,40 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Content of a JSON file; None where there is none, or none that can be read."""
+_AGAIN = "copy or download it again"
+
+
+def read_json(path: Path, what: str = "file", remedy: str = _AGAIN) -> Any | None:
+    """Content of a JSON file; None where there is no such file.
+
+    Args:
+        path: of the file.
+        what: the file is, in a message.
+        remedy: in a message.
+
+    Raises:
+        UsageError: if it cannot be read, or is not JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{what} {path}", f"it cannot be read as JSON: {error}", remedy) from error
+
+
+def read_json_object(path: Path, what: str = "file", remedy: str = _AGAIN) -> dict[str, Any]:
+    """Content of a JSON file that must be there and hold an object; otherwise as :func:`read_json`.
+
+    Raises:
+        UsageError: if it is missing, cannot be read, is not JSON, or no object.
+    """
+    content = read_json(path, what, remedy)
+    if content is None and not path.is_file():
+        raise UsageError(f"{what} {path}", "there is no such file", remedy)
+    if not isinstance(content, dict):
+        raise UsageError(f"{what} {path}", "it is no JSON object", remedy)
+    return content
 
 
 def sha256(path: Path) -> str:
@@ -144,7 +172,7 @@ def _previous(target: Path) -> Path:
 def _allow_reading(folder: Path) -> None:
     """Give every file the permissions of the user's umask.
 
-    Some libraries write weights with mode 0600, which a server under another account cannot read.
+    Some libraries write weights with mode 0600, which a server of another account cannot read.
     """
     mask = os.umask(0)
     os.umask(mask)
@@ -168,15 +196,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"file {path}", f"it cannot be read as JSON: {error}", "copy or download it again"
-        ) from error
-    if not isinstance(content, dict):
-        raise UsageError(f"file {path}", "it is no JSON object", "copy or download it again")
-    return content

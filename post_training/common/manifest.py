@@ -15,7 +15,6 @@ prints a command line for a shell, with secrets hidden.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -71,14 +70,14 @@ class Manifest:
 
         Args:
             folder: of the output.
-            parts: subfolders whose files to describe, where others still change; by default all.
+            parts: subfolders whose files to describe, if others still change; by default all.
         """
         content = self.content(self._outputs(folder, parts))
         files.write_json(folder / FILE, content)
         return content
 
     def content(self, outputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """What is written, for outputs that are described as ``files.describe_tree`` does."""
+        """The content, for outputs described as by ``files.describe_tree``."""
         return {
             "format": FORMAT,
             "stage": self.stage,
@@ -113,16 +112,11 @@ def read(folder: Path) -> dict[str, Any] | None:
         UsageError: if it is not JSON or of a newer format than this version reads.
     """
     path = folder if folder.is_file() else folder / FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    content: dict[str, Any] | None = files.read_json(
+        path, "manifest", "make the output again, or delete the file to continue without a manifest"
+    )
+    if content is None:
         return None
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"manifest {path}",
-            f"it cannot be read as JSON: {error}",
-            "make the output again, or delete the file to go on without a manifest",
-        ) from error
     if content.get("format", 0) > FORMAT:
         raise UsageError(
             f"manifest {path}",
@@ -135,8 +129,8 @@ def read(folder: Path) -> dict[str, Any] | None:
 def describe_input(role: str, location: str | Path) -> dict[str, Any]:
     """An input as manifests record it: path (or hub name) and the hash of its own manifest.
 
-    A folder without a manifest is described by the names, sizes and times of its files instead, a
-    file by its hash.
+    A folder without a manifest is described by the names, sizes and times of its files, a file by
+    its hash.
     """
     folder = Path(location)
     entry: dict[str, Any] = {"role": role, "path": str(location)}
@@ -166,8 +160,7 @@ def is_valid(output: Path, source: str, made_by: Sequence[str] = ()) -> bool:
 
     Args:
         output: a stage's output folder, or its report.
-        source: what it must have been made from, as it is now: a path, or a hub name whose
-            download is still what it was.
+        source: what it must have been made from, unchanged since: a path, or a hub name.
         made_by: words of the command that must have made it, the stage's program first; by
             default any.
     """
@@ -176,7 +169,7 @@ def is_valid(output: Path, source: str, made_by: Sequence[str] = ()) -> bool:
         return False
     if content["versions"] != versions():
         return False
-    # A report may say that the model fell short of what was asked, training that it goes on.
+    # A report may say that the model fell short of a limit, a training run that it is unfinished.
     if not (content.get("passed", True) and content.get("complete", True)):
         return False
     if made_by and _plain(shlex.split(content["command"])) != _plain(shlex.split(quoted(made_by))):
@@ -185,7 +178,7 @@ def is_valid(output: Path, source: str, made_by: Sequence[str] = ()) -> bool:
 
 
 def _plain(words: Sequence[str]) -> list[str]:
-    """A command without what does not decide its result: the program's folder, --overwrite."""
+    """A command without the parts that do not affect its result: folder, --overwrite."""
     words = [word for word in words if word != "--overwrite"]
     return [Path(words[0]).name, *words[1:]] if words else []
 

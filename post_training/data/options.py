@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from post_training.common.errors import UsageError
 from post_training.config.flags import flag
 from post_training.data import document_formats
-from post_training.data.conversation_data import TextSource
+from post_training.data.sources import TextSource
 
 if TYPE_CHECKING:
     from post_training.data.calibration_data import CalibrationData

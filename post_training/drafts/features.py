@@ -232,11 +232,13 @@ def fingerprint(core: Any) -> str | None:
     """
     import torch
 
+    from post_training.inference import forward
+
     if not core.post_process:
         return None
     device = next(core.parameters()).device
     ids = torch.linspace(0, core.vocab_size - 1, 64, device=device).long()[None]
-    with torch.no_grad():
+    with torch.no_grad(), forward.whole_sequences(core):
         rows = core.embedding(input_ids=ids, position_ids=torch.zeros_like(ids))
         norm = core.decoder.final_layernorm.weight
     digest = hashlib.sha256()

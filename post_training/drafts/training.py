@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from post_training.checkpoints.source import Source
 from post_training.common import files
 from post_training.data import conversation_data
-from post_training.data.conversation_data import TextSource
+from post_training.data.sources import TextSource
 from post_training.drafts import registry
 from post_training.drafts.algorithm import DraftAlgorithm
 from post_training.drafts.eagle3.draft import Draft

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from post_training.checkpoints import torch_dist
+from post_training.checkpoints.huggingface import SmallFiles
 from post_training.common import files
 from post_training.common.manifest import Manifest
 from post_training.distributed import signals
@@ -65,7 +66,7 @@ class TrainingCheckpoints:
         folder: of the run (``--save``).
         record: the manifest for a number of iterations and the metrics known then; hashes of the
             files are added.
-        write_huggingface: writes the small files that travel with the checkpoint into a folder.
+        small_files: configuration and tokenizer that travel with the checkpoint.
         keep: iterations to keep; the newest always stays.
     """
 
@@ -73,13 +74,13 @@ class TrainingCheckpoints:
         self,
         folder: Path,
         record: Callable[[int, Mapping[str, float]], Manifest],
-        write_huggingface: Callable[[Path], None] | None = None,
+        small_files: SmallFiles | None = None,
         keep: int = 2,
     ) -> None:
         self.folder = folder
         self.keep = keep
         self._record = record
-        self._write_huggingface = write_huggingface
+        self._small_files = small_files
 
     def save(
         self,
@@ -173,8 +174,8 @@ class TrainingCheckpoints:
 
     def _carry_small_files(self) -> None:
         target = self.folder / torch_dist.HUGGINGFACE
-        if self._write_huggingface is not None and not target.exists():
-            self._write_huggingface(files.begin(target))
+        if self._small_files is not None and not target.exists():
+            self._small_files.copy_to(files.begin(target))
             files.publish(target)
 
     def _remove_old(self, newest: int) -> None:

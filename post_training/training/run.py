@@ -9,17 +9,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from post_training.checkpoints import torch_dist
+from post_training.checkpoints.huggingface import SmallFiles
 from post_training.checkpoints.source import Source, fetch_source, find_source
 from post_training.common import report
 from post_training.common.errors import UsageError
 from post_training.config import checks
 from post_training.config.options import StageOptions
-from post_training.data.conversation_data import TextSource
+from post_training.data.sources import TextSource
 from post_training.models import parallel_check
 from post_training.training import run_folder
 from post_training.training.options import EXIT_UNFINISHED, TrainingOptions
@@ -104,17 +104,14 @@ def check_model(source: Source, options: StageOptions, seq_length: int) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """A training run in its session; ``source`` is local.
-
-    ``small_files`` is the folder with the configuration and tokenizer that go into checkpoints.
-    """
+    """A training run in its session; ``source`` is local."""
 
     options: StageOptions
     training: TrainingOptions
     start: Start
     session: Session
     source: Source
-    small_files: Path
+    small_files: SmallFiles
 
     @classmethod
     def open(cls, plan: TrainingPlan, session: Session) -> Run:
@@ -124,7 +121,8 @@ class Run:
 
         exit_if_asked(session)
         source = fetch_source(plan.start.source, plan.options)
-        small_files = loading.local_huggingface(source, plan.options)
+        folder = loading.local_huggingface(source, plan.options)
+        small_files = SmallFiles(folder, plan.options.trust_remote_code)
         return cls(plan.options, plan.training, plan.start, session, source, small_files)
 
     def data(
@@ -179,18 +177,13 @@ class Run:
             record: the manifests.
             evaluate: further metrics at each evaluation, from the iteration.
         """
-        from post_training.checkpoints import huggingface
         from post_training.training.checkpoint import TrainingCheckpoints
         from post_training.training.trainer import Trainer
 
         checkpoints = TrainingCheckpoints(
             self.start.folder,
             record,
-            partial(
-                huggingface.copy_small_files,
-                self.small_files,
-                python_files=self.options.trust_remote_code,
-            ),
+            self.small_files,
             self.training.keep_checkpoints,
         )
         trainer = Trainer(
