@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from post_training.checkpoints.source import Source
@@ -34,10 +35,14 @@ def of_run(
     return Manifest(
         options.stage,
         dict(architecture or source.architecture.to_json()),
-        configuration=dict(options.given),
+        configuration={name: _json(value) for name, value in options.given.items()},
         inputs=[dict(each) for each in (source.inputs() if inputs is None else inputs)],
         metrics=dict(metrics or {}),
         started=session.started,
         peak_memory_bytes=session.peak_memory(),
         extra=dict(extra or {}),
     )
+
+
+def _json(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value

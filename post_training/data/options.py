@@ -6,12 +6,14 @@ Both spellings of the data's flag are known, quantize's and prune's of Megatron-
 from __future__ import annotations
 
 import logging
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from post_training.config.checks import positive
 from post_training.config.flags import flag
 from post_training.data import document_formats
+from post_training.data.sources import TextSource
 
 if TYPE_CHECKING:
     from post_training.data.calibration_data import CalibrationData
@@ -65,3 +67,34 @@ def load(
     )
     logger.info("calibration data: %s", samples.describe())
     return samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingTextOptions:
+    """Flags that name the text or conversations to train on."""
+
+    TITLE: ClassVar[str] = "data"
+
+    finetune_hf_dataset: str | None = flag(
+        metavar="NAME_OR_PATH",
+        help="what to train on: a data set on the hub, a file or a folder (%(default)s)",
+    )
+    finetune_data_split: str = flag(
+        "train", metavar="NAME", help="of the hub's data set (%(default)s)"
+    )
+    finetune_data_files: tuple[str, ...] | None = flag(
+        metavar="FILE",
+        help="files to train on (JSONL, parquet, CSV), or files of the hub's data set",
+    )
+
+    def source(self, given: Container[str]) -> TextSource:
+        """The source that the flags name; local files replace the default data set.
+
+        Args:
+            given: names of the flags that were given.
+        """
+        files = self.finetune_data_files or ()
+        dataset = self.finetune_hf_dataset or ""
+        if files and "finetune_hf_dataset" not in given:
+            dataset = ""
+        return TextSource(dataset, files, self.finetune_data_split)

@@ -7,10 +7,10 @@ what it found.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,10 @@ from typing import Any
 import torch
 
 from post_training.checkpoints import loading
-from post_training.checkpoints.source import fetch_source, find_source
+from post_training.checkpoints.source import Source, find_source
+from post_training.cli.stage import Stage
+from post_training.config.flags import flag
+from post_training.config.options import StageOptions
 from post_training.drafts.record import draft_of
 
 STEPS = (1, 3, 5)
@@ -31,7 +34,22 @@ PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [65], [27, 18, 28, 18, 28, 45, 90, 45, 23, 
 TEXT = [(7 * i * i + 3 * i) % 250 for i in range(20)]
 
 
-def prepare(args: argparse.Namespace, session: Any) -> None:
+@dataclass(frozen=True, kw_only=True)
+class JobOptions(StageOptions):
+    output: Path | None = flag(help="where the result goes")
+
+
+@dataclass(frozen=True)
+class Plan:
+    options: JobOptions
+    source: Source
+
+
+def check(options: JobOptions) -> Plan:
+    return Plan(options, find_source(options))
+
+
+def prepare(plan: Plan, session: Any) -> None:
     from dataclasses import replace
 
     from post_training.checkpoints import torch_dist
@@ -39,8 +57,8 @@ def prepare(args: argparse.Namespace, session: Any) -> None:
     from post_training.common.manifest import Manifest
     from post_training.drafts.eagle3 import attach as eagle
 
-    source = fetch_source(find_source(args), args)
-    model = loading.load(source, args, session)
+    source = plan.source
+    model = loading.load(source, plan.options, session)
     module = eagle.draft_of(model)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -54,15 +72,14 @@ def prepare(args: argparse.Namespace, session: Any) -> None:
     draft = replace(draft_of(source), trained=1)
     record = Manifest("prepare", source.architecture.to_json(), extra={"draft": draft.to_json()})
     small_files = SmallFiles(Path(source.huggingface))
-    torch_dist.save(model, Path(args.save), record, small_files=small_files)
+    torch_dist.save(model, Path(plan.options.save), record, small_files=small_files)
 
 
-def decode(args: argparse.Namespace, session: Any) -> None:
+def decode(plan: Plan, session: Any) -> None:
     from post_training.drafts.eagle3 import decoding as speculative
     from post_training.inference import generation
 
-    source = fetch_source(find_source(args), args)
-    model = loading.load(source, args, session)
+    model = loading.load(plan.source, plan.options, session)
     found: dict[str, Any] = {}
     with few_tokens(model):
         longer = generation.generate(model, PROMPTS, NEW_TOKENS + max(STEPS) + 1)
@@ -95,7 +112,7 @@ def decode(args: argparse.Namespace, session: Any) -> None:
         for name, value in other.items():
             torch.testing.assert_close(value, results[-1][name], rtol=0, atol=0)
     if session.is_main:
-        torch.save(results[-1], args.output)
+        torch.save(results[-1], plan.options.output)
 
 
 def recomputed(model: Any, prompt: list[int], answer: list[int], steps: int) -> list[int]:
@@ -142,11 +159,7 @@ def few_tokens(model: Any) -> Iterator[None]:
         handle.remove()
 
 
-def _output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path)
-
-
 def job(name: str) -> Any:
     """What run_stages.py expects of a stage."""
     functions = {"prepare": prepare, "decode": decode}
-    return SimpleNamespace(add_arguments=_output, check=find_source, **{name: functions[name]})
+    return SimpleNamespace(STAGE=Stage(name, JobOptions, check, functions[name]))
