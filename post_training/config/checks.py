@@ -42,6 +42,12 @@ def fraction(option: str, value: float) -> None:
         raise UsageError(f"{option} {value}", "it is not from 0 to 1", "give e.g. 0.5")
 
 
+def share(option: str, value: float) -> None:
+    """Raise UsageError unless the number is above 0 and at most 1."""
+    if not 0 < value <= 1:
+        raise UsageError(f"{option} {value}", "it is no share of a whole", "give 0 < x <= 1")
+
+
 def no_context_parallelism(size: int) -> None:
     """Raise UsageError where CP is set: the stages here compute whole sequences on each rank."""
     if size > 1:
