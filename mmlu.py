@@ -72,7 +72,7 @@ def check(options: MmluStageOptions) -> Plan:
         parallel_check.check(source.described, options.parallel)
     benchmark = mmlu_options.load_local(options.questions)
     path = options.mmlu_output or report.beside(source.location, "mmlu")
-    outputs.writable(path, f"--mmlu-output {path}")
+    outputs.check_file(path, "--mmlu-output", overwrite=True)
     return Plan(options, source, path, benchmark)
 
 

@@ -41,8 +41,7 @@ def flag(
 
     Args:
         default: value where the flag is not given.
-        help: text for ``--help``; ``%(default)s`` stands for the default, and `` (%(default)s)``
-            at its end is left out where there is none.
+        help: text for ``--help``; ``%(default)s`` stands for the default.
         check: called with the flag and its value, unless that is None; raises UsageError.
         names: further spellings, such as Megatron-LM's.
         argparse_options: ``metavar``, ``choices``, ``nargs``, ``type``, as argparse knows them.
@@ -105,9 +104,9 @@ def read(options: type, args: argparse.Namespace) -> dict[str, Any]:
 def _add_flag(parser: Any, field: dataclasses.Field[Any], hint: Any, default: Any) -> None:
     declared = dict(field.metadata[_FLAG])
     declared.pop("check")
-    if default is None:
-        declared["help"] = declared["help"].removesuffix(" (%(default)s)")
     names = (spelled(field.name), *declared.pop("names"))
+    if default is None:
+        declared["help"] = declared["help"].replace(" (%(default)s)", "")
     kind = _without_none(hint)
     if kind is bool and "nargs" not in declared:
         parser.add_argument(*names, action="store_true", dest=field.name, **declared)

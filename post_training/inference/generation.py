@@ -64,22 +64,6 @@ def last_logits(
     return forward.from_last_stage(logits, (len(input_ids), columns), torch.float32)
 
 
-@torch.inference_mode()
-def prefill_logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """Logits after every token: float32 [b, s, vocabulary] on every rank. For comparisons.
-
-    Args:
-        model: as :func:`last_logits`.
-        input_ids: int64 [b, s].
-    """
-    core = forward.unwrap(model)
-    input_ids = input_ids.to(forward.device_of(core))
-    logits = forward.run(core, input_ids, None)
-    if logits is not None:
-        logits = logits.float()
-    return forward.from_last_stage(logits, (*input_ids.shape, core.vocab_size), torch.float32)
-
-
 @dataclass(frozen=True)
 class Prefix:
     """Keys and values of tokens that several sequences begin with.

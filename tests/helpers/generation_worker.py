@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from whole_logits import prefill_logits
 
 from post_training.cli.stage import open_session
 from post_training.common.errors import UsageError
@@ -101,7 +102,7 @@ def inference(model: torch.nn.Module) -> dict[str, Any]:
     lengths = [max(length, 4) for length in LENGTHS]
     return {
         "input_ids": input_ids,
-        "all": generation.prefill_logits(model, input_ids),
+        "all": prefill_logits(model, input_ids),
         "last": generation.last_logits(model, input_ids, LENGTHS),
         "some": generation.last_logits(model, input_ids, LENGTHS, token_ids=[7, 0, 95]),
         "tokens": tokens,
