@@ -11,10 +11,11 @@ from collections.abc import Callable
 from post_training.common.errors import UsageError, suggest
 
 
-def required(option: str, value: str | None, variable: str) -> str:
+def required(option: str, value: str | None, variable: str | None = None) -> str:
     """``value``; where there is none, an error names the flag and the launcher's variable."""
     if not value:
-        raise UsageError(f"{option} (not given)", "it is needed", f"set {variable} or {option}")
+        remedy = f"set {variable} or {option}" if variable else f"give {option}"
+        raise UsageError(f"{option} (not given)", "it is needed", remedy)
     return value
 
 

@@ -57,7 +57,7 @@ def stage_module(name: str) -> Any:
     if name == "logits":
         return SimpleNamespace(STAGE=LOGITS)
     if name in ("prepare", "decode"):
-        return importlib.import_module("speculative_jobs").job(name)
+        return SimpleNamespace(STAGE=importlib.import_module("speculative_jobs").JOBS[name])
     return importlib.import_module(name)
 
 

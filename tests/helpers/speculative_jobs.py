@@ -7,18 +7,20 @@ what it found.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from post_training.checkpoints import loading
-from post_training.checkpoints.source import fetch_source, find_source
+from post_training.checkpoints.source import Source, find_source
+from post_training.cli.stage import Stage
+from post_training.config.flags import flag
+from post_training.config.options import StageOptions
 from post_training.drafts.record import draft_of
 
 STEPS = (1, 3, 5)
@@ -31,15 +33,30 @@ PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [65], [27, 18, 28, 18, 28, 45, 90, 45, 23, 
 TEXT = [(7 * i * i + 3 * i) % 250 for i in range(20)]
 
 
-def prepare(args: argparse.Namespace, session: Any) -> None:
+@dataclass(frozen=True, kw_only=True)
+class JobOptions(StageOptions):
+    output: Path | None = flag(help="where the job's findings go")
+
+
+@dataclass(frozen=True)
+class Plan:
+    options: JobOptions
+    source: Source
+
+
+def check(options: JobOptions) -> Plan:
+    return Plan(options, find_source(options))
+
+
+def prepare(plan: Plan, session: Any) -> None:
     from dataclasses import replace
 
     from post_training.checkpoints import torch_dist
     from post_training.common.manifest import Manifest
     from post_training.drafts.eagle3 import attach as eagle
 
-    source = fetch_source(find_source(args), args)
-    model = loading.load(source, args, session)
+    source = plan.source
+    model = loading.load(source, plan.options, session)
     module = eagle.draft_of(model)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -52,15 +69,18 @@ def prepare(args: argparse.Namespace, session: Any) -> None:
             module.d2t.copy_(torch.tensor(MAPPING) - torch.arange(len(MAPPING)))
     draft = replace(draft_of(source), trained=1)
     record = Manifest("prepare", source.architecture.to_json(), extra={"draft": draft.to_json()})
-    torch_dist.save(model, Path(args.save), record, huggingface=Path(source.huggingface))
+    torch_dist.save(
+        model, Path(str(plan.options.save)), record, huggingface=Path(source.huggingface)
+    )
 
 
-def decode(args: argparse.Namespace, session: Any) -> None:
+def decode(plan: Plan, session: Any) -> None:
+    from whole_logits import draft_logits, target_features
+
     from post_training.drafts.eagle3 import decoding as speculative
     from post_training.inference import generation
 
-    source = fetch_source(find_source(args), args)
-    model = loading.load(source, args, session)
+    model = loading.load(plan.source, plan.options, session)
     found: dict[str, Any] = {}
     with few_tokens(model):
         longer = generation.generate(model, PROMPTS, NEW_TOKENS + max(STEPS) + 1)
@@ -83,17 +103,17 @@ def decode(args: argparse.Namespace, session: Any) -> None:
         measured = speculative.measure(model, PROMPTS, NEW_TOKENS, steps=3)
         found["measured 3"] = [list(each) for each in measured.accepted]
         found["still training"] = all(module.training for module in model.modules())
-    features = speculative.target_features(model, TEXT)
+    features = target_features(model, TEXT)
     if model.post_process:
         found["features"] = features[:, 0].float().cpu()
-        found["draft logits"] = speculative.draft_logits(model, TEXT, features[:-1]).cpu()
+        found["draft logits"] = draft_logits(model, TEXT, features[:-1]).cpu()
     results: list[Any] = [None] * session.world
     torch.distributed.all_gather_object(results, found)
     for other in results:
         for name, value in other.items():
             torch.testing.assert_close(value, results[-1][name], rtol=0, atol=0)
     if session.is_main:
-        torch.save(results[-1], args.output)
+        torch.save(results[-1], plan.options.output)
 
 
 def recomputed(model: Any, prompt: list[int], answer: list[int], steps: int) -> list[int]:
@@ -140,11 +160,4 @@ def few_tokens(model: Any) -> Iterator[None]:
         handle.remove()
 
 
-def _output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path)
-
-
-def job(name: str) -> Any:
-    """What run_stages.py expects of a stage."""
-    functions = {"prepare": prepare, "decode": decode}
-    return SimpleNamespace(add_arguments=_output, check=find_source, **{name: functions[name]})
+JOBS = {work.__name__: Stage(work.__name__, JobOptions, check, work) for work in (prepare, decode)}
