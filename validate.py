@@ -158,9 +158,9 @@ def validate(plan: Plan, session: Session) -> dict[str, Any]:
     if session.is_main:
         draft_report.write(plan.report, content)
         if options.save_ground_truth_path:
-            ground_truth.write(options.save_ground_truth_path, content, pairs, speaker.written)
+            ground_truth.write(options.save_ground_truth_path, content, pairs, speaker.decode)
         for each in acceptance["differences"]:
-            logger.warning("%s", draft_report.difference(each, speaker.written))
+            logger.warning("%s", draft_report.difference(each, speaker.decode))
     return content
 
 

@@ -18,6 +18,7 @@ from post_training.checkpoints.source import Source
 from post_training.common.errors import UsageError
 from post_training.config.options import StageOptions
 from post_training.data.prompts import Prompts
+from post_training.distributed.collectives import from_all_ranks
 from post_training.distributed.session import Session
 from post_training.drafts.acceptance import matching
 from post_training.drafts.answers import AnswerPair, TokenizedPrompt
@@ -149,8 +150,7 @@ def answer_all(
     # One rank of each replica reports: one that has the logits.
     reports = parallel_state.get_tensor_model_parallel_rank() == 0
     reports &= parallel_state.is_pipeline_last_stage()
-    gathered: list[Any] = [None] * session.world
-    torch.distributed.all_gather_object(gathered, (rank, found if reports else None))
+    gathered = from_all_ranks((rank, found if reports else None))
     shares = {place: each for place, each in gathered if each is not None}
     return [shares[number % replicas][number // replicas] for number in range(len(questions))]
 

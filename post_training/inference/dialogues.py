@@ -72,17 +72,17 @@ class Speaker:
         return list(encoded["input_ids"])
 
     def text(self, tokens: Sequence[int]) -> str:
-        """An answer's text; the end token and other special ones do not belong to it."""
+        """An answer's text, without the end token and other special tokens."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
-    def written(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Sequence[int]) -> str:
         """Tokens as text, special ones included."""
         return str(self.tokenizer.decode(list(tokens)))
 
     def answer(
         self, prompts: Sequence[Sequence[int]], names: Sequence[str], progress: Any = None
     ) -> list[list[int]]:
-        """New tokens of each prompt; ``names`` tell the draws of different prompts apart."""
+        """New tokens of each prompt; ``names`` distinguish the draws of different prompts."""
         choose: generation.Choose = sampling.greedy
         if self.temperature > 0:
             choose = sampling.Sampler(
@@ -149,7 +149,7 @@ class Answered:
 
     @property
     def open(self) -> bool:
-        """Whether a user turn waits for its answer."""
+        """Whether a user turn has no answer yet."""
         return CONTEXT not in self.finish_reasons and self.read < len(self.dialogue.messages)
 
     def asked(self) -> list[dict[str, Any]]:

@@ -1,8 +1,8 @@
 """Speculative decoding with an attached EAGLE-3 draft, one sequence at a time.
 
 The draft proposes k tokens, the target verifies them in one forward pass over its cache of keys and
-values, and the longest prefix that the target would have chosen itself is kept, with the token that
-it chooses next: the result is that of greedy decoding, in fewer passes of the target.
+values, and the longest prefix that the target would have chosen itself is kept, plus the target's
+next token: the result is that of greedy decoding, in fewer passes of the target.
 
 What the draft sees (Li et al., EAGLE-3, 2025): at position j the embedding of token j + 1 and the
 target's features of token j, the outputs of its auxiliary layers. From there it predicts token
