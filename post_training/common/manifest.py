@@ -41,11 +41,11 @@ _PACKAGES = (
     "safetensors",
     "transformer-engine",
 )
-# A Hub token is "hf_" and 30 or more characters; anything given to an option that names a
-# token (not tokens, which are counted), key, secret or password is hidden too.
+# A Hub token is "hf_" and 30 or more characters; the value of an option that ends in a word for a
+# secret is hidden too. (--moe-token-dispatcher-type and --max-new-tokens are about other tokens.)
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 _SECRET_OPTION = re.compile(
-    r"--[\w-]*(token(?!izer|s)|api-key|secret|password)[\w-]*$", re.IGNORECASE
+    r"--[\w-]*(token|api-key|access-key|secret|secret-key|password)$", re.IGNORECASE
 )
 
 

@@ -1,8 +1,8 @@
 """Score a megatron-core model on multiple-choice questions, in one prefill for each.
 
 The answer is the letter with the largest logit after ``Answer:``. The output layer computes only
-that position, and returns only the letters' logits. The common prefix of a subject's prompts (header
-and solved examples) is computed once for the subject.
+that position, and returns only the letters' logits. The common prefix of a subject's prompts
+(header and solved examples) is computed once for the subject.
 """
 
 from __future__ import annotations

@@ -10,8 +10,9 @@ import pytest
 import tools
 from confs import ROOT, conf_flags, parse
 
+from post_training.common import manifest
 from post_training.common.errors import UsageError
-from post_training.config import arguments
+from post_training.config import model_description
 from post_training.distributed.parallel import Parallel
 from post_training.models import parameter_count
 from post_training.models.architecture import Architecture
@@ -31,7 +32,7 @@ PUBLISHED = {
 
 
 def conf_architecture(conf: str) -> Architecture:
-    return arguments.architecture(parse(*conf_flags(conf)))
+    return model_description.architecture(parse(*conf_flags(conf)))
 
 
 @pytest.mark.parametrize("conf", PUBLISHED)
@@ -187,6 +188,15 @@ def test_the_launch_line_hides_tokens_and_quotes_spaces():
     shown = dry_run("quantize.sh", "Qwen/Qwen3-8B", **given).stdout
     assert "--prompts 'a b' --references 'hf_***'" in shown
     assert "abcdefghij" not in shown
+
+
+def test_the_launch_line_can_be_pasted():
+    """Not every flag with "token" in its name has a secret."""
+    given = ["--moe-token-dispatcher-type", "alltoall", "--hf-token=hidden"]
+    line = manifest.quoted(["quantize.py", *given, "--wandb-api-key", "hidden"])
+    assert line == (
+        "quantize.py --moe-token-dispatcher-type alltoall '--hf-token=***' --wandb-api-key '***'"
+    )
 
 
 def test_what_cannot_be_counted_is_named():
