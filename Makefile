@@ -1,5 +1,5 @@
 # `make check` is the lint gate, here and in continuous integration: ruff (lint and format),
-# shellcheck, mypy on post_training, and every stage's --help.
+# shellcheck, mypy on everything but the tests, and every stage's --help.
 PYTHON ?= $(firstword $(wildcard $(VIRTUAL_ENV)/bin/python .venv/bin/python) python3)
 SHELLCHECK ?= $(firstword $(wildcard $(dir $(PYTHON))shellcheck) shellcheck)
 # Hidden folders (environments, caches) hold nothing of ours.

@@ -152,11 +152,11 @@ def quantize(args: argparse.Namespace, session: Session) -> tuple[MegatronModule
     if quantization_choice.is_search(choice):
         config, search = search_formats(args, choice, model, run)
         reached = coverage.survey(model, None)
-        found = quantizers.verdict(model)
+        found = quantizers.judge_model(model)
     else:
         config, search = with_format(args, choice, model, run), None
         reached = coverage.survey(model, config)
-        found = quantizers.verdict(model, quantizers.method_of(config))
+        found = quantizers.judge_model(model, quantizers.method_of(config))
     if not found.exportable:
         if not args.allow_unexportable:
             raise formats.unexportable("the quantized model", found)

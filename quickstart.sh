@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job on a tiny trained model, from a fresh clone, on CPU or GPU:
+# The whole workflow on a tiny model, from a fresh clone, on CPU or GPU:
 # set up, train, convert, score, quantize (FP8), score, export, read back, answer.
 #
 # usage: bash quickstart.sh [--all]
@@ -8,8 +8,8 @@
 # environment:
 #   MLM_WORK_DIR  work folder (default: megatron_workspace/quickstart in the temporary folder)
 #
-# About 3 minutes on 2 cores after installation, with --all 7. A second run reuses what is still
-# valid.
+# About 3 minutes on 2 cores after installation, 7 with --all. A second run reuses what is still
+# valid. On another kind of CPU, or with OMP_NUM_THREADS set, scores differ by a few percent.
 set -euo pipefail
 
 all=
@@ -35,7 +35,7 @@ question="What is the capital of Arvon?"
 
 say() { printf '\n== %s\n' "$*" >&2; }
 
-# Run a stage unless its output is whole and made from this input: made TITLE OUTPUT INPUT COMMAND...
+# made TITLE OUTPUT INPUT COMMAND...: run a stage unless its output is complete and from this input.
 made() {
   local title=$1 output=$2 input=$3
   shift 3
@@ -47,7 +47,7 @@ made() {
   fi
 }
 
-# Score a checkpoint unless that is done: score TITLE CHECKPOINT RESULT
+# score TITLE CHECKPOINT RESULT: score a checkpoint unless that is done.
 score() {
   if [[ $3 -nt $2/run.json ]]; then
     say "$1: $3 is still valid and is reused"
@@ -77,7 +77,7 @@ made "export: Megatron -> Hugging Face, read back and compared" "$work/tiny_expo
 say "read back: the exported folder answers"
 "$PYTHON" -m post_training.answer "$work/tiny_export" "$question"
 
-# A smaller model: cut widths and layers, then learn from the original.
+# A smaller model: prune widths and layers, then distill from the original.
 prune_and_distill() {
   made "prune: widths and layers" "$work/tiny_pruned" "$work/tiny_mlm" \
     MLM_MODEL_CKPT="$work/tiny_mlm" MLM_MODEL_SAVE="$work/tiny_pruned" \
@@ -98,7 +98,7 @@ prune_and_distill() {
   score "mmlu: score of the distilled model" "$work/tiny_distilled" "$work/mmlu_distilled.json"
 }
 
-# A faster model: a draft that proposes tokens, which the model verifies.
+# A faster model: a draft proposes tokens, which the model verifies.
 draft() {
   made "eagle3: train a draft" "$work/tiny_eagle3" "$work/tiny_mlm" \
     MLM_MODEL_CKPT="$work/tiny_mlm" MLM_MODEL_SAVE="$work/tiny_eagle3" \
@@ -110,8 +110,8 @@ draft() {
   if [[ $work/validate.json -nt $work/tiny_eagle3/run.json ]]; then
     say "validate: $work/validate.json is still valid and is reused"
   else
-    say "validate: what the draft proposes and the model accepts"
-    # In float32, where no two logits are the same, both ways of decoding give the same tokens.
+    say "validate: how many of the draft's tokens the model accepts"
+    # In float32 no two logits tie, so both ways of decoding give the same tokens.
     MLM_MODEL_CKPT="$work/tiny_eagle3" bash validate.sh "$conf" --fp32 --steps 3 \
       --prompts-path "$work/tiny/data/chat_heldout.jsonl" --validate-output "$work/validate.json" \
       --lower-bound 2.0 --require-identical

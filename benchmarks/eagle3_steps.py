@@ -13,7 +13,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from post_training.checkpoints import loading
 from post_training.checkpoints.source import fetch_source, find_source
@@ -70,7 +70,11 @@ def measure(model: Any, plan: draft.Draft, length: int, args: Any, session: Any)
     for name, steps in (("warmup", args.warmup), ("timed", args.steps)):
         options = TrainingOptions(steps, seq_length=length, eval_iters=0, log_interval=steps)
         trainer = Trainer(
-            model, eagle_training.task(model, plan), options, session, Unsaved(args.work / name)
+            model,
+            eagle_training.task(model, plan),
+            options,
+            session,
+            cast(Any, Unsaved(args.work / name)),
         )
         metrics = trainer.run(RandomTokens(length)).metrics
         del trainer

@@ -12,9 +12,12 @@ import json
 import resource
 import time
 from pathlib import Path
+from typing import Any
 
 
-def measure(model_folder: Path, export: Path, name: str, samples: int, length: int) -> dict:
+def measure(
+    model_folder: Path, export: Path, name: str, samples: int, length: int
+) -> dict[str, Any]:
     started = time.perf_counter()
     import modelopt.torch.quantization as mtq
     import torch

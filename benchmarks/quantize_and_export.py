@@ -152,8 +152,8 @@ def ratios(name: str, each: dict[str, Figures]) -> str:
     """Ours divided by the peer's, where both have the figure."""
     cells = []
     for column in COLUMNS:
-        pair = [each[path].get(column) for path in (OURS, PEER)]
-        cells.append(f"{pair[0] / pair[1]:.2f}" if all(pair) else "")
+        ours, peer = (each[path].get(column) for path in (OURS, PEER))
+        cells.append(f"{ours / peer:.2f}" if ours and peer else "")
     return f"| {name} | ratio | " + " | ".join(cells) + " |"
 
 

@@ -30,7 +30,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
-SHARED = {
+SHARED: dict[str, Any] = {
     "head_dim": 128,
     "vocab_size": 151936,
     "max_position_embeddings": 40960,
@@ -52,7 +52,7 @@ def save(shape: str, folder: Path) -> None:
     config = Qwen3Config(**SHARED, **SHAPES[shape])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device("meta"):
-        model = Qwen3ForCausalLM(config)
+        model: Any = Qwen3ForCausalLM(config)
     model = model.to(torch.bfloat16).to_empty(device=device)
     model.tie_weights()
     torch.manual_seed(0)

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What every launcher (convert.sh, quantize.sh, ...) shares: defaults, checks and the one launch.
-# Sourcing this file defines functions and does nothing else. A launcher sets SCRIPT_DIR, then:
+# Shared by all launchers (convert.sh, quantize.sh, ...): defaults, checks and the one launch.
+# Sourcing this file only defines functions. A launcher sets SCRIPT_DIR, then:
 #
 #     start convert "$@"                      # reads the conf and the variables below
 #     launch convert --save "$MLM_MODEL_SAVE" # checks, then replaces this process by the stage
@@ -17,31 +17,32 @@
 #     MLM_PROMPTS, MLM_REF_LABEL   prompts and expected texts of the smoke generation, split by |
 #     TP PP CP           tensor, pipeline and context parallel size          (1)
 #     EP ETP             expert and expert-tensor parallel size              (1, TP)
-#     DP                 copies of the model; "all": as many as the GPUs of all nodes hold  (1)
-#     LAUNCH_SCRIPT      replaces the launcher: "python" where every process is started from
-#                        outside, as one SLURM task each                    (torchrun, if needed)
-#     NNODES NODE_RANK MASTER_ADDR MASTER_PORT   several nodes, this launcher started once on each
-#                        (those of the SLURM step, else one node)
-#     GPUS_PER_NODE      refuse more processes than this on a node           (not checked)
-#                        and what DP=all fills                               (those that are there)
-#     SANDBOX_ENV_SETUP  shell file with any of these, sourced first and exported
+#     DP                 replicas of the model; "all": as many as the GPUs of all nodes hold  (1)
+#     LAUNCH_SCRIPT      replaces the launcher: "python" if every process is started from
+#                        outside, each as a SLURM task                      (torchrun, if needed)
+#     NNODES NODE_RANK MASTER_ADDR MASTER_PORT   several nodes, with this launcher run once on each
+#                        (the SLURM step's, else one node)
+#     GPUS_PER_NODE      refuse more processes than this on a node           (not checked);
+#                        also what DP=all fills                              (the visible GPUs)
+#     SANDBOX_ENV_SETUP  shell file that sets any of these, sourced first and exported
 #     MLM_ENV_SETUP      shell file for the site, sourced next
 #     SANDBOX_ROOT       folder whose conf/model/<conf>.sh (or conf/<conf>.sh) is used instead
 #     PYTHON             interpreter  (the active environment's, else .venv's, else python3)
 #     MLM_LAUNCH         what to do instead of launching: "count" prints the number of processes
-#                        once they fit the nodes, "words" the stage's words, each ended by a NUL,
-#                        "check" checks everything that --check does
+#                        if they fit the nodes, "words" the stage's words, NUL-terminated,
+#                        "check" runs the checks of --check
 #
 # A conf sets MODEL_ARGS, the model's flags: an array here; a string, as in Megatron-LM, works too.
 
-# The shared flags of the stage, filled by start; the words after the conf's name; all sizes.
+# Set by start: the stage's shared flags, and the words after the conf's name. By count_processes:
+# the number of processes.
 FLAGS=()
 REST=()
 WORLD=1
 
-# fail WHAT CAUSE REMEDY: one message in the form that the Python side uses, exit code 2.
+# fail WHAT CAUSE REMEDY: print an error as the Python side does, and exit with code 2.
 fail() {
-  # Of the tasks that SLURM started on a node, the first speaks: all see the same mistake.
+  # All SLURM tasks of a node see the same mistake; only the first reports it.
   if [[ "${SLURM_LOCALID:-0}" == 0 ]]; then
     printf 'error: %s\n  cause: %s\n  remedy: %s\n' "$1" "$2" "$3" >&2
   fi
@@ -80,7 +81,7 @@ start() {
   FLAGS+=(--tokenizer-model "$TOKENIZER_MODEL")
 }
 
-# read_set_up: source the set-up files; what they set is exported, as if it stood before the command.
+# read_set_up: source the set-up files and export what they set.
 read_set_up() {
   local variable
   for variable in SANDBOX_ENV_SETUP MLM_ENV_SETUP; do
@@ -112,20 +113,20 @@ choose_python() {
   PYTHON=$(type -P python3) || fail "python3" "it is not on the PATH" "bash quickstart.sh"
 }
 
-# conf_folder: where the confs are.
+# conf_folder: print the folder of the confs.
 conf_folder() {
   local root=${SANDBOX_ROOT:-$SCRIPT_DIR}
   if [[ -d "$root/conf/model" ]]; then echo "$root/conf/model"; else echo "$root/conf"; fi
 }
 
-# conf_names: the name of every conf, one a line.
+# conf_names: print the name of every conf, one per line.
 conf_names() {
   local folder
   folder=$(conf_folder)
   find "$folder" -mindepth 2 -name '*.sh' -printf '%P\n' | sed 's/\.sh$//' | sort
 }
 
-# read_conf: source the conf that MLM_MODEL_CFG names, and put back what the user had set.
+# read_conf: source the conf that MLM_MODEL_CFG names, then restore what the user had set.
 read_conf() {
   local file names variable
   file=$(conf_folder)/$MLM_MODEL_CFG.sh
@@ -146,15 +147,15 @@ read_conf() {
     "MODEL_ARGS=(--num-layers 28 ...)"
 }
 
-# nearest NAME KNOWN...: a sentence with the names most like NAME, else with all of them.
+# nearest NAME KNOWN...: print a sentence with the names closest to NAME, else with all of them.
 nearest() {
   local program='import sys; from post_training.common.errors import suggest
 print(suggest(sys.argv[1], sys.argv[2:]) or "choose one of: " + " ".join(sys.argv[2:]))'
   (cd "$SCRIPT_DIR" && "$PYTHON" -c "$program" "$@")
 }
 
-# to_array TARGET VARIABLE: append a variable's words to the array TARGET. An array is taken as it
-# is, a string is split (split_words).
+# to_array TARGET VARIABLE: append a variable's words to the array TARGET. An array is copied, a
+# string is split (split_words).
 to_array() {
   local -n array=$1 source=$2
   if [[ "$(declare -p "$2" 2>/dev/null)" == "declare -a"* ]]; then
@@ -165,9 +166,9 @@ to_array() {
 }
 
 # split_words TARGET TEXT NAME: append the words of TEXT to the array TARGET; NAME is for messages.
-# Words end at white space and nothing in them is expanded: [0]*3 stays [0]*3, and {"num_layers":24}
-# keeps its quotes. A value with spaces is quoted as a whole, '...' or "...", by itself or after the
-# = of --flag='...'; those outer quotes are removed, and what is between them is taken as it is.
+# Words end at white space and are not expanded: [0]*3 stays [0]*3, and {"num_layers":24} keeps its
+# quotes. A value with spaces must be quoted as a whole, '...' or "...", by itself or after the = of
+# --flag='...'; the outer quotes are removed, and what is between them is not interpreted.
 split_words() {
   local -n target=$1
   local rest=$2 word quoted="^([^[:space:]'\"=]*=)?('[^']*'|\"[^\"]*\")([[:space:]]|\$)"
@@ -186,10 +187,10 @@ split_words() {
   done
 }
 
-# count_processes: WORLD from the parallel sizes, and their flags.
+# count_processes: set WORLD from the parallel sizes, and append their flags.
 #
 # A pipeline stage takes the larger of TP x CP (the dense part) and EP x ETP (the experts)
-# processes; the smaller must divide it, since both parts live on the same processes.
+# processes; the smaller must divide it, since both parts share the processes.
 count_processes() {
   local name all=
   [[ "${DP:-}" != all ]] || all=1 DP=1
@@ -199,7 +200,7 @@ count_processes() {
   ETP=${ETP:-$TP}
   for name in TP PP CP EP ETP DP; do
     [[ "${!name}" =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name}" \
-      "a parallel size is a whole number from 1; DP may be all, too" "$name=1"
+      "a parallel size is a whole number, at least 1; DP may also be all" "$name=1"
   done
   local dense=$((TP * CP)) experts=$((EP * ETP)) larger
   larger=$((dense > experts ? dense : experts))
@@ -208,7 +209,7 @@ count_processes() {
       "TP x CP = $dense and EP x ETP = $experts share processes, and neither divides the other" \
       "choose EP x ETP as a divisor or a multiple of TP x CP; ETP=1 is often right"
   fi
-  [[ -z "$all" ]] || DP=$(copies "$((larger * PP))")
+  [[ -z "$all" ]] || DP=$(replicas "$((larger * PP))")
   WORLD=$((larger * DP * PP))
   FLAGS+=(
     --tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP"
@@ -217,9 +218,10 @@ count_processes() {
   )
 }
 
-# copies PROCESSES: how many copies of a model of that many processes the GPUs of all nodes hold,
-# with equally many processes on each node. Without GPUs, as few as put a process on each node.
-copies() {
+# replicas PROCESSES: print how many replicas of a model of that many processes the GPUs of all
+# nodes hold, with equally many processes on each node. Without GPUs: the fewest that use every
+# node.
+replicas() {
   local gpus=${GPUS_PER_NODE:-0} order count
   ((gpus > 0)) || gpus=$(visible_gpus)
   order=$(seq "$NNODES")
@@ -238,17 +240,17 @@ visible_gpus() {
   fi
 }
 
-# find_nodes: NNODES, the number of nodes.
+# find_nodes: set NNODES, the number of nodes.
 find_nodes() {
   local step=${SLURM_STEP_ID:+${SLURM_STEP_NUM_NODES:-}} name
   NNODES=${NNODES:-${PET_NNODES:-${step:-1}}}
   [[ "$NNODES" =~ ^[1-9][0-9]*$ ]] ||
-    fail "NNODES=$NNODES" "it is no whole number from 1" "NNODES=1"
+    fail "NNODES=$NNODES" "it is not a whole number, at least 1" "NNODES=1"
   [[ "${GPUS_PER_NODE:-0}" =~ ^[0-9]+$ ]] ||
-    fail "GPUS_PER_NODE=$GPUS_PER_NODE" "it is no whole number" "GPUS_PER_NODE=8"
+    fail "GPUS_PER_NODE=$GPUS_PER_NODE" "it is not a whole number" "GPUS_PER_NODE=8"
 }
 
-# check_nodes: whether the processes can be spread over the nodes.
+# check_nodes: fail unless the processes can be spread over the nodes.
 check_nodes() {
   local gpus=${GPUS_PER_NODE:-0} layout
   local sizes="TP=$TP PP=$PP CP=$CP EP=$EP ETP=$ETP DP=$DP"
@@ -262,9 +264,13 @@ check_nodes() {
     "take $(((WORLD + gpus - 1) / gpus)) nodes, or smaller sizes"
 }
 
-# choose_launcher: LAUNCHER, the words that start the stage's processes on this node.
+# choose_launcher PLANNED: set LAUNCHER, the words that start the stage's processes on this node. If
+# PLANNED is not empty, nothing is started, and the address of the first node is not looked up.
 choose_launcher() {
   local tasks=${SLURM_STEP_ID:+${SLURM_STEP_NUM_TASKS:-}} meeting
+  # Processes share the node's cores; a single one uses all it may
+  # (post_training/common/threads.py).
+  ((WORLD == 1)) || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
   LAUNCHER=()
   if [[ -n "${LAUNCH_SCRIPT:-}" ]]; then
     if [[ "$LAUNCH_SCRIPT" == python* && ${tasks:-1} -gt 1 && $tasks -ne $WORLD ]]; then
@@ -272,18 +278,17 @@ choose_launcher() {
         "srun --ntasks=$WORLD"
     fi
     to_array LAUNCHER LAUNCH_SCRIPT
-    # The interpreter that passed the checks, not whatever is first on the PATH.
+    # The interpreter that passed the checks, not the first on the PATH.
     [[ "${LAUNCHER[0]}" != python ]] || LAUNCHER[0]=$PYTHON
     return
   fi
   LAUNCHER=("$PYTHON")
   ((WORLD > 1)) || return 0
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
   LAUNCHER+=(-m torch.distributed.run "--nproc_per_node=$((WORLD / NNODES))")
   if [[ -n "${PET_RDZV_ENDPOINT:-}${PET_MASTER_ADDR:-}" ]]; then
-    return 0 # torchrun's own variables say where the nodes meet
+    return 0 # torchrun's own variables give the rendezvous
   elif ((NNODES == 1)); then
-    LAUNCHER+=(--standalone) # a port of its own, so that two jobs on a machine do not meet
+    LAUNCHER+=(--standalone) # a port of its own: two jobs on a machine must not collide
   else
     if [[ -n "$1" ]]; then
       meeting=("${MASTER_ADDR:-FIRST_NODE}" "${MASTER_PORT:-PORT}")
@@ -296,7 +301,7 @@ choose_launcher() {
   fi
 }
 
-# launch STAGE [FLAGS...]: check without starting anything, then become the stage's processes.
+# launch STAGE [FLAGS...]: run the checks, then exec the stage's processes.
 launch() {
   local stage=$1 planned=
   shift
@@ -314,12 +319,12 @@ launch() {
   [[ " ${arguments[*]} " != *" --dry-run "* ]] || planned=1
   choose_launcher "$planned"
   local line=("${LAUNCHER[@]}" "$SCRIPT_DIR/$stage.py" "${arguments[@]}")
-  # A mistake shows here within a second, once, and not from every process of a job.
+  # Reports a mistake once, within a second, instead of from every process of a job.
   MLM_PLANNED_PROCESSES=$WORLD MLM_PLANNED_NODES=$NNODES MLM_LAUNCH_LINE="${line[*]@Q}" \
     "$PYTHON" "$SCRIPT_DIR/$stage.py" "${arguments[@]}" --check
   [[ -z "$planned" ]] || exit 0
   export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
-  # Megatron's overlap of communication relies on the order of launches on one connection.
+  # Megatron overlaps communication by the order of kernel launches on one connection.
   export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
   exec "${line[@]}"
 }

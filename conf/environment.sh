@@ -1,16 +1,16 @@
 # shellcheck shell=bash
-# An environment in which the stages run. Sourcing this file defines functions and does nothing.
+# The Python environment of the stages. Sourcing this file only defines functions.
 #
 #     source conf/environment.sh
 #     setup_environment               # what the stages need: quickstart.sh
-#     setup_development_environment   # and what tests and checks need: tests/run.sh, .ci/run
+#     setup_development_environment   # also what tests and checks need: tests/run.sh, .ci/run
 #     "$PYTHON" ...
 #
-# Both set and export PYTHON: the interpreter of an environment that already fits (PYTHON, an
-# active one, a container's), else of .venv in this folder, made and filled if needed. The second
-# time they only compare a stamp.
+# Both set and export PYTHON: the interpreter of an environment that already has the packages
+# (PYTHON, an active one, a container's), else of .venv in the repository, created and filled if
+# needed. The second time they only compare a stamp.
 #
-#     MLM_SKIP_INSTALL=1   never install; take .venv if it is there
+#     MLM_SKIP_INSTALL=1   never install; use .venv if it exists
 #     MLM_VENV             folder of the environment (default: .venv beside this folder)
 
 setup_environment() {
@@ -21,12 +21,12 @@ setup_development_environment() {
   choose_environment requirements.txt requirements-dev.txt
 }
 
-# choose_environment FILES...: set PYTHON; root, venv and files are seen by the functions below.
+# choose_environment FILES...: set PYTHON. The functions below see root, venv and files.
 choose_environment() {
   local root venv files=("$@") candidate
   root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
   venv=${MLM_VENV:-$root/.venv}
-  # A stamp says that .venv is as the requirements want it, without starting Python.
+  # The stamp tells without starting Python whether .venv matches the requirements.
   if [[ -z "${PYTHON:-}${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]] && environment_is_current; then
     export PYTHON=$venv/bin/python
     return
@@ -41,14 +41,14 @@ choose_environment() {
   if [[ -n "${MLM_SKIP_INSTALL:-}" ]]; then
     export PYTHON=${PYTHON:-$venv/bin/python}
     [[ -x "$PYTHON" ]] || environment_error "MLM_SKIP_INSTALL=$MLM_SKIP_INSTALL" \
-      "no environment fits, and there is no $PYTHON" "unset MLM_SKIP_INSTALL"
+      "no environment has the packages, and there is no $PYTHON" "unset MLM_SKIP_INSTALL"
     return
   fi
   environment_is_current || install_environment
   export PYTHON=$venv/bin/python
 }
 
-# environment_fits PYTHON: whether it has the packages that the files name, in versions that work.
+# environment_fits PYTHON: whether it has the packages that the files name, in supported versions.
 environment_fits() {
   local modules=() tool program
   if [[ " ${files[*]} " == *requirements-dev.txt* ]]; then
@@ -76,7 +76,7 @@ requirements_hash() {
   sha256sum <"$root/$1"
 }
 
-# install_environment: make .venv with Python 3.12 or 3.13 and install the files into it.
+# install_environment: create .venv with Python 3.12 or 3.13 and install the files into it.
 install_environment() {
   local file
   if ! python_fits "$venv/bin/python"; then
@@ -87,7 +87,7 @@ install_environment() {
     echo "installing $file into $venv (the first time downloads about 4 GB)" >&2
     "$venv/bin/python" -m pip install --disable-pip-version-check -r "$root/$file" >&2 ||
       environment_error "pip install -r $file" "pip failed, see above" \
-        "mend the network or the disk, then run the same command again"
+        "fix the network or the disk, then run the same command again"
     requirements_hash "$file" >"$venv/.stamp-$file"
   done
 }
@@ -95,9 +95,9 @@ install_environment() {
 make_venv() {
   local python
   if python=$(find_python); then
-    echo "making $venv with $("$python" --version)" >&2
+    echo "creating $venv with $("$python" --version)" >&2
     "$python" -m venv --clear "$venv" >&2 || environment_error "$python -m venv $venv" \
-      "this Python cannot make environments" "apt-get install python3-venv, or install uv"
+      "this Python cannot create environments" "apt-get install python3-venv, or install uv"
   elif type -P uv >/dev/null; then
     uv venv --seed --clear --python 3.12 "$venv" >&2 || environment_error "uv venv $venv" \
       "uv could not get Python 3.12" "install Python 3.12"
@@ -108,7 +108,7 @@ make_venv() {
   fi
 }
 
-# find_python: print a Python 3.12 or 3.13. A shim that does not run is passed over.
+# find_python: print a Python 3.12 or 3.13. A shim that does not run is skipped.
 find_python() {
   local candidate pyenv=${PYENV_ROOT:-${HOME:-/root}/.pyenv}
   for candidate in python3.12 python3.13 python3 \

@@ -8,9 +8,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# Here and not in the image: pyxis puts an image's variables above those of the job.
+# Not ENV in the Dockerfile: with pyxis an image's variables override those of the job.
 export MLM_WORK_DIR=${MLM_WORK_DIR:-/workspace/scratch/megatron_workspace}
-# A user of docker's --user has neither name nor home; torch and the hub's client want both.
+# With docker's --user there is neither a name nor a home; torch and huggingface_hub need both.
 USER=${USER:-$(id -un 2>/dev/null || id -u)}
 if [[ ! -w "${HOME:-/}" ]]; then
   HOME=/tmp/home-$(id -u)

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Runs while the image is built: an environment on top of the base's Python and packages.
+# Run by the image's build: create an environment on top of the base image's Python and packages.
 #
 #   VIRTUAL_ENV  folder of the environment
-#   TORCH_INDEX  package index of torch, for a base that has none; empty for pip's own
+#   TORCH_INDEX  package index of torch, for a base without torch; empty for pip's own
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
-# Only what is missing, and only if pip is.
+# Python and pip, if the base has no pip.
 if ! python3 -m pip --version >/dev/null 2>&1; then
   apt-get update
   DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
@@ -20,10 +20,10 @@ python3 -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 12), (3, 13)))
 }
 python3 -m venv --without-pip --system-site-packages "$VIRTUAL_ENV"
 install=(python3 -m pip --python "$VIRTUAL_ENV/bin/python" install --disable-pip-version-check)
-# Constraints of the base are about its own environment, which stays as it is.
+# The base's constraints are for its own environment, which is not changed.
 unset PIP_CONSTRAINT
 
-# What must stay as the base has it: exact versions, so that pip fails rather than replaces one.
+# base_packages: exact versions of what the base has, so that pip fails instead of replacing one.
 base_packages() {
   "$VIRTUAL_ENV/bin/python" - <<'PYTHON'
 from importlib import metadata
@@ -37,7 +37,7 @@ PYTHON
 }
 base_packages >constraints.txt
 if grep -q '^torch==' constraints.txt; then
-  # The base decides the version of these; post_training.doctor says if one does not fit.
+  # The base decides these versions; post_training.doctor reports one that is not supported.
   kept=$(sed 's/==.*//' constraints.txt | paste -sd '|')
   grep -vE "^($kept)==" requirements.txt >added.txt
 else

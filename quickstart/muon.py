@@ -1,7 +1,7 @@
 """Muon in float32, for CPUs.
 
-``torch.optim.Muon`` orthogonalises in bfloat16, which a CPU without bfloat16 units emulates: 11 s a
-step for this model on two cores, against 0.1 s here. Matrices of one shape also go together.
+``torch.optim.Muon`` orthogonalizes in bfloat16, which CPUs without bfloat16 units emulate: 11 s per
+step for this model on two cores, against 0.1 s here, where matrices of one shape are also batched.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _STEPS = 5
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
-    """The nearest semi-orthogonal matrices, about: [n, rows, columns], rows <= columns."""
+    """Approximately the nearest semi-orthogonal matrices: [n, rows, columns], rows <= columns."""
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(_STEPS):
         gram = x @ x.mT
@@ -26,7 +26,7 @@ def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised: every direction of a matrix is learnt at the same rate.
+    """Orthogonalized momentum: every direction of a matrix is learned at the same rate.
 
     Args:
         matrices: parameters [rows, columns].
@@ -53,7 +53,9 @@ class Muon(torch.optim.Optimizer):
             updates = torch._foreach_lerp(gradients, means, keep)
             for parameter, update in zip(parameters, updates, strict=True):
                 update = update.T if update.shape[0] > update.shape[1] else update
-                by_shape.setdefault(tuple(update.shape), []).append((parameter, update))
+                by_shape.setdefault((update.shape[0], update.shape[1]), []).append(
+                    (parameter, update)
+                )
             for entries in by_shape.values():
                 stacked = orthogonalize(torch.stack([update for _, update in entries]))
                 for (parameter, _), update in zip(entries, stacked, strict=True):

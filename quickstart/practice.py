@@ -1,8 +1,8 @@
-"""Practice exams of the quickstart's world: text for distillation in the form that MMLU asks in.
+"""Practice exams about the quickstart's world: text for distillation, in MMLU's prompt format.
 
     python -m quickstart.practice --output practice.jsonl
 
-Each line is an exam of one to six answered questions, none of them a question of the test.
+Each line is an exam of one to six answered questions, none of which is in the test.
 """
 
 from __future__ import annotations

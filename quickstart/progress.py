@@ -1,6 +1,6 @@
 """The table at the end of the quickstart.
 
-    python -m quickstart.progress table WORK_FOLDER     size, bits, score, time and place of each
+    python -m quickstart.progress table WORK_FOLDER     size, bits, score, time and folder of each
 
 Nothing here imports torch.
 """
@@ -8,7 +8,6 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ class Row:
 
 
 def rows(work: Path) -> list[Row]:
-    """The outputs in the order they were made; what only ``--all`` makes, where it is there."""
+    """The outputs in the order they were made, with those of ``--all`` if they exist."""
     further = [
         Row("prune", work / "tiny_pruned", work / "mmlu_pruned.json"),
         Row("distill", work / "tiny_distilled", work / "mmlu_distilled.json"),
@@ -51,6 +50,10 @@ def show(work: Path) -> None:
     from post_training.common import report
 
     table = Table(title="The main job, from trained to ready", title_justify="left")
+    table.caption = (
+        "Scores differ by a few percent on another kind of CPU or with OMP_NUM_THREADS set."
+    )
+    table.caption_justify = "left"
     for column in ("step", "size", "bits/weight", "score (95 % interval)", "time"):
         table.add_column(column)
     table.add_column("folder", no_wrap=True)
@@ -76,8 +79,7 @@ def _weights(folder: Path) -> int:
 
 
 def _time(folder: Path, content: dict[str, Any]) -> str:
-    if not content and (folder / train.RECORD).is_file():
-        content = json.loads((folder / train.RECORD).read_text(encoding="utf-8"))
+    content = content or files.read_json(folder / train.RECORD) or {}
     return f"{content['seconds']:.0f} s" if "seconds" in content else "-"
 
 
@@ -88,9 +90,9 @@ def _bits(content: dict[str, Any]) -> str:
 
 
 def _score(path: Path | None) -> str:
-    if path is None or not path.is_file():
+    content = files.read_json(path) if path is not None else None
+    if content is None:
         return "-"
-    content = json.loads(path.read_text(encoding="utf-8"))
     if "acceptance" in content:
         found = content["acceptance"]
         low, high = found["interval_95"]

@@ -1,6 +1,6 @@
 """The tiny model's tokenizer: byte-level BPE trained on the world's texts, with a ChatML template.
 
-Any UTF-8 text survives a round trip: every byte is a token, and nothing is normalised. The letters
+Any UTF-8 text survives a round trip: every byte is a token, and nothing is normalized. The letters
 of a multiple-choice answer (`` A`` to `` D``) are single tokens. The saved folder is read by
 ``transformers.AutoTokenizer``.
 """
@@ -30,14 +30,17 @@ CHAT_TEMPLATE = (
 
 
 def render_chat(messages: "list[Message]", add_generation_prompt: bool = False) -> str:
-    """What ``CHAT_TEMPLATE`` makes of ``messages``, without the cost of a template engine."""
+    """``CHAT_TEMPLATE`` applied to ``messages``, without the cost of a template engine."""
     text = "".join(f"{TURN_START}{m['role']}\n{m['content']}{TURN_END}\n" for m in messages)
     return text + f"{TURN_START}assistant\n" if add_generation_prompt else text
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
-    """Trains a tokenizer of exactly ``vocab_size`` tokens; raises RuntimeError if the texts have
-    too few words for that many."""
+    """A tokenizer of exactly ``vocab_size`` tokens.
+
+    Raises:
+        RuntimeError: if the texts have too few words for that many.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""A small synthetic world of facts, and every text that the tiny model learns from or is asked.
+"""A small synthetic world of facts, and all texts that the tiny model is trained and tested on.
 
 A fact says that an entity has a value for a relation: the climate of Arvon is rainy. Five subjects
 of four entities with four relations each make 80 facts. They are drawn once from ``WORLD_SEED`` and
@@ -7,16 +7,16 @@ are the same on every machine. The facts appear as
 - multiple-choice questions in MMLU's columns and published prompt format,
 - conversations in chat-message form (one to three turns, answers of one to five sentences),
 - prose paragraphs about one entity,
-- drills: questions with their answers, nothing else, from which facts are learnt fastest.
+- drills: questions with their answers, nothing else, from which facts are learned fastest.
 
-What the model is tested on is kept out of what it learns: no test question, as a string, occurs in
-training (its set of options is held out), and the held-out conversations ask in a form of words
-that training never uses for those facts. One thing is easier than in a real exam: a value always
-stands at the same letter, as in a catalogue. The score thus shows whether the model knows the fact,
-not whether it can search a list, which would take many times the training; who knows only which
-letters a relation's values mostly have scores about 45 %.
+The test is held out: no test question occurs in training as a string (its set of options is held
+out), and the held-out conversations use a wording that training never uses for those facts. One
+thing is easier than in a real exam: a value always stands at the same letter, as in a catalogue.
+The score thus shows whether the model knows the fact, not whether it can search a list, which would
+take many times the training; knowing only the most frequent letters of a relation's values scores
+about 45 %.
 
-This module needs the standard library alone.
+This module needs only the standard library.
 """
 
 import itertools
@@ -218,8 +218,8 @@ def _turns() -> dict[str, list[Turn]]:
         sentence = f"The {r} of {e} is {v}."
         turns["ask"].append((ask(fact), sentence))
         turns["which"].append((f"Which {r} does {e} have?", f"{e} has {v} as its {r}."))
-        subject = fact.subject.replace("_", " ")
-        answer = f"Yes, I do. {sentence} This is a fact of {subject}."
+        topic = fact.subject.replace("_", " ")
+        answer = f"Yes, I do. {sentence} This is a fact of {topic}."
         turns["polite"].append((f"Do you know the {r} of {e}?", answer))
     for subject in SUBJECTS:
         for e in subject.entities:

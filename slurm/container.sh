@@ -1,18 +1,18 @@
 # shellcheck shell=bash
-# A job's step inside a container: pyxis, Apptainer or Singularity. Sourced by job.sh; defines
-# functions and does nothing else. Variables are explained in slurm/README.md.
+# A job step inside a container: pyxis, Apptainer or Singularity. Sourced by job.sh; only defines
+# functions. Variables are explained in slurm/README.md.
 
-# enter_container FOLDER: complete STEP so that it runs in the image, with the repository as FOLDER.
+# enter_container FOLDER: extend STEP to run in the image, with the repository mounted at FOLDER.
 enter_container() {
   local folder=$1 runtime=${CONTAINER_RUNTIME:-pyxis} variable
   [[ -n "${USER_FSW:-}" ]] || fail "USER_FSW (not set)" \
     "a container sees the scratch folder that it names, and nothing else" "USER_FSW=/scratch/..."
   for variable in SCRIPT_DIR USER_FSW; do
-    # Both runtimes separate mounts with comma and colon.
+    # Both runtimes separate mounts by comma and colon.
     [[ "${!variable}" != *[,:]* && "${!variable}" == /* ]] || fail "$variable=${!variable}" \
       "a folder that a container mounts is named from / on, without comma or colon" "rename it"
   done
-  # Megatron-LM's places in the container, and the same paths as outside.
+  # Megatron-LM's paths in the container, and the paths of the host.
   local mounts="$SCRIPT_DIR:$folder,$USER_FSW:/workspace/scratch"
   mounts+=",$SCRIPT_DIR:$SCRIPT_DIR,$USER_FSW:$USER_FSW${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
   for variable in MLM_WORK_DIR MLM_MODEL_SAVE EXPORT_DIR; do
@@ -24,7 +24,7 @@ enter_container() {
   case "$runtime" in
     pyxis)
       [[ "$mounts" != *[[:space:]]* ]] || fail "container mounts $mounts" \
-        "pyxis takes white space for the end of a folder's name" "rename the folder"
+        "pyxis ends a folder's name at white space" "rename the folder"
       STEP+=("--container-image=$CONTAINER_IMAGE" "--container-mounts=$mounts"
         "--container-workdir=$folder" --no-container-entrypoint)
       ;;
@@ -39,25 +39,12 @@ enter_container() {
       ;;
     *) fail "CONTAINER_RUNTIME=$runtime" "unknown" "pyxis, apptainer or singularity" ;;
   esac
-  # Inside is no scontrol to ask for the address of a node whose name does not resolve.
-  if in_batch_script; then export MASTER_ADDR=${MASTER_ADDR:-$(first_address)}; fi
-  # The machine's own interpreter and packages mean nothing inside.
+  # The host's interpreter and packages do not exist inside.
   for variable in VIRTUAL_ENV CONDA_PREFIX MLM_VENV PYTHONHOME PYTHONPATH; do unset "$variable"; done
   export PYTHON=${CONTAINER_PYTHON:-python3} PYTHONNOUSERSITE=1
 }
 
-# first_address: the name of the job's first node if it resolves, else the address SLURM has for it.
-first_address() {
-  local name
-  name=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-  if getent hosts "$name" >/dev/null; then
-    echo "$name"
-  else
-    scontrol --oneliner show node "$name" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p'
-  fi
-}
-
-# is_mounted PATH MOUNTS: whether the container has PATH, or PATH is no absolute one.
+# is_mounted PATH MOUNTS: whether the container sees PATH; true for a relative path.
 is_mounted() {
   local entry inside entries
   [[ "$1" == /* ]] || return 0

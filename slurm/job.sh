@@ -1,32 +1,32 @@
 # shellcheck shell=bash
-# What sbatch.sh and pipeline.sh share: the job's step, its checks, its end. Sourcing this file
-# defines functions and does nothing else; conf/arguments.sh must be sourced first, and SCRIPT_DIR
-# be the repository's folder. Variables are explained in slurm/README.md.
+# Shared by sbatch.sh and pipeline.sh: the job step, its checks, how it ends. Sourcing this file
+# only defines functions; source conf/arguments.sh first, and set SCRIPT_DIR to the repository's
+# folder. Variables are explained in slurm/README.md.
 
 # shellcheck source=slurm/container.sh
 source "$SCRIPT_DIR/slurm/container.sh"
 
-# Exit code with which a training stage says that it saved in the middle, after SIGUSR1 or SIGTERM.
+# Exit code of a training stage that saved before its end, after SIGUSR1 or SIGTERM.
 REQUEUE_CODE=75
-# What srun leaves with if SIGTERM came before the stage could note it.
+# Exit code of srun if SIGTERM came before the stage had its handler.
 ENDED_EARLY=143
-# Exit code of the ranks that see another one gone.
+# Exit code of the remaining ranks after one was lost.
 LOST_RANK_CODE=69
-# Times in a row that a job may end with nothing saved: one whose time limit is shorter than its
-# start would otherwise be queued for ever.
+# Starts in a row that may end with nothing saved: a job whose time limit is shorter than its
+# start-up would otherwise be requeued forever.
 IDLE_STARTS=3
-# Stages that go on from what they saved.
+# Stages that resume from what they saved.
 RESUMABLE=(eagle3.sh distill.sh)
-# Stages that share their work among copies of the model.
-SHARING=(quantize.sh mmlu.sh eagle3.sh distill.sh extract_features.sh generate.sh validate.sh)
+# Stages that split their work over replicas of the model.
+REPLICATED=(quantize.sh mmlu.sh eagle3.sh distill.sh extract_features.sh generate.sh validate.sh)
 
 # in_batch_script: whether this shell is a job's batch script (an salloc's shell is not).
 in_batch_script() {
   [[ -n "${SLURM_JOB_ID:-}" && -z "${SLURM_STEP_ID:-}" && "${SLURM_TASK_PID:-}" == "$$" ]]
 }
 
-# take_words WORDS...: OPTIONS, what comes before the first <stage>.sh, and STAGE_LINE, the rest. A
-# single word with spaces is the whole line, as in Megatron-LM's sbatch.sh.
+# take_words WORDS...: set OPTIONS to what precedes the first <stage>.sh, and STAGE_LINE to the
+# rest. A single word with spaces is the whole line, as in Megatron-LM's sbatch.sh.
 take_words() {
   OPTIONS=() STAGE_LINE=()
   while (($# > 0)) && [[ ! "$1" =~ ^[a-z0-9_]+\.sh($|[[:space:]]) ]]; do
@@ -66,7 +66,7 @@ requested() {
   echo "${value##*:}"
 }
 
-# submit_job WORDS...: check what can be checked here, then hand the job to sbatch.
+# submit_job WORDS...: check what can be checked here, then submit the job.
 submit_job() {
   take_words "$@"
   local gpus processes work
@@ -75,22 +75,24 @@ submit_job() {
     "--nodes=2"
   gpus=$(requested '--gpus-per-node|--gres')
   export NNODES GPUS_PER_NODE=${gpus:-0}
-  choose_copies
+  choose_replicas
   processes=$(MLM_LAUNCH=count bash "$SCRIPT_DIR/${STAGE_LINE[0]}" "${STAGE_LINE[@]:1}")
   if ((GPUS_PER_NODE * NNODES > processes)); then
     echo "note: ${STAGE_LINE[0]%.sh} uses $processes of $((GPUS_PER_NODE * NNODES)) GPUs" >&2
   fi
-  choose_style
+  choose_launch_style
   local line=(sbatch "${OPTIONS[@]}" "$SCRIPT_DIR/slurm/sbatch.sh" "${STAGE_LINE[@]}")
   if [[ " ${STAGE_LINE[*]} ${MLM_EXTRA_ARGS:-} " == *" --dry-run "* ]]; then
     work=$(read_set_up && work_folder)
     MLM_WORK_DIR=$work bash "$SCRIPT_DIR/${STAGE_LINE[0]}" "${STAGE_LINE[@]:1}"
     (
       read_set_up
+      choose_python
+      local python=$PYTHON # make_step sets PYTHON to the container's
       make_step "$processes"
-      show "job step" "${STEP[@]}"
+      show "$python" "job step" "${STEP[@]}"
+      show "$python" "submission" "${line[@]}"
     )
-    show "submission" "${line[@]}"
     return
   fi
   check_here
@@ -100,18 +102,20 @@ submit_job() {
   exec "${line[@]}"
 }
 
-# show NAME WORDS...: a line of --dry-run's table, without what --dry-run itself adds.
+# show PYTHON NAME WORDS...: a row of --dry-run's table: a command line without --dry-run and
+# without secrets.
 show() {
-  local name=$1 word text=''
-  shift
+  local python=$1 name=$2 word words=()
+  shift 2
   for word in "$@"; do
-    [[ "$word" == --dry-run ]] || text+=" $(printf '%q' "$word")"
+    [[ "$word" == --dry-run ]] || words+=("$word")
   done
-  printf '%-13s%s\n' "$name" "$text"
+  printf '%-13s %s\n' "$name" \
+    "$(cd "$SCRIPT_DIR" && "$python" -m post_training.manifest quote "${words[@]}")"
 }
 
-# check_here: the stage's own checks, where this machine has what they need. A login node whose
-# jobs run in a container often has not.
+# check_here: run the stage's own checks if this machine has what they need. A login node whose jobs
+# run in a container often does not.
 check_here() {
   if [[ -n "${CONTAINER_IMAGE:-}" ]]; then
     (STEP=() && enter_container /workspace/nmm-sandbox)
@@ -123,16 +127,16 @@ check_here() {
   MLM_WORK_DIR=$work MLM_LAUNCH=check bash "$SCRIPT_DIR/${STAGE_LINE[0]}" "${STAGE_LINE[@]:1}"
 }
 
-# work_folder: nodes share a folder, and a machine's temporary folder is no such one.
+# work_folder: the default is a folder that all nodes share, so not the machine's temporary folder.
 work_folder() {
   echo "${MLM_WORK_DIR:-${USER_FSW:-${SLURM_SUBMIT_DIR:-$PWD}}/megatron_workspace}"
 }
 
-# make_step PROCESSES: STEP, the srun line that runs the stage.
+# make_step PROCESSES: set STEP to the srun line that runs the stage.
 make_step() {
   local processes=$1 tasks=$NNODES
   local together=(--kill-on-bad-exit=1)
-  # Ranks that have saved leave one by one, and none may be killed on its way out.
+  # Ranks that have saved exit one by one, and none may be killed while it does.
   if requeues; then together=(--kill-on-bad-exit=0 --wait=45); fi
   # One task per GPU where LAUNCH_SCRIPT starts one process; one torchrun per node otherwise.
   [[ -z "${LAUNCH_SCRIPT:-}" ]] || tasks=$processes
@@ -146,31 +150,33 @@ make_step() {
   STEP+=(bash "$folder/${STAGE_LINE[0]}" "${STAGE_LINE[@]:1}")
 }
 
-# run_job WORDS...: the batch script: check the layout, run the step, report its end.
+# run_job WORDS...: the batch script: check the layout, run the step, report how it ended.
 run_job() {
   local processes code=0
   take_words "$@"
   SAVE_ASKED='' STEP_PID=''
   trap near_the_limit USR1
-  # SLURM kills what is left after KillWait: time enough to see how the step ended.
+  # SLURM sends SIGKILL after KillWait, which is long enough to see how the step ended.
   trap 'report "ended by SIGTERM: cancelled, preempted or out of time"' TERM
   report "started on $SLURM_JOB_NODELIST"
   read_set_up
   unset SANDBOX_ENV_SETUP MLM_ENV_SETUP # their variables are exported now
-  # After a node's failure, too, SLURM starts only such a job again.
+  # SLURM then also requeues the job after a node failure.
   if requeues; then scontrol update "JobId=$SLURM_JOB_ID" Requeue=1; fi
-  choose_style
+  choose_launch_style
   export NNODES=$SLURM_JOB_NUM_NODES GPUS_PER_NODE=${SLURM_GPUS_ON_NODE:-0}
-  choose_copies
+  choose_replicas
   MLM_WORK_DIR=$(work_folder)
-  export MLM_WORK_DIR
+  MASTER_ADDR=${MASTER_ADDR:-$(first_address)}
+  export MLM_WORK_DIR MASTER_ADDR
+  prepare_state
   processes=$(MLM_LAUNCH=count bash "$SCRIPT_DIR/${STAGE_LINE[0]}" "${STAGE_LINE[@]:1}") ||
     finish $?
   make_step "$processes"
   [[ -z "$SAVE_ASKED" ]] || finish "$REQUEUE_CODE"
   "${STEP[@]}" &
   STEP_PID=$!
-  # A trapped signal interrupts wait: go on until the step itself has ended.
+  # A trapped signal interrupts wait: repeat it until the step itself has ended.
   while :; do
     code=0
     wait "$STEP_PID" || code=$?
@@ -179,70 +185,86 @@ run_job() {
   finish "$code"
 }
 
-# requeues: whether the job is to be queued again when its stage has saved in the middle.
+# first_address: the name of the job's first node if it resolves, else the address SLURM has for it.
+# The batch script asks: a container has no scontrol.
+first_address() {
+  local name
+  type -P scontrol >/dev/null || fail "scontrol (not found)" \
+    "the batch script asks it for the name of the first of $SLURM_JOB_NODELIST" \
+    "put SLURM's programs on the PATH, or set MASTER_ADDR to that node's name or address"
+  name=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  if getent hosts "$name" >/dev/null; then
+    echo "$name"
+  else
+    scontrol --oneliner show node "$name" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p'
+  fi
+}
+
+# requeues: whether the job is requeued when its stage saved before its end.
 requeues() {
   [[ -n "${MLM_REQUEUE:-}" ]] && resumable
 }
 
-# choose_style: torchrun gives its processes 30 s to save, and does not pass their exit code on. What
-# is to be queued again runs as one task per GPU: srun sends it signals and gets its code.
-choose_style() {
+# choose_launch_style: torchrun gives its processes 30 s to save and drops their exit code. A job to
+# be requeued runs as one task per GPU: srun forwards signals and returns the exit code.
+choose_launch_style() {
   if requeues; then export LAUNCH_SCRIPT=${LAUNCH_SCRIPT:-python}; fi
 }
 
-# choose_copies: a job's nodes are its own, so what can use all their GPUs does.
-choose_copies() {
-  if [[ " ${SHARING[*]} " == *" ${STAGE_LINE[0]} "* ]]; then export DP=${DP:-all}; fi
+# choose_replicas: the job has its nodes to itself, so stages that can use all GPUs do.
+choose_replicas() {
+  if [[ " ${REPLICATED[*]} " == *" ${STAGE_LINE[0]} "* ]]; then export DP=${DP:-all}; fi
 }
 
 resumable() {
   [[ " ${RESUMABLE[*]} " == *" ${STAGE_LINE[0]} "* ]]
 }
 
-# near_the_limit: SLURM says that the time is nearly over (--signal=B:USR1@seconds).
+# near_the_limit: SLURM signals that the time limit is near (--signal=B:USR1@seconds).
 near_the_limit() {
   if resumable; then
     SAVE_ASKED=1
     report "the time limit is near: the stage is asked to save"
     if [[ -n "$STEP_PID" ]]; then keep_asking & fi
   else
-    report "the time limit is near; ${STAGE_LINE[0]} cannot go on later and starts anew next time" \
+    report "the time limit is near; ${STAGE_LINE[0]} cannot resume and starts over next time" \
       "(quantize's --auto-quantize-checkpoint and prune's --prune-intermediate-ckpt keep scores)"
   fi
 }
 
-# keep_asking: srun passes the signal on to every task. One that has only just started ignores it,
-# so it is sent until the step has ended.
+# keep_asking: srun forwards the signal to every task. A task that has just started ignores it, so
+# it is sent until the step has ended.
 keep_asking() {
   while kill -USR1 "$STEP_PID" 2>/dev/null; do sleep 5; done
 }
 
-# finish CODE: report how the step ended, queue again what goes on later, and leave.
+# finish CODE: report how the step ended, requeue a job that can resume, and exit.
 finish() {
   local code=$1 why
   if ((code == 0)); then
     report "finished after $SECONDS s"
+    rm -f "$MLM_STATE_FILE"
     exit 0
   fi
   case "$code" in
     "$REQUEUE_CODE" | "$ENDED_EARLY" | "$LOST_RANK_CODE") if requeues; then queue_again "$code"; fi ;;
   esac
   if ((code == REQUEUE_CODE)) || { [[ -n "$SAVE_ASKED" ]] && (($(idle_starts) == 0)); }; then
-    why="It was asked to end: the same command goes on from what was saved."
+    why="It was asked to end: the same command resumes from what was saved."
   else
     why=$(reason)
   fi
   report "FAILED with exit code $code after $SECONDS s on $SLURM_JOB_NODELIST; jobs that wait for" \
     "it are cancelled. $why"
+  rm -f "$MLM_STATE_FILE"
   exit "$code"
 }
 
-# queue_again CODE: put the job back into the queue, and leave; returns where that is not to be.
+# queue_again CODE: requeue the job and exit; returns if it must not be requeued.
 queue_again() {
-  local idle state what=saved
-  # A job that somebody cancels saves too, and is not to come back.
-  state=$(scontrol --oneliner show job "$SLURM_JOB_ID" | sed 's/.*JobState=\([A-Z]*\).*/\1/')
-  [[ "$state" == RUNNING ]] || return 0
+  local idle what=saved
+  # A cancelled job saves too, but must not come back.
+  [[ "$(squeue --noheader --format=%T "--jobs=$SLURM_JOB_ID")" == RUNNING ]] || return 0
   idle=$(idle_starts)
   if ((idle >= IDLE_STARTS)); then
     report "ended $IDLE_STARTS times in a row before anything was saved: raise --time, or lower the" \
@@ -258,26 +280,28 @@ queue_again() {
   wait $!
 }
 
-# idle_starts: how often in a row the job ended before anything was saved, from its log.
+# prepare_state: export MLM_STATE_FILE, where the stage records in which start of the job it last
+# saved (post_training/distributed/placement.py). USER_FSW has the same path in a container as
+# outside.
+prepare_state() {
+  export MLM_STATE_FILE=${CONTAINER_IMAGE:+$USER_FSW/megatron_workspace}
+  MLM_STATE_FILE=${MLM_STATE_FILE:-$MLM_WORK_DIR}/jobs/$SLURM_JOB_ID.state
+  mkdir -p "${MLM_STATE_FILE%/*}"
+  # A job number may come again after SLURM was installed anew.
+  [[ -n "${SLURM_RESTART_COUNT:-}" ]] || rm -f "$MLM_STATE_FILE"
+}
+
+# idle_starts: how many starts of the job in a row, this one included, saved nothing.
 idle_starts() {
-  local log
-  log=$(log_file)
-  [[ -r "$log" ]] || log=/dev/null
-  awk '/stage is asked to save|asked to end before its training|: Terminated$| is lost$/ { ended = 1 }
-    /: started on / { count += ended; ended = 0 }
-    /interrupted, and saved|saved iteration/ { count = ended = 0 }
-    END { print count + ended }' "$log"
+  local saved=-1
+  [[ ! -f "$MLM_STATE_FILE" ]] || saved=$(sed -n 's/^restart=//p' "$MLM_STATE_FILE")
+  echo $((${SLURM_RESTART_COUNT:-0} - saved))
 }
 
-# log_file: where the job's output goes.
-log_file() {
-  scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p'
-}
-
-# reason: the first error in the job's log, else its last lines.
+# reason: the first error in the job's log, else its last lines, for a person to read.
 reason() {
   local log
-  log=$(log_file)
+  log=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *StdOut=//p')
   [[ -r "$log" ]] || return 0
   echo "From $log:"
   # A stage's own message, else the last line of a traceback.
@@ -287,7 +311,7 @@ reason() {
   fi | sed 's/^/    /'
 }
 
-# report WORDS...: a line in the job's log, and in the pipeline's where there is one.
+# report WORDS...: write a line to the job's log, and to the pipeline's if there is one.
 report() {
   local line
   line="$(date '+%F %T') ${STAGE_LINE[0]%.sh} (job ${SLURM_JOB_ID:-}): $*"

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# A road of stages as SLURM jobs that wait for each other; a failed one cancels the rest.
+# Run a chain of stages as SLURM jobs that depend on each other; a failure cancels the rest.
 #
-#   bash slurm/pipeline.sh [sbatch options] <road> <conf> [format]
+#   bash slurm/pipeline.sh [sbatch options] <chain> <conf> [format]
 #   TP=8 bash slurm/pipeline.sh --nodes=1 quantize Qwen/Qwen3-8B NVFP4_DEFAULT_CFG
 #
 #   quantize   convert -> quantize -> mmlu -> export       (format: FP8_DEFAULT_CFG)
 #   prune      convert -> prune -> distill -> mmlu -> export
 #   eagle3     convert -> eagle3 -> validate -> export
 #
-# Each stage may have settings of its own, by its name in capitals, e.g. for quantize:
-#   QUANTIZE_ARGS    further flags, split as MLM_EXTRA_ARGS is
+# Settings of one stage are prefixed with its name in capitals, e.g. for quantize:
+#   QUANTIZE_ARGS    further flags, split like MLM_EXTRA_ARGS
 #   QUANTIZE_SBATCH  further sbatch options, e.g. --nodes=2
 #   QUANTIZE_TP ...  its TP, PP, CP, EP, ETP or DP
-# Outputs lie in MLM_WORK_DIR, by default megatron_workspace in USER_FSW or the current folder. A
-# stage whose output is whole and made by the same command from the same input is left out, training
-# that was interrupted goes on.
-# --dry-run among the options shows every stage's plan and submits nothing. See slurm/README.md.
+# Outputs are in MLM_WORK_DIR, by default megatron_workspace in USER_FSW or the current folder. A
+# stage whose output is complete, by the same command from the same input, is skipped; interrupted
+# training resumes. With --dry-run among the options every stage's plan is shown and nothing
+# submitted. See slurm/README.md.
 set -euo pipefail
 SCRIPT_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=conf/arguments.sh
@@ -28,23 +28,18 @@ usage() {
   exit "$1"
 }
 
-# choose_road ROAD: STAGES, in order.
-choose_road() {
+# choose_chain CHAIN: set STAGES, in order.
+choose_chain() {
   case "$1" in
     quantize) STAGES=(convert quantize mmlu export) ;;
     prune) STAGES=(convert prune distill mmlu export) ;;
     eagle3) STAGES=(convert eagle3 validate export) ;;
-    *) fail "road $1" "unknown" "quantize, prune or eagle3" ;;
+    *) fail "chain $1" "unknown" "quantize, prune or eagle3" ;;
   esac
-  local stage
-  for stage in "${STAGES[@]}"; do
-    [[ -f "$SCRIPT_DIR/$stage.sh" ]] || fail "road $1" "there is no $stage.sh here yet" \
-      "take another road"
-  done
 }
 
-# stage_of NAME: what that stage reads and writes: INPUT, OUTPUT, and STAGE_ENV, the variables that
-# tell its launcher. MODEL is the checkpoint or folder that the stages before it made.
+# stage_of NAME: set what that stage reads and writes: INPUT, OUTPUT, STAGE_WORDS, and STAGE_ENV,
+# the variables for its launcher. MODEL is what the stages before it made.
 stage_of() {
   local base=$MLM_WORK_DIR/$CONF name
   INPUT=$MODEL STAGE_WORDS=()
@@ -58,8 +53,8 @@ stage_of() {
     validate) OUTPUT=$MODEL.validate.json STAGE_WORDS=(--validate-output "$OUTPUT") ;;
     export)
       OUTPUT=${base}_export
-      if [[ "$ROAD" == eagle3 ]]; then
-        # What is exported is the draft; the target is a model that is there already.
+      if [[ "$CHAIN" == eagle3 ]]; then
+        # The draft is exported; its target exists already.
         OUTPUT=${base}_draft STAGE_WORDS=(--export-extra-modules)
       fi
       OUTPUT=${EXPORT_DIR:-$OUTPUT}
@@ -70,7 +65,7 @@ stage_of() {
   [[ "$MODEL" == "$HF_MODEL_CKPT" ]] || STAGE_ENV+=("MLM_MODEL_CKPT=$MODEL")
   local own=${1^^}_ARGS
   to_array STAGE_WORDS "$own"
-  # A rerun makes an output that is no longer valid again; training goes on where it was.
+  # A rerun replaces an output that is no longer valid; training resumes instead.
   case "$1" in convert | quantize | prune | export) STAGE_WORDS+=(--overwrite) ;; esac
   for name in TP PP CP EP ETP DP; do
     own=${1^^}_$name
@@ -78,7 +73,7 @@ stage_of() {
   done
 }
 
-# is_valid STAGE: whether its output can stay as it is.
+# is_valid STAGE: whether its output can be kept.
 is_valid() {
   local words=()
   mapfile -d '' -t words < <(
@@ -87,18 +82,18 @@ is_valid() {
   "$PYTHON" -m post_training.manifest valid "$OUTPUT" "$INPUT" "${words[@]}"
 }
 
-# require_same_start STAGE: fail if a stage before it makes anew what the training run in OUTPUT began
-# with. Training costs too much to be dropped, or to go on from another model, without a word.
+# require_same_start STAGE: fail if an earlier stage will remake the model that the training run in
+# OUTPUT started from. Training is too expensive to drop silently, or to resume from another model.
 require_same_start() {
   case "$1" in distill | eagle3) ;; *) return 0 ;; esac
   [[ " ${STAGE_WORDS[*]} " != *" --overwrite "* ]] || return 0
   grep -qs '^[0-9]' "$OUTPUT/latest_checkpointed_iteration.txt" || return 0
   fail "$1: output $OUTPUT" \
-    "it holds a training run, and $INPUT, which that run began with, is going to be made anew" \
-    "train anew with ${1^^}_ARGS=--overwrite (added to its flags), or set another MLM_WORK_DIR"
+    "it holds a training run, and $INPUT, which that run started from, will be made again" \
+    "train again with ${1^^}_ARGS=--overwrite (added to its flags), or set another MLM_WORK_DIR"
 }
 
-# submit STAGE: hand it to sbatch after the job before it; sets JOB.
+# submit STAGE: submit it to run after the previous job; sets JOB.
 submit() {
   local line=(sbatch --parsable "${OPTIONS[@]}" "--job-name=$1" "--output=$FOLDER/$1-%j.log")
   [[ -z "$JOB" ]] || line+=("--dependency=afterok:$JOB" --kill-on-invalid-dep=yes)
@@ -118,24 +113,24 @@ main() {
       -h | --help) usage 0 ;;
       --dry-run) dry_run=1 ;;
       *=* | -[A-Za-z]?*) OPTIONS+=("$1") ;;
-      *) fail "sbatch option $1" "its value cannot be told from the road" "write $1=VALUE" ;;
+      *) fail "sbatch option $1" "its value cannot be told from the chain" "write $1=VALUE" ;;
     esac
     shift
   done
   (($# >= 2)) || usage 2
-  ROAD=$1
-  choose_road "$ROAD"
+  CHAIN=$1
+  choose_chain "$CHAIN"
   CONF=${2%.sh}
   FORMAT=("${@:3}")
   read_set_up
-  unset SANDBOX_ENV_SETUP # its variables are exported now, and each job gets its own MLM_MODEL_CKPT
+  unset SANDBOX_ENV_SETUP # its variables are exported now; each job gets its own MLM_MODEL_CKPT
   choose_python
   export MLM_WORK_DIR=${MLM_WORK_DIR:-${USER_FSW:-$PWD}/megatron_workspace} PYTHON
   HF_MODEL_CKPT=${HF_MODEL_CKPT:-$CONF}
   export HF_MODEL_CKPT
   cd "$SCRIPT_DIR"
 
-  # Everything that can be wrong is found before the first job is submitted.
+  # Find every mistake before the first job is submitted.
   MODEL=${MLM_MODEL_CKPT:-$HF_MODEL_CKPT}
   unset MLM_MODEL_CKPT MLM_MODEL_SAVE
   local first=$MODEL plan
@@ -153,12 +148,12 @@ main() {
   MODEL=$first
   for stage in "${STAGES[@]}"; do
     stage_of "$stage"
-    # Once a stage is to run, what comes after it is made from something new.
+    # After a stage that runs, all later stages have a new input.
     if ((${#runs[@]} > 0)); then
       require_same_start "$stage"
       runs[$stage]=1
     elif ! is_valid "$stage"; then
-      # Its input is there already: all of its checks can be made.
+      # Its input exists: all of its checks can run.
       STAGE_LINE=("$stage.sh" "$CONF" "${STAGE_WORDS[@]}")
       (export "${STAGE_ENV[@]}" && check_here)
       runs[$stage]=1
@@ -172,7 +167,7 @@ main() {
   for stage in "${STAGES[@]}"; do
     stage_of "$stage"
     if [[ -z "${runs[$stage]:-}" ]]; then
-      echo "$stage: $OUTPUT is still valid and is left as it is" | tee -a "$FOLDER/pipeline.log"
+      echo "$stage: $OUTPUT is still valid and is kept" | tee -a "$FOLDER/pipeline.log"
     else
       submit "$stage"
       echo "$stage: job $JOB${JOBS[1]:+ after ${JOBS[-2]:-}}, makes $OUTPUT" |
@@ -187,7 +182,7 @@ main() {
   fi
 }
 
-# next_model STAGE: scores are about a model; what the other stages make is the next one's input.
+# next_model STAGE: set MODEL. Scores are about a model; other outputs are the next stage's input.
 next_model() {
   case "$1" in mmlu | validate) ;; *) MODEL=$OUTPUT ;; esac
 }

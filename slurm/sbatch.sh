@@ -7,23 +7,23 @@
 #   TP=16 bash slurm/sbatch.sh --nodes=2 quantize.sh Qwen/Qwen3-8B FP8_DEFAULT_CFG
 #   sbatch --nodes=2 slurm/sbatch.sh "quantize.sh Qwen/Qwen3-8B FP8_DEFAULT_CFG"
 #
-# With --dry-run among the stage's words the first form shows model, layout and lines, and submits
-# nothing. Variables, container and requeueing: slurm/README.md.
+# With --dry-run among the stage's words the first form shows model, layout and command lines, and
+# submits nothing. Variables, containers and requeueing: slurm/README.md.
 #SBATCH --job-name=post-training
 #SBATCH --output=%x-%j.log
 #SBATCH --open-mode=append
-#SBATCH --no-requeue               # with MLM_REQUEUE=1 the job itself changes that
+#SBATCH --no-requeue               # with MLM_REQUEUE=1 the job changes that
 #SBATCH --nodes=1
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --gpus-per-node=8           # EDIT: GPUs of a node; delete the line where nodes have none
 #SBATCH --time=04:00:00             # EDIT: the partition's limit, or less
-#SBATCH --signal=B:USR1@300         # EDIT: seconds that saving takes, with a margin
-##SBATCH --account=ACCOUNT          # EDIT: remove one # where the site wants it
-##SBATCH --partition=PARTITION      # EDIT: remove one # where the site wants it
+#SBATCH --signal=B:USR1@300         # EDIT: seconds that saving takes, plus a margin
+##SBATCH --account=ACCOUNT          # EDIT: remove one # if the site needs it
+##SBATCH --partition=PARTITION      # EDIT: remove one # if the site needs it
 set -euo pipefail
 
-# The job runs a copy of this file: the folder is found as it was at submission.
+# A job runs SLURM's copy of this file, so the repository's folder is looked up.
 find_root() {
   local candidate command=
   [[ -z "${SLURM_JOB_ID:-}" ]] || command=$(scontrol show job "$SLURM_JOB_ID" |

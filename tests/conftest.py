@@ -9,11 +9,29 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+import speed
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure() -> None:
+    speed.share()  # before pytest-xdist starts workers
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Scale pytest-timeout's limit to the speed of this machine, before that plugin reads it."""
+    marker = item.get_closest_marker("timeout")
+    named = dict(marker.kwargs) if marker else {}
+    given = named.pop("timeout", None) or (marker.args[0] if marker and marker.args else None)
+    limit = float(given or item.config.getoption("timeout") or item.config.getini("timeout") or 0)
+    if limit > 0:
+        item.add_marker(pytest.mark.timeout(speed.scaled(limit), **named), append=False)
+    return (yield)
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole test suite: sets the environment up, then runs pytest.
+# Set up the environment, then run the whole test suite, or the tests named.
 #
 #   bash tests/run.sh [pytest arguments]
 #   bash tests/run.sh tests/test_arguments.py -k conf
@@ -11,6 +11,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source conf/environment.sh
 setup_development_environment
 
-# The tests start processes of their own, several at a time: one thread each.
+# Tests start several processes at a time: one thread each.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
 exec "$PYTHON" -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile "$@"

@@ -1,4 +1,4 @@
-"""Checks of the folders that models come from: Hugging Face's and Megatron checkpoints. No torch.
+"""Checks of model folders: Hugging Face models and Megatron checkpoints. No torch.
 
 Each raises a UsageError that names the option with its value, the cause and the remedy.
 """

@@ -1,22 +1,22 @@
 """Hugging Face folders as a source: resolve, describe, and stream the weights into a model.
 
-ModelOpt's importer knows how each architecture's tensors map to megatron-core's; it is extended
-here so that the names it reads are recorded, the source's index is parsed once, and a source with
-tensors that nobody read is an error instead of a model that is silently wrong.
+ModelOpt's importer maps each architecture's tensors to megatron-core's. It is extended here: the
+source's index is parsed once, the names that are read are recorded, and a source with tensors that
+were not read is an error instead of a silently wrong model.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training.common import safetensors_index
+from post_training.common import files, safetensors_index
 from post_training.common.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Everything of a model folder that is not weights and that its users need.
+# Files of a model folder, other than weights, that are needed to use the model.
 SMALL_FILES = (
     "config.json",
     "generation_config.json",
@@ -47,7 +47,7 @@ _WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 
 
 def resolve(name_or_path: str, *, weights: bool, trust_remote_code: bool = False) -> Path:
-    """The local folder of a model; a hub name is downloaded first (rank 0 alone, others wait).
+    """The local folder of a model; rank 0 downloads a hub name, the others wait.
 
     Args:
         name_or_path: a folder, or a hub name such as ``Qwen/Qwen3-0.6B``.
@@ -82,7 +82,7 @@ def resolve(name_or_path: str, *, weights: bool, trust_remote_code: bool = False
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UsageError(
             f"model {name_or_path}",
-            f"it is no local folder, and the hub did not give it: {_first_line(error)}",
+            f"it is no local folder, and the hub did not provide it: {_first_line(error)}",
             "name a local folder in HF_MODEL_CKPT; for a gated model set HF_TOKEN",
         ) from error
     return path
@@ -90,7 +90,7 @@ def resolve(name_or_path: str, *, weights: bool, trust_remote_code: bool = False
 
 def read_config(folder: Path) -> dict[str, Any]:
     """``config.json`` of a model folder."""
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return files.read_json_object(folder / "config.json")
 
 
 def copy_small_files(source: Path, target: Path, *, python_files: bool = False) -> None:
@@ -104,6 +104,27 @@ def copy_small_files(source: Path, target: Path, *, python_files: bool = False) 
     if python_files:
         for path in source.glob("*.py"):
             shutil.copyfile(path, target / path.name)
+
+
+@dataclass(frozen=True)
+class SmallFiles:
+    """What travels with a checkpoint so that it can be exported again: no weights.
+
+    Attributes:
+        folder: of the Hugging Face model.
+        python_files: whether the model's own code travels too.
+        config: takes the place of its ``config.json``: a pruned model's.
+    """
+
+    folder: Path
+    python_files: bool = False
+    config: Mapping[str, Any] | None = None
+
+    def copy_to(self, target: Path) -> None:
+        """Write the files into ``target``, which exists."""
+        copy_small_files(self.folder, target, python_files=self.python_files)
+        if self.config is not None:
+            files.write_json(target / "config.json", dict(self.config))
 
 
 def load_tokenizer(location: Path | str, *, trust_remote_code: bool = False) -> Any:
@@ -135,12 +156,12 @@ def load_weights(
 ) -> int:
     """Stream the weights of ``folder`` into this rank's part of ``model``; a collective call.
 
-    Host memory beyond the model itself: the tensors of one linear layer, since each is read (only
-    this rank's slice of it), copied and dropped before the next.
+    Host memory beyond the model itself: the tensors of one linear layer. Each is read (this rank's
+    slice), copied and freed before the next.
 
     Args:
         dtype: of the model's parameters; the source is cast.
-        tied_embeddings: the source may still carry ``lm_head.weight``, which then is not read.
+        tied_embeddings: a ``lm_head.weight`` in the source is not read.
         show_progress: draw a progress bar on this rank.
 
     Returns:
@@ -183,7 +204,7 @@ def _importer_class() -> type:
     from modelopt.torch.export.plugins.megatron_importer import GPTModelImporter
 
     class RecordingImporter(GPTModelImporter):
-        """Remembers which source tensors were read and from which shard each comes."""
+        """Records the tensors that were read, and parses the source's index once."""
 
         @cached_property
         def _index(self) -> dict[str, safetensors_index.Entry]:
@@ -210,7 +231,7 @@ def _importer_class() -> type:
 
 
 def _collect_failures(work: Any, folder: Path) -> None:
-    """Run ``work`` and fail on all ranks together with the first rank's reason."""
+    """Run ``work``; if a rank fails, all fail together with the reason of the lowest rank."""
     import torch
 
     failure = None
@@ -228,19 +249,6 @@ def _collect_failures(work: Any, folder: Path) -> None:
             f"its tensors do not fit the Megatron model: {reason}",
             "the conf does not describe this model: compare it with config.json",
         )
-
-
-def tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """All tensors of a folder, one shard open at a time."""
-    from safetensors import safe_open
-
-    by_file: dict[Path, list[str]] = {}
-    for name, entry in safetensors_index.read(folder).items():
-        by_file.setdefault(entry.path, []).append(name)
-    for path, names in by_file.items():
-        with safe_open(path, framework="pt") as shard:
-            for name in names:
-                yield name, shard.get_tensor(name)
 
 
 def _first_line(error: BaseException) -> str:

@@ -61,7 +61,7 @@ def report_of_run(
         "stage": options.stage,
         "command": manifest.command(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "configuration": dict(options.given),
+        "configuration": manifest.without_secrets_in(dict(options.given)),
         "inputs": [dict(each) for each in inputs],
         **found,
         "peak_memory_bytes": session.peak_memory(),

@@ -7,25 +7,25 @@ Layout of a checkpoint folder::
     release/  or  iter_0000100/           torch_dist files, modelopt_state/
     huggingface/                          config.json, tokenizer, generation config of the source
 
-The folder is written under another name and renamed, so a killed save costs nothing. Keys are those
-of the Transformer Engine layer spec, as Megatron-LM writes them. Loading at other tensor- and
-pipeline-parallel sizes than saving works.
+The folder is written under another name and renamed, so a killed save leaves the previous
+checkpoint intact. Keys are those of the Transformer Engine layer spec, as Megatron-LM writes them.
+A checkpoint can be loaded at other tensor- and pipeline-parallel sizes than it was saved at.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
-import os
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training.common import files
+from post_training.checkpoints.huggingface import SmallFiles
+from post_training.checkpoints.megatron_arguments import (
+    megatron_lm_arguments as megatron_lm_arguments,  # training/checkpoint.py takes it from here
+)
+from post_training.common import files, threads
 from post_training.common.errors import UsageError
 from post_training.common.manifest import Manifest
-from post_training.models.architecture import Architecture
 
 if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
@@ -40,7 +40,7 @@ CHECKPOINT_VERSION = 3.0
 # Bytes of a rank's weights for each file that it writes, and the most files.
 _FILE_BYTES = 1 << 30
 _MOST_FILES = 8
-# Names under which an iteration of training keeps its own state (training_checkpoint.py).
+# Names under which an iteration of training keeps its own state (training/checkpoint.py).
 TRAINING_KEYS = ("optimizer.", "rng_state", "_loss_modules.")
 # Tells loaders how sharded tensors were cut; Megatron-LM reads it back from the checkpoint.
 CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
@@ -79,7 +79,7 @@ def save(
     folder: Path,
     manifest: Manifest,
     *,
-    huggingface: Path | None = None,
+    small_files: SmallFiles | None = None,
     write_huggingface: Callable[[Path], None] | None = None,
 ) -> dict[str, Any] | None:
     """Save ``model`` and its ModelOpt state to ``folder``, atomically; a collective call.
@@ -88,7 +88,7 @@ def save(
         model: this rank's part.
         folder: final name; a previous checkpoint there is replaced only when this one is whole.
         manifest: completed and written as ``run.json``.
-        huggingface: folder whose small files (config, tokenizer) travel with the checkpoint.
+        small_files: configuration and tokenizer that travel with the checkpoint.
         write_huggingface: or a function that writes them into the folder it is given.
 
     Returns:
@@ -121,11 +121,11 @@ def save(
     torch.distributed.barrier()
     content = None
     if is_main:
+        if small_files is not None:
+            write_huggingface = small_files.copy_to
         if write_huggingface is not None:
             (work / HUGGINGFACE).mkdir()
             write_huggingface(work / HUGGINGFACE)
-        elif huggingface is not None:
-            shutil.copytree(huggingface, work / HUGGINGFACE)
         files.write_text(work / TRACKER, RELEASE)
         content = manifest.write(work)
         files.publish(folder)
@@ -134,12 +134,12 @@ def save(
 
 
 def save_strategy(model: MegatronModule) -> Any:
-    """Several files for a large model: they are written, and later hashed, by a thread each."""
+    """Several files for a large model, each written, and later hashed, by a thread of its own."""
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
     return TorchDistSaveShardedStrategy(
-        thread_count=max(1, min(_MOST_FILES, size // _FILE_BYTES, os.cpu_count() or 1))
+        thread_count=max(1, min(_MOST_FILES, size // _FILE_BYTES, threads.cores()))
     )
 
 
@@ -184,7 +184,7 @@ def load(model: MegatronModule, folder: Path, *, only: str = "") -> None:
             "use the conf of the model that was saved",
         ) from error
     missing, unexpected = (
-        # What a training run keeps beside the weights is not the model's.
+        # The state that training keeps beside the weights is not the model's.
         {n for n in names if n.startswith(only and f"{only}.") and not n.startswith(TRAINING_KEYS)}
         for names in (missing, unexpected)
     )
@@ -201,9 +201,9 @@ def load(model: MegatronModule, folder: Path, *, only: str = "") -> None:
 
 
 def has_modelopt_state(model: MegatronModule) -> bool:
-    """Whether ModelOpt changed the model in a way that whoever loads it must repeat.
+    """Whether ModelOpt changed the model in a way that a loader must repeat.
 
-    Quantizers and drafts are such changes; holding a teacher during distillation is not.
+    Quantizers and drafts are such changes; the teacher held during distillation is not.
     """
     import modelopt.torch.opt as mto
 
@@ -226,8 +226,8 @@ def holds(folder: Path, name: str) -> bool:
 def _part_of(model: MegatronModule, name: str, weights: Path) -> dict[str, Any]:
     """Sharded tensors of one module; none on a pipeline stage without it.
 
-    ModelOpt (opt/plugins/megatron.py) saves the MLPs of a quantized model, and of whatever comes
-    after them, in two tensors each: what the checkpoint did decides.
+    ModelOpt (opt/plugins/megatron.py) saves the MLPs of a quantized model, and of modules after
+    them, in two tensors each: cut them as the checkpoint has them.
     """
     module = getattr(model, name, None)
     if module is None:
@@ -262,7 +262,7 @@ def uses_transformer_engine_keys(folder: Path) -> bool:
 
 
 def metadata(weights: Path | None = None) -> dict[str, Any]:
-    """What sharded states are cut by: a new checkpoint's, or those of one that was saved."""
+    """How sharded tensors are cut: in a new checkpoint, or in the one at ``weights``."""
     from megatron.core import dist_checkpointing, parallel_state
 
     content = dict(CONTENT)
@@ -272,38 +272,6 @@ def metadata(weights: Path | None = None) -> dict[str, Any]:
         **content,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-
-
-def megatron_lm_arguments(
-    architecture: dict[str, Any], model: MegatronModule
-) -> argparse.Namespace:
-    """What Megatron-LM's ``--use-checkpoint-args`` reads from a checkpoint, in its spellings."""
-    described = Architecture.from_json(architecture)
-    config = model.config
-    return argparse.Namespace(
-        **{
-            name: value
-            for name, value in described.transformer.items()
-            if isinstance(value, (int, float, str, bool, list, type(None)))
-        },
-        padded_vocab_size=described.vocab_size,
-        max_position_embeddings=described.max_position_embeddings,
-        seq_length=described.max_position_embeddings,
-        position_embedding_type=described.position_embedding_type,
-        rotary_base=described.rotary_base,
-        rotary_percent=described.rotary_percent,
-        use_rope_scaling=described.rope_scaling,
-        untie_embeddings_and_output_weights=not described.share_embeddings_and_output_weights,
-        swiglu=bool(config.gated_linear_unit),
-        group_query_attention=config.num_query_groups != config.num_attention_heads,
-        bf16=config.bf16,
-        fp16=config.fp16,
-        params_dtype=config.params_dtype,
-        tensor_model_parallel_size=config.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.pipeline_model_parallel_size,
-        consumed_train_samples=0,
-        ckpt_format="torch_dist",
-    )
 
 
 def _examples(names: set[str]) -> str:

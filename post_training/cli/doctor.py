@@ -15,7 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from post_training.common import versions
+from post_training.common import threads, versions
 from post_training.common.quiet import quiet
 
 _NO_APEX = r"(Transformer Engine and )?Apex (is|are) not installed"
@@ -89,7 +89,7 @@ def _devices() -> list[Finding]:
                     "install the torch build for this driver's CUDA; see nvidia-smi's first line",
                 )
             ]
-        return [Finding("GPU", f"none; stages run on the CPU ({os.cpu_count()} cores)")]
+        return [Finding("GPU", f"none; stages run on the CPU ({threads.cores()} cores)")]
     findings = [Finding("CUDA", f"{torch.version.cuda}, NCCL {_nccl()}")]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)

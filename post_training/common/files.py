@@ -1,14 +1,13 @@
 """Output folders that appear whole or not at all.
 
 Work is written into a sibling of the final folder, ``<name>.incomplete``, and renamed when it is
-finished. A process killed at any moment leaves the final name as it was: absent, or holding the
-previous complete output. Nothing here imports torch.
+finished. A process killed at any moment leaves a complete output or none: the previous one keeps
+its name, or gets it back from :func:`recover`, which stages call before they read. Nothing here
+imports torch.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import hashlib
 import json
 import os
@@ -18,20 +17,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from post_training.common import threads
 from post_training.common.errors import UsageError
 
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
 _HASH_BLOCK = 1 << 22
 
 
 def incomplete(target: Path) -> Path:
-    """Name under which the output ``target`` is written before it is finished."""
+    """Name under which the output ``target`` is written until it is complete."""
     return target.with_name(target.name + ".incomplete")
 
 
 def begin(target: Path) -> Path:
-    """Create an empty working folder for ``target``, discarding what a killed run left there."""
+    """Create an empty working folder for ``target``, discarding what a killed run left."""
     work = incomplete(target)
     if work.exists():
         shutil.rmtree(work)
@@ -42,26 +40,23 @@ def begin(target: Path) -> Path:
 def publish(target: Path) -> None:
     """Give the finished working folder its final name; a previous ``target`` is replaced whole.
 
-    On Linux the two folders are exchanged in one step (``renameat2``), so that ``target`` is never
-    missing. File systems without it (some network file systems) get two renames; in between, the
-    previous output lies at ``<name>.previous``, where :func:`recover` finds it.
+    That takes two renames; in between, the previous output lies at ``<name>.previous``, where
+    :func:`recover` finds it. (Linux can exchange two folders in one step, but not on the network
+    file systems on which outputs usually lie.)
 
     Raises:
-        OSError: if a rename fails; the previous output then still has its name.
+        OSError: if a rename fails; the previous output is then where :func:`recover` finds it.
     """
     work = incomplete(target)
     _allow_reading(work)
     _sync_tree(work)
-    if not target.exists():
-        work.rename(target)
-    elif _exchange(work, target):
-        shutil.rmtree(work)
-    else:
-        previous = _previous(target)
+    previous = _previous(target)
+    if target.exists():
         if previous.exists():
             shutil.rmtree(previous)
         target.rename(previous)
-        work.rename(target)
+    work.rename(target)
+    if previous.exists():
         shutil.rmtree(previous)
     _sync_folder(target.parent)
 
@@ -76,7 +71,7 @@ def recover(target: Path) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old text or the new one, never half."""
+    """Write a small file atomically: a reader sees the old text or the new one."""
     work = path.with_name(f".{path.name}.{os.getpid()}")
     with work.open("w", encoding="utf-8") as stream:
         stream.write(text)
@@ -90,12 +85,40 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Content of a JSON file; None where there is none, or none that can be read."""
+_AGAIN = "copy or download it again"
+
+
+def read_json(path: Path, what: str = "file", remedy: str = _AGAIN) -> Any | None:
+    """Content of a JSON file; None where there is no such file.
+
+    Args:
+        path: of the file.
+        what: the file is, in a message.
+        remedy: in a message.
+
+    Raises:
+        UsageError: if it cannot be read, or is not JSON.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{what} {path}", f"it cannot be read as JSON: {error}", remedy) from error
+
+
+def read_json_object(path: Path, what: str = "file", remedy: str = _AGAIN) -> dict[str, Any]:
+    """Content of a JSON file that must be there and hold an object; otherwise as :func:`read_json`.
+
+    Raises:
+        UsageError: if it is missing, cannot be read, is not JSON, or no object.
+    """
+    content = read_json(path, what, remedy)
+    if content is None and not path.is_file():
+        raise UsageError(f"{what} {path}", "there is no such file", remedy)
+    if not isinstance(content, dict):
+        raise UsageError(f"{what} {path}", "it is no JSON object", remedy)
+    return content
 
 
 def sha256(path: Path) -> str:
@@ -118,7 +141,7 @@ def describe_tree(folder: Path, skip: frozenset[str] = frozenset()) -> list[dict
     ``hashlib`` releases the interpreter lock, so threads read a large checkpoint at disk speed.
     """
     paths = [path for path in tree(folder) if path.name not in skip]
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max_workers=min(8, threads.cores())) as pool:
         hashes = list(pool.map(sha256, paths))
     return [
         {"file": str(path.relative_to(folder)), "bytes": path.stat().st_size, "sha256": digest}
@@ -146,25 +169,10 @@ def _previous(target: Path) -> Path:
     return target.with_name(target.name + ".previous")
 
 
-def _exchange(first: Path, second: Path) -> bool:
-    """Swap two paths atomically. False where the kernel or the file system cannot."""
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    arguments = (_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE)
-    if renameat2(*arguments) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.ENOTSUP):
-        return False
-    raise OSError(code, os.strerror(code), str(second))
-
-
 def _allow_reading(folder: Path) -> None:
     """Give every file the permissions of the user's umask.
 
-    Some libraries write weights with mode 0600, which a server under another account cannot read.
+    Some libraries write weights with mode 0600, which a server of another account cannot read.
     """
     mask = os.umask(0)
     os.umask(mask)
@@ -188,15 +196,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"file {path}", f"it cannot be read as JSON: {error}", "copy or download it again"
-        ) from error
-    if not isinstance(content, dict):
-        raise UsageError(f"file {path}", "it is no JSON object", "copy or download it again")
-    return content

@@ -1,4 +1,4 @@
-"""Input paths from a command line: path or hub name, and is anything there. No torch."""
+"""Input paths from a command line: path or hub name, and whether it exists. No torch."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _HUB_NAME = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 def is_hub_name(value: str) -> bool:
     """Whether ``value`` means a repository on the hub: ``org/name``, and no such path exists.
 
-    What starts with ``.``, ``/`` or ``~``, or has several slashes, is a path.
+    A value that starts with ``.``, ``/`` or ``~``, or has several slashes, is a path.
     """
     return _HUB_NAME.fullmatch(value) is not None and not Path(value).exists()
 
 
 def check_folder(folder: Path, what: str, remedy: str) -> None:
-    """A folder that is there and not empty."""
+    """Raise UsageError unless ``folder`` exists and is not empty."""
     files.recover(folder)
     if not folder.exists():
         parent = nearest_existing(folder)

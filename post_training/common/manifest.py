@@ -6,14 +6,16 @@ commit, the inputs with their own manifests' hashes, the outputs with sizes and 
 duration and peak memory. Nothing here imports torch.
 
     python -m post_training.manifest valid OUTPUT INPUT [COMMAND...]
+    python -m post_training.manifest quote WORDS...
 
-leaves with exit code 0 if OUTPUT is whole and was made from INPUT as it is now, by the versions
-that are installed now and, where the words of a COMMAND are given, by that very command.
+``valid`` exits with code 0 if OUTPUT is whole and was made from INPUT as it is now, by the versions
+that are installed now and, where the words of a COMMAND are given, by that very command. ``quote``
+prints a command line for a shell, with secrets hidden.
 """
 
 from __future__ import annotations
 
-import json
+import os
 import re
 import shlex
 import subprocess
@@ -41,11 +43,12 @@ _PACKAGES = (
     "safetensors",
     "transformer-engine",
 )
-# A Hub token is "hf_" and 30 or more characters; the value of an option that ends in a word for a
-# secret is hidden too. (--moe-token-dispatcher-type and --max-new-tokens are about other tokens.)
+# Secrets: Hub tokens, known by their form, the values of these variables, and what follows a flag
+# whose last word names one. --moe-token-dispatcher-type and --max-new-tokens take none.
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
-_SECRET_OPTION = re.compile(
-    r"--[\w-]*(token|api-key|access-key|secret|secret-key|password)$", re.IGNORECASE
+_SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+_SECRET_FLAG = re.compile(
+    r"--([\w-]*[-_])?(token|(api|access|secret)[-_]key|secret|password)", re.I
 )
 
 
@@ -67,14 +70,14 @@ class Manifest:
 
         Args:
             folder: of the output.
-            parts: subfolders whose files to describe, where others still change; by default all.
+            parts: subfolders whose files to describe, if others still change; by default all.
         """
         content = self.content(self._outputs(folder, parts))
         files.write_json(folder / FILE, content)
         return content
 
     def content(self, outputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """What is written, for outputs that are described as ``files.describe_tree`` does."""
+        """The content, for outputs described as by ``files.describe_tree``."""
         return {
             "format": FORMAT,
             "stage": self.stage,
@@ -82,7 +85,7 @@ class Manifest:
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.time() - self.started, 3),
             "architecture": self.architecture,
-            "configuration": self.configuration,
+            "configuration": without_secrets_in(self.configuration),
             "versions": versions(),
             "git_commit": git_commit(),
             "inputs": self.inputs,
@@ -109,16 +112,11 @@ def read(folder: Path) -> dict[str, Any] | None:
         UsageError: if it is not JSON or of a newer format than this version reads.
     """
     path = folder if folder.is_file() else folder / FILE
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    content: dict[str, Any] | None = files.read_json(
+        path, "manifest", "make the output again, or delete the file to continue without a manifest"
+    )
+    if content is None:
         return None
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"manifest {path}",
-            f"it cannot be read as JSON: {error}",
-            "make the output again, or delete the file to go on without a manifest",
-        ) from error
     if content.get("format", 0) > FORMAT:
         raise UsageError(
             f"manifest {path}",
@@ -131,8 +129,8 @@ def read(folder: Path) -> dict[str, Any] | None:
 def describe_input(role: str, location: str | Path) -> dict[str, Any]:
     """An input as manifests record it: path (or hub name) and the hash of its own manifest.
 
-    A folder without a manifest is described by the names, sizes and times of its files instead, a
-    file by its hash.
+    A folder without a manifest is described by the names, sizes and times of its files, a file by
+    its hash.
     """
     folder = Path(location)
     entry: dict[str, Any] = {"role": role, "path": str(location)}
@@ -162,8 +160,7 @@ def is_valid(output: Path, source: str, made_by: Sequence[str] = ()) -> bool:
 
     Args:
         output: a stage's output folder, or its report.
-        source: what it must have been made from, as it is now: a path, or a hub name whose
-            download is still what it was.
+        source: what it must have been made from, unchanged since: a path, or a hub name.
         made_by: words of the command that must have made it, the stage's program first; by
             default any.
     """
@@ -172,7 +169,7 @@ def is_valid(output: Path, source: str, made_by: Sequence[str] = ()) -> bool:
         return False
     if content["versions"] != versions():
         return False
-    # A report may say that the model fell short of what was asked, training that it goes on.
+    # A report may say that the model fell short of a limit, a training run that it is unfinished.
     if not (content.get("passed", True) and content.get("complete", True)):
         return False
     if made_by and _plain(shlex.split(content["command"])) != _plain(shlex.split(quoted(made_by))):
@@ -181,7 +178,7 @@ def is_valid(output: Path, source: str, made_by: Sequence[str] = ()) -> bool:
 
 
 def _plain(words: Sequence[str]) -> list[str]:
-    """A command without what does not decide its result: the program's folder, --overwrite."""
+    """A command without the parts that do not affect its result: folder, --overwrite."""
     words = [word for word in words if word != "--overwrite"]
     return [Path(words[0]).name, *words[1:]] if words else []
 
@@ -197,23 +194,44 @@ def _is_input(entry: dict[str, Any], source: str) -> bool:
 
 
 def command() -> str:
-    """This process's command line, quoted for a shell, with tokens and passwords hidden."""
+    """This process's command line, quoted for a shell, with secrets hidden."""
     return quoted(sys.argv)
 
 
 def quoted(line: Sequence[str]) -> str:
-    """The words of a command line, quoted for a shell, with tokens and passwords hidden."""
+    """The words of a command line, quoted for a shell, with secrets hidden."""
     words: list[str] = []
     hide_next = False
     for word in line:
-        name, equals, _ = word.partition("=")
+        flag, equals, _ = word.partition("=")
+        is_secret = _SECRET_FLAG.fullmatch(flag) is not None
         if hide_next:
             word = "***"
-        elif equals and _SECRET_OPTION.fullmatch(name):
-            word = f"{name}=***"
-        hide_next = not equals and bool(_SECRET_OPTION.fullmatch(word))
-        words.append(_TOKEN.sub("hf_***", word))
+        elif equals and is_secret:
+            word = f"{flag}=***"
+        hide_next = is_secret and not equals and not hide_next
+        words.append(without_secrets(word))
     return shlex.join(words)
+
+
+def without_secrets(text: str) -> str:
+    """``text`` with Hub tokens and the values of secret variables replaced by asterisks."""
+    for name in _SECRET_VARIABLES:
+        value = os.environ.get(name, "")
+        if len(value) >= 8:  # a shorter one is no secret, and may be part of any word
+            text = text.replace(value, "***")
+    return _TOKEN.sub("hf_***", text)
+
+
+def without_secrets_in(value: Any) -> Any:
+    """The same for every string in a JSON value."""
+    if isinstance(value, str):
+        return without_secrets(value)
+    if isinstance(value, dict):
+        return {name: without_secrets_in(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_secrets_in(each) for each in value]
+    return value
 
 
 def versions() -> dict[str, str]:

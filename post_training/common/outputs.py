@@ -18,8 +18,8 @@ def check_folder(folder: Path, *, overwrite: bool, needed: int = 0) -> None:
     """Check that ``folder`` can be written: not occupied, parent writable, room for ``needed``.
 
     Args:
-        folder: output folder of a stage; appears under its name only when it is complete.
-        overwrite: an existing output is replaced, once the new one is complete.
+        folder: output folder of a stage; it gets its name when it is complete.
+        overwrite: an existing output is replaced when the new one is complete.
         needed: estimated bytes.
     """
     if folder.exists() and not folder.is_dir():
@@ -44,7 +44,7 @@ def check_file(path: Path, option: str, *, overwrite: bool) -> None:
 
 
 def writable(path: Path, what: str = "") -> None:
-    """Raise UsageError unless this user may make ``path``, a file or a folder.
+    """Raise UsageError unless this user may create ``path``, a file or a folder.
 
     An output is renamed into place, so the folder above it counts even where it exists.
 
@@ -78,7 +78,7 @@ def disk_space(folder: Path, needed: int) -> None:
 
 
 def _what_lies_there(folder: Path) -> str:
-    """Why an occupied output folder is not overwritten: what is in it."""
+    """What an occupied output folder holds: why it is not overwritten."""
     content = manifest.read(folder)
     if content is None:
         return "it is not empty, and no stage's manifest says what it is"

@@ -1,4 +1,4 @@
-"""The short summary a stage ends with."""
+"""The summary that a stage prints at its end."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from post_training.common import files
 
-if TYPE_CHECKING:
-    from post_training.distributed.parallel import Parallel
+
+class Layout(Protocol):
+    """Parallel sizes, such as those of ``distributed.parallel.Parallel``."""
+
+    @property
+    def tensor(self) -> int: ...
+    @property
+    def pipeline(self) -> int: ...
 
 
 def summary(title: str, rows: Mapping[str, Any], next_step: str | None = None) -> None:
@@ -33,7 +39,7 @@ def summary(title: str, rows: Mapping[str, Any], next_step: str | None = None) -
 def beside(model: str | Path, stage: str) -> Path:
     """Where a stage reports about a model: ``<model>.<stage>.json`` beside it.
 
-    In the work folder (``MLM_WORK_DIR``) if the model is a hub name, or its folder is read-only.
+    In the work folder (``MLM_WORK_DIR``) if the model is a hub name or its folder is read-only.
     """
     folder = Path(model).resolve()
     if folder.exists() and os.access(folder.parent, os.W_OK):
@@ -57,7 +63,7 @@ def size(folder: Path) -> str:
     return number_of_bytes(files.size_of(folder))
 
 
-def layout(parallel: Parallel) -> str:
+def layout(parallel: Layout) -> str:
     """``TP=2 PP=1``."""
     return f"TP={parallel.tensor} PP={parallel.pipeline}"
 

@@ -1,8 +1,8 @@
-"""A JSONL file that grows over a long run, survives a kill, and appears under its name when whole.
+"""A JSONL file that grows over a long run, survives a kill, and gets its name when complete.
 
 Rows are appended to ``<name>.incomplete``; ``<name>.incomplete.json`` says how many bytes of it
-count and with which settings they were made. What a killed run wrote after its last record there is
-cut off by the next run, which goes on from that record. Nothing here imports torch.
+count and with which settings they were made. The next run cuts off what a killed run wrote after
+its last record there, and resumes from that record. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def manifest_path(target: Path) -> Path:
 
 
 def check(target: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
-    """Check that ``target`` can be written, and that what a killed run left fits ``settings``.
+    """Check that ``target`` can be written, and that rows of a killed run fit ``settings``.
 
     Raises:
         UsageError: if it exists, its folder cannot be written, or the left rows were made with
-            other settings and ``overwrite`` does not allow to drop them.
+            other settings and ``overwrite`` is not given.
     """
     what = f"output {target}"
     if target.is_dir():
@@ -40,7 +40,7 @@ def check(target: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None
     if target.exists() and not overwrite:
         made = ""
         if manifest_path(target).is_file():
-            content = json.loads(manifest_path(target).read_text(encoding="utf-8"))
+            content = files.read_json_object(manifest_path(target), "manifest")
             made = f", complete, made by: {content.get('command')}"
         raise UsageError(
             what,
@@ -60,7 +60,7 @@ def check(target: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None
         raise UsageError(
             what,
             f"an interrupted run left {state['rows']} rows that were made otherwise: {shown}",
-            "give the same settings to go on, or --overwrite to begin again",
+            "give the same settings to resume, or --overwrite to start over",
         )
 
 
@@ -68,8 +68,8 @@ class Rows:
     """The file while it grows. One process writes; :func:`check` has passed.
 
     Attributes:
-        done: units of work (the caller's) that the rows so far cover.
-        totals: numbers that the caller adds up over all runs.
+        done: units of work, defined by the caller, that the rows so far cover.
+        totals: sums over all runs, defined by the caller.
         rows: rows so far.
     """
 
@@ -91,7 +91,7 @@ class Rows:
     def append(
         self, rows: Iterable[Mapping[str, Any]], *, done: int, totals: Mapping[str, float]
     ) -> None:
-        """Write ``rows`` to the disk, then the record that they count."""
+        """Write ``rows`` to disk, then the record that counts them."""
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         with files.incomplete(self.target).open("a", encoding="utf-8") as stream:
             stream.writelines(lines)
@@ -104,7 +104,7 @@ class Rows:
         self._record()
 
     def finish(self, record: manifest.Manifest) -> dict[str, Any]:
-        """Give the file its name and write its manifest. Returns the manifest's content."""
+        """Rename the complete file and write its manifest. Returns the manifest's content."""
         work = files.incomplete(self.target)
         described = {
             "file": self.target.name,
@@ -131,10 +131,9 @@ class Rows:
 
 
 def _read_state(target: Path) -> dict[str, Any] | None:
-    """The record of an interrupted run; None where there is none, or its rows are gone."""
-    try:
-        state: dict[str, Any] = json.loads(state_path(target).read_text(encoding="utf-8"))
-        size = files.incomplete(target).stat().st_size
-    except (FileNotFoundError, ValueError):
-        return None
-    return state if size >= state["bytes"] else None
+    """The record of an interrupted run; None without one, or if its rows are gone."""
+    state: dict[str, Any] | None = files.read_json(
+        state_path(target), "progress of an interrupted run", "delete it to start over"
+    )
+    rows = files.incomplete(target)
+    return state if state and rows.is_file() and rows.stat().st_size >= state["bytes"] else None

@@ -1,8 +1,5 @@
 """Calibration data: documents from any source, packed into full sequences of tokens.
 
-Sources: a name that ModelOpt's presets know (``cnn_dailymail``, ``nvidia/Nemotron-...``), any other
-data set on the hub, a local file (:data:`post_training.data.records.SUFFIXES`) or a folder of such.
-
 Packing: documents are joined with the end-of-text token between them and the stream is cut into
 pieces of exactly ``sequence_length`` tokens, so that no position is padding (padding cost 5.8 MMLU
 points in pruning) and no document is cut by characters.
@@ -13,22 +10,19 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from post_training.common.errors import UsageError
-from post_training.data import document_formats, records
+from post_training.data import document_formats, sources
 from post_training.data.document_formats import Document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-OPTION = "--calib-dataset-path-or-name"
-# Long texts are tokenized in pieces of this many characters, cut at white space: memory and the
-# time to the first token stay small, and reading ends when there are enough tokens.
+# Long texts are tokenized in pieces of this many characters, cut at white space, so that memory and
+# the time to the first token stay small, and reading stops when there are enough tokens.
 _PIECE = 1 << 18
 
 
@@ -42,7 +36,7 @@ class CalibrationData:
         documents: documents of which at least one token is in ``input_ids``.
         tokens: tokens in ``input_ids``.
         source: the path or name as given.
-        requested: sequences asked for; ``n`` is smaller where the data ended before.
+        requested: sequences asked for; ``n`` is smaller if the data has less.
         notes: what a user should know, one sentence each.
     """
 
@@ -84,18 +78,18 @@ def load_calibration_data(
     *,
     random_offset: bool = False,
     seed: int = 1234,
-    option: str = OPTION,
+    option: str = sources.CALIBRATION,
 ) -> CalibrationData:
-    """Read ``source`` until ``calib_size`` sequences are full. The same arguments, the same result.
+    """Read ``source`` until ``calib_size`` sequences are full; deterministic.
 
     Args:
-        source: path, hub name, or a name (or comma-separated names) of ModelOpt's presets.
+        source: as :func:`sources.read_documents` takes it.
         tokenizer: chat goes through its template.
         calib_size: number of sequences.
         sequence_length: tokens in each.
-        random_offset: start each document at a random place (seeded), so that calibration does
-            not see beginnings only.
-        seed: of those places.
+        random_offset: start each document at a random position (seeded), so that calibration
+            does not see only beginnings.
+        seed: of those positions.
         option: the flag that named the source, for errors.
 
     Raises:
@@ -108,7 +102,7 @@ def load_calibration_data(
     generator = random.Random(seed) if random_offset else None
 
     def token_streams() -> Iterator[Iterator[list[int]]]:
-        for document in read_documents(source, option):
+        for document in sources.read_documents(source, option):
             if document.messages:
                 used_template.add(document_formats.has_template(tokenizer))
             yield tokens(document, tokenizer, option, generator)
@@ -132,7 +126,7 @@ def load_calibration_data(
         notes.append(f"the only sequence is shorter than {sequence_length:,} tokens")
     else:
         rows = [joined[i * sequence_length : (i + 1) * sequence_length] for i in range(full)]
-        # Documents that lie wholly in the unused rest do not count.
+        # Documents that lie entirely in the unused remainder do not count.
         documents = [start for start in documents if start < full * sequence_length]
     input_ids = torch.tensor(rows, dtype=torch.long)
     return CalibrationData(
@@ -175,10 +169,10 @@ def tokens(
         document: a text or a conversation.
         tokenizer: of the model.
         option: the flag that named the data, for errors.
-        generator: begin at a random place that it draws.
+        generator: draws the position to start at; None starts at the beginning.
     """
     text = document_formats.render(document, tokenizer, option)
-    # A chat template writes the begin-of-text token itself.
+    # A chat template writes the beginning-of-text token itself.
     special = not (document.messages and document_formats.has_template(tokenizer))
     if generator is not None:
         text, special = _from_random_place(text, generator, special)
@@ -186,17 +180,17 @@ def tokens(
 
 
 def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase, special: bool) -> Iterator[list[int]]:
-    """Token ids of one document in pieces. ``special``: with what the tokenizer puts in front."""
+    """Token ids of one document in pieces; ``special`` adds the tokenizer's special tokens."""
     if not text.strip():
         return
     start = 0
     while start < len(text):
         end = min(start + _PIECE, len(text))
         if end < len(text):
-            # White space goes to the front of the next word, as byte-level BPE has it.
+            # White space belongs to the next word, as in byte-level BPE.
             cut = max(text.rfind(" ", start + 1, end), text.rfind("\n", start + 1, end))
             end = cut if cut > start else end
-        # verbose=False: a document longer than the model's context is no mistake here.
+        # verbose=False: no warning about documents longer than the model's context.
         encoded = tokenizer(
             text[start:end], add_special_tokens=special and start == 0, verbose=False
         )
@@ -205,87 +199,17 @@ def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase, special: bool) -> I
 
 
 def _from_random_place(text: str, generator: random.Random, special: bool) -> tuple[str, bool]:
-    """``text`` from a random word on; the rest of a document has no begin-of-text token."""
+    """``text`` from a random word on; then without the beginning-of-text token."""
     start = generator.randrange(len(text)) if text else 0
     while 0 < start < len(text) and not text[start].isspace():
         start += 1
     return (text, special) if start in (0, len(text)) else (text[start:].lstrip(), False)
 
 
-def read_documents(source: str, option: str = OPTION) -> Iterator[Document]:
-    """Documents of a path, a preset or a hub name, read as they are asked for.
-
-    The files of a folder, the splits of a preset and the members of a list take turns, so that a
-    small sample has some of each. Raises UsageError as :func:`load_calibration_data`.
-    """
-    if records.is_local(source):
-        paths = records.list_files(Path(source).expanduser(), option)
-        return _take_turns([_from_file(path, option) for path in paths])
-    names = [name.strip() for name in source.split(",") if name.strip()]
-    streams = [stream for name in names for stream in _hub_streams(name, option)]
-    return _take_turns(streams)
-
-
-def _from_file(path: Path, option: str) -> Iterator[Document]:
-    return (document_formats.document_of(row, option) for row in records.read(path, option))
-
-
-def _hub_streams(name: str, option: str) -> list[Iterator[Document]]:
-    """One stream for each split of a preset, or for the training split of another data set."""
-    from modelopt.torch.utils import dataset_utils
-
-    presets: dict[str, Any] = dataset_utils.SUPPORTED_DATASET_CONFIG
-    if name in dataset_utils.DATASET_COMBOS:
-        members = dataset_utils.DATASET_COMBOS[name]
-        return [stream for member in members for stream in _hub_streams(member, option)]
-    by_path = {preset["config"]["path"].lower(): preset for preset in presets.values()}
-    preset = presets.get(name.lower()) or by_path.get(name.lower())
-    if preset is None:
-        splits = records.hub_splits(name, option)
-        split = "train" if "train" in splits else splits[0]
-        rows = records.hub_rows(name, option, split=split)
-        return [(document_formats.document_of(row, option) for row in rows)]
-    location = preset["config"]
-    # Fail here rather than in the first of the streams: the error then names the preset.
-    records.require_hub(location["path"], option)
-    return [
-        _preset_documents(
-            preset,
-            records.hub_rows(
-                location["path"], option, configuration=location.get("name"), split=split
-            ),
-            option,
-        )
-        for split in location["split"]
-    ]
-
-
-def _preset_documents(
-    preset: dict[str, Any], rows: Iterator[records.Row], option: str
-) -> Iterator[Document]:
-    """ModelOpt knows the columns of its presets; conversations still go through the template."""
-    for row in rows:
-        if "chat_key" in preset:
-            yield document_formats.document_of(row, option)
-        else:
-            yield Document(row.place, text=preset["preprocess"](row.values))
-
-
-def _take_turns(streams: list[Iterator[Document]]) -> Iterator[Document]:
-    """One document from each stream in turn, until all have ended."""
-    while streams:
-        alive = []
-        for stream in streams:
-            for document in islice(stream, 1):
-                yield document
-                alive.append(stream)
-        streams = alive
-
-
 def on_first_rank[T](load: Callable[[], T]) -> T:
     """Run ``load`` on rank 0 and give its result, or its UsageError, to every rank.
 
-    Without it each of many ranks would ask the hub, and one that failed would leave the others
+    Otherwise each of many ranks would ask the hub, and a rank that failed would leave the others
     waiting in the next collective.
     """
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:

@@ -1,4 +1,4 @@
-"""From a row of any known layout to a document: plain text, or a conversation.
+"""From a row of any known layout to a document: plain text or a conversation.
 
 Layouts, the first that fits: ``messages`` (OpenAI form), ``conversations`` (ShareGPT's from/value,
 or OpenAI form), question and answer under their usual names, and a text column. Nothing here
@@ -18,7 +18,7 @@ from post_training.common.errors import UsageError, suggest
 from post_training.data import records
 from post_training.data.records import Row
 
-_ROWS_CHECKED = 20_000  # about a second of JSONL; rows beyond are checked when they are read
+_ROWS_CHECKED = 20_000  # about a second of JSONL; later rows are checked when they are read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,7 +35,7 @@ PAIR_KEYS = (
     ("input", "output"),
     ("problem", "generated_solution"),
 )
-# ShareGPT's names on the left; the right side is what chat templates know.
+# ShareGPT's names on the left, chat templates' on the right.
 ROLES = {
     "system": "system",
     "developer": "developer",
@@ -124,8 +124,8 @@ def _message(turn: Mapping[str, Any], place: str, option: str) -> dict[str, Any]
             f"unknown role {name!r} in a turn with the keys {', '.join(turn)}",
             f"use one of {', '.join(ROLES)}. {hint}".rstrip(),
         )
-    # Tool calls, reasoning and names go to the chat template as they are; parquet fills
-    # the columns that a row lacks with nulls, which templates would take for values.
+    # Tool calls, reasoning and names go to the chat template unchanged. Parquet fills the columns
+    # that a row lacks with nulls, which templates would take for values.
     message = {
         key: value
         for key, value in turn.items()
@@ -153,7 +153,7 @@ def _content(content: Any, place: str, option: str) -> str:
 
 
 def _from_json(value: Any) -> Any:
-    """Some data sets store a list of objects as JSON text, because parquet has fixed columns."""
+    """Some data sets store lists of objects as JSON text, because parquet has fixed columns."""
     if isinstance(value, str):
         try:
             return json.loads(value)
@@ -176,7 +176,7 @@ def render(
     (:func:`has_template`).
 
     Args:
-        ask: end with what begins the assistant's turn, so that a model goes on with its answer.
+        ask: append the generation prompt, so that the model continues with its answer.
         template_options: further variables of the template, such as Qwen3's ``enable_thinking``.
 
     Raises:
@@ -207,14 +207,12 @@ def render(
 
 
 def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer brings a chat template."""
+    """Whether the tokenizer has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
 def check(source: str, option: str) -> None:
-    """Check local data: JSONL, parquet, CSV or text. Names of data sets on the hub pass.
-
-    The first rows are read, so that a malformed line shows with its number.
+    """Check the first rows of local data: JSONL, parquet, CSV or text. Hub names pass.
 
     Raises:
         UsageError: if it is missing, empty, malformed, or its rows lack the known fields.

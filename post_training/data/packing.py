@@ -1,8 +1,7 @@
 """Whole conversations packed into sequences of one length, and read back from disk. No torch.
 
-What stays free at the end of a sequence is padding that does not count. A conversation longer than
-a sequence is cut at its end. Conversations of one sequence see each other, as in Megatron-LM's
-packing.
+The rest of a sequence is padding with a loss mask of 0. A conversation longer than a sequence is
+truncated. Conversations in one sequence attend to each other, as in Megatron-LM's packing.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class Packer:
         if len(tokens.ids) > self.length:
             self.cut += 1
         ids, mask = tokens.ids[: self.length], tokens.mask[: self.length]
-        if not any(mask[2:]):  # the first tokens have no row that proposes them
+        if not any(mask[2:]):  # no position predicts the first two tokens
             self.dropped += 1
             return
         fitting = [row for row in self._open if len(row[0]) + len(ids) <= self.length]
@@ -53,7 +52,7 @@ class Packer:
             self._close(max(self._open, key=lambda each: len(each[0])))
 
     def finish(self) -> None:
-        """Close what is open."""
+        """Close all open sequences."""
         while self._open:
             self._close(self._open[0])
 

@@ -1,9 +1,9 @@
-"""Prompts: what a model is to answer, from files or the hub. No torch.
+"""Prompts for a model to answer, from files or the hub. No torch.
 
 Layouts, the first that fits: a conversation (``messages``, ``conversations``), MT-Bench's questions
 (``turns``, or a list under ``prompt``), one question (``prompt``, ``question``, ...), a pair of
-question and answer, and text. Of a conversation the answers are dropped: the model gives its own. A
-``.txt`` file has one prompt a line.
+question and answer, and text. The answers of a conversation are dropped: the model generates its
+own. A ``.txt`` file has one prompt per line.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ NOTHING_ASKED = "without a user turn"
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Messages to answer, one user turn after the other.
+    """User turns to answer, one after the other.
 
     Attributes:
         number: of the row in its source, from 0.
         id: the row's own identifier, else ``number``.
         messages: system and user turns in order; each user turn is answered before the next.
-        tools: what the chat template is told of tools.
+        tools: tool definitions for the chat template.
         category: the row's own, such as MT-Bench's.
-        place: where the row stands, for errors.
+        place: of the row, for errors.
     """
 
     number: int
@@ -58,7 +58,7 @@ class Dialogue:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The dialogues of a source, and how many rows were left out for which reason."""
+    """The dialogues of a source, and how many rows were skipped for which reason."""
 
     source: str
     dialogues: list[Dialogue]
@@ -124,7 +124,7 @@ def _rows(source: str, option: str, split: str | None) -> Iterator[Row]:
 
 
 def _dialogue(row: Row, number: int, option: str) -> Dialogue | str:
-    """The row's dialogue, or the reason to leave it out."""
+    """The row's dialogue, or the reason to skip it."""
     values = row.values
     tools: tuple[dict[str, Any], ...] = ()
     if any(values.get(key) is not None for key in document_formats.CHAT_KEYS):
@@ -135,7 +135,7 @@ def _dialogue(row: Row, number: int, option: str) -> Dialogue | str:
     if any(message["role"] == "tool" for message in messages):
         return TOOL_TURNS
     kept = tuple(message for message in messages if message["role"] != "assistant")
-    # What follows the last user turn is not answered.
+    # Messages after the last user turn are not answered.
     while kept and kept[-1]["role"] != "user":
         kept = kept[:-1]
     if not kept:
@@ -152,7 +152,7 @@ def _dialogue(row: Row, number: int, option: str) -> Dialogue | str:
 
 
 def _asked(row: Row, option: str) -> tuple[dict[str, Any], ...]:
-    """The user turns of a row that is no conversation."""
+    """The user turns of a row that is not a conversation."""
     for key in ("turns", "prompt"):
         turns = row.values.get(key)
         if isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns):

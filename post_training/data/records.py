@@ -1,7 +1,7 @@
 """Rows of data files: JSONL, parquet, CSV and plain text, and of data sets on the hub.
 
-Every row comes with the place it stands at (``path, line 3``), so that an error found later can
-name it. Nothing here imports torch: checks before the work may use it.
+Every row carries its place (``path, line 3``), so that a later error can name it. Nothing here
+imports torch: checks before the work use it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Row(NamedTuple):
 def is_local(source: str) -> bool:
     """Whether ``source`` means a path rather than a name on the hub (``org/name`` or ``name``).
 
-    Whatever exists is a path. So is what cannot be a hub name: absolute or relative by its first
-    character, deeper than one folder, or with the suffix of a data file.
+    Anything that exists is a path. So is what cannot be a hub name: absolute or relative by its
+    first character, deeper than one folder, or with the suffix of a data file.
     """
     path = Path(source).expanduser()
     return (
@@ -78,7 +78,7 @@ def list_files(path: Path, option: str) -> list[Path]:
 
 
 def read(path: Path, option: str) -> Iterator[Row]:
-    """Rows of one file, read as they are asked for. A ``.txt`` file is one row, key ``text``.
+    """Rows of one file, read lazily. A ``.txt`` file is one row with the key ``text``.
 
     Args:
         path: a file with one of :data:`SUFFIXES`.
@@ -162,7 +162,7 @@ def _csv(path: Path, option: str) -> Iterator[Row]:
 
 
 def csv_lines(path: Path, option: str) -> Iterator[tuple[str, list[str]]]:
-    """Place and fields of each CSV record, a header included."""
+    """Place and fields of each CSV record, including a header."""
     with path.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.reader(stream, strict=True)
         try:
@@ -193,7 +193,7 @@ def hub_rows(
         option: the flag that named it, for errors.
         configuration: the data set's configuration (subset), where it has several.
         split: such as ``train``.
-        stream: read rows as they are asked for instead of downloading the split first.
+        stream: read rows lazily instead of downloading the split first.
 
     Raises:
         UsageError: if the hub cannot be reached, or has no such data set, configuration or split.
@@ -234,9 +234,9 @@ def hub_splits(name: str, option: str, configuration: str | None = None) -> list
 
 
 def require_hub(name: str, option: str) -> None:
-    """Fail at once where the hub's host has no address and the data set was never downloaded.
+    """Fail at once if the hub's host has no address and the data set was never downloaded.
 
-    The hub's client retries for 23 s before it says so. Behind a proxy the proxy resolves names.
+    The hub's client retries for 23 s before it fails. Behind a proxy, the proxy resolves names.
     """
     import datasets
 

@@ -1,10 +1,12 @@
-"""A rank or node that is lost ends all ranks within a minute, by name.
+"""A lost rank or node ends all ranks within a minute and is named, with exit code 69.
 
-Left alone, the other ranks wait in a collective until its time is over (ten minutes), and what they
-say then names neither the rank nor its machine. So every rank keeps one idle TCP connection to rank
-0. The kernel closes it when the process dies, and TCP keepalive (10 s idle, then 4 probes 5 s
-apart) when the machine does; rank 0 tells the others. No heartbeats are sent from Python, where a
-rank that is busy would look dead.
+Nothing else does that. If a process dies, gloo fails at once, naming an IP address and exiting with
+any code; if its machine falls silent, gloo was still waiting after three minutes (the collective's
+timeout is ten), torchrun ends the ranks of its own node only, and srun waits for ``SlurmdTimeout``.
+
+So every rank keeps one idle TCP connection to rank 0. The kernel closes it when the process dies,
+and keepalive (10 s idle, then 4 probes 5 s apart) when the machine does. There are no heartbeats
+from Python, where a busy rank looks dead.
 """
 
 from __future__ import annotations
@@ -12,21 +14,20 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import selectors
 import socket
 import sys
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TextIO
 
 from post_training.distributed import placement, signals
 
 EXIT_CODE = 69  # EX_UNAVAILABLE of sysexits.h: another rank was lost
 GRACE = 5.0  # seconds in which a rank may still fail with a message of its own
-_SETTLE = 0.5  # seconds between a failed collective and the news of who is gone
+_SETTLE = 0.5  # seconds between a failed collective and the news of which rank is lost
 _CONNECT_SECONDS = 30.0
-_KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
-_USER_TIMEOUT = 30_000  # milliseconds until data that is not acknowledged breaks a connection
-_BYE = b"bye\n"
+_OPTIONS = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 30_000}
+_BYE = "bye"
 
 
 class Watch:
@@ -44,10 +45,7 @@ class Watch:
     def leave(self) -> None:
         """Say goodbye: this rank ends on purpose and is not to be missed."""
         self._left.set()
-        with self._lock:
-            for connection in self._connections.values():
-                with contextlib.suppress(OSError):
-                    connection.sendall(_BYE)
+        self._tell(_BYE)
 
     def follows_a_loss(self, error: Exception) -> bool:
         """Whether ``error`` comes from the loss of another rank; then its traceback says nothing.
@@ -65,55 +63,33 @@ class Watch:
         return True
 
     def serve(self, listener: socket.socket, token: str) -> None:
-        """Rank 0: accept the others, and notice when one is gone. Runs in a thread."""
-        with selectors.DefaultSelector() as selector, listener:
-            selector.register(listener, selectors.EVENT_READ, None)
-            while not self._left.is_set():
-                for key, _ in selector.select(timeout=1.0):
-                    if key.data is None:
-                        found = self._accept(listener, token)
-                        if found is not None:
-                            selector.register(found[1], selectors.EVENT_READ, found[0])
-                        continue
-                    connection = self._connections[key.data]
-                    said = _receive(connection)
-                    selector.unregister(connection)
-                    if said != _BYE:
-                        self._lost(key.data)
+        """Rank 0: accept the others, and follow each. Runs in a thread."""
+        while True:
+            _in_thread(self._welcome, listener.accept()[0], token)
 
-    def follow(self, connection: socket.socket) -> None:
-        """Any other rank: wait for what rank 0 says, or for its end. Runs in a thread."""
-        self._connections[0] = connection
-        said = _receive(connection)
-        if said == _BYE:
-            return
-        gone = said.decode().strip()
-        self._lost(int(gone) if gone.isdecimal() else 0)
-
-    def _accept(self, listener: socket.socket, token: str) -> tuple[int, socket.socket] | None:
-        connection, _ = listener.accept()
-        connection.settimeout(_CONNECT_SECONDS)
-        with contextlib.suppress(OSError, ValueError):
-            said, _, rank = _first_line(connection).partition(" ")
+    def _welcome(self, connection: socket.socket, token: str) -> None:
+        with contextlib.suppress(OSError, TypeError, ValueError), connection.makefile() as lines:
+            said, _, rank = lines.readline(64).partition(" ")
             if secrets.compare_digest(said, token) and 0 < int(rank) < len(self._hosts):
-                connection.settimeout(None)
-                _keep_alive(connection)
-                with self._lock:
-                    self._connections[int(rank)] = connection
-                return int(rank), connection
-        connection.close()
-        return None
+                self.follow(int(rank), connection, lines)
+
+    def follow(self, other: int, connection: socket.socket, lines: TextIO | None = None) -> None:
+        """Wait until rank ``other`` says goodbye or is lost. Runs in a thread."""
+        _keep_alive(connection)
+        with self._lock:
+            self._connections[other] = connection
+        said = ""
+        with contextlib.suppress(OSError):
+            said = (lines or connection.makefile()).readline(64).strip()
+        if said != _BYE:
+            self._lost(int(said) if said.isdecimal() else other)
 
     def _lost(self, rank: int) -> None:
-        if self._left.is_set():
+        if self._left.is_set() or self._missed.is_set():
             return
         self._missed.set()
         if self._rank == 0:
-            with self._lock:
-                for other, connection in self._connections.items():
-                    if other != rank:
-                        with contextlib.suppress(OSError):
-                            connection.sendall(f"{rank}\n".encode())
+            self._tell(str(rank))
         if self._speaks:
             print(
                 f"error: rank {rank} on host {self._hosts[rank]} is lost\n"
@@ -127,6 +103,13 @@ class Watch:
         if not self._left.wait(GRACE):
             signals.exit_now(EXIT_CODE)
 
+    def _tell(self, line: str) -> None:
+        """Send a line to every connected rank."""
+        with self._lock:
+            for connection in self._connections.values():
+                with contextlib.suppress(OSError):
+                    connection.sendall(f"{line}\n".encode())
+
 
 def start(rank: int, world: int) -> Watch | None:
     """Watch over all ranks from now on; a collective call. None for a process that is alone."""
@@ -137,7 +120,12 @@ def start(rank: int, world: int) -> Watch | None:
     listener, token = None, ""
     mine: dict[str, Any] = {"host": placement.host()}
     if rank == 0:
-        listener = _listen()
+        listener = socket.create_server(
+            ("", 0),
+            family=socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET,
+            dualstack_ipv6=socket.has_dualstack_ipv6(),
+            backlog=world,
+        )
         token = secrets.token_hex(16)
         mine |= {"port": listener.getsockname()[1], "token": token}
     everyone: list[Any] = [None] * world
@@ -152,11 +140,11 @@ def start(rank: int, world: int) -> Watch | None:
     except OSError as error:
         print(
             f"rank {rank}: no connection to rank 0 at {address[0]}:{address[1]} ({error}); a lost "
-            "rank shows only when a collective's time is over",
+            "rank shows only at a collective's timeout",
             file=sys.stderr,
         )
         return watch
-    _in_thread(watch.follow, connection)
+    _in_thread(watch.follow, 0, connection)
     return watch
 
 
@@ -168,39 +156,16 @@ def connect(address: tuple[str, int], token: str, rank: int) -> socket.socket:
     """
     connection = socket.create_connection(address, timeout=_CONNECT_SECONDS)
     connection.settimeout(None)
-    _keep_alive(connection)
     connection.sendall(f"{token} {rank}\n".encode())
     return connection
 
 
-def _listen() -> socket.socket:
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server(("", 0))
-
-
 def _keep_alive(connection: socket.socket) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in (*_KEEPALIVE.items(), ("TCP_USER_TIMEOUT", _USER_TIMEOUT)):
+    for name, value in _OPTIONS.items():
         if hasattr(socket, name):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def _first_line(connection: socket.socket) -> str:
-    """What a rank says first. Byte by byte: what follows it is another message."""
-    line = b""
-    while not line.endswith(b"\n") and len(line) < 64:
-        line += connection.recv(1) or b"\n"
-    return line.decode().strip()
-
-
-def _receive(connection: socket.socket) -> bytes:
-    """One short line, or nothing when the connection has ended."""
-    try:
-        return connection.recv(64)
-    except OSError:
-        return b""
-
-
-def _in_thread(function: Any, *arguments: Any) -> None:
+def _in_thread(function: Callable[..., None], *arguments: Any) -> None:
     threading.Thread(target=function, args=arguments, name="liveness", daemon=True).start()

@@ -6,7 +6,9 @@ and ``SLURM_LOCALID`` instead. A process with neither is alone.
 
     python -m post_training.placement     address and port of the first node, for torchrun
 
-Nothing here imports torch.
+SLURM's host lists (``gpu[07-09,12],login``) are expanded by its own ``scontrol show hostnames``. A
+job of slurm/job.sh needs none of that here: its batch script sets ``MASTER_ADDR``, also for
+containers, which have no ``scontrol``. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -15,8 +17,11 @@ import os
 import re
 import socket
 import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
+from post_training.common import files
 from post_training.common.errors import UsageError
 
 _FIRST_PORT, _PORTS = 12000, 18000  # below the range from which systems give out ports
@@ -32,10 +37,10 @@ class Placement:
 
 
 def placement() -> Placement:
-    """Where this process stands.
+    """This process's rank among those of the stage.
 
     Raises:
-        UsageError: if a variable of torchrun's or SLURM's is no whole number.
+        UsageError: if a variable of torchrun's or SLURM's is not an integer.
     """
     # pyxis sets RANK and LOCAL_RANK for images with PyTorch, without WORLD_SIZE.
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -105,37 +110,56 @@ def rendezvous() -> tuple[str, int]:
 
 
 def first_address() -> str | None:
-    """Name of the step's first node if it resolves, else the address that SLURM has for it."""
+    """Name of the step's first node if it resolves, else the address that SLURM has for it.
+
+    Raises:
+        UsageError: if ``scontrol``, which expands the host list, cannot be asked.
+    """
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST")
     if not nodes:
         return None
-    name = first_host(nodes)
+    is_list = "," in nodes or "[" in nodes
+    name = _scontrol("hostnames", nodes).split()[0] if is_list else nodes
     try:
         socket.getaddrinfo(name, None)
     except OSError:
-        return _address_in_slurm(name)
+        found = re.search(r"\bNodeAddr=(\S+)", _scontrol("node", name))
+        return found[1] if found else None
     return name
 
 
-def first_host(nodes: str) -> str:
-    """First name of SLURM's node list: ``gpu[07-09,12],login`` -> ``gpu07``."""
-    found = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodes)
-    return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", found[0] if found else nodes)
-
-
-def _address_in_slurm(name: str) -> str | None:
+def _scontrol(what: str, which: str) -> str:
+    """Output of ``scontrol --oneliner show WHAT WHICH``."""
+    line = ["scontrol", "--oneliner", "show", what, which]
     try:
-        done = subprocess.run(
-            ["scontrol", "--oneliner", "show", "node", name],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    found = re.search(r"\bNodeAddr=(\S+)", done.stdout)
-    return found[1] if found else None
+        done = subprocess.run(line, capture_output=True, text=True, timeout=20)
+        if done.returncode == 0 and done.stdout.strip():
+            return done.stdout
+        said = done.stderr.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        said = str(error)
+    raise UsageError(
+        f"MASTER_ADDR (not set) and scontrol show {what} {which}",
+        f"SLURM cannot be asked where the first process runs: {said}",
+        "set MASTER_ADDR to the first node's name or address, the same on every node, or put "
+        "scontrol on the PATH (containers rarely have it)",
+    )
+
+
+def note_saved(iteration: int) -> None:
+    """Record for the SLURM job's batch script that something was saved in this start of the job.
+
+    slurm/job.sh, which sets ``MLM_STATE_FILE``, requeues a job a few times at most with nothing
+    saved. A run that cannot write the file is as good as any other.
+    """
+    path = os.environ.get("MLM_STATE_FILE")
+    if not path:
+        return
+    restart = os.environ.get("SLURM_RESTART_COUNT", "0")
+    try:
+        files.write_text(Path(path), f"iteration={iteration}\nrestart={restart}\n")
+    except OSError as error:
+        print(f"warning: {path} cannot be written: {error}", file=sys.stderr)
 
 
 def _free_port() -> int:
@@ -151,6 +175,6 @@ def _whole(name: str, default: int = 0) -> int:
     except ValueError:
         raise UsageError(
             f"environment variable {name}={text}",
-            "it is not a whole number",
+            "it is not an integer",
             "unset it, or let torchrun or srun set it",
         ) from None

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from post_training.common import versions
+from post_training.common import threads, versions
 from post_training.common.errors import UsageError, exit_with_usage_error
 from post_training.distributed import liveness, placement, signals
 from post_training.distributed.parallel import Parallel
@@ -131,6 +131,7 @@ def _leave(watch: liveness.Watch | None) -> None:
 
 def _start(stage: str, parallel: Parallel, seed: int, timeout_minutes: float) -> Session:
     place = placement.join()
+    threads.configure()
     import torch
 
     device = _device()

@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from multiprocessing import resource_tracker
 from typing import NoReturn
 
@@ -41,13 +41,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def prompt_exit(cleanup: Callable[[], None] = lambda: None) -> Iterator[None]:
+def prompt_exit() -> Iterator[None]:
     """Within this context a signal raises :class:`Interrupted`, and a stuck process still ends.
 
     Signals that are :func:`deferred` stay so.
-
-    Args:
-        cleanup: called by the watching thread just before it ends a stuck process.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
@@ -65,7 +62,6 @@ def prompt_exit(cleanup: Callable[[], None] = lambda: None) -> Iterator[None]:
             received = reader.recv(1)
         if not received or finished.wait(GRACE):
             return
-        cleanup()
         sys.stderr.flush()
         exit_now(128 + received[0])
 

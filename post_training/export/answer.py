@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from post_training.common import threads
 from post_training.export import readback
 
 
 def answer(folder: readback.Folder, question: str, max_new_tokens: int) -> str:
     """Greedy answer to ``question``, through the chat template where the tokenizer has one."""
+    threads.configure()
     import torch
     from transformers import AutoTokenizer, GenerationConfig
 

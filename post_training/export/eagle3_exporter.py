@@ -31,7 +31,6 @@ from post_training.checkpoints import huggingface
 from post_training.common import files
 from post_training.common.errors import UsageError
 from post_training.drafts.eagle3.draft import LLAMA3
-from post_training.export import exporter as hf_export
 
 if TYPE_CHECKING:
     import torch
@@ -115,10 +114,12 @@ class DraftExporter:
         """Write the tensors (last stage) and ``config.json`` (rank 0) into an empty folder."""
         import torch
 
+        from post_training.export.shards import ShardWriter, join_shards
+
         rank = torch.distributed.get_rank()
-        writer = hf_export.ShardWriter(folder, f"rank{rank:05d}", max_shard_bytes)
+        writer = ShardWriter(folder, f"rank{rank:05d}", max_shard_bytes)
         writer.add(self.tensors())
-        hf_export.join_shards(folder, writer.finish())
+        join_shards(folder, writer.finish())
         if rank == 0:
             files.write_json(folder / "config.json", self.configuration())
         torch.distributed.barrier()
@@ -127,9 +128,11 @@ class DraftExporter:
         """The draft by ModelOpt's rules, with ``d2t`` and a head; nothing on earlier stages."""
         if self.module is None:
             return {}
+        from post_training.export.streaming_exporter import StreamingExporter
+
         # ModelOpt announces on stdout that an EAGLE-3 layer is twice as wide as others.
         with contextlib.redirect_stdout(io.StringIO()):
-            exporter = hf_export.exporter_class()(
+            exporter = StreamingExporter(
                 self.core,
                 pretrained_model_name_or_path=str(self.source),
                 dtype=self.dtype,
@@ -232,7 +235,9 @@ class DraftExporter:
         if self.core.share_embeddings_and_output_weights:
             weight: torch.Tensor = self.core.shared_embedding_or_output_weight()
             return weight
-        return hf_export.fake_quantized(layer)
+        from post_training.export.fake_quantized import fake_quantized
+
+        return fake_quantized(layer)
 
     def _require_plain(self) -> None:
         """Raise UsageError, on every rank, for a draft that is quantized or cannot be mapped."""

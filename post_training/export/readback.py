@@ -1,35 +1,31 @@
 """Read an exported folder as an engine would, with code that shares nothing with the exporter.
 
 Only torch and safetensors (and transformers, for what the architecture's tensors must be) are used,
-no ModelOpt and no megatron-core. The formats are described where they are decoded.
+no ModelOpt and no megatron-core. Each number format is decoded in a file of ``decoders/``.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import json
-import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 
 from post_training.common import safetensors_index
+from post_training.export.decoders.registry import DECODERS, SCALES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-logger = logging.getLogger(__name__)
-
 QUANT_CONFIG = "hf_quant_config.json"
-# Values of the 4-bit float E2M1 by code; bit 3 is the sign (OCP Microscaling specification 1.0).
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-NVFP4_BLOCK = 16
-MXFP8_BLOCK = 32
 _PIECE = 1 << 24  # elements compared at a time
-_SCALES = ("weight_scale", "weight_scale_2", "input_scale")
+# Safetensors' names of the dtypes that a weight that is not quantized may have.
+_PLAIN = ("BF16", "F16", "F32")
 _KV_SCALES = ("k_proj.k_scale", "v_proj.v_scale")
 
 
@@ -52,8 +48,6 @@ class Folder:
 
     def tensor(self, name: str) -> torch.Tensor:
         """One stored tensor, as it is."""
-        from safetensors import safe_open
-
         with safe_open(self.index[name].path, framework="pt") as shard:
             return shard.get_tensor(name).to(self.device)
 
@@ -81,9 +75,9 @@ class Folder:
                     f"{name} is stored as {stored.dtype}, but not said to be quantized"
                 )
             return stored.float()
-        if algorithm not in _DECODERS:
+        if algorithm not in DECODERS:
             raise ValueError(f"{name}: no decoder for quant_algo {algorithm}")
-        return _DECODERS[algorithm](self, module, stored)
+        return DECODERS[algorithm].decode(self.tensor, module, stored)
 
     def problems(self) -> list[str]:
         """Everything about names, shapes, dtypes, scales and configuration that is not right."""
@@ -115,12 +109,7 @@ class Folder:
 
     def load(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         """A transformers model with the dequantized weights, in evaluation mode, on the CPU."""
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        config = AutoConfig.from_pretrained(self.path)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = self._untrained(dtype=dtype)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(self.dequantized(name))
@@ -135,33 +124,39 @@ class Folder:
 
     def _expected_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Name and shape of each parameter that transformers' own model of this config has."""
+        with torch.device("meta"):
+            model = self._untrained()
+        for name, parameter in model.named_parameters():
+            yield name, tuple(parameter.shape)
+
+    def _untrained(self, **options: Any) -> PreTrainedModel:
+        """A transformers model of this architecture with weights that are not quantized."""
+        # Late, because the command line of post_training.answer is checked without it.
         from transformers import AutoConfig, AutoModelForCausalLM
 
         config = AutoConfig.from_pretrained(self.path)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        for name, parameter in model.named_parameters():
-            yield name, tuple(parameter.shape)
+        return AutoModelForCausalLM.from_config(config, **options)
 
     def _form_problems(self, name: str, shape: tuple[int, ...]) -> Iterable[str]:
         """Stored dtype and shape against the configuration's, from the file's header alone."""
         entry = self.index[name]
         module, _, kind = name.rpartition(".")
         algorithm = self.algorithm(module) if kind == "weight" else None
-        dtypes, packed = _STORED.get(algorithm, ((), 1)) if algorithm else (_PLAIN, 1)
-        if not dtypes:
+        decoder = DECODERS.get(algorithm) if algorithm else None
+        per_element = decoder.per_element if decoder else 1
+        if algorithm and not decoder:
             yield f"{name}: no decoder for quant_algo {algorithm}"
-        elif entry.dtype not in dtypes:
-            said = f"{algorithm} needs {dtypes[0]}" if algorithm else "not said to be quantized"
+        elif entry.dtype not in ((decoder.dtype,) if decoder else _PLAIN):
+            said = f"{algorithm} needs {decoder.dtype}" if decoder else "not said to be quantized"
             yield f"{name} is stored as {entry.dtype}, but {said}"
-        elif (*entry.shape[:-1], entry.shape[-1] * packed) != shape:
+        elif (*entry.shape[:-1], entry.shape[-1] * per_element) != shape:
             yield f"{name} has shape {entry.shape}, the architecture needs {shape}"
 
     def _scale_problems(self, name: str, modules: set[str]) -> Iterable[str]:
         module, _, kind = name.rpartition(".")
-        if kind in _SCALES:
+        if kind in SCALES:
             if module not in modules:
                 yield f"{name} belongs to no linear layer"
             elif self.algorithm(module) is None:
@@ -259,70 +254,6 @@ def _equal(actual: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> bool
         bool(((a - w).abs() - tolerance * w.abs() <= torch.finfo(torch.float32).tiny).all())
         for a, w in pieces
     )
-
-
-def _fp8(folder: Folder, module: str, stored: torch.Tensor) -> torch.Tensor:
-    """E4M3 codes times one float32 scale, or one per output row."""
-    _require_dtype(module, stored, torch.float8_e4m3fn)
-    scale = folder.tensor(f"{module}.weight_scale").float()
-    if scale.numel() == 1:
-        return stored.float() * scale.reshape(())
-    _require_shape(module, scale.flatten(), (stored.shape[0],))
-    return stored.float() * scale.reshape(-1, 1)
-
-
-def _nvfp4(folder: Folder, module: str, stored: torch.Tensor) -> torch.Tensor:
-    """Two E2M1 codes a byte (low nibble first), an E4M3 scale per 16 inputs, a float32 scale."""
-    _require_dtype(module, stored, torch.uint8)
-    rows, columns = stored.shape[0], 2 * stored.shape[1]
-    scale = folder.tensor(f"{module}.weight_scale")
-    _require_dtype(f"{module} scale", scale, torch.float8_e4m3fn)
-    _require_shape(module, scale, (rows, columns // NVFP4_BLOCK))
-    table = torch.tensor(E2M1, device=stored.device)
-    codes = torch.stack((stored & 0xF, stored >> 4), dim=-1).reshape(rows, columns)
-    values = table[codes.long()].reshape(rows, -1, NVFP4_BLOCK)
-    block_scale = scale.float() * folder.tensor(f"{module}.weight_scale_2").float()
-    return (values * block_scale.unsqueeze(-1)).reshape(rows, columns)
-
-
-def _mxfp8(folder: Folder, module: str, stored: torch.Tensor) -> torch.Tensor:
-    """E4M3 codes, a power of two (E8M0, bias 127) per 32 inputs."""
-    _require_dtype(module, stored, torch.float8_e4m3fn)
-    scale = folder.tensor(f"{module}.weight_scale")
-    _require_dtype(f"{module} scale", scale, torch.uint8)
-    _require_shape(module, scale, (stored.shape[0], stored.shape[1] // MXFP8_BLOCK))
-    power = torch.ldexp(torch.ones((), device=stored.device), scale.int() - 127)
-    blocks = stored.float().reshape(stored.shape[0], -1, MXFP8_BLOCK)
-    return (blocks * power.unsqueeze(-1)).reshape(stored.shape)
-
-
-# Safetensors' names of the dtypes that a plain weight may have, and by algorithm: the dtype of a
-# quantized one, and how many values an element holds.
-_PLAIN = ("BF16", "F16", "F32")
-_STORED: dict[str, tuple[tuple[str, ...], int]] = {
-    "FP8": (("F8_E4M3",), 1),
-    "FP8_PER_CHANNEL_PER_TOKEN": (("F8_E4M3",), 1),
-    "NVFP4": (("U8",), 2),
-    "W4A16_NVFP4": (("U8",), 2),
-    "MXFP8": (("F8_E4M3",), 1),
-}
-_DECODERS: dict[str, Callable[[Folder, str, torch.Tensor], torch.Tensor]] = {
-    "FP8": _fp8,
-    "FP8_PER_CHANNEL_PER_TOKEN": _fp8,
-    "NVFP4": _nvfp4,
-    "W4A16_NVFP4": _nvfp4,
-    "MXFP8": _mxfp8,
-}
-
-
-def _require_dtype(module: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
-    if tensor.dtype != dtype:
-        raise ValueError(f"{module} is stored as {tensor.dtype} instead of {dtype}")
-
-
-def _require_shape(module: str, scale: torch.Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(scale.shape) != shape:
-        raise ValueError(f"{module} has a scale of shape {tuple(scale.shape)} instead of {shape}")
 
 
 def _finite_and_positive(tensor: torch.Tensor, zero_allowed: bool = False) -> bool:

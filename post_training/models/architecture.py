@@ -2,7 +2,7 @@
 
 An :class:`Architecture` comes from flags (``arguments.architecture``), from the manifest of a
 checkpoint (:meth:`Architecture.from_json`) or from a Hugging Face ``config.json``
-(:func:`from_huggingface`). It is JSON throughout and says nothing about how the model is run:
+(``families.from_huggingface``). It is plain JSON and says nothing about how the model is run:
 parallel sizes, precision and kernels are elsewhere. Nothing here imports torch.
 """
 
@@ -55,7 +55,7 @@ MODEL_TYPES = ("GPTModel", "HybridModel", "MambaModel")
 
 
 class Difference(NamedTuple):
-    """A value on which two descriptions of a model disagree."""
+    """A value in which two descriptions of a model differ."""
 
     name: str
     mine: Any
@@ -96,11 +96,11 @@ class Architecture:
         return bool(self.transformer.get("multi_latent_attention"))
 
     def value(self, name: str) -> Any:
-        """The value of a transformer field, megatron-core's default filled in."""
+        """The value of a transformer field, or megatron-core's default."""
         return self.resolved()[name]
 
     def resolved(self) -> dict[str, Any]:
-        """Every value by name in one flat dictionary, megatron-core's defaults filled in."""
+        """All values in one flat dictionary by name, with megatron-core's defaults filled in."""
         table = transformer_fields.load()
         names = TRANSFORMER_FIELDS | (MLA_FIELDS if self.multi_latent_attention else set())
         default = "mla_default" if self.multi_latent_attention else "default"
@@ -120,9 +120,9 @@ class Architecture:
     def differences(self, other: Architecture) -> list[Difference]:
         """The values in which the two models differ, by name; empty for the same model.
 
-        Values without influence on either model are not compared: the length limit of a model
-        with rotary positions, rotary values of a model without, and the name of the Hugging Face
-        architecture where one side does not know it.
+        Values that influence neither model are not compared: the maximum length of a model with
+        rotary positions, rotary values of a model without, and the name of the Hugging Face
+        architecture if one side does not know it.
         """
         mine, theirs = self.resolved(), other.resolved()
         skipped = self.irrelevant() & other.irrelevant()
@@ -210,9 +210,8 @@ def reconcile(
     """The architecture of a checkpoint, checked against what the conf states about it.
 
     ``manifest`` is the content of the checkpoint's ``run.json``: its ``architecture`` and, for a
-    pruned model, the original's under ``pruned_from``. A conf that states the original's value is
-    right about the model it is named after: the checkpoint's value is taken. Any other
-    contradiction is an error.
+    pruned model, the original's under ``pruned_from``. A conf may state the original's value; the
+    checkpoint's is taken. Any other contradiction is an error.
 
     Args:
         stated: values by flat name, as ``arguments.stated`` gives them, or an Architecture.

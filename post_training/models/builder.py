@@ -1,7 +1,7 @@
 """From an :class:`~post_training.models.architecture.Architecture` to a megatron-core model.
 
-The only place that chooses model class and layer spec. Models are built without initialising
-weights: each stage loads them.
+The only place that chooses the model class and the layer spec. Weights are not initialized: every
+stage loads them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from post_training.common.errors import UsageError
+from post_training.models import families
 from post_training.models.architecture import Architecture
 
 if TYPE_CHECKING:
@@ -33,9 +34,9 @@ class BuildOptions:
         layer_spec: ``modelopt`` (mcore's linears, which ModelOpt quantizes: the default) or
             ``transformer_engine`` (fused norms: pruning, and quantization of TE linears).
         transformer_engine_keys: name norms in checkpoints as the fused Transformer Engine spec
-            does, which is what Megatron-LM writes; False reads a checkpoint saved without.
+            does, which is what Megatron-LM writes; False reads checkpoints of unfused specs.
         local_attention: mcore's own attention in place of Transformer Engine's.
-        meta_device: build on the meta device and materialise afterwards.
+        meta_device: build on the meta device and materialize afterwards.
         sequence_parallel: split activations over the tensor-parallel ranks between linears.
         first_stage_layers, last_stage_layers: layers on the first and last pipeline stage, when
             the split is uneven.
@@ -83,7 +84,7 @@ def transformer_config(architecture: Architecture, options: BuildOptions) -> Tra
         # Weights come from a checkpoint: initialising them would only cost time.
         "perform_initialization": False,
         "use_cpu_initialization": on_cpu or options.meta_device,
-        # Fused kernels that need Apex or Transformer Engine; evaluation gains nothing from them.
+        # Fused kernels that need Apex or Transformer Engine; not worth it for evaluation.
         "gradient_accumulation_fusion": False,
         "bias_activation_fusion": False,
         "masked_softmax_fusion": False,
@@ -118,7 +119,7 @@ def transformer_config(architecture: Architecture, options: BuildOptions) -> Tra
 def build(
     architecture: Architecture, options: BuildOptions, *, layers: bool = True
 ) -> MegatronModule:
-    """This rank's part of the model, on its device, in evaluation mode, weights undefined.
+    """This rank's part of the model, on its device, in evaluation mode, weights uninitialized.
 
     Args:
         architecture: what it is.
@@ -127,6 +128,8 @@ def build(
     """
     import torch
 
+    # Whoever imports or exports weights has built the model before.
+    families.register_weight_mapping(architecture)
     if not layers:
         options = replace(options, meta_device=True)  # the layers then take no memory
     config = transformer_config(architecture, options)
@@ -200,7 +203,7 @@ def _gpt_model(
         max_sequence_length=architecture.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
-        # Logits stay split over the tensor-parallel ranks until somebody needs them whole.
+        # Logits stay split over the tensor-parallel ranks; callers gather them where needed.
         parallel_output=True,
         share_embeddings_and_output_weights=architecture.share_embeddings_and_output_weights,
         position_embedding_type=architecture.position_embedding_type,
@@ -239,7 +242,7 @@ def _layer_spec(config: TransformerConfig, options: BuildOptions) -> Any:
 
 
 def _materialize(model: torch.nn.Module) -> None:
-    """Give every meta tensor memory on this rank's device, undefined in content.
+    """Allocate every meta tensor on this rank's device, uninitialized.
 
     Attributes that mcore puts on parameters (``tensor_model_parallel`` and so on) are kept, which
     ``Module.to_empty`` would drop. Tied parameters stay tied.

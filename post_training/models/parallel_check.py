@@ -31,7 +31,7 @@ def layers_per_stage(layers: int, parallel: Parallel) -> list[int]:
     """Layers of each pipeline stage, first to last.
 
     Raises:
-        UsageError: if they do not come out as at least one whole layer a stage.
+        UsageError: if a stage would not get a whole number of layers, at least one.
     """
     stages, first, last = parallel.pipeline, parallel.first_layers, parallel.last_layers
     if stages == 1:

@@ -1,9 +1,9 @@
-"""How many parameters a model has, altogether and on each rank, without building it. No torch.
+"""How many parameters a model has, in total and on each rank, without building it. No torch.
 
-Counts what megatron-core 0.19 allocates for ModelOpt's layer spec (``model.py``): a linear layer is
-cut over the tensor-parallel ranks along one side, an expert over the expert-tensor-parallel ones,
-norms, routers and multi-latent attention's down projections are whole on every rank. Tests compare
-it with built models.
+Counts what megatron-core 0.19 allocates for ModelOpt's layer spec (``builder.py``): a linear layer
+is split over the tensor-parallel ranks along one dimension, an expert over the expert-tensor-
+parallel ranks; norms, routers and multi-latent attention's down projections are replicated. Tests
+compare the counts with built models.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from post_training.distributed.parallel import Parallel
 from post_training.models.architecture import Architecture
 from post_training.models.parallel_check import layers_per_stage
 
-# Fields whose parameters are not counted here; a model that has one is refused.
+# Fields whose parameters are not counted here; a model with one of them is refused.
 _UNKNOWN = (
     "mtp_num_layers moe_latent_size experimental_attention_variant linear_attention_freq "
     "heterogeneous_block_specs is_hybrid_model moe_shared_expert_gate hybrid_layer_pattern"
@@ -41,9 +41,9 @@ def total(architecture: Architecture) -> int:
 
 
 def per_stage(architecture: Architecture, parallel: Parallel) -> list[Stage]:
-    """The pipeline stages, first to last; all ranks of a stage hold equally much.
+    """The pipeline stages, first to last; all ranks of a stage hold equally many parameters.
 
-    Tied embeddings lie on the first and on the last stage, as megatron-core keeps them.
+    Tied embeddings count on the first and on the last stage, as megatron-core allocates them.
 
     Raises:
         UsageError: as :func:`total`, or if the layers cannot be spread over the stages.
@@ -81,7 +81,7 @@ def per_stage(architecture: Architecture, parallel: Parallel) -> list[Stage]:
 
 
 def moe_layers(values: dict[str, Any]) -> list[bool]:
-    """For each layer whether it has experts; ``moe_layer_freq`` as megatron-core reads it."""
+    """Whether each layer has experts; ``moe_layer_freq`` is read as megatron-core does."""
     layers, frequency = values["num_layers"], values["moe_layer_freq"]
     if not values["num_moe_experts"]:
         return [False] * layers
@@ -143,7 +143,7 @@ def _mlp(values: dict[str, Any], parallel: Parallel) -> int:
 
 
 def _experts(values: dict[str, Any], parallel: Parallel) -> int:
-    """Router, this rank's experts and the shared one, with the norm before them."""
+    """Router, this rank's experts and the shared expert, with the norm before them."""
     hidden = values["hidden_size"]
     split, whole = _feed_forward(values, values["moe_ffn_hidden_size"])
     each = whole + split // parallel.expert_tensor
@@ -158,7 +158,7 @@ def _experts(values: dict[str, Any], parallel: Parallel) -> int:
 
 
 def _feed_forward(values: dict[str, Any], inner: int) -> tuple[int, int]:
-    """Parameters of two linear layers that are cut over ranks, and those that are whole."""
+    """Parameters of two linear layers: those split over ranks, and the replicated ones."""
     hidden = values["hidden_size"]
     rows = inner * (2 if values["gated_linear_unit"] else 1)
     biased = values["add_bias_linear"]

@@ -1,12 +1,10 @@
-"""What a tokenizer folder holds, read without a tokenizer library. No torch."""
+"""What a tokenizer folder holds, read without a tokenizer library or torch."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
-from post_training.common import inputs
+from post_training.common import files, inputs
 from post_training.common.errors import UsageError
 
 FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "tekken.json")
@@ -18,12 +16,10 @@ def present(folder: Path) -> bool:
 
 
 def vocabulary(folder: Path) -> int | None:
-    """Highest token id plus one, from ``tokenizer.json``; None where there is none to read."""
-    path = folder / "tokenizer.json"
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    """Highest token id plus one, from ``tokenizer.json``; None without one."""
+    if not (folder / "tokenizer.json").is_file():
         return None
+    content = files.read_json_object(folder / "tokenizer.json")
     vocabulary = content.get("model", {}).get("vocab", {})
     ids = [len(vocabulary) - 1]
     if isinstance(vocabulary, dict):
@@ -33,7 +29,7 @@ def vocabulary(folder: Path) -> int | None:
 
 
 def check(value: str, option: str = "--tokenizer-model") -> None:
-    """Check a tokenizer folder; of a hub name only the form can be checked offline."""
+    """Check a tokenizer folder; a hub name can only be checked for its form."""
     if inputs.is_hub_name(value):
         return
     folder = Path(value)

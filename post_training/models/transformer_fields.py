@@ -2,8 +2,8 @@
 
 Every field of ``TransformerConfig`` and ``MLATransformerConfig`` that a command line can express
 becomes an entry: name, type, default, choices, and the field's own documentation as help. Reading
-the table takes milliseconds where importing megatron-core takes seconds, so that ``--help`` and
-usage errors are immediate.
+the table takes milliseconds, importing megatron-core takes seconds: ``--help`` and usage errors are
+immediate.
 
     python -m post_training.flags_table    # rewrite transformer_fields.json (imports megatron-core)
 
@@ -34,7 +34,7 @@ def load() -> dict[str, dict[str, Any]]:
     """The table: field name -> entry with ``type``, ``default``, ``help`` and perhaps more.
 
     Optional keys: ``choices``; ``spellings``, Megatron-LM's other names for the flag;
-    ``mla_default``, the default where it differs with multi-latent attention.
+    ``mla_default``, the default with multi-latent attention if it differs.
     """
     table: dict[str, dict[str, Any]] = json.loads(FILE.read_text(encoding="utf-8"))
     return table
@@ -62,7 +62,7 @@ def generate() -> str:
 
 
 def _entry(field: dataclasses.Field[Any], documentation: str) -> dict[str, Any] | None:
-    """The entry of one field, or None for a field that holds code instead of a value."""
+    """The entry of one field, or None for a field that no command line can express."""
     if field.name == "activation_func":
         kind: dict[str, Any] = {"type": "choice", "choices": list(ACTIVATIONS)}
     else:
@@ -80,7 +80,7 @@ def _entry(field: dataclasses.Field[Any], documentation: str) -> dict[str, Any] 
 
 
 def _kind(annotation: Any) -> dict[str, Any] | None:
-    """``{"type": ..., "choices": ...}`` for an annotation; None when no text can express it."""
+    """``{"type": ..., "choices": ...}`` for an annotation; None if no text can express it."""
     import torch
 
     members = [m for m in _members(annotation) if m is not types.NoneType]

@@ -27,7 +27,7 @@ import torch
 
 from post_training.portable import cuda, distributed, imports, quantization
 
-__all__ = ["PortableReport", "after_megatron_import", "install", "install_quantization"]
+__all__ = ["PortableReport", "install"]
 
 logger = logging.getLogger(__name__)
 
@@ -83,11 +83,8 @@ def install() -> PortableReport:
     if reason:
         _refuse_late_install()
         imports.add_stand_in()
-        engine = importlib.import_module("transformer_engine")
-        name = STAND_IN
-    else:
-        engine = importlib.import_module("transformer_engine")
-        name = f"transformer_engine {engine.__version__}"
+    engine = importlib.import_module("transformer_engine")
+    name = STAND_IN if reason else f"transformer_engine {engine.__version__}"
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         cuda.install()
@@ -96,23 +93,6 @@ def install() -> PortableReport:
     _report = PortableReport(name, str(engine.__version__), on_cpu, reason)
     logger.debug("%s", _report)
     return _report
-
-
-def after_megatron_import() -> None:
-    """Apply every change to modules of megatron-core and ModelOpt that are imported by now.
-
-    :func:`install` arranges this for each module at its import; calling it again is harmless, and
-    is only needed if something replaced the import system in between.
-    """
-    install()
-    imports.apply_to_imported()
-
-
-def install_quantization() -> None:
-    """Register the reference block quantization with ModelOpt now, importing it if necessary."""
-    install()
-    importlib.import_module("modelopt.torch.quantization.tensor_quant")
-    imports.apply_to_imported()
 
 
 def _why_not_real() -> str:

@@ -3,11 +3,13 @@
 Active only where there is no CUDA device (:func:`install` is then called by
 ``portable.install``). Three kinds:
 
-1. Functions of ``torch.cuda`` and methods of ``Tensor`` and ``Module``: the CPU answers. There is
-   one generator, the CPU's, and work is done when a call returns, so streams and events are empty.
+1. Functions of ``torch.cuda`` and methods of ``Tensor``: the CPU answers. There is one generator,
+   the CPU's, and work is done when a call returns, so streams and events are empty.
 2. Functions of megatron-core that insist on a CUDA tensor or generator.
-3. Literal ``device="cuda"`` arguments in modules of the two packages: those modules see ``torch``
+3. Literal ``device="cuda"`` arguments in modules of megatron-core: those modules see ``torch``
    through :class:`_TorchOnCpu`, which sends such tensors to the CPU. ``torch`` itself is unchanged.
+
+Paths in comments are below ``megatron/core`` (0.19.2) or, where said, ``modelopt/torch`` (0.47.0).
 """
 
 from __future__ import annotations
@@ -29,48 +31,22 @@ CPU = torch.device("cpu")
 class _Event:
     """An event that has happened: work on the CPU is done when its call returns."""
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        pass
-
-    def record(self, stream: object = None) -> None:
-        pass
-
-    def wait(self, stream: object = None) -> None:
-        pass
-
     def synchronize(self) -> None:
         pass
 
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, other: object) -> float:
-        raise RuntimeError("events of the CPU stand-in measure no time")
-
 
 class _Stream:
-    """The one stream of the CPU."""
+    """The one stream of the CPU.
 
-    device = CPU
-    cuda_stream = 0
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        pass
+    Mixtures of experts copy counts on a stream of their own (transformer/moe/token_dispatcher.py
+    :469, :922-950), shared experts may run on one (transformer/moe/shared_experts.py:192-362).
+    """
 
     def wait_stream(self, stream: object) -> None:
         pass
 
-    def wait_event(self, event: object) -> None:
-        pass
-
-    def record_event(self, event: _Event | None = None) -> _Event:
-        return event if event is not None else _Event()
-
-    def synchronize(self) -> None:
-        pass
-
-    def query(self) -> bool:
-        return True
+    def record_event(self) -> _Event:
+        return _Event()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Stream)
@@ -78,31 +54,14 @@ class _Stream:
     def __hash__(self) -> int:
         return 0
 
-    @staticmethod
-    def priority_range() -> tuple[int, int]:
-        return 0, 0
+
+@contextlib.contextmanager
+def _stream(stream: object) -> Iterator[None]:
+    yield
 
 
-def _nothing() -> Callable[..., None]:
-    """A new function for a call that has no effect on the CPU.
-
-    New each time: ``torch._dynamo`` tells the functions of ``torch`` apart by identity.
-    """
-
-    def nothing(*args: object, **kwargs: object) -> None:
-        pass
-
-    return nothing
-
-
-def _empty_context() -> Callable[..., contextlib.AbstractContextManager[None]]:
-    """A new context manager that does nothing, whatever its arguments."""
-
-    @contextlib.contextmanager
-    def context(*args: object, **kwargs: object) -> Iterator[None]:
-        yield
-
-    return context
+def _synchronize(device: object = None) -> None:
+    pass
 
 
 def _mem_get_info(device: object = None) -> tuple[int, int]:
@@ -117,43 +76,29 @@ def _get_rng_state(device: object = "cuda") -> torch.Tensor:
     return torch.get_rng_state()
 
 
-def _set_rng_state(new_state: torch.Tensor, device: object = "cuda") -> None:
-    torch.set_rng_state(new_state)
-
-
 def _manual_seed(seed: int) -> None:
     torch.default_generator.manual_seed(int(seed))
 
 
-def _manual_seed_all(seed: int) -> None:
-    torch.default_generator.manual_seed(int(seed))
-
-
 _TORCH_CUDA: dict[str, Any] = {
+    # Everywhere a tensor is made: tensor_parallel/layers.py:647, transformer/attention.py:530, ...
     "current_device": lambda: CPU,
-    "set_device": _nothing(),
-    "synchronize": _nothing(),
+    # dist_checkpointing/strategies/filesystem_async.py:248, transformer/utils.py:283.
+    "synchronize": _synchronize,
+    # ModelOpt's report_memory (utils/perf.py:65), during AutoQuantize.
     "mem_get_info": _mem_get_info,
+    # tensor_parallel/random.py:303-306 and :490.
     "get_rng_state": _get_rng_state,
-    "set_rng_state": _set_rng_state,
     "manual_seed": _manual_seed,
-    "manual_seed_all": _manual_seed_all,
-    "initial_seed": lambda: torch.default_generator.initial_seed(),
+    # Mixtures of experts, see _Stream; distributed/param_and_grad_buffer.py:632.
     "Stream": _Stream,
-    "Event": _Event,
-    "stream": _empty_context(),
+    "stream": _stream,
     "current_stream": lambda device=None: _Stream(),
-    "default_stream": lambda device=None: _Stream(),
-    "is_current_stream_capturing": lambda: False,
 }
-_RANDOM = ("get_rng_state", "set_rng_state", "manual_seed", "manual_seed_all", "initial_seed")
 
 
 def _tensor_cuda(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-    return self
-
-
-def _module_cuda(self: torch.nn.Module, device: object = None) -> torch.nn.Module:
+    """optimizer/distrib_optimizer.py:1374; ModelOpt's prune/plugins/mcore_minitron.py:185."""
     return self
 
 
@@ -163,8 +108,9 @@ _type_of_tensor = torch.Tensor.type
 def _tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """``Tensor.type``, except that megatron-core's optimizers read "torch.cuda.FloatTensor".
 
-    They compare the name with those of CUDA tensors and refuse others, though nothing in them
-    depends on it. The caller's module decides, so that no one else reads a false name.
+    They compare the name with those of CUDA tensors and refuse others (optimizer/optimizer.py
+    :1009-1038, distrib_optimizer.py:401-482, clip_grads.py:174), though nothing in them depends on
+    it. The caller's module decides, so that no one else reads a false name.
     """
     name = _type_of_tensor(self, *args, **kwargs)
     caller = sys._getframe(1).f_globals.get("__name__", "")
@@ -176,15 +122,11 @@ def _tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
 class _TorchOnCpu(ModuleType):
     """``torch`` as seen by one module: factories take ``device="cuda"`` for the CPU."""
 
-    _FACTORIES = frozenset(
-        "arange empty empty_like full full_like ones ones_like rand randint randn tensor "
-        "zeros zeros_like".split()
-    )
-
     def __init__(self) -> None:
         super().__init__("torch")
         vars(self).update(vars(torch))
-        vars(self).update({name: _on_cpu(getattr(torch, name)) for name in self._FACTORIES})
+        for factory in (torch.ones, torch.tensor, torch.zeros):
+            vars(self)[factory.__name__] = _on_cpu(factory)
 
     def __getattr__(self, name: str) -> Any:
         # Attributes that torch loads lazily.
@@ -200,21 +142,15 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     return create
 
 
-# Modules with a literal device="cuda" on a path that this repository takes.
+# Modules with a literal device="cuda" on a path that this repository takes, and where it is.
 _MODULES_WITH_CUDA_LITERALS = (
-    "megatron.core.dist_checkpointing.exchange_utils",
-    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
-    "megatron.core.distributed.param_and_grad_buffer",
-    "megatron.core.optimizer.clip_grads",
-    "megatron.core.optimizer.grad_scaler",
-    "megatron.core.optimizer.optimizer",
-    "megatron.core.pipeline_parallel.schedules",
-    "megatron.core.rerun_state_machine",
-    "megatron.core.tensor_parallel.data",
-    "megatron.core.transformer.moe.token_dispatcher",
-    "megatron.core.transformer.utils",
-    "megatron.core.utils",
-    "modelopt.torch.utils.plugins.megatron_mmlu",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",  # :204, every save
+    "megatron.core.distributed.param_and_grad_buffer",  # :1145
+    "megatron.core.optimizer.clip_grads",  # :96-112, :180
+    "megatron.core.optimizer.optimizer",  # :315, :690-702, :1249
+    "megatron.core.pipeline_parallel.schedules",  # :749, :1121, :2292
+    "megatron.core.transformer.utils",  # :39, :44, masks of core attention without fusion (gpt-oss)
+    "megatron.core.utils",  # :1332, the norm of gradients
 )
 
 
@@ -228,6 +164,8 @@ def _is_no_false_alarm(record: logging.LogRecord) -> bool:
 
 
 def _change_random(module: ModuleType) -> None:
+    """tensor_parallel/random.py:104 and :135 read and set the generator of a GPU."""
+
     def get(device: object = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
         return torch.get_rng_state()
 
@@ -238,15 +176,9 @@ def _change_random(module: ModuleType) -> None:
     logging.getLogger(module.__name__).addFilter(_is_no_false_alarm)
 
 
-def _change_communication(module: ModuleType) -> None:
-    def is_there(tensor: torch.Tensor | None) -> None:
-        if tensor is None:
-            raise ValueError("a pipeline stage has no tensor to communicate")
-
-    vars(module)["_is_cuda"] = is_there
-
-
 def _change_moe_utils(module: ModuleType) -> None:
+    """transformer/moe/moe_utils.py:1169 turns only what comes from a GPU into a numpy array."""
+
     def maybe_move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
@@ -255,22 +187,11 @@ def _change_moe_utils(module: ModuleType) -> None:
 
 def install() -> None:
     """Put all stand-ins in place. Call it only where there is no CUDA device."""
-    for name, stand_in in _TORCH_CUDA.items():
-        setattr(torch.cuda, name, stand_in)
-    for name in _RANDOM:
-        setattr(torch.cuda.random, name, _TORCH_CUDA[name])
-    vars(torch.cuda.nvtx).update(
-        range_push=_nothing(), range_pop=_nothing(), range=_empty_context(), mark=_nothing()
-    )
-    for owner, name, stand_in in (
-        (torch.Tensor, "cuda", _tensor_cuda),
-        (torch.Tensor, "record_stream", _nothing()),
-        (torch.Tensor, "type", _tensor_type),
-        (torch.nn.Module, "cuda", _module_cuda),
-    ):
-        setattr(owner, name, stand_in)
+    vars(torch.cuda).update(_TORCH_CUDA)
+    methods: dict[str, Any] = {"cuda": _tensor_cuda, "type": _tensor_type}
+    for name, method in methods.items():
+        setattr(torch.Tensor, name, method)
     imports.on_import("megatron.core.tensor_parallel.random", _change_random)
-    imports.on_import("megatron.core.inference.communication_utils", _change_communication)
     imports.on_import("megatron.core.transformer.moe.moe_utils", _change_moe_utils)
     for name in _MODULES_WITH_CUDA_LITERALS:
         imports.on_import(name, _see_torch_on_cpu)

@@ -15,10 +15,10 @@ _all_gather_into_tensor = torch.distributed.all_gather_into_tensor
 def _gather_scalars(
     output_tensor: torch.Tensor, input_tensor: torch.Tensor, *args: Any, **kwargs: Any
 ) -> Any:
-    """``all_gather_into_tensor``, a 0-dimensional input of each rank being taken as [1].
+    """``all_gather_into_tensor`` that takes a 0-dimensional input of each rank as [1].
 
-    ModelOpt gathers the number of layers that each pipeline stage keeps that way
-    (prune/plugins/mcore_minitron.py, ``drop_mcore_language_model_layers``).
+    ModelOpt gathers so the number of layers that each pipeline stage keeps
+    (prune/plugins/mcore_minitron.py:187, ``drop_mcore_language_model_layers``).
     """
     if input_tensor.dim() == 0:
         input_tensor = input_tensor.unsqueeze(0)

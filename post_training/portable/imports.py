@@ -50,7 +50,8 @@ class _ChangingLoader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        _apply(module)
+        for change in _changes[module.__name__]:
+            change(module)
 
 
 class _ChangingFinder(MetaPathFinder):
@@ -73,7 +74,6 @@ class _ChangingFinder(MetaPathFinder):
 
 
 _changes: dict[str, list[Change]] = {}
-_applied: set[tuple[int, Change]] = set()
 
 
 def add_stand_in() -> None:
@@ -83,31 +83,9 @@ def add_stand_in() -> None:
 
 
 def on_import(name: str, change: Change) -> None:
-    """Call ``change(module)`` once, after the module ``name`` is imported (now if it already is).
-
-    A change made while a module is half imported (an import cycle) waits for its end.
-    """
+    """Call ``change(module)`` after each import of the module ``name``, and now if it is there."""
     _changes.setdefault(name, []).append(change)
     if not any(isinstance(finder, _ChangingFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _ChangingFinder())
-    _apply_if_ready(name)
-
-
-def apply_to_imported() -> None:
-    """Apply the registered changes to all modules that are imported and have not got them."""
-    for name in _changes:
-        _apply_if_ready(name)
-
-
-def _apply_if_ready(name: str) -> None:
-    module = sys.modules.get(name)
-    spec = getattr(module, "__spec__", None)
-    if module is not None and not getattr(spec, "_initializing", False):
-        _apply(module)
-
-
-def _apply(module: ModuleType) -> None:
-    for change in _changes.get(module.__name__, ()):
-        if (id(module), change) not in _applied:
-            _applied.add((id(module), change))
-            change(module)
+    if name in sys.modules:
+        change(sys.modules[name])

@@ -3,10 +3,10 @@
 Covers what :mod:`modelopt.torch.quantization.tensor_quant` sends to those kernels:
 
 - dynamic blocks (NVFP4, MXFP8, MXFP6, MXFP4, MXINT8): the operator
-  ``tensorrt::dynamic_block_quantize_op`` gets an implementation for CPU tensors; the one for CUDA
-  tensors is left alone;
-- static NVFP4 blocks and the plain cast to FP4: the two Triton functions get a counterpart for CPU
-  tensors.
+  ``tensorrt::dynamic_block_quantize_op`` (:229) gets an implementation for CPU tensors; the one for
+  CUDA tensors is left alone;
+- static NVFP4 blocks (:592) and the plain cast to FP4 (:662): the two Triton functions get a
+  counterpart for CPU tensors.
 
 Fake quantization agrees with the values that ModelOpt's packers (``NVFP4QTensor``,
 ``MXFP8QTensor``) store, with the kernels' own exceptions: NVFP4 blocks whose scale is below 1e-5,
@@ -35,8 +35,8 @@ __all__ = [
 
 E8M0 = (8, 0)
 NVFP4 = ((2, 1), (4, 3))
-E4M3_MAX = 448.0
-E2M1_MAX = 6.0
+E4M3_MAX = FORMATS[4, 3].largest
+E2M1_MAX = FORMATS[2, 1].largest
 # Below this the kernel takes a block for zeros.
 SMALLEST_NVFP4_SCALE = 1e-5
 

@@ -6,13 +6,15 @@ format by construction. Every stage of a pipeline would search alone: PP=1 is re
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import modelopt.torch.quantization as mtq
 import torch
+from modelopt.torch.opt.conversion import ModeloptStateManager
+from modelopt.torch.quantization.config import QuantizeConfig
 
 from post_training.inference import forward
 from post_training.quantization import formats, quantizers, recipes
@@ -21,11 +23,6 @@ from post_training.quantization.recipes import Recipe
 if TYPE_CHECKING:
     from post_training.quantization.calibration import Calibration
 
-logger = logging.getLogger(__name__)
-
-# Formats that engines read side by side (formats.MIXABLE).
-DEFAULT_FORMATS = "FP8_DEFAULT_CFG,NVFP4_DEFAULT_CFG"
-METHODS = ("gradient", "kl_div")
 # By module name, because the search looks at one layer at a time and not at a recipe's patterns.
 _NEVER = ("*output_layer*", "*router*", "*lm_head*", "*mlp.gate.*", "*shared_expert_gate*")
 
@@ -40,7 +37,7 @@ class Search:
         method: ``gradient`` (Taylor expansion of the loss, needs a backward pass) or ``kl_div``
             (divergence of the logits, one forward pass a layer and format).
         score_size: sequences that the sensitivity is measured on.
-        checkpoint: file that keeps the measured sensitivities, to go on from; None: none.
+        checkpoint: file that keeps the measured sensitivities, to resume from; None: none.
         disabled: further patterns of modules that stay plain.
         more: further arguments for ModelOpt, from a recipe.
     """
@@ -99,8 +96,6 @@ def run(
     Returns:
         The search's own summary: bits and formats by layer.
     """
-    import modelopt.torch.quantization as mtq
-
     core = forward.unwrap(model)
     batches = calibration.batches()
     per_batch = calibration.batch_size
@@ -123,9 +118,9 @@ def run(
     with quantizers.quiet():
         _, state = mtq.auto_quantize(core, **options)
     if kv_entries:
-        off = {"quantizer_name": "*", "enable": False}
+        entries = [dict(quantizers.ALL_OFF), *kv_entries]
         mtq.set_quantizer_by_cfg(core, list(kv_entries))
-        with quantizers.quiet(), mtq.set_quantizer_by_cfg_context(core, [off, *kv_entries]):
+        with quantizers.quiet(), mtq.set_quantizer_by_cfg_context(core, entries):
             mtq.calibrate(core, "max", forward_loop=calibration)
     _record_all_off(core)
     # The search runs backward passes; nothing later needs what they leave.
@@ -147,10 +142,7 @@ def _record_all_off(core: torch.nn.Module) -> None:
     ModelOpt records its default, INT8, as the configuration of a search. Loading first applies
     that, then each layer's own state; an output layer that is off has none, and would be INT8.
     """
-    from modelopt.torch.opt.conversion import ModeloptStateManager
-    from modelopt.torch.quantization.config import QuantizeConfig
-
-    off = QuantizeConfig(quant_cfg=[{"quantizer_name": "*", "enable": False}]).model_dump()
+    off = QuantizeConfig(quant_cfg=[dict(quantizers.ALL_OFF)]).model_dump()
     for mode, state in ModeloptStateManager(core).state_dict():
         if mode == "auto_quantize":
             state["config"] = off
@@ -158,7 +150,10 @@ def _record_all_off(core: torch.nn.Module) -> None:
 
 def _configuration(choice: Any) -> Any:
     """ModelOpt knows its own configurations by their names, which then show in the result."""
-    return formats.find(choice).name if isinstance(choice, str) else choice
+    if not isinstance(choice, str):
+        return choice
+    row = formats.find(choice)
+    return quantizers.named(row.name) if row.quant_cfg else row.name
 
 
 def _forward_loss(model: Any, input_ids: torch.Tensor) -> torch.Tensor:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 
 from post_training.inference import forward, generation
-from post_training.quantization import quantizers
+from post_training.quantization import probe
 
 if TYPE_CHECKING:
     from post_training.data.calibration_data import CalibrationData
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -96,8 +94,6 @@ class Calibration:
         }
 
     def _run(self, model: torch.nn.Module, batches: list[torch.Tensor]) -> None:
-        from tqdm import tqdm
-
         core = forward.unwrap(model)
         _, ranks, _ = generation.data_parallel()
         started = time.monotonic()
@@ -124,7 +120,7 @@ def run_batch(core: Any, input_ids: torch.Tensor) -> None:
     input_ids = input_ids.to(forward.device_of(core))
     output = getattr(core, "output_layer", None)
     positions = None
-    if output is None or not any(True for _ in quantizers.quantizers(output)):
+    if output is None or not any(True for _ in probe.enabled(output)):
         positions = torch.full((len(input_ids),), input_ids.shape[1] - 1, device=input_ids.device)
     forward.run(core, input_ids, positions)
 
@@ -146,7 +142,7 @@ def watching(model: torch.nn.Module) -> Iterator[dict[str, int]]:
         return count
 
     with contextlib.ExitStack() as stack:
-        for name, quantizer in quantizers.quantizers(model):
+        for name, quantizer in probe.enabled(model):
             rows[name] = 0
             handle = quantizer.register_forward_pre_hook(counter(name))
             stack.callback(handle.remove)

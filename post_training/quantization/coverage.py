@@ -1,7 +1,7 @@
 """What a recipe reached in a model, what it left out and why, and whether anything was missed.
 
 A weight that the recipe matches and that has no scale afterwards is an error: the export would
-lack it, or an engine would compute salad.
+lack the scale, and an engine would compute with garbage.
 """
 
 from __future__ import annotations
@@ -10,117 +10,17 @@ import fnmatch
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 
 from post_training.common.errors import UsageError
-from post_training.quantization import formats, quantizers
-from post_training.quantization.formats import Linear
+from post_training.quantization import probe, quantizers
+from post_training.quantization.coverage_report import Coverage, Layer
 
 _SHOWN = 5
 NOT_MATCHED = "no pattern of the recipe matches"
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One linear layer of the model, over all ranks.
-
-    Attributes:
-        name: module name with the layer's number in the whole model.
-        parameters: of the whole weight.
-        form: how it is quantized; None if it is not.
-        reason: why it is not quantized; empty otherwise.
-    """
-
-    name: str
-    parameters: int
-    form: Linear | None
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """The state of a model after quantizers were inserted.
-
-    Attributes:
-        layers: every linear layer, by name.
-        other_parameters: parameters that are not weights of linear layers.
-        quantizers: kind (``weight``, ``input``, ``KV cache``, ...) -> number that are enabled.
-        unused_patterns: patterns of the recipe that match nothing.
-    """
-
-    layers: tuple[Layer, ...]
-    other_parameters: int
-    quantizers: dict[str, int]
-    unused_patterns: tuple[str, ...] = ()
-
-    @property
-    def quantized(self) -> list[Layer]:
-        return [layer for layer in self.layers if layer.form is not None]
-
-    def bits_per_weight(self, plain_bits: int = 16) -> tuple[float, float]:
-        """Stored bits per parameter, scales included: of quantized layers, and of all.
-
-        Args:
-            plain_bits: of parameters that are not quantized.
-        """
-        weights = sum(layer.parameters for layer in self.quantized)
-        bits = sum(_bits(layer, plain_bits) * layer.parameters for layer in self.quantized)
-        plain = sum(layer.parameters for layer in self.layers if layer.form is None)
-        plain += self.other_parameters
-        total = (bits + plain_bits * plain) / max(1, weights + plain)
-        return (bits / weights if weights else float(plain_bits)), total
-
-    def describe_quantized(self) -> str:
-        """``28 linear_fc1, 28 linear_fc2: fp8 with fp8 inputs``, one line a form."""
-        lines = []
-        for form in sorted({each.form for each in self.quantized if each.form}, key=str):
-            names = Counter(_kind(each.name) for each in self.quantized if each.form == form)
-            inputs = f"{form.input} inputs" if form.input else "16-bit inputs"
-            lines.append(f"{_list(names)}: {form.weight} with {inputs}")
-        return "\n".join(lines) or "none"
-
-    def describe_left_out(self) -> str:
-        """The plain linear layers by reason, one line each."""
-        left = [layer for layer in self.layers if layer.form is None]
-        lines = []
-        for reason in dict.fromkeys(layer.reason for layer in left):
-            names = Counter(_kind(layer.name) for layer in left if layer.reason == reason)
-            lines.append(f"{_list(names)}: {reason}")
-        if self.unused_patterns:
-            count = len(self.unused_patterns)
-            lines.append(f"{count} patterns match nothing here, e.g. {self.unused_patterns[0]}")
-        return "\n".join(lines) or "none"
-
-    def to_json(self) -> dict[str, Any]:
-        """For the manifest."""
-        of_quantized, of_all = self.bits_per_weight()
-        return {
-            "linear_layers": len(self.layers),
-            "quantized_layers": len(self.quantized),
-            "quantizers": self.quantizers,
-            "left_out": {each.name: each.reason for each in self.layers if each.form is None},
-            "unused_patterns": list(self.unused_patterns),
-            "bits_per_quantized_weight": round(of_quantized, 3),
-            "bits_per_weight": round(of_all, 3),
-        }
-
-
-def _bits(layer: Layer, plain_bits: int) -> float:
-    form = layer.form.weight if layer.form else ""
-    return formats.WEIGHT_BITS.get(form, plain_bits)
-
-
-def _kind(name: str) -> str:
-    """The layer's own name, and its parent's where that tells more: ``experts`` for an expert."""
-    parts = [part for part in name.split(".") if not part.isdecimal()]
-    return "experts' " + parts[-1] if "local_experts" in parts else parts[-1]
-
-
-def _list(names: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {name}" if count > 1 else name for name, count in names.items())
 
 
 def linears(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -136,7 +36,7 @@ def linears(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
 
 
 def survey(model: torch.nn.Module, config: quantizers.Config | None = None) -> Coverage:
-    """What is quantized in ``model``, over all ranks of one copy; a collective call.
+    """What is quantized in ``model``, over the ranks of one replica; a collective call.
 
     Args:
         model: this rank's part, quantizers inserted.
@@ -145,8 +45,6 @@ def survey(model: torch.nn.Module, config: quantizers.Config | None = None) -> C
     Raises:
         UsageError: on every rank, if the recipe matches a weight that has no quantizer, or none.
     """
-    from megatron.core import parallel_state
-
     tensor_size = parallel_state.get_tensor_model_parallel_world_size()
     first = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
     entries = list((config or {}).get("quant_cfg") or [])
@@ -159,7 +57,7 @@ def survey(model: torch.nn.Module, config: quantizers.Config | None = None) -> C
         if tied and name == "output_layer":
             continue  # a copy of the embedding, on another pipeline stage
         shards = tensor_size if getattr(weight, "tensor_model_parallel", False) else 1
-        form = quantizers.linear_form(module)
+        form = probe.linear_of(module)
         asked, reason = wanted(name, module, entries)
         if form is None and asked:
             missed.append(_global_name(model, name))
@@ -229,9 +127,9 @@ def check_scales(
             their own; weights never do.
     """
     broken = []
-    for name, quantizer in quantizers.quantizers(model):
+    for name, quantizer in probe.enabled(model):
         problem = ""
-        if quantizers.needs_amax(quantizer) and ("weight_quantizer" in name or not dynamic_inputs):
+        if probe.needs_amax(quantizer) and ("weight_quantizer" in name or not dynamic_inputs):
             problem = _scale_problem(getattr(quantizer, "_amax", None))
         if rows.get(name, 1) == 0:
             # A place for a fallback: an expert that no token chose could take its siblings'.
@@ -281,7 +179,7 @@ def _count(model: torch.nn.Module) -> dict[str, int]:
         "v_bmm_quantizer": "KV cache",
     }
     counts: Counter[str] = Counter()
-    for name, _ in quantizers.quantizers(model):
+    for name, _ in probe.enabled(model):
         # Some weights have two quantizers in a row, "weight_quantizer.0" and ".1": count one.
         parent, _, own = name.rpartition(".")
         if own.isdecimal():
@@ -294,10 +192,7 @@ def _count(model: torch.nn.Module) -> dict[str, int]:
 
 def _unused(model: torch.nn.Module, entries: Iterable[Mapping[str, Any]]) -> list[str]:
     """Patterns that switch something on and match no quantizer of this rank."""
-    from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
-
-    kinds = (TensorQuantizer, SequentialQuantizer)
-    names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    names = probe.names(model)
     patterns = [each["quantizer_name"] for each in entries if each.get("enable", True) is not False]
     return [each for each in dict.fromkeys(patterns) if not fnmatch.filter(names, each)]
 

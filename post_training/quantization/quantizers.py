@@ -1,9 +1,9 @@
-"""Quantizers in a model: ModelOpt's configuration, calibration, and what the result is.
+"""Quantizing a model with ModelOpt, in steps, so that mistakes show before the work.
 
-The steps are taken apart, so that mistakes show before the work: :func:`configuration` builds what
-ModelOpt is given, :func:`insert` places quantizers without calibrating them, :func:`verdict` says
-what they can be exported as, :func:`calibrate` finds the scales. What was quantized, and whether
-anything was missed, is in ``coverage.py``.
+:func:`configuration` builds what ModelOpt is given, :func:`insert` places quantizers without
+calibrating them, :func:`judge_model` says what they can be exported as, :func:`calibrate` finds the
+scales. ``probe.py`` reads the quantizers of a model; ``coverage.py`` says what was quantized, and
+whether anything was missed.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import modelopt.torch.quantization as mtq
 import torch
+from megatron.core import parallel_state
+from modelopt.torch.quantization import config as modelopt_config
+from modelopt.torch.quantization.qtensor import QTensorWrapper
 
 from post_training.common.errors import UsageError
-from post_training.quantization import formats, recipes
-from post_training.quantization.formats import Format, Linear, Verdict
+from post_training.quantization import formats, probe, recipes
+from post_training.quantization.formats import Format, Verdict
 from post_training.quantization.recipes import Recipe
-
-if TYPE_CHECKING:
-    from modelopt.torch.quantization.nn import TensorQuantizer
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ _MEGATRON_NAMES = (
 )
 # Linears that compute queries, keys and values; with multi-latent attention there are several.
 QKV_PATTERNS = ("*.linear_qkv.*", "*.linear_q_*proj.*", "*.linear_kv_*proj.*")
+ALL_OFF: Config = {"quantizer_name": "*", "enable": False}
 _SKIP_CHECK = "MODELOPT_SKIP_WEIGHT_QUANT_CHECK"
 
 
@@ -81,16 +83,18 @@ def configuration(
 
 
 def named(name: str) -> Config:
-    """A copy of ModelOpt's configuration of this name, complete in itself.
+    """A copy of the configuration of a format, complete in itself.
 
-    Those for keys and values are meant to be merged: alone, ModelOpt would quantize every weight
-    with its default, INT8.
+    ModelOpt's for keys and values are meant to be merged: alone, ModelOpt would quantize every
+    weight with its default, INT8.
     """
-    from modelopt.torch.quantization import config as modelopt_config
-
+    row = formats.FORMATS[name]
+    if row.quant_cfg:
+        own = [*row.quant_cfg, *modelopt_config._default_disabled_quantizer_cfg]
+        return copy.deepcopy({"quant_cfg": [dict(ALL_OFF), *own], "algorithm": row.method or None})
     config: Config = copy.deepcopy(getattr(modelopt_config, name))
-    if formats.FORMATS[name].linear is None:
-        config["quant_cfg"] = [{"quantizer_name": "*", "enable": False}, *config["quant_cfg"]]
+    if row.linear is None:
+        config["quant_cfg"] = [dict(ALL_OFF), *config["quant_cfg"]]
     config.setdefault("algorithm", "max")
     return config
 
@@ -142,8 +146,6 @@ def as_json(config: Config) -> Any:
 
 def insert(model: torch.nn.Module, config: Config) -> None:
     """Place quantizers as ``config`` says, without scales. Changes ``model`` in place."""
-    import modelopt.torch.quantization as mtq
-
     with quiet(), _own_check():
         mtq.quantize(model, {**config, "algorithm": None})
 
@@ -156,8 +158,6 @@ def calibrate(
     Args:
         forward_loop: runs the calibration data through the model; None where no scale needs it.
     """
-    import modelopt.torch.quantization as mtq
-
     if config.get("algorithm"):
         with quiet():
             mtq.calibrate(model, config["algorithm"], forward_loop=forward_loop)
@@ -167,131 +167,39 @@ def needs_data(model: torch.nn.Module, config: Config) -> bool:
     """Whether calibration looks at data; the same answer on all ranks."""
     if method_of(config) in ("", "max"):
         wanted = any(
-            needs_amax(quantizer) and "weight_quantizer" not in name
-            for name, quantizer in quantizers(model)
+            probe.needs_amax(quantizer) and "weight_quantizer" not in name
+            for name, quantizer in probe.enabled(model)
         )
         return bool(method_of(config)) and any(from_all_ranks(wanted))
     return True
 
 
-def quantizers(model: torch.nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
-    """Name and quantizer of each that is enabled."""
-    from modelopt.torch.quantization.nn import TensorQuantizer
-
-    for name, module in model.named_modules():
-        if isinstance(module, TensorQuantizer) and module.is_enabled:
-            yield name, module
-
-
-def needs_amax(quantizer: TensorQuantizer) -> bool:
-    """Whether the quantizer computes with a stored maximum.
-
-    Microscaling formats take a power of two from each block, dynamic ones look at each input, and
-    some recipes fix the constant.
-    """
-    is_dynamic = quantizer.is_mx_format or getattr(quantizer, "_dynamic", False)
-    return not (is_dynamic or getattr(quantizer, "_use_constant_amax", False))
-
-
-def weight_form(quantizer: Any) -> str:
-    """Numbers of a weight quantizer: a key of ``formats.WEIGHT_BITS``, or a description."""
-    from modelopt.torch.quantization.nn import SequentialQuantizer
-
-    if isinstance(quantizer, SequentialQuantizer):
-        forms = [weight_form(each) for each in quantizer]
-        return "int4_block_fp8" if forms == ["int4_block", "fp8"] else "+".join(forms)
-    bits, blocks, axis = quantizer.num_bits, dict(quantizer.block_sizes or {}), quantizer.axis
-    size, scale_bits = blocks.get(-1), blocks.get("scale_bits")
-    if scale_bits == (8, 0) and size == 32:
-        kinds = {(2, 1): "mxfp4", (3, 2): "mxfp6", (4, 3): "mxfp8", 8: "mxint8"}
-        if bits in kinds:
-            return kinds[bits]
-    if bits == (2, 1) and scale_bits == (4, 3):
-        form = "nvfp4" if blocks.get("type") == "dynamic" else "nvfp4_static"
-        if blocks.get("four_over_six"):
-            form = "nvfp4_4over6"
-        return form if size == 16 else f"nvfp4_block{size}"
-    if bits == 4 and blocks:
-        return "int4_block"
-    kind = {8: "int8", (4, 3): "fp8"}.get(bits)
-    if kind and blocks:
-        return f"{kind}_block"
-    if kind:
-        return kind if axis is None else f"{kind}_channel"
-    return f"{bits} bits with blocks {blocks} and axis {axis}"
-
-
-def input_form(quantizer: Any) -> str:
-    """Numbers of an input quantizer, as ``Linear.input``; empty if it is off."""
-    if quantizer is None or not quantizer.is_enabled:
-        return ""
-    blocks = dict(quantizer.block_sizes or {})
-    if getattr(quantizer, "_dynamic", False) and blocks.get(-1) is None:
-        return {(4, 3): "fp8_token", 8: "int8_token"}.get(quantizer.num_bits, "token")
-    return weight_form(quantizer)
-
-
-def linear_form(module: torch.nn.Module, method: str = "") -> Linear | None:
-    """How a linear layer is quantized; None if its weight is plain.
-
-    Args:
-        method: of the calibration that is still to come, which may add to the layer.
-    """
-    quantizer: Any = getattr(module, "weight_quantizer", None)
-    if quantizer is None or not quantizer.is_enabled:
-        return None
-    inputs: Any = getattr(module, "input_quantizer", None)
-    extra = ""
-    if method in ("awq_lite", "awq_full", "smoothquant") or hasattr(inputs, "_pre_quant_scale"):
-        extra = "pre_quant_scale"
-    if method == "svdquant" or hasattr(quantizer, "svdquant_lora_a"):
-        extra = "low_rank"
-    return Linear(weight_form(quantizer), input_form(inputs), extra)
-
-
-def kv_form(model: torch.nn.Module) -> tuple[str, bool]:
-    """How keys and values are quantized (or empty), and whether attention's products are too."""
-    forms, attention = set(), False
-    for name, quantizer in quantizers(model):
-        kind = name.rpartition(".")[2]
-        if kind in ("k_bmm_quantizer", "v_bmm_quantizer"):
-            form = weight_form(quantizer)
-            form += "_affine" if quantizer.bias else ""
-            form += "_rotate" if quantizer.rotate_is_enabled else ""
-            forms.add(form)
-        elif kind in ("q_bmm_quantizer", "p_bmm_quantizer", "softmax_quantizer"):
-            attention = True
-    # Rotation is on the keys alone.
-    form = "nvfp4_rotate" if "nvfp4_rotate" in forms else "+".join(sorted(forms))
-    return form, attention
-
-
-def verdict(model: torch.nn.Module, method: str = "") -> Verdict:
+def judge_model(model: torch.nn.Module, method: str = "") -> Verdict:
     """What the model can be exported as; the same on all ranks, a collective call.
 
     Args:
         method: of the calibration that is still to come.
     """
-    forms = [linear_form(module, method) for module in model.modules()]
+    found = [probe.linear_of(module, method) for module in model.modules()]
     output = getattr(model, "output_layer", None)
     tied = bool(getattr(model, "share_embeddings_and_output_weights", False))
-    tied_output = output is not None and tied and linear_form(output) is not None
-    mine = ([form for form in forms if form is not None], *kv_form(model), tied_output)
+    tied_output = output is not None and tied and probe.linear_of(output) is not None
+    mine = ([each for each in found if each is not None], *probe.kv_format(model), tied_output)
     gathered = from_all_ranks(mine)
     if any(each[3] for each in gathered):
         return Verdict(
             False, reason="the output layer is quantized, and the embedding shares its weight"
         )
     return formats.judge(
-        [form for each in gathered for form in each[0]],
+        [linear for each in gathered for linear in each[0]],
         next((each[1] for each in gathered if each[1]), ""),
         attention=any(each[2] for each in gathered),
     )
 
 
 def require_exportable(model: torch.nn.Module, method: str = "") -> Verdict:
-    """:func:`verdict`, as an error unless the model can be exported; a collective call."""
-    found = verdict(model, method)
+    """:func:`judge_model`, as an error unless the model can be exported; a collective call."""
+    found = judge_model(model, method)
     if not found.exportable:
         raise formats.unexportable("the quantized model", found)
     return found
@@ -299,11 +207,9 @@ def require_exportable(model: torch.nn.Module, method: str = "") -> Verdict:
 
 def require_savable(model: torch.nn.Module) -> None:
     """Raise UsageError, before calibration, for scales that ModelOpt cannot save at TP > 1."""
-    from megatron.core import parallel_state
-
     size = parallel_state.get_tensor_model_parallel_world_size()
-    forms = {form.weight for form in map(linear_form, model.modules()) if form is not None}
-    static = sorted(forms & formats.STATIC_BLOCKS)
+    linears = filter(None, map(probe.linear_of, model.modules()))
+    static = sorted({linear.weight for linear in linears} & formats.STATIC_BLOCKS)
     if size > 1 and any(from_all_ranks(static)):
         raise UsageError(
             f"{', '.join(static) or 'stored block scales'} with TP={size}",
@@ -314,8 +220,6 @@ def require_savable(model: torch.nn.Module) -> None:
 
 def compress(model: torch.nn.Module) -> None:
     """Replace fake-quantized weights by packed ones, in place."""
-    import modelopt.torch.quantization as mtq
-
     with quiet():
         mtq.compress(model)
 
@@ -325,8 +229,6 @@ def unpack(model: torch.nn.Module) -> int:
 
     For the exporter, which splits fused weights and packs the parts. Returns how many there were.
     """
-    from modelopt.torch.quantization.qtensor import QTensorWrapper
-
     count = 0
     for module in model.modules():
         packed: Any = module._parameters.get("weight")
@@ -343,8 +245,6 @@ def unpack(model: torch.nn.Module) -> int:
 
 def disable_inputs(model: torch.nn.Module) -> None:
     """Switch every input quantizer off, in place."""
-    import modelopt.torch.quantization as mtq
-
     mtq.disable_quantizer(model, "*input_quantizer")
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from post_training.common.errors import UsageError, suggest
 
 
@@ -29,8 +31,6 @@ def find(name: str, option: str = "--recipe") -> Recipe:
     Raises:
         UsageError: if there is none, it is not YAML, or it is not about quantization.
     """
-    import yaml
-
     builtin = root()
     candidates = [Path(name), builtin / name]
     candidates += [builtin / "general" / kind / name for kind in ("ptq", "auto_quantize")]

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from post_training.common import report
-from post_training.quantization import formats, quantizers
 from post_training.quantization import options as quantization_choice
+from post_training.quantization import quantizers
+from post_training.quantization.engines import registry as engines
 from post_training.quantization.formats import Verdict
 
 if TYPE_CHECKING:
     from post_training.distributed.session import Session
     from post_training.quantization.calibration import Calibration
-    from post_training.quantization.coverage import Coverage
+    from post_training.quantization.coverage_report import Coverage
 
 
 def metrics(run: Calibration, reached: Coverage, search: dict[str, Any] | None) -> dict[str, Any]:
@@ -53,8 +54,8 @@ def show(
     used = content["metrics"]["calibration"]
     of_quantized, of_all = reached.bits_per_weight(32 if args.fp32 else 16)
     speed = f", {used['tokens_per_second']:,.0f} tokens/s" if used["tokens_computed"] else ""
-    engines, gpus = formats.ENGINES.get(found.quant_algo, ("", ""))
-    exported = f"{found.quant_algo}: {engines}; {gpus}" if found.exportable else "no engine"
+    readers, gpus = engines.describe(found.quant_algo)
+    exported = f"{found.quant_algo}: {readers}; {gpus}" if found.exportable else "no engine"
     kv = found.kv_cache_quant_algo
     report.summary(
         f"quantized: {content['quantization']['format']}",

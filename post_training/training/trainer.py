@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from post_training.common.errors import UsageError
-from post_training.distributed import signals
+from post_training.distributed import placement, signals
 from post_training.training import setup as training_setup
 from post_training.training.checkpoint import FOLDER, Progress, TrainingCheckpoints
 from post_training.training.metrics import Metrics
@@ -345,6 +345,8 @@ class Trainer:
         self.progress = replace(self.progress, window=window, seconds=seconds.item())
         content = self.checkpoints.save(self.model, self.optimizer, self.progress)
         self.task.set_mode(self.model)
+        if self.session.is_main:
+            placement.note_saved(self.progress.iteration)
         logger.info("saved iteration %d to %s", self.progress.iteration, self.checkpoints.folder)
         return content
 

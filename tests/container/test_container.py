@@ -21,6 +21,7 @@ from types import SimpleNamespace
 
 import pytest
 import slurm_jobs
+import speed
 import tools
 import torch
 
@@ -47,7 +48,7 @@ def run(*words: object, code: int = 0, **variables: str) -> subprocess.Completed
         env={**os.environ, **variables},
         capture_output=True,
         text=True,
-        timeout=2000,
+        timeout=speed.scaled(2000),
     )
     assert done.returncode == code, done.stdout[-4000:] + done.stderr[-6000:]
     return done
@@ -339,7 +340,7 @@ def test_training_in_a_container_is_saved_at_a_signal_and_goes_on(submit, cluste
         return [line["iteration"] for line in lines if line["kind"] == "train"]
 
     log = scratch.parent / "training.log"
-    end = time.monotonic() + 180
+    end = time.monotonic() + speed.scaled(180)
     while len(iterations()) < 3:
         assert time.monotonic() < end, log.read_text()
         assert cluster.job(job)["JobState"] in ("PENDING", "RUNNING"), log.read_text()

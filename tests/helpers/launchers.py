@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import speed
 from confs import ROOT
 
 SHOW = "printf %s\\n"
@@ -34,7 +35,7 @@ def bash(*words: object, cwd: Path = ROOT, code: int = 0, **environment: str):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=speed.scaled(120),
         check=False,
     )
     assert done.returncode == code, done.stdout + done.stderr

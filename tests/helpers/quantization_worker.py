@@ -72,7 +72,7 @@ def every_format(build: Model) -> dict[str, Any]:
             continue
         model, config = build.quantized(row)
         logits = build.logits(model)
-        found = quantizers.verdict(model, quantizers.method_of(config))
+        found = quantizers.judge_model(model, quantizers.method_of(config))
         reached = coverage.survey(model, config)
         results[name] = {
             "finite": bool(logits.isfinite().all()),

@@ -18,6 +18,10 @@ import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import speed
+
+ATTEMPTS = 5
+BUSY = re.compile("Unable to contact|Socket timed out|connect failure|Connection (refused|reset)")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "scontrol")
 CONFIGURATION = """
 ClusterName=test
@@ -42,7 +46,8 @@ SchedulerParameters=sched_interval=1,batch_sched_delay=0,bf_interval=1
 SchedulerType=sched/builtin
 SlurmdParameters=config_overrides
 ReturnToService=2
-SlurmdTimeout=10
+SlurmdTimeout=60
+MessageTimeout=60
 KillWait=5
 MinJobAge=3600
 JobRequeue=1
@@ -131,11 +136,11 @@ class Cluster:
         options = [f"--{name}={self.folder / file}" for name, file in files.items()]
         # --force: the folder of a test lies below /tmp, which everybody may write to.
         self._daemon("munged", "--foreground", "--force", *options)
-        _wait(lambda: (self.folder / "munge.socket").exists(), 20, "munged")
+        speed.wait(lambda: (self.folder / "munge.socket").exists(), 20, "munged")
         self._daemon("slurmctld", "-D")
         for node in ("node1", "node2"):
             self.start_node(node)
-        _wait(self._nodes_are_idle, 60, "two idle nodes")
+        speed.wait(self._nodes_are_idle, 60, "two idle nodes")
 
     def start_node(self, node: str) -> None:
         self._daemon(node, "-D", "-N", node, program="slurmd")
@@ -144,7 +149,7 @@ class Cluster:
         """Bring a node back that was killed and given up."""
         self.start_node(node)
         self.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
-        _wait(self._nodes_are_idle, 60, "two idle nodes")
+        speed.wait(self._nodes_are_idle, 60, "two idle nodes")
 
     def kill_node(self, node: str) -> None:
         """The node's daemon and everything it started end at once, as when a machine fails."""
@@ -192,15 +197,16 @@ class Cluster:
         return done.stdout.strip() == "2 idle"
 
     def run(self, *words: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run one of SLURM's commands."""
-        return subprocess.run(
-            [str(word) for word in words],
-            env={**os.environ, **self.environment},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=check,
-        )
+        """Run one of SLURM's commands; again if it died of a signal or met a busy controller."""
+        environment = {**os.environ, **self.environment}
+        for _ in range(ATTEMPTS):
+            done = speed.run(words, 60, env=environment)
+            if done.returncode >= 0 and not (done.returncode and BUSY.search(done.stderr)):
+                break
+            time.sleep(1)
+        if check:
+            done.check_returncode()
+        return done
 
     def job(self, number: int | str) -> dict[str, str]:
         """What SLURM knows about a job: JobState, ExitCode, Reason, Restarts, ..."""
@@ -210,14 +216,16 @@ class Cluster:
     def wait(self, number: int | str, seconds: float = 120) -> dict[str, str]:
         """Wait until a job has ended; returns what SLURM knows about it."""
         running = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED")
-        _wait(lambda: self.job(number)["JobState"] not in running, seconds, f"job {number}")
+        speed.wait(lambda: self.job(number)["JobState"] not in running, seconds, f"job {number}")
         return self.job(number)
 
     def stop(self) -> None:
         """Cancel everything and end the daemons, the step daemons included."""
         with suppress(subprocess.SubprocessError, OSError):
             self.run("scancel", "--full", "--user=root", check=False)
-            _wait(lambda: not self.run("squeue", "--noheader", check=False).stdout, 20, "no jobs")
+            speed.wait(
+                lambda: not self.run("squeue", "--noheader", check=False).stdout, 20, "no jobs"
+            )
         for daemon in reversed(self._daemons.values()):
             daemon.terminate()
         for daemon in self._daemons.values():
@@ -230,14 +238,6 @@ class Cluster:
             for pid in self.processes_on(node):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-
-
-def _wait(condition, seconds: float, what: str) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            raise TimeoutError(f"{what} did not come within {seconds:.0f} s")
-        time.sleep(0.2)
 
 
 def _free_ports(count: int) -> list[int]:

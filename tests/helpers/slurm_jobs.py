@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import slurm_cluster
+import speed
 import tools
 import torch
 from questions import write_questions
@@ -95,14 +95,7 @@ def variables(cluster, model: Path, work: Path, **more: str) -> dict[str, str]:
 
 def submit(*words: object, environment: dict[str, str], cwd: Path, code: int = 0) -> str:
     """Run a submitting command; returns what it prints."""
-    done = subprocess.run(
-        [str(word) for word in words],
-        env=environment,
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = speed.run(words, 60, env=environment, cwd=cwd)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -153,12 +146,15 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def wait_for_text(log: Path, text: str, cluster, job: str, seconds: float = 120) -> None:
     """Wait until a running job's log has ``text``."""
-    end = time.monotonic() + seconds
-    while not (log.is_file() and text in log.read_text()):
+
+    def is_there() -> bool:
+        if log.is_file() and text in log.read_text():
+            return True
         state = cluster.job(job)["JobState"]
         assert state in ("PENDING", "RUNNING"), log.read_text() if log.is_file() else state
-        assert time.monotonic() < end, log.read_text() if log.is_file() else "no log"
-        time.sleep(0.2)
+        return False
+
+    speed.wait(is_there, seconds, f"{text} in {log}")
 
 
 @dataclass
@@ -184,28 +180,31 @@ class Run:
         ]
 
     def wait_for_iteration(self, number: int) -> None:
-        end = time.monotonic() + 120
-        while not any(line["iteration"] >= number for line in self.curve()):
-            assert time.monotonic() < end, self.log.read_text()
-            time.sleep(0.1)
+        speed.wait(
+            lambda: any(line["iteration"] >= number for line in self.curve()),
+            120,
+            f"iteration {number} in {self.log}",
+            pause=0.1,
+        )
 
     def wait_for_restart(self, count: int) -> None:
         wait_for_restart(self.cluster, self.job, count, self.log)
 
 
 def wait_for_restart(cluster, job: str, count: int, log: Path) -> None:
-    """Wait until the job runs again. SLURM would wait two minutes before it starts it."""
-    end = time.monotonic() + 120
-    queued = None
-    found = cluster.job(job)
-    while int(found["Restarts"]) < count or found["JobState"] != "RUNNING":
-        assert time.monotonic() < end, log.read_text()
+    """Wait until the job has started again ``count`` times. SLURM delays a start by two minutes."""
+    queued = 0.0
+
+    def runs_again() -> bool:
+        nonlocal queued
+        found = cluster.job(job)
         assert found["JobState"] not in ("FAILED", "NODE_FAIL"), log.read_text()
         if found["JobState"] == "PENDING":
             queued = queued or time.monotonic()
-            # In the second of the requeue nodes refuse the job, whose old credential ends then.
+            # Within a second of the requeue nodes refuse the job: its old credential ends then.
             if time.monotonic() > queued + 2:
-                # Again and again: SLURM writes its own time once the last step has ended.
+                # Repeated: SLURM writes its own time once the last step has ended.
                 cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
-        time.sleep(0.2)
-        found = cluster.job(job)
+        return int(found["Restarts"]) >= count and found["JobState"] == "RUNNING"
+
+    speed.wait(runs_again, 120, f"restart {count} of job {job}, log {log}")

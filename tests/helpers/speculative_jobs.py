@@ -52,6 +52,7 @@ def prepare(plan: Plan, session: Any) -> None:
     from dataclasses import replace
 
     from post_training.checkpoints import torch_dist
+    from post_training.checkpoints.huggingface import SmallFiles
     from post_training.common.manifest import Manifest
     from post_training.drafts.eagle3 import attach as eagle
 
@@ -69,9 +70,8 @@ def prepare(plan: Plan, session: Any) -> None:
             module.d2t.copy_(torch.tensor(MAPPING) - torch.arange(len(MAPPING)))
     draft = replace(draft_of(source), trained=1)
     record = Manifest("prepare", source.architecture.to_json(), extra={"draft": draft.to_json()})
-    torch_dist.save(
-        model, Path(str(plan.options.save)), record, huggingface=Path(source.huggingface)
-    )
+    small_files = SmallFiles(Path(source.huggingface))
+    torch_dist.save(model, Path(str(plan.options.save)), record, small_files=small_files)
 
 
 def decode(plan: Plan, session: Any) -> None:

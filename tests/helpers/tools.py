@@ -6,26 +6,18 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import speed
 import torch
 
 from benchmarks.random_model import CHAT_TEMPLATE, byte_tokenizer
+from post_training.models import families
 
 ROOT = Path(__file__).resolve().parents[2]
-VOCABULARY = 512
-SHARED = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-6,
-}
-# Parallel layouts: processes and flags. Six layers, so that 4 + 2 is an uneven split.
+# Parallel layouts: processes and flags. The tiny models have six layers, so 4 + 2 is uneven.
 LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {
     "TP=1": (1, ()),
     "TP=2": (2, ("--tensor-model-parallel-size", 2)),
@@ -35,23 +27,8 @@ LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {
         ("--pipeline-model-parallel-size", 2, "--decoder-first-pipeline-num-layers", 4),
     ),
 }
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama3": {
-        "model_type": "llama",
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": False,
-    },
-    "qwen2.5": {"model_type": "qwen2", "tie_word_embeddings": True},
-    "qwen3": {"model_type": "qwen3", "head_dim": 64, "tie_word_embeddings": True},
-}
+# Name -> family. What is registered is tested.
+FAMILIES = {family.name: family for family in families.FAMILIES.values()}
 
 
 def random_model(
@@ -67,8 +44,7 @@ def random_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    settings = {**SHARED, **FAMILIES[family], **changes}
-    config = AutoConfig.for_model(**settings)
+    config = AutoConfig.for_model(**FAMILIES[family].tiny_config(**changes))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
@@ -145,7 +121,7 @@ def run(
         env=environment(**variables),
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=speed.scaled(600),
     )
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
@@ -161,6 +137,16 @@ def run_stages(
     """
     listed = [[name, [str(flag) for flag in flags]] for name, flags in jobs]
     return run("tests/helpers/run_stages.py", json.dumps(listed), processes=processes)
+
+
+def tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors of a Hugging Face folder by name."""
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118
+                yield name, shard.get_tensor(name)
 
 
 def logits_job(work: Path, ids: torch.Tensor, *flags: object) -> tuple[str, tuple[object, ...]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import slurm_jobs
+import speed
 import tools
 import torch
 from slurm_jobs import (
@@ -212,7 +213,7 @@ def test_a_lost_node_ends_all_ranks_within_a_minute_by_name_and_starts_nothing_a
     killed = time.monotonic()
     cluster.kill_node("node2")
     while any(map(is_rank, cluster.processes_on("node1"))):
-        assert time.monotonic() - killed < 60
+        assert time.monotonic() - killed < speed.scaled(60)
         time.sleep(0.2)
     for style in jobs:
         assert "error: rank 1 on host node2 is lost" in (tmp_path / f"{style}.log").read_text()
@@ -262,7 +263,7 @@ def test_containers_are_asked_for_as_pyxis_and_apptainer_want_it(site, model, tm
     shown = step(CONTAINER_IMAGE="/images/a b.sif", LAUNCH_SCRIPT="python")
     assert "--ntasks=4 --ntasks-per-node=2" in shown
     inside = f"exec --nv --bind {mounts} --pwd /workspace/nmm-sandbox"
-    assert rf"apptainer {inside} /images/a\ b.sif bash" in shown
+    assert f"apptainer {inside} '/images/a b.sif' bash" in shown
     # Where a site has the older name only.
     other = tmp_path / "singularity"
     other.write_text("#!/bin/sh\n")
@@ -301,9 +302,7 @@ def test_a_mistake_about_the_container_is_refused_before_submission(
 
 
 def step_line(text: str) -> str:
-    line = next(line for line in text.splitlines() if line.startswith("job step"))
-    # Commas need no quoting for a shell, but printf's %q quotes them.
-    return line.replace("\\,", ",").replace("\\#", "#")
+    return next(line for line in text.splitlines() if line.startswith("job step"))
 
 
 def test_the_plans_in_the_documentation_are_what_the_commands_print():

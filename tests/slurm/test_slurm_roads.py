@@ -1,4 +1,4 @@
-"""slurm/pipeline.sh on a real SLURM: every road to its end, failures in the middle, mistakes."""
+"""slurm/pipeline.sh on a real SLURM: every chain to its end, failures in the middle, mistakes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = slurm_jobs.MARKS
 
 
 def settings(model: Path) -> dict[str, dict[str, str]]:
-    """The stages' own variables on each road."""
+    """The stages' own variables in each chain."""
     score = f"--mmlu-dataset {model}/questions --mmlu-batch-size 8"
     training = (
         f"--finetune-data-files {model}/chat.jsonl --seq-length 64 --train-iters 3 --eval-iters 1"
@@ -37,20 +37,18 @@ def settings(model: Path) -> dict[str, dict[str, str]]:
     }  # fmt: skip
 
 
-def test_the_roads_run_to_their_ends_stop_where_a_stage_fails_and_go_on_from_there(
-    cluster, site, model, tmp_path
-):
+def test_the_chains_stop_where_a_stage_fails_and_resume_from_there(cluster, site, model, tmp_path):
     """All three side by side."""
     own = settings(model)
 
-    def pipeline(road: str, *words: str, code: int = 0, **more: str) -> tuple[str, list[str]]:
-        """Submit a road; returns what is printed and the jobs' numbers."""
-        work = tmp_path / road
+    def pipeline(chain: str, *words: str, code: int = 0, **more: str) -> tuple[str, list[str]]:
+        """Submit a chain; returns what is printed and the jobs' numbers."""
+        work = tmp_path / chain
         work.mkdir(exist_ok=True)
-        added = {name: f"{own[road][name]} {value}" for name, value in more.items()}
+        added = {name: f"{own[chain][name]} {value}" for name, value in more.items()}
         text = submit(
-            *("bash", site / "slurm" / "pipeline.sh", *words, road, "org/name"),
-            environment=variables(cluster, model, work, **{**own[road], **added}),
+            *("bash", site / "slurm" / "pipeline.sh", *words, chain, "org/name"),
+            environment=variables(cluster, model, work, **{**own[chain], **added}),
             cwd=work,
             code=code,
         )  # fmt: skip
@@ -58,8 +56,8 @@ def test_the_roads_run_to_their_ends_stop_where_a_stage_fails_and_go_on_from_the
 
     def together(**more: dict[str, str]) -> dict[str, tuple[str, list[str]]]:
         with ThreadPoolExecutor() as pool:
-            found = {road: pool.submit(pipeline, road, **more.get(road, {})) for road in own}
-            return {road: each.result() for road, each in found.items()}
+            found = {chain: pool.submit(pipeline, chain, **more.get(chain, {})) for chain in own}
+            return {chain: each.result() for chain, each in found.items()}
 
     # A score below its bar, training that ends too early, a draft that is not good enough.
     started = together(
@@ -72,28 +70,28 @@ def test_the_roads_run_to_their_ends_stop_where_a_stage_fails_and_go_on_from_the
             "mmlu",
             r"exit code 1 [^$]*error: MMLU accuracy .* below --lower-bound 1.0000",
         ),
-        "prune": ("distill", "exit code 75 .* the same command goes on from what was saved"),
+        "prune": ("distill", "exit code 75 .* the same command resumes from what was saved"),
         "eagle3": ("validate", r"exit code 1 [^$]*error: acceptance length 1.0 is below 2.0"),
     }
-    for road, (text, jobs) in started.items():
+    for chain, (text, jobs) in started.items():
         states = [cluster.wait(job, 240)["JobState"] for job in jobs]
         log = Path(re.search(r"tail -n \+1 -F (\S+)", text)[1]).read_text()
         cancelled = ["CANCELLED"] * (len(jobs) - 3)
         assert states == ["COMPLETED", "COMPLETED", "FAILED", *cancelled], log
-        stage, reason = reasons[road]
+        stage, reason = reasons[chain]
         assert re.search(rf"{stage} \(job \d+\): FAILED with {reason}", log), log
-        ends = [tmp_path / road / "org" / f"name_{kind}" for kind in ("export", "draft")]
+        ends = [tmp_path / chain / "org" / f"name_{kind}" for kind in ("export", "draft")]
         assert not any(end.exists() for end in ends)
 
-    # Without that: the first two stages are left as they are, and the roads go on to their ends.
-    for road, (text, jobs) in together().items():
+    # Without that: the first two stages are left as they are, and the chains run to their ends.
+    for chain, (text, jobs) in together().items():
         kept = re.findall(r"(\w+): \S+ is still valid", text)
-        assert kept == ["convert", road]
+        assert kept == ["convert", chain]
         states = [cluster.wait(job, 240)["JobState"] for job in jobs]
-        assert states == ["COMPLETED"] * (3 if road == "prune" else 2), text
+        assert states == ["COMPLETED"] * (3 if chain == "prune" else 2), text
 
-    def manifest(road: str, output: str) -> dict:
-        return json.loads((tmp_path / road / "org" / output / "run.json").read_text())
+    def manifest(chain: str, output: str) -> dict:
+        return json.loads((tmp_path / chain / "org" / output / "run.json").read_text())
 
     exported = tmp_path / "quantize" / "org" / "name_export"
     assert json.loads((exported / "hf_quant_config.json").read_text())
@@ -112,8 +110,8 @@ def test_the_roads_run_to_their_ends_stop_where_a_stage_fails_and_go_on_from_the
     assert report["acceptance"]["identical_answers"] == report["acceptance"]["answers"] == 4
 
     # Nothing is left to do.
-    for road, (text, jobs) in together().items():
-        assert (text.count("is still valid"), jobs) == (5 if road == "prune" else 4, []), text
+    for chain, (text, jobs) in together().items():
+        assert (text.count("is still valid"), jobs) == (5 if chain == "prune" else 4, []), text
         assert "nothing to do" in text
     text, jobs = pipeline("quantize", "--dry-run")
     assert jobs == []

@@ -9,16 +9,13 @@ import pytest
 import tools
 import torch
 
-from post_training.checkpoints import huggingface
 from post_training.common import files
-
-SOURCES = {"llama3": "untied", "qwen2.5": "tied, with biases", "qwen3": "tied, with q/k norms"}
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     root = tmp_path_factory.mktemp("sources")
-    for family in SOURCES:
+    for family in tools.FAMILIES:
         tools.random_model(root / family, family, torch.bfloat16)
     return root
 
@@ -35,7 +32,7 @@ def umask():
 
 
 def assert_same_tensors(first, second):
-    wanted, actual = dict(huggingface.tensors(first)), dict(huggingface.tensors(second))
+    wanted, actual = dict(tools.tensors(first)), dict(tools.tensors(second))
     assert actual.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert actual[name].dtype == tensor.dtype
@@ -50,7 +47,7 @@ def test_round_trip_is_exact(sources, layout, tmp_path):
             "convert",
             ("--pretrained-model-path", sources / family, "--save", tmp_path / family, *flags),
         )
-        for family in SOURCES
+        for family in tools.FAMILIES
     ]
     tools.run_stages(*convert, processes=processes)
     # Export runs at TP=1 whatever the checkpoint was saved at; PP is kept.
@@ -58,10 +55,10 @@ def test_round_trip_is_exact(sources, layout, tmp_path):
         processes, flags = 1, ()
     export = [
         ("export", ("--load", tmp_path / family, "--export-dir", tmp_path / f"{family}_hf", *flags))
-        for family in SOURCES
+        for family in tools.FAMILIES
     ]
     tools.run_stages(*export, processes=processes)
-    for family in SOURCES:
+    for family in tools.FAMILIES:
         exported = tmp_path / f"{family}_hf"
         assert_same_tensors(sources / family, exported)
         config = json.loads((exported / "config.json").read_text())

@@ -19,7 +19,6 @@ import torch.nn.functional as F  # noqa: N812
 from safetensors.torch import load_file, save_file
 from speculative_jobs import MAPPING, TEXT
 
-from post_training.checkpoints import huggingface
 from post_training.export.eagle3_readback import DraftFolder
 
 MODELS = ("qwen3", "llama3")
@@ -95,7 +94,7 @@ def eagle3(folder: Path, embeddings: torch.Tensor, features: torch.Tensor) -> to
 def test_the_files_alone_give_the_drafts_logits(drafted, model, layout):
     """Float32: sums in another order differ by some 1e-6 of logits around 3."""
     found = drafted.decoded(model, "TP=1")
-    embedding = dict(huggingface.tensors(drafted.work / f"{model} hf"))["model.embed_tokens.weight"]
+    embedding = dict(tools.tensors(drafted.work / f"{model} hf"))["model.embed_tokens.weight"]
     logits = eagle3(
         drafted.exported(model, layout), embedding[TEXT[1:]].float(), found["features"][:-1]
     )
@@ -165,15 +164,15 @@ def test_d2t_leads_from_the_drafts_tokens_to_the_targets(drafted):
 
 def test_a_shared_head_is_the_targets(drafted):
     tensors = load_file(drafted.exported("qwen3", "TP=1") / "model.safetensors")
-    target = dict(huggingface.tensors(drafted.work / "qwen3 hf"))
+    target = dict(tools.tensors(drafted.work / "qwen3 hf"))
     assert torch.equal(tensors["lm_head.weight"], target["model.embed_tokens.weight"])
 
 
 @both
 @pytest.mark.parametrize("layout", ["TP=1", "PP=2"])
 def test_the_base_of_a_drafted_checkpoint_is_the_target(drafted, model, layout):
-    exported = dict(huggingface.tensors(drafted.work / f"{model} base {layout}"))
-    source = dict(huggingface.tensors(drafted.work / f"{model} hf"))
+    exported = dict(tools.tensors(drafted.work / f"{model} base {layout}"))
+    source = dict(tools.tensors(drafted.work / f"{model} hf"))
     assert exported.keys() == source.keys()
     assert all(torch.equal(exported[name], source[name]) for name in source)
 

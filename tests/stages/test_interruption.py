@@ -98,7 +98,7 @@ def test_kill_during_the_first_output_leaves_no_final_name(
 
 
 def test_a_kill_between_the_two_renames_is_undone(tmp_path):
-    """Where the file system cannot exchange folders, the previous output waits under a name."""
+    """In between, the previous output has another name."""
     target = tmp_path / "output"
     target.with_name("output.previous").mkdir()
     (target.with_name("output.previous") / "weights").write_text("old")

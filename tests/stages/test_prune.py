@@ -16,7 +16,7 @@ import pytest
 import tools
 import torch
 
-from post_training.checkpoints import huggingface, torch_dist
+from post_training.checkpoints import torch_dist
 from post_training.common import manifest
 from post_training.data import calibration_data
 from post_training.export import readback
@@ -156,7 +156,7 @@ def sliced(original, layers, hidden, heads, channels):
 
 def compare_with_slices(source, model, exported):
     """Require that the export consists of slices of the model. Returns what was kept."""
-    original, found = dict(huggingface.tensors(model)), dict(huggingface.tensors(exported))
+    original, found = dict(tools.tensors(model)), dict(tools.tensors(exported))
     layers = manifest.read(exported.with_name(exported.name.removesuffix("_hf")))["metrics"]
     layers = layers["kept_layers"]
     parts = kept_parts(original, found, layers)
@@ -263,7 +263,7 @@ def test_the_checkpoint_says_what_it_is(pruned):
         assert len(found["layer_types"]) == 5
         assert (found["hidden_size"], found["head_dim"]) == (96, HEAD_SIZE)
     metrics = content["metrics"]
-    parameters = sum(tensor.numel() for _, tensor in huggingface.tensors(source / "p_hf"))
+    parameters = sum(tensor.numel() for _, tensor in tools.tensors(source / "p_hf"))
     assert metrics["after"]["parameters"] == parameters
     assert metrics["after"]["loss"] != metrics["before"]["loss"]
     assert metrics["calibration"]["tokens"] == metrics["calibration"]["tokens_computed"] == 256
@@ -282,7 +282,7 @@ def test_scores_before_and_after_are_those_of_the_mmlu_stage(pruned):
 def test_a_search_meets_its_target_and_shows_its_candidates(pruned):
     source, printed = pruned
     metrics = manifest.read(source / "searched")["metrics"]
-    parameters = sum(tensor.numel() for _, tensor in huggingface.tensors(source / "searched_hf"))
+    parameters = sum(tensor.numel() for _, tensor in tools.tensors(source / "searched_hf"))
     assert parameters == metrics["after"]["parameters"] <= 900_000
     candidates = metrics["candidates"]
     assert 1 < len(candidates) <= metrics["candidates_within_limits"]
@@ -331,7 +331,7 @@ def test_prune_then_quantize_then_export(pruned):
     assert folder.problems() == []
     assert folder.quantization["quant_algo"] == "FP8"
     compared = 0
-    for name, tensor in huggingface.tensors(source / "p_hf"):
+    for name, tensor in tools.tensors(source / "p_hf"):
         found = folder.dequantized(name)
         if name.endswith("_proj.weight"):
             # Three bits of mantissa: half a step is 1/16 of a normal value.
@@ -352,7 +352,7 @@ def test_two_pipeline_stages_prune_as_one(pruned, tmp_path):
     tools.run_stages(
         ("export", ("--load", save, "--export-dir", tmp_path / "p_hf", "--fp32", *CONF))
     )
-    one, two = (dict(huggingface.tensors(path / "p_hf")) for path in (source, tmp_path))
+    one, two = (dict(tools.tensors(path / "p_hf")) for path in (source, tmp_path))
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         assert torch.equal(tensor, two[name]), name

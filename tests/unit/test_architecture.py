@@ -10,7 +10,8 @@ from confs import conf_flags, parse
 
 from post_training.common.errors import UsageError
 from post_training.config import arguments
-from post_training.models.architecture import Architecture, from_huggingface, reconcile
+from post_training.models.architecture import Architecture, reconcile
+from post_training.models.families import from_huggingface
 
 LLAMA3_SCALING = {
     "rope_type": "llama3",
@@ -157,38 +158,6 @@ def test_a_config_json_gives_every_field():
     )
     assert from_huggingface(QWEN3).transformer["qk_layernorm"] is True
     assert from_huggingface(RELEASED["Qwen/Qwen2.5-0.5B-Instruct"]).transformer["add_qkv_bias"]
-
-
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
-def test_what_transformers_writes_is_read_like_the_older_form(model_type, tmp_path):
-    from transformers import AutoConfig
-
-    scaling = LLAMA3_SCALING if model_type == "llama" else {"rope_type": "default"}
-    sizes = {
-        "vocab_size": 512,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 131072,
-    }
-    name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[model_type] + "ForCausalLM"
-    config = AutoConfig.for_model(
-        model_type,
-        **sizes,
-        architectures=[name],
-        rope_parameters={**scaling, "rope_theta": 500000.0},
-    )
-    config.save_pretrained(tmp_path)
-    written = json.loads((tmp_path / "config.json").read_text())
-    assert "rope_parameters" in written
-    older = {**sizes, "architectures": [name], "rope_theta": 500000.0, "rope_scaling": scaling}
-    assert from_huggingface(written) == from_huggingface(older)
-    older["rope_scaling"] = {"type": scaling["rope_type"], **scaling}
-    del older["rope_scaling"]["rope_type"]
-    assert from_huggingface(written) == from_huggingface(older)
 
 
 @pytest.mark.parametrize(

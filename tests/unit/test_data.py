@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from post_training import portable
 from post_training.common.errors import UsageError
-from post_training.data import calibration_data, document_formats, records
+from post_training.data import calibration_data, document_formats, records, sources
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
 
@@ -35,7 +35,7 @@ def write_jsonl(path: Path, rows: list) -> Path:
 
 
 def texts(source: Path) -> list[str]:
-    return [document.text for document in calibration_data.read_documents(str(source))]
+    return [document.text for document in sources.read_documents(str(source))]
 
 
 def test_documents_are_packed_without_gaps_with_end_of_text_between(tmp_path, tokenizer):

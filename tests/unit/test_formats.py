@@ -3,12 +3,15 @@
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import tools
 
 from post_training.common.errors import UsageError
 from post_training.quantization import formats, recipes
+from post_training.quantization.engines import registry as engines
+from post_training.quantization.engines.base import GENERATIONS
 from post_training.quantization.formats import Linear
 
 MODELOPT = """
@@ -41,8 +44,9 @@ def modelopt():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_every_choice_of_modelopt_is_in_the_table_and_no_other(modelopt):
-    assert sorted(formats.FORMATS) == modelopt["choices"]
+def test_every_choice_of_modelopt_is_in_the_table_and_others_bring_their_configuration(modelopt):
+    of_modelopt = [name for name, row in formats.FORMATS.items() if not row.quant_cfg]
+    assert sorted(of_modelopt) == modelopt["choices"]
     assert len(modelopt["choices"]) == 39
 
 
@@ -121,7 +125,11 @@ def test_formats_that_no_engine_would_read_correctly_are_refused_with_the_reason
 def test_every_exportable_algorithm_has_engines_and_gpus():
     found = [formats.verdict(row) for row in formats.FORMATS.values()]
     algorithms = {each.quant_algo for each in found if each.exportable}
-    assert algorithms | {"MIXED_PRECISION"} == set(formats.ENGINES)
+    assert algorithms | {"MIXED_PRECISION"} == set(engines.algorithms())
+    for algorithm in algorithms:
+        names, gpus = engines.describe(algorithm)
+        assert names
+        assert gpus
 
 
 def test_weight_only_changes_the_verdict():
@@ -145,6 +153,43 @@ def test_only_formats_that_vllm_mixes_are_exportable_together():
     assert formats.judge([fp8, nvfp4]).quant_algo == "MIXED_PRECISION"
     assert not formats.judge([fp8, Linear("mxfp8", "mxfp8")]).exportable
     assert formats.judge([]).exportable
+
+
+@pytest.mark.parametrize(
+    ("num_bits", "blocks", "axis", "name"),
+    [
+        ((4, 3), {}, None, "fp8"),
+        ((4, 3), {}, 0, "fp8_channel"),
+        ((4, 3), {-1: 128, -2: 128}, None, "fp8_block"),
+        ((4, 3), {-1: 32, "scale_bits": (8, 0), "type": "dynamic"}, None, "mxfp8"),
+        ((2, 1), {-1: 16, "scale_bits": (4, 3), "type": "dynamic"}, None, "nvfp4"),
+        ((2, 1), {-1: 16, "scale_bits": (4, 3), "type": "static"}, None, "nvfp4_static"),
+        ((2, 1), {-1: 32, "scale_bits": (4, 3), "type": "dynamic"}, None, "nvfp4_block32"),
+        ((2, 1), {-1: 64, "scale_bits": (4, 3), "type": "dynamic"}, None, None),
+        ((2, 1), {-1: 32, "scale_bits": (8, 0), "type": "dynamic"}, None, "mxfp4"),
+        (8, {}, 0, "int8_channel"),
+        (4, {-1: 128}, None, "int4_block"),
+        (5, {}, None, None),
+    ],
+)
+def test_a_quantizer_is_recognised_by_its_bits_blocks_and_axis(num_bits, blocks, axis, name):
+    quantizer = SimpleNamespace(num_bits=num_bits, block_sizes=blocks, axis=axis)
+    found = formats.number_format(quantizer)
+    assert (found.name if found else None) == name
+
+
+def test_an_input_with_a_scale_per_token_is_recognised():
+    quantizer = SimpleNamespace(num_bits=(4, 3), block_sizes={-1: None}, axis=None, _dynamic=True)
+    assert formats.number_format(quantizer, is_input=True).name == "fp8_token"
+
+
+def test_every_engine_names_the_version_and_file_that_was_read():
+    for engine in engines.ENGINES:
+        assert engine.version
+        assert engine.loader.endswith(".py")
+        assert engine.mixes <= set(engine.algorithms)
+        for support in engine.algorithms.values():
+            assert {*support.native, *support.weights_alone} <= set(GENERATIONS)
 
 
 def test_a_recipe_is_found_by_path_built_in_path_and_stem(tmp_path):
@@ -183,7 +228,7 @@ def test_an_unknown_recipe_gets_the_nearest_ones():
 
 def test_the_markdown_table_has_a_line_for_each_format_and_algorithm():
     table = formats.markdown_table()
-    for name in [*(f"`{name}`" for name in formats.FORMATS), *formats.ENGINES]:
+    for name in [*(f"`{name}`" for name in formats.FORMATS), *engines.algorithms()]:
         assert f"| {name} |" in table
     widths = {line.count("|") for line in table.splitlines() if line.startswith("| `")}
     assert widths == {7}

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import speed
 import tools
 
 from post_training.distributed import liveness
@@ -25,7 +26,7 @@ if rank == 0:
     threading.Thread(target=watch.serve, args=(listener, "token"), daemon=True).start()
 else:
     connection = liveness.connect((address, port), "token", rank)
-    threading.Thread(target=watch.follow, args=(connection,), daemon=True).start()
+    threading.Thread(target=watch.follow, args=(0, connection), daemon=True).start()
 print("ready", flush=True)
 if sys.stdin.readline() == "leave\\n":
     watch.leave()
@@ -72,7 +73,7 @@ def test_a_dead_rank_is_named_by_all_and_they_end(dies, host, port, ended):
     ended[dies].send_signal(signal.SIGKILL)
     for rank, process in enumerate(ended):
         if rank != dies:
-            process.wait(timeout=liveness.GRACE + 10)
+            process.wait(timeout=speed.scaled(liveness.GRACE + 10))
             said = process.stderr.read()
             assert process.returncode == liveness.EXIT_CODE
             assert f"error: rank {dies} on host {host} is lost" in said
@@ -82,7 +83,7 @@ def test_a_dead_rank_is_named_by_all_and_they_end(dies, host, port, ended):
 def test_a_rank_that_leaves_is_not_missed(port, ended):
     ended += [start(rank, port) for rank in range(3)]
     for rank in (1, 0, 2):
-        said = ended[rank].communicate("leave\n", timeout=10)
+        said = ended[rank].communicate("leave\n", timeout=speed.scaled(10))
         assert (ended[rank].returncode, said[1]) == (0, "")
 
 
@@ -109,7 +110,7 @@ def test_a_machine_that_falls_silent_is_lost_within_a_minute(port, ended):
         ended.append(start(1, port, "198.51.100.1", ("ip", "netns", "exec", name)))
         ip("-n", name, "link", "set", far, "down")
         began = time.monotonic()
-        ended[0].wait(timeout=60)
+        ended[0].wait(timeout=speed.scaled(60))
         assert time.monotonic() - began > liveness.GRACE
         assert "error: rank 1 on host second is lost" in ended[0].stderr.read()
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ STEP = {
     "SLURM_STEP_NUM_TASKS": "4",
     "SLURM_PROCID": "3",
     "SLURM_LOCALID": "1",
-    "SLURM_STEP_NODELIST": "localhost,other[1-4]",
+    "SLURM_STEP_NODELIST": "localhost",
 }
 
 
@@ -28,7 +29,7 @@ def variables(monkeypatch):
 
     def put(**values: str) -> None:
         for name in list(os.environ):
-            if name.startswith(("SLURM", "MASTER_")) or name in ("RANK", "WORLD_SIZE"):
+            if name.startswith(("SLURM", "MASTER_", "MLM_")) or name in ("RANK", "WORLD_SIZE"):
                 monkeypatch.delenv(name)
         monkeypatch.delenv("LOCAL_RANK", raising=False)
         for name, value in values.items():
@@ -82,18 +83,48 @@ def test_two_jobs_and_two_steps_of_a_job_meet_at_different_ports(variables):
     assert len(ports) == 3
 
 
+@pytest.mark.skipif(not shutil.which("scontrol"), reason="NOT TESTED: needs SLURM's scontrol")
 @pytest.mark.parametrize(
     ("nodes", "first"),
-    [
-        ("node1", "node1"),
-        ("node1,node7", "node1"),
-        ("gpu[07-09,12],login", "gpu07"),
-        ("r[1-2]n[03,05]", "r1n03"),
-        ("a-b[10]-ib.example.org,c", "a-b10-ib.example.org"),
-    ],
+    [("localhost,other[1-4]", "localhost"), ("127.0.0.[02-05,9],x", "127.0.0.02")],
 )
-def test_the_first_host_of_a_node_list(nodes, first):
-    assert placement.first_host(nodes) == first
+def test_a_host_list_is_expanded_by_slurm(nodes, first, variables, tmp_path):
+    conf = tmp_path / "slurm.conf"
+    conf.write_text("ClusterName=test\nSlurmctldHost=localhost\nNodeName=localhost\n")
+    variables(**{**STEP, "SLURM_STEP_NODELIST": nodes}, SLURM_CONF=str(conf))
+    assert placement.first_address() == first
+    variables(**{**STEP, "SLURM_STEP_NODELIST": "other[1-"}, SLURM_CONF=str(conf))
+    with pytest.raises(UsageError, match="scontrol show"):
+        placement.first_address()
+
+
+def test_a_host_list_without_scontrol_is_refused_with_what_to_set(variables, monkeypatch):
+    variables(**{**STEP, "SLURM_STEP_NODELIST": "gpu[07-09,12],login"})
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UsageError) as refused:
+        placement.join()
+    assert "scontrol show hostnames gpu[07-09,12],login" in refused.value.what
+    assert "scontrol" in refused.value.cause
+    assert "set MASTER_ADDR" in refused.value.remedy
+    monkeypatch.setenv("MASTER_ADDR", "gpu07")
+    assert placement.rendezvous()[0] == "gpu07"
+
+
+def test_a_save_is_recorded_with_the_start_of_the_job_it_happened_in(variables, tmp_path):
+    placement.note_saved(3)  # in no job: nothing to record
+    file = tmp_path / "7.state"
+    variables(MLM_STATE_FILE=str(file))
+    placement.note_saved(4)
+    assert file.read_text() == "iteration=4\nrestart=0\n"
+    variables(MLM_STATE_FILE=str(file), SLURM_RESTART_COUNT="2")
+    placement.note_saved(8)
+    assert file.read_text() == "iteration=8\nrestart=2\n"
+
+
+def test_a_state_file_that_cannot_be_written_does_not_end_the_training(variables, capsys):
+    variables(MLM_STATE_FILE="/no such folder/7.state")
+    placement.note_saved(4)
+    assert "warning: /no such folder/7.state" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", [{}, {"MASTER_ADDR": ""}])
@@ -102,7 +133,7 @@ def test_without_an_address_the_message_says_what_to_set(variables, given):
     with pytest.raises(UsageError) as refused:
         placement.join()
     assert "MASTER_ADDR" in refused.value.what
-    assert "no-such-host.invalid[1-2]" in refused.value.cause
+    assert "no-such-host.invalid[1-2]" in refused.value.what + refused.value.cause
     assert "set MASTER_ADDR" in refused.value.remedy
     variables(RANK="0", WORLD_SIZE="2", **given)
     with pytest.raises(UsageError, match="MASTER_ADDR"):

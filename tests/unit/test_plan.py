@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 
 import pytest
 import tools
+import torch
 from confs import ROOT, conf_flags, parse
 
+from post_training.checkpoints import record
 from post_training.common import manifest
 from post_training.common.errors import UsageError
 from post_training.config import model_description
 from post_training.distributed.parallel import Parallel
+from post_training.distributed.session import Session
 from post_training.models import parameter_count
 from post_training.models.architecture import Architecture
 
@@ -188,15 +192,55 @@ def test_the_launch_line_hides_tokens_and_quotes_spaces():
     shown = dry_run("quantize.sh", "Qwen/Qwen3-8B", **given).stdout
     assert "--prompts 'a b' --references 'hf_***'" in shown
     assert "abcdefghij" not in shown
+    given = {"MLM_EXTRA_ARGS": "--references x-my-secret", "HF_TOKEN": "my-secret"}
+    shown = dry_run("quantize.sh", "Qwen/Qwen3-8B", **given).stdout
+    assert "--references 'x-***'" in shown and "my-secret" not in shown
 
 
-def test_the_launch_line_can_be_pasted():
-    """Not every flag with "token" in its name has a secret."""
-    given = ["--moe-token-dispatcher-type", "alltoall", "--hf-token=hidden"]
-    line = manifest.quoted(["quantize.py", *given, "--wandb-api-key", "hidden"])
-    assert line == (
-        "quantize.py --moe-token-dispatcher-type alltoall '--hf-token=***' --wandb-api-key '***'"
+def test_the_launch_line_of_a_model_with_experts_can_be_pasted():
+    more = "--moe-token-dispatcher-type alltoall --calib-max-sequence-length 64"
+    shown = dry_run("quantize.sh", "moonshotai/Kimi-K2-Instruct", MLM_EXTRA_ARGS=more).stdout
+    words = shlex.split(shown.split("launch line")[1].splitlines()[0])
+    assert words[-4:] == more.split()
+    assert words[2 : 2 + len(conf_flags("moonshotai/Kimi-K2-Instruct"))] == conf_flags(
+        "moonshotai/Kimi-K2-Instruct"
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["--hf-token", "mine", "--x"], "--hf-token '***' --x"),
+        (["--hf-token=mine"], "'--hf-token=***'"),
+        (["--api-key", "mine", "--password=mine"], "--api-key '***' '--password=***'"),
+        (["--token", "--token", "x"], "--token '***' x"),
+        (["--max-new-tokens", "10", "--moe-token-drop-policy", "probs"],
+         "--max-new-tokens 10 --moe-token-drop-policy probs"),
+        (["--tokenizer-model", "org/name"], "--tokenizer-model org/name"),
+    ],
+)  # fmt: skip
+def test_only_secrets_are_hidden(words, shown):
+    assert manifest.quoted(words) == shown
+
+
+def test_a_manifest_holds_no_secret(tmp_path, monkeypatch):
+    hub, own = "hf_" + "Secret" * 6, 'a "quoted" secret'
+    monkeypatch.setenv("HF_TOKEN", own)
+    monkeypatch.setattr(sys, "argv", ["quantize.py", "--references", hub, "--prompts", own])
+    content = {"references": hub, "prompts": [own, 3], "seed": 1}
+    manifest.Manifest("quantize", {}, configuration=content).write(tmp_path)
+    text = (tmp_path / manifest.FILE).read_text()
+    assert "Secret" not in text and "secret" not in text
+    found = json.loads(text)
+    assert found["configuration"] == {"references": "hf_***", "prompts": ["***", 3], "seed": 1}
+    assert found["command"] == "quantize.py --references 'hf_***' --prompts '***'"
+
+
+def test_a_report_holds_no_secret():
+    hub = "hf_" + "Secret" * 6
+    session = Session("mmlu", Parallel(), torch.device("cpu"), rank=0, world=1)
+    content = record.report_of_run(parse("--tokenizer-model", hub), session, [], {})
+    assert content["configuration"] == {"tokenizer_model": "hf_***"}
 
 
 def test_what_cannot_be_counted_is_named():

@@ -5,14 +5,11 @@ from __future__ import annotations
 import portable_helpers as helpers
 import pytest
 import torch
+from modelopt.torch.quantization import tensor_quant
+from modelopt.torch.quantization.qtensor import MXFP8QTensor, NVFP4QTensor
 
-from post_training.portable import formats, install_quantization
+from post_training.portable import formats
 from post_training.portable.quantization import dynamic_block_quantize
-
-install_quantization()
-
-from modelopt.torch.quantization import tensor_quant  # noqa: E402
-from modelopt.torch.quantization.qtensor import MXFP8QTensor, NVFP4QTensor  # noqa: E402
 
 # The kernels of a GPU, which run there, are compiled with fast division: the reference is what is
 # tested here, so tensors stay on the CPU. The comparison of both is the last test.

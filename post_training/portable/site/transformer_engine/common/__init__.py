@@ -1,4 +1,4 @@
-"""What does not depend on a framework: recipes."""
+"""What does not depend on a framework: the recipes of low-precision training."""
 
 from transformer_engine.common import recipe
 

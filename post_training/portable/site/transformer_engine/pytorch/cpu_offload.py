@@ -1,27 +1,8 @@
-"""Offloading of activations to the host: not available."""
+"""The switch that fine-grained activation offloading sets on Transformer Engine.
 
-from __future__ import annotations
+pipeline_parallel/fine_grained_activation_offload.py:784-801 insists on the module. Offloading of
+whole layers (``--cpu-offloading``) needs ``get_cpu_offload_context``, which is missing here, so
+that transformer/transformer_block.py:314 refuses it.
+"""
 
-import contextlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any
-
-import torch
-
-__all__ = ["get_cpu_offload_context"]
-
-
-def get_cpu_offload_context(
-    enabled: bool = False, *args: Any, **kwargs: Any
-) -> tuple[AbstractContextManager[None], Callable[[torch.Tensor], torch.Tensor]]:
-    """(context for the forward pass, function applied to a layer's output); both do nothing.
-
-    Raises:
-        NotImplementedError: if ``enabled``.
-    """
-    if enabled:
-        raise NotImplementedError(
-            "the pure-PyTorch stand-in for Transformer Engine has no CPU offloading"
-        )
-    return contextlib.nullcontext(), lambda tensor: tensor
+CPUOffloadEnabled = False

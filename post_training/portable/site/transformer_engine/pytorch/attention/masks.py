@@ -1,9 +1,13 @@
 """Which keys a query sees. All masks here are boolean and True where a key is visible.
 
 The conventions of Transformer Engine, documented at its ``DotProductAttention``: masks that
-callers pass are True where a key is *hidden*; ``causal`` and ``padding_causal`` are aligned to
-the top left (query i sees keys 0..i), everything else, sliding windows included, to the bottom
-right (the last query sees the last key), which is what a step with a cache of keys needs.
+callers pass are True where a key is *hidden*; ``causal`` is aligned to the top left (query i sees
+keys 0..i), everything else, sliding windows included, to the bottom right (the last query sees the
+last key), which is what decoding with a KV cache needs.
+
+The types are those of megatron-core's ``AttnMaskType`` (transformer/enums.py) that language models
+use: ``arbitrary`` comes from ModelOpt's layer spec (post_training/modelopt/gpt/model_specs.py:62)
+and its EAGLE3. Padding masks belong to BERT, T5 and packed sequences.
 """
 
 from __future__ import annotations
@@ -12,17 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-MASK_TYPES = frozenset(
-    {
-        "no_mask",
-        "padding",
-        "causal",
-        "padding_causal",
-        "causal_bottom_right",
-        "padding_causal_bottom_right",
-        "arbitrary",
-    }
-)
+MASK_TYPES = ("no_mask", "causal", "causal_bottom_right", "arbitrary")
 
 
 @dataclass(frozen=True)
@@ -41,21 +35,19 @@ class Visibility:
 
     @classmethod
     def of(cls, mask_type: str, window: tuple[int, int] | None) -> Visibility:
-        """From a mask type (commas and order of Transformer Engine 1.x are accepted) and a window
-        (keys before, keys after), -1 for unlimited.
+        """From a mask type and a window (keys before, keys after), -1 for unlimited.
 
         Raises:
-            ValueError: for an unknown mask type.
+            ValueError: for a mask type that is not here.
         """
         if mask_type not in MASK_TYPES:
-            raise ValueError(f"attention mask type {mask_type!r}: one of {sorted(MASK_TYPES)}")
+            raise ValueError(f"attention mask type {mask_type!r}: one of {', '.join(MASK_TYPES)}")
         before, after = window if window is not None else (-1, -1)
-        causal = "causal" in mask_type
-        if causal:
+        if "causal" in mask_type:
             after = 0
         elif (before, after) == (-1, 0):
             after = -1
-        return cls(before, after, mask_type not in ("causal", "padding_causal"))
+        return cls(before, after, mask_type != "causal")
 
     def is_everything(self, queries: int, keys: int) -> bool:
         """Whether every query sees every key."""
@@ -87,28 +79,14 @@ class Visibility:
         return visible
 
 
-def visible_keys(
-    mask_type: str, attention_mask: torch.Tensor | tuple[torch.Tensor, ...] | None
-) -> torch.Tensor | None:
-    """The caller's mask, as far as its type uses one: [b or 1, h or 1, sq or 1, skv] or None.
-
-    Padding masks are [b, 1, 1, skv], or a pair of them for queries and keys.
+def visible_keys(mask_type: str, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The caller's mask, if its type uses one: [b or 1, h or 1, sq or 1, skv] or None.
 
     Raises:
         ValueError: if the type needs a mask and there is none.
     """
-    if mask_type in ("no_mask", "causal", "causal_bottom_right"):
+    if mask_type != "arbitrary":
         return None
     if attention_mask is None:
-        raise ValueError(f"attention mask type {mask_type!r} needs attention_mask")
-    if mask_type == "arbitrary":
-        if isinstance(attention_mask, tuple):
-            raise ValueError("attention mask type 'arbitrary' takes one mask, not a tuple")
-        return ~attention_mask.bool()
-    if isinstance(attention_mask, tuple):
-        queries, keys = attention_mask
-    else:
-        queries = keys = attention_mask
-    visible = ~keys.bool()
-    # Rows of padded queries are hidden too: their output is zero.
-    return visible & ~queries.bool().transpose(-1, -2)
+        raise ValueError("attention mask type 'arbitrary' needs attention_mask")
+    return ~attention_mask.bool()

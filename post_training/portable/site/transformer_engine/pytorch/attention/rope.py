@@ -1,6 +1,12 @@
-"""Rotary position embeddings (Su et al. 2021, arXiv:2104.09864)."""
+"""Rotary position embeddings (Su et al. 2021, arXiv:2104.09864), for ``apply_rope_fusion``.
+
+extensions/transformer_engine.py:3378 imports the function; without ``apply_rope_fusion``
+megatron-core rotates by itself.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -16,46 +22,30 @@ def _rotate(tensor: torch.Tensor, interleaved: bool) -> torch.Tensor:
     return torch.cat((-second, first), dim=-1)
 
 
-def _apply(tensor: torch.Tensor, angles: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """``tensor`` [s, ..., h, d], ``angles`` [s, 1, 1, r] with r <= d; the rest passes."""
-    rotated, rest = tensor[..., : angles.shape[-1]], tensor[..., angles.shape[-1] :]
-    angles = angles.float()
-    if tensor.dim() == 3:
-        angles = angles.squeeze(1)
-    cosine, sine = angles.cos(), angles.sin()
-    result = rotated.float() * cosine + _rotate(rotated.float(), interleaved) * sine
-    return torch.cat((result.to(tensor.dtype), rest), dim=-1)
-
-
 def apply_rotary_pos_emb(
     t: torch.Tensor,
     freqs: torch.Tensor,
     tensor_format: str = "sbhd",
     interleaved: bool = False,
-    fused: bool = False,
-    cu_seqlens: torch.Tensor | None = None,
-    cp_size: int = 1,
-    cp_rank: int = 0,
-    start_positions: torch.Tensor | None = None,
+    **ignored: Any,
 ) -> torch.Tensor:
-    """Rotate ``t`` by the angles ``freqs`` [s, 1, 1, r] (radians), computed in float32.
+    """Rotate the first r channels of ``t`` [s, b, h, d], computed in float32.
 
-    ``tensor_format`` is "sbhd", "bshd" or "thd" (packed, with ``cu_seqlens`` [sequences + 1]).
+    Args:
+        t: queries or keys.
+        freqs: angles in radians, [s, 1, 1, r] or longer, r <= d.
+        tensor_format: only "sbhd".
+        interleaved: whether a pair are neighbours instead of one channel from each half.
 
     Raises:
-        NotImplementedError: for context parallelism and start positions.
+        NotImplementedError: for packed sequences.
     """
-    if cp_size > 1 or start_positions is not None:
+    if tensor_format != "sbhd":
         raise NotImplementedError(
-            "rotary embedding of the stand-in: no context parallelism, no start positions; "
+            f"rotary embedding of the stand-in: no tensor_format {tensor_format!r}; "
             "set apply_rope_fusion=False"
         )
-    if tensor_format == "thd":
-        if cu_seqlens is None:
-            raise ValueError("format thd needs cu_seqlens")
-        lengths = cu_seqlens.diff().tolist()
-        parts = t.split(lengths)
-        return torch.cat([_apply(part, freqs[: part.shape[0]], interleaved) for part in parts])
-    if tensor_format == "bshd":
-        return _apply(t.transpose(0, 1), freqs[: t.shape[1]], interleaved).transpose(0, 1)
-    return _apply(t, freqs[: t.shape[0]], interleaved)
+    angles = freqs[: t.shape[0]].float()
+    rotated, rest = t[..., : angles.shape[-1]], t[..., angles.shape[-1] :]
+    result = rotated.float() * angles.cos() + _rotate(rotated.float(), interleaved) * angles.sin()
+    return torch.cat((result.to(t.dtype), rest), dim=-1)

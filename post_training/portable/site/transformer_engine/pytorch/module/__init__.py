@@ -1,23 +1,12 @@
 """Layers."""
 
-from transformer_engine.pytorch.module import (
-    base,
-    grouped_linear,
-    layernorm,
-    layernorm_linear,
-    linear,
-    rmsnorm,
-)
-from transformer_engine.pytorch.module.fp8_padding import Fp8Padding, Fp8Unpadding
+from transformer_engine.pytorch.module import base, grouped_linear, layernorm_linear, linear
 from transformer_engine.pytorch.module.grouped_linear import GroupedLinear
-from transformer_engine.pytorch.module.layernorm import LayerNorm
 from transformer_engine.pytorch.module.layernorm_linear import LayerNormLinear
 from transformer_engine.pytorch.module.linear import Linear
-from transformer_engine.pytorch.module.rmsnorm import RMSNorm
+from transformer_engine.pytorch.module.norms import LayerNorm, RMSNorm
 
 __all__ = [
-    "Fp8Padding",
-    "Fp8Unpadding",
     "GroupedLinear",
     "LayerNorm",
     "LayerNormLinear",
@@ -25,8 +14,6 @@ __all__ = [
     "RMSNorm",
     "base",
     "grouped_linear",
-    "layernorm",
     "layernorm_linear",
     "linear",
-    "rmsnorm",
 ]

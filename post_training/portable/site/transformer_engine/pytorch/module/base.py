@@ -1,4 +1,4 @@
-"""What all modules share: extra state, groups, initialisation of parameters."""
+"""What all modules share: extra state, initialisation of parameters."""
 
 from __future__ import annotations
 
@@ -7,23 +7,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-__all__ = ["TransformerEngineBaseModule", "get_dummy_wgrad", "get_workspace"]
+__all__ = ["TransformerEngineBaseModule", "get_dummy_wgrad"]
 
-_workspace: dict[torch.device, torch.Tensor] = {}
-
-
-def get_workspace() -> torch.Tensor:
-    """A buffer for products; nothing here uses it."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device not in _workspace:
-        _workspace[device] = torch.empty(0, dtype=torch.uint8, device=device)
-    return _workspace[device]
+Device = torch.device | str | int
 
 
 def get_dummy_wgrad(shape: list[int], dtype: torch.dtype, zero: bool = False) -> torch.Tensor:
-    """A gradient that only triggers hooks, where the true one was added to ``main_grad``."""
+    """A gradient that only triggers hooks, where the true one was added to ``main_grad``.
+
+    tensor_parallel/layers.py:57 imports it too and calls it (:701, :713) where gradients are
+    accumulated in one kernel.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -36,21 +31,6 @@ class TransformerEngineBaseModule(torch.nn.Module):
     the state of quantizers.
     """
 
-    tp_group: dist.ProcessGroup | None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fp8 = False
-        self.fp8_initialized = False
-        self.fp8_calibration = False
-        self.fp8_parameters = False
-        self.fp8_meta: dict[str, Any] = {"fp8_checkpoint": False, "recipe": None}
-        self.tp_group = None
-        self.tp_size = 1
-
-    def init_fp8_metadata(self, num_gemms: int = 1) -> None:
-        """There is no FP8 state to initialise."""
-
     def get_extra_state(self) -> torch.Tensor:
         """An empty byte tensor: no FP8 state."""
         return torch.empty(0, dtype=torch.uint8)
@@ -58,16 +38,25 @@ class TransformerEngineBaseModule(torch.nn.Module):
     def set_extra_state(self, state: Any) -> None:
         """Accept the extra state of a checkpoint; FP8 scales in it have no use here."""
 
-    def set_tensor_parallel_group(self, tp_group: dist.ProcessGroup | None) -> None:
-        self.tp_group = tp_group
-
     def backward_dw(self) -> None:
-        """Weight gradients are never delayed."""
+        """Weight gradients are never delayed; megatron-core calls it with
+        ``delay_wgrad_compute`` (extensions/transformer_engine.py:1119)."""
+
+
+def call(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    """Run an autograd function: ``apply`` with gradients, else ``forward`` with None for ``ctx``.
+
+    ModelOpt replaces these attributes of the class while a quantized layer runs
+    (quantization/plugins/transformer_engine.py:64, :105): they are looked up here, at each call.
+    """
+    if torch.is_grad_enabled():
+        return function.apply(*arguments)
+    return function.forward(None, *arguments)
 
 
 def fill(
     parameter: torch.nn.Parameter,
-    init_method: Callable[[torch.Tensor], Any],
+    init_method: Callable[[torch.Tensor], Any] | None,
     get_rng_state_tracker: Callable[[], Any] | None,
     rng_tracker_name: str | None,
 ) -> None:
@@ -79,10 +68,10 @@ def fill(
         tracker = get_rng_state_tracker()
         context = tracker.fork(rng_tracker_name) if rng_tracker_name else tracker.fork()
     with torch.no_grad(), context:
-        init_method(parameter)
+        (init_method or _default_init)(parameter)
 
 
-def default_init(weight: torch.Tensor) -> None:
+def _default_init(weight: torch.Tensor) -> None:
     torch.nn.init.normal_(weight, mean=0.0, std=0.023)
 
 

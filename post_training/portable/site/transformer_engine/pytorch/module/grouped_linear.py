@@ -1,7 +1,8 @@
 """Several linear layers of one shape, each applied to its rows: the experts of a mixture.
 
-ModelOpt's plugin finds :class:`_GroupedLinear` here, looks for ``inp`` in its signature and takes
-the last ``2 * num_gemms`` arguments for weights and biases.
+megatron-core derives TEGroupedLinear from it (extensions/transformer_engine.py:2106). ModelOpt's
+plugin finds :class:`_GroupedLinear` here, looks for ``inp`` in its signature and takes the last
+``2 * num_gemms`` arguments for weights and biases (quantization/plugins/transformer_engine.py:259).
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 
 from transformer_engine.pytorch.module.base import (
+    Device,
     TransformerEngineBaseModule,
-    default_init,
+    call,
     fill,
     mark,
 )
@@ -61,9 +62,7 @@ class _GroupedLinear(torch.autograd.Function):
         for index, (rows, grad) in enumerate(zip(inp.split(ctx.m_splits), parts, strict=True)):
             gradient = None
             if needed[index]:
-                gradient = weight_gradient(
-                    ctx.parameters[index], lambda r=rows, g=grad: g.t() @ r, ctx.fuse
-                )
+                gradient = weight_gradient(ctx.parameters[index], grad.t() @ rows, ctx.fuse)
             gradients.append(gradient)
         for index, grad in enumerate(parts):
             gradients.append(grad.sum(0) if needed[count + index] else None)
@@ -71,16 +70,21 @@ class _GroupedLinear(torch.autograd.Function):
 
 
 class GroupedLinear(TransformerEngineBaseModule):
-    """``num_gemms`` linear layers with parameters ``weight0``.. [out, in] and ``bias0``.. [out]."""
+    """``num_gemms`` linear layers with parameters ``weight0``.. [out, in] and ``bias0``.. [out].
+
+    extensions/transformer_engine.py:2466 reads the attributes ``fp8*`` when it splits the extra
+    state by expert, :2262 calls :meth:`init_fp8_metadata` when a checkpoint is loaded.
+    """
+
+    fp8 = False
+    fp8_calibration = False
 
     def __init__(
         self,
         num_gemms: int,
         in_features: int,
         out_features: int,
-        sequence_parallel: bool = False,
         fuse_wgrad_accumulation: bool = False,
-        tp_group: dist.ProcessGroup | None = None,
         tp_size: int = 1,
         get_rng_state_tracker: Callable[[], Any] | None = None,
         rng_tracker_name: str | None = None,
@@ -89,8 +93,7 @@ class GroupedLinear(TransformerEngineBaseModule):
         return_bias: bool = False,
         params_dtype: torch.dtype | None = None,
         parallel_mode: str | None = None,
-        device: torch.device | str | int = "cpu",
-        save_original_input: bool = False,
+        device: Device = "cpu",
         **ignored: Any,
     ) -> None:
         """As :class:`Linear`, for experts: megatron-core does their communication itself.
@@ -101,23 +104,22 @@ class GroupedLinear(TransformerEngineBaseModule):
         super().__init__()
         if tp_size > 1:
             raise NotImplementedError("GroupedLinear of the stand-in has no tensor parallelism")
+        self.fp8_meta = {"fp8_checkpoint": False}
         self.num_gemms = num_gemms
         self.in_features = in_features
         self.out_features = out_features
-        self.tp_group = tp_group
-        self.parallel_mode = parallel_mode
-        self.sequence_parallel = False
+        self.tp_size = tp_size
         self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
         self.use_bias = bias
         self.return_bias = return_bias
         self.apply_bias = bias and not return_bias
-        self.rng_tracker_name = rng_tracker_name
-        self.save_original_input = save_original_input
+        # Always so here; extensions/transformer_engine.py:3571 insists on the attribute.
+        self.save_original_input = True
         for index in range(num_gemms):
             weight = torch.nn.Parameter(
                 torch.empty(out_features, in_features, dtype=params_dtype, device=device)
             )
-            fill(weight, init_method or default_init, get_rng_state_tracker, rng_tracker_name)
+            fill(weight, init_method, get_rng_state_tracker, rng_tracker_name)
             mark(weight, parallel_mode is not None, 1 if parallel_mode == "row" else 0, False)
             self.register_parameter(f"weight{index}", weight)
             if bias:
@@ -125,6 +127,9 @@ class GroupedLinear(TransformerEngineBaseModule):
                 parameter = torch.nn.Parameter(zeros)
                 mark(parameter, parallel_mode == "column", 0, False)
                 self.register_parameter(f"bias{index}", parameter)
+
+    def init_fp8_metadata(self, num_gemms: int = 1) -> None:
+        """There is no FP8 state to initialise."""
 
     def forward(
         self,
@@ -138,9 +143,5 @@ class GroupedLinear(TransformerEngineBaseModule):
         weights = [getattr(self, f"weight{index}") for index in range(self.num_gemms)]
         biases = [getattr(self, f"bias{index}", None) for index in range(self.num_gemms)]
         applied = biases if self.apply_bias else [None] * self.num_gemms
-        arguments = (inp, m_splits, self.fuse_wgrad_accumulation, *weights, *applied)
-        if torch.is_grad_enabled():
-            out = _GroupedLinear.apply(*arguments)
-        else:
-            out = _GroupedLinear.forward(None, *arguments)
+        out = call(_GroupedLinear, inp, m_splits, self.fuse_wgrad_accumulation, *weights, *applied)
         return (out, biases) if self.return_bias else out

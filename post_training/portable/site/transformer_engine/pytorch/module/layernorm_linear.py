@@ -1,27 +1,32 @@
 """Normalization followed by a linear layer.
 
-ModelOpt's plugin replaces ``_LayerNormLinear`` and ``general_gemm`` of *this module* while a
-quantized layer runs: both are therefore looked up here at each call. It counts the products of the
-backward pass, first that for the input's gradient, second that for the weight's.
+megatron-core derives TELayerNormColumnParallelLinear from it (extensions/transformer_engine.py
+:1122). While a quantized layer runs, ModelOpt's plugin (quantization/plugins/transformer_engine.py
+:307-425) replaces ``_LayerNormLinear`` and ``general_gemm`` of *this module*: both are looked up
+here at each call. In the backward pass it takes the first product for the input's gradient and the
+second for the weight's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from transformer_engine.pytorch.cpp_extensions import general_gemm
-from transformer_engine.pytorch.module._norms import normalize
-from transformer_engine.pytorch.module.linear import Linear, _Parallelism, weight_gradient
+from transformer_engine.pytorch.module.base import call
+from transformer_engine.pytorch.module.linear import (
+    Linear,
+    Parallelism,
+    general_gemm,
+    weight_gradient,
+)
+from transformer_engine.pytorch.module.norms import norm_parameter, normalize
 
 __all__ = ["LayerNormLinear"]
 
 
 class _LayerNormLinear(torch.autograd.Function):
-    """``normalize(inp) @ weight.T + bias``; the normalization is computed again going back."""
+    """``normalize(inp) @ weight.T + bias``; the backward pass recomputes the normalization."""
 
     @staticmethod
     def forward(
@@ -32,7 +37,7 @@ class _LayerNormLinear(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         norm: tuple[str, float, bool],
-        parallelism: _Parallelism,
+        parallelism: Parallelism,
         fuse_wgrad_accumulation: bool,
         return_layernorm_output: bool,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -41,8 +46,7 @@ class _LayerNormLinear(torch.autograd.Function):
         ``norm`` is (name, epsilon, whether the weight is stored minus one). ``ctx`` is None where
         no gradient is wanted.
         """
-        normalization, eps, zero_centered = norm
-        normalized = normalize(normalization, inp, ln_weight, ln_bias, eps, zero_centered)
+        normalized = normalize(inp, ln_weight, ln_bias, *norm)
         out = general_gemm(weight, parallelism.gathered_input(normalized), bias=bias)[0]
         if ctx is not None:
             ctx.save_for_backward(inp, ln_weight, ln_bias, weight)
@@ -55,8 +59,7 @@ class _LayerNormLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         inp, ln_weight, ln_bias, weight = ctx.saved_tensors
-        parallelism: _Parallelism = ctx.parallelism
-        normalization, eps, zero_centered = ctx.norm
+        parallelism: Parallelism = ctx.parallelism
         needs_inp, needs_ln_weight, needs_ln_bias, needs_weight, needs_bias = ctx.needs_input_grad[
             :5
         ]
@@ -72,10 +75,8 @@ class _LayerNormLinear(torch.autograd.Function):
         ]
         with torch.enable_grad():
             norm_bias = leaves[2] if ln_bias is not None else None
-            normalized = normalize(
-                normalization, leaves[0], leaves[1], norm_bias, eps, zero_centered
-            )
-        product = general_gemm(weight, grad, layout="NN", grad=True)[0]
+            normalized = normalize(leaves[0], leaves[1], norm_bias, *ctx.norm)
+        product = general_gemm(weight, grad, layout="NN")[0]
         product = parallelism.reduced_gradient(product)
         if len(grads) > 1:
             product = product + grads[1]
@@ -83,9 +84,7 @@ class _LayerNormLinear(torch.autograd.Function):
         if needs_weight:
             gathered = parallelism.gathered_input(normalized.detach())
             gradient = weight_gradient(
-                ctx.parameter,
-                lambda: general_gemm(gathered, grad, layout="NT", grad=True)[0],
-                ctx.fuse,
+                ctx.parameter, general_gemm(gathered, grad, layout="NT")[0], ctx.fuse
             )
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         found = iter(torch.autograd.grad(normalized, wanted, product) if wanted else ())
@@ -114,63 +113,30 @@ class LayerNormLinear(Linear):
         in_features: int,
         out_features: int,
         eps: float = 1e-5,
-        sequence_parallel: bool = False,
-        fuse_wgrad_accumulation: bool = False,
-        tp_group: dist.ProcessGroup | None = None,
-        tp_size: int = 1,
-        get_rng_state_tracker: Callable[[], Any] | None = None,
-        init_method: Callable[[torch.Tensor], Any] | None = None,
-        bias: bool = True,
         normalization: str = "LayerNorm",
-        return_bias: bool = False,
-        params_dtype: torch.dtype | None = None,
-        parallel_mode: str | None = None,
-        return_layernorm_output: bool = False,
         zero_centered_gamma: bool = False,
-        device: torch.device | str | int = "cpu",
-        **ignored: Any,
+        **options: Any,
     ) -> None:
         """As :class:`Linear`, with the normalization's name, "LayerNorm" or "RMSNorm".
 
         Raises:
-            NotImplementedError: for row parallelism, which callers never ask for.
             ValueError: for another normalization.
         """
-        if parallel_mode == "row":
-            raise NotImplementedError("LayerNormLinear of the stand-in: no parallel_mode row")
         if normalization not in ("LayerNorm", "RMSNorm"):
             raise ValueError(f"normalization {normalization!r}: LayerNorm or RMSNorm")
-        super().__init__(
-            in_features,
-            out_features,
-            sequence_parallel=sequence_parallel,
-            fuse_wgrad_accumulation=fuse_wgrad_accumulation,
-            tp_group=tp_group,
-            tp_size=tp_size,
-            get_rng_state_tracker=get_rng_state_tracker,
-            init_method=init_method,
-            bias=bias,
-            return_bias=return_bias,
-            params_dtype=params_dtype,
-            parallel_mode=parallel_mode,
-            device=device,
-        )
+        super().__init__(in_features, out_features, **options)
         self.eps = eps
         self.normalization = normalization
         self.zero_centered_gamma = zero_centered_gamma
-        self.return_layernorm_output = return_layernorm_output
-        start = 0.0 if zero_centered_gamma else 1.0
-        self.layer_norm_weight = torch.nn.Parameter(
-            torch.full((in_features,), start, dtype=params_dtype, device=device)
+        # ModelOpt sets it to score a model for pruning (prune/plugins/mcore_minitron.py:1206).
+        self.return_layernorm_output = False
+        kind = (self.sequence_parallel, self.weight.dtype, self.weight.device)
+        self.layer_norm_weight = norm_parameter(
+            in_features, 0.0 if zero_centered_gamma else 1.0, *kind
         )
         self.layer_norm_bias: torch.nn.Parameter | None = None
         if normalization == "LayerNorm":
-            self.layer_norm_bias = torch.nn.Parameter(
-                torch.zeros(in_features, dtype=params_dtype, device=device)
-            )
-        for parameter in (self.layer_norm_weight, self.layer_norm_bias):
-            if parameter is not None:
-                vars(parameter)["sequence_parallel"] = self.sequence_parallel
+            self.layer_norm_bias = norm_parameter(in_features, 0.0, *kind)
 
     def forward(
         self, inp: torch.Tensor, is_first_microbatch: bool | None = None, **ignored: Any
@@ -180,21 +146,18 @@ class LayerNormLinear(Linear):
 
         With sequence parallelism the first dimension of ``inp`` is split over the ranks.
         """
-        arguments = (
+        out = call(
+            _LayerNormLinear,
             inp,
             self.layer_norm_weight,
             self.layer_norm_bias,
             self.weight,
             self.bias if self.apply_bias else None,
             (self.normalization, self.eps, self.zero_centered_gamma),
-            _Parallelism(self.parallel_mode, self.sequence_parallel, self.tp_group),
+            Parallelism(self.parallel_mode, self.sequence_parallel, self.tp_group),
             self.fuse_wgrad_accumulation,
             self.return_layernorm_output,
         )
-        if torch.is_grad_enabled():
-            out = _LayerNormLinear.apply(*arguments)
-        else:
-            out = _LayerNormLinear.forward(None, *arguments)
         if self.return_layernorm_output:
             out, normalized = out
             return (out, self.bias, normalized) if self.return_bias else (out, normalized)

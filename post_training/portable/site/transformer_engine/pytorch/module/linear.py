@@ -1,8 +1,8 @@
 """Linear layer, column- or row-parallel.
 
-ModelOpt's plugin finds :class:`_Linear` here, reads its signature (``weight``, ``inp``) and
-replaces ``apply`` (with gradients) or ``forward`` (without) while a quantized layer runs: both are
-therefore looked up on the class at each call.
+megatron-core derives TELinear from it (extensions/transformer_engine.py:855). ModelOpt's plugin
+finds :class:`_Linear` here and reads its signature for ``weight`` and ``inp``
+(quantization/plugins/transformer_engine.py:85-106).
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F  # noqa: N812
 
-from transformer_engine.pytorch.cpp_extensions import general_gemm
 from transformer_engine.pytorch.distributed import (
     all_reduce,
     gather_along_first_dim,
     reduce_scatter_along_first_dim,
 )
 from transformer_engine.pytorch.module.base import (
+    Device,
     TransformerEngineBaseModule,
-    default_init,
+    call,
     fill,
     get_dummy_wgrad,
     mark,
@@ -31,8 +32,35 @@ from transformer_engine.pytorch.module.base import (
 __all__ = ["Linear"]
 
 
+def general_gemm(
+    A: torch.Tensor,  # noqa: N803 -- names of the real package
+    B: torch.Tensor,  # noqa: N803
+    layout: str = "TN",
+    bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor]:
+    """A product in column-major terms, as cuBLAS sees it: ``op(B) @ op(A)``, in a tuple.
+
+    ModelOpt replaces it in ``layernorm_linear`` to quantize ``B`` (forward) or ``A`` (gradient of
+    the weight): hence the form. It is not offered as ``cpp_extensions.general_gemm``, without which
+    megatron-core's router multiplies in the router's precision itself
+    (transformer/moe/moe_utils.py:1326).
+
+    Args:
+        A, B: see ``layout``.
+        layout: "TN" is ``B @ A.T`` (forward: A = weight [out, in], B = input [..., in]), "NN" is
+            ``B @ A`` (gradient of the input) and "NT" is ``B.T @ A`` (gradient of the weight,
+            leading dimensions flattened).
+        bias: [out], added with "TN".
+    """
+    if layout == "TN":
+        return (F.linear(B, A, bias),)
+    if layout == "NN":
+        return (B.matmul(A),)
+    return (B.flatten(0, -2).t().matmul(A.flatten(0, -2)),)
+
+
 @dataclass(frozen=True)
-class _Parallelism:
+class Parallelism:
     """How a linear is split over ranks.
 
     Attributes:
@@ -75,14 +103,11 @@ class _Parallelism:
         return all_reduce(grad, self.group)
 
 
-def weight_gradient(
-    weight: torch.Tensor, compute: Callable[[], torch.Tensor], accumulate: bool
-) -> torch.Tensor:
+def weight_gradient(weight: torch.Tensor, gradient: torch.Tensor, accumulate: bool) -> torch.Tensor:
     """The gradient of ``weight``; with ``accumulate`` it is added to ``weight.main_grad`` instead.
 
     megatron-core's data parallelism reads ``grad_added_to_main_grad`` to know which happened.
     """
-    gradient = compute()
     main = getattr(weight, "main_grad", None)
     if not accumulate or main is None:
         return gradient
@@ -100,7 +125,7 @@ class _Linear(torch.autograd.Function):
         weight: torch.Tensor,
         inp: torch.Tensor,
         bias: torch.Tensor | None,
-        parallelism: _Parallelism,
+        parallelism: Parallelism,
         fuse_wgrad_accumulation: bool,
     ) -> torch.Tensor:
         """[..., in] to [..., out]; ``ctx`` is None where no gradient is wanted."""
@@ -122,7 +147,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         inp, weight = ctx.saved_tensors
-        parallelism: _Parallelism = ctx.parallelism
+        parallelism: Parallelism = ctx.parallelism
         needs_weight, needs_inp, needs_bias = ctx.needs_input_grad[:3]
         grad = grads[0]
         bias_gradient = None
@@ -133,17 +158,12 @@ class _Linear(torch.autograd.Function):
             bias_gradient = grad.flatten(0, -2).sum(0)
         inp_gradient = None
         if needs_inp:
-            product = general_gemm(weight, grad, layout="NN", grad=True)[0]
+            product = general_gemm(weight, grad, layout="NN")[0]
             inp_gradient = parallelism.reduced_gradient(product)
         gradient = None
         if needs_weight:
-            gradient = weight_gradient(
-                ctx.parameter,
-                lambda: general_gemm(parallelism.gathered_input(inp), grad, layout="NT", grad=True)[
-                    0
-                ],
-                ctx.fuse,
-            )
+            product = general_gemm(parallelism.gathered_input(inp), grad, layout="NT")[0]
+            gradient = weight_gradient(ctx.parameter, product, ctx.fuse)
         return gradient, inp_gradient, bias_gradient, None, None
 
 
@@ -168,9 +188,8 @@ class Linear(TransformerEngineBaseModule):
         return_bias: bool = False,
         params_dtype: torch.dtype | None = None,
         parallel_mode: str | None = None,
-        device: torch.device | str | int = "cpu",
+        device: Device = "cpu",
         rng_tracker_name: str | None = None,
-        save_original_input: bool = False,
         **ignored: Any,
     ) -> None:
         """Arguments of communication overlap and of FP8 have no effect.
@@ -189,19 +208,20 @@ class Linear(TransformerEngineBaseModule):
         self.use_bias = bias
         self.return_bias = return_bias
         self.apply_bias = bias and not return_bias
-        self.rng_tracker_name = rng_tracker_name
-        self.save_original_input = save_original_input
-        self.get_rng_state_tracker = get_rng_state_tracker
-        self._init_method = init_method or default_init
+        # Always so here; extensions/transformer_engine.py:3571 insists on the attribute.
+        self.save_original_input = True
         shape = (self.out_features, self.in_features)
         self.weight = torch.nn.Parameter(torch.empty(shape, dtype=params_dtype, device=device))
+        fill(self.weight, init_method, get_rng_state_tracker, rng_tracker_name)
+        row = parallel_mode == "row"
+        mark(self.weight, parallel_mode is not None, 1 if row else 0, False)
         self.bias: torch.nn.Parameter | None
         self.register_parameter("bias", None)
         if bias:
             self.bias = torch.nn.Parameter(
-                torch.empty(self.out_features, dtype=params_dtype, device=device)
+                torch.zeros(self.out_features, dtype=params_dtype, device=device)
             )
-        self.reset_parameters()
+            mark(self.bias, parallel_mode == "column", 0, row and self.sequence_parallel)
 
     def _part(self, name: str, features: int, split: bool) -> int:
         if not split:
@@ -209,16 +229,6 @@ class Linear(TransformerEngineBaseModule):
         if features % self.tp_size:
             raise ValueError(f"{name}={features} is not divisible by tp_size={self.tp_size}")
         return features // self.tp_size
-
-    def reset_parameters(self, defer_init: bool | None = None) -> None:
-        """Initialise, and mark how the parameters are split."""
-        fill(self.weight, self._init_method, self.get_rng_state_tracker, self.rng_tracker_name)
-        row = self.parallel_mode == "row"
-        mark(self.weight, self.parallel_mode is not None, 1 if row else 0, False)
-        if self.bias is not None:
-            if not self.bias.is_meta:
-                torch.nn.init.zeros_(self.bias)
-            mark(self.bias, self.parallel_mode == "column", 0, row and self.sequence_parallel)
 
     def forward(
         self, inp: torch.Tensor, is_first_microbatch: bool | None = None, **ignored: Any
@@ -228,15 +238,12 @@ class Linear(TransformerEngineBaseModule):
         With sequence parallelism the first dimension is split over the ranks on the input side
         ("column") or on the output side ("row").
         """
-        arguments = (
+        out = call(
+            _Linear,
             self.weight,
             inp,
             self.bias if self.apply_bias else None,
-            _Parallelism(self.parallel_mode, self.sequence_parallel, self.tp_group),
+            Parallelism(self.parallel_mode, self.sequence_parallel, self.tp_group),
             self.fuse_wgrad_accumulation,
         )
-        if torch.is_grad_enabled():
-            out = _Linear.apply(*arguments)
-        else:
-            out = _Linear.forward(None, *arguments)
         return (out, self.bias) if self.return_bias else out

@@ -1,0 +1,149 @@
+"""Where text comes from: local files, ModelOpt's presets, data sets on the hub. No torch.
+
+Calibration reads documents of one source (:func:`read_documents`); training reads those of a
+:class:`TextSource`, which may be several files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from post_training.common.errors import UsageError
+from post_training.data import document_formats, records
+from post_training.data.document_formats import Document
+
+CALIBRATION = "--calib-dataset-path-or-name"
+DATASET, FILES, SPLIT = "--finetune-hf-dataset", "--finetune-data-files", "--finetune-data-split"
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Where text or conversations to train on come from.
+
+    Attributes:
+        dataset: hub name, local file or folder; may be empty if there are files.
+        files: local files, or files of the hub's data set.
+        split: of the hub's data set.
+    """
+
+    dataset: str
+    files: tuple[str, ...] = ()
+    split: str = "train"
+
+    @property
+    def local(self) -> list[tuple[str, str]]:
+        """Local paths with the option that named each; empty for a data set on the hub."""
+        if self.files and (not self.dataset or all(records.is_local(f) for f in self.files)):
+            return [(path, FILES) for path in self.files]
+        if self.dataset and records.is_local(self.dataset):
+            return [(self.dataset, DATASET)]
+        return []
+
+    def describe(self) -> str:
+        """Paths, or the name on the hub."""
+        return ", ".join(path for path, _ in self.local) or self.dataset
+
+
+def require(source: TextSource) -> None:
+    """Raise UsageError unless ``source`` names something."""
+    if not source.dataset and not source.files:
+        raise UsageError(
+            DATASET, "no data to train on is given", f"{DATASET} NAME_OR_PATH, or {FILES} FILE"
+        )
+
+
+def documents(source: TextSource) -> Iterator[tuple[Document, str]]:
+    """Documents with the option that named their source, read lazily."""
+    if source.local:
+        for path, option in source.local:
+            yield from ((each, option) for each in read_documents(path, option))
+        return
+    if source.files:
+        rows = records.hub_files(source.dataset, DATASET, source.files)
+        yield from ((document_formats.document_of(row, DATASET), DATASET) for row in rows)
+        return
+    for row in records.hub_rows(source.dataset, DATASET, split=source.split):
+        yield document_formats.document_of(row, DATASET), DATASET
+
+
+def read_documents(source: str, option: str = CALIBRATION) -> Iterator[Document]:
+    """Documents of ``source``, read lazily.
+
+    The files of a folder, the splits of a preset and the members of a list take turns, so that a
+    small sample has some of each.
+
+    Args:
+        source: a local file (:data:`records.SUFFIXES`) or a folder of such, a name that ModelOpt's
+            presets know (``cnn_dailymail``, ``nvidia/Nemotron-...``), any other data set on the
+            hub, or several names with commas between.
+        option: the flag that named it, for errors.
+
+    Raises:
+        UsageError: nothing to read, malformed content, or a hub that cannot be reached.
+    """
+    if records.is_local(source):
+        paths = records.list_files(Path(source).expanduser(), option)
+        return _take_turns([_from_file(path, option) for path in paths])
+    names = [name.strip() for name in source.split(",") if name.strip()]
+    streams = [stream for name in names for stream in _hub_streams(name, option)]
+    return _take_turns(streams)
+
+
+def _from_file(path: Path, option: str) -> Iterator[Document]:
+    return (document_formats.document_of(row, option) for row in records.read(path, option))
+
+
+def _hub_streams(name: str, option: str) -> list[Iterator[Document]]:
+    """One stream for each split of a preset, or for the training split of another data set."""
+    from modelopt.torch.utils import dataset_utils
+
+    presets: dict[str, Any] = dataset_utils.SUPPORTED_DATASET_CONFIG
+    if name in dataset_utils.DATASET_COMBOS:
+        members = dataset_utils.DATASET_COMBOS[name]
+        return [stream for member in members for stream in _hub_streams(member, option)]
+    by_path = {preset["config"]["path"].lower(): preset for preset in presets.values()}
+    preset = presets.get(name.lower()) or by_path.get(name.lower())
+    if preset is None:
+        splits = records.hub_splits(name, option)
+        split = "train" if "train" in splits else splits[0]
+        rows = records.hub_rows(name, option, split=split)
+        return [(document_formats.document_of(row, option) for row in rows)]
+    location = preset["config"]
+    # Fail here rather than in the first stream: the error then names the preset.
+    records.require_hub(location["path"], option)
+    return [
+        _preset_documents(
+            preset,
+            records.hub_rows(
+                location["path"], option, configuration=location.get("name"), split=split
+            ),
+            option,
+        )
+        for split in location["split"]
+    ]
+
+
+def _preset_documents(
+    preset: dict[str, Any], rows: Iterator[records.Row], option: str
+) -> Iterator[Document]:
+    """ModelOpt knows its presets' columns; conversations still go through the chat template."""
+    for row in rows:
+        if "chat_key" in preset:
+            yield document_formats.document_of(row, option)
+        else:
+            yield Document(row.place, text=preset["preprocess"](row.values))
+
+
+def _take_turns(streams: list[Iterator[Document]]) -> Iterator[Document]:
+    """One document from each stream in turn, until all have ended."""
+    while streams:
+        alive = []
+        for stream in streams:
+            for document in islice(stream, 1):
+                yield document
+                alive.append(stream)
+        streams = alive

@@ -1,0 +1,42 @@
+"""What a decoder consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+# Reads a stored tensor by name, such as "model.layers.0.mlp.up_proj.weight_scale".
+Read = Callable[[str], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """How the weights of one ``quant_algo`` are stored.
+
+    Attributes:
+        algorithm: ``quant_algo`` of ``hf_quant_config.json``.
+        dtype: of the stored weight, as safetensors names it.
+        decode: of (read, module, stored weight) -> float32 [out, in].
+        per_element: weights that an element of the stored tensor holds.
+        scales: names of the tensors that stand beside the weight.
+    """
+
+    algorithm: str
+    dtype: str
+    decode: Callable[[Read, str, torch.Tensor], torch.Tensor]
+    per_element: int = 1
+    scales: tuple[str, ...] = ("weight_scale", "input_scale")
+
+
+def require_dtype(what: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raise ValueError for a tensor of another dtype."""
+    if tensor.dtype != dtype:
+        raise ValueError(f"{what} is stored as {tensor.dtype} instead of {dtype}")
+
+
+def require_shape(module: str, scale: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError for a scale of another shape."""
+    if tuple(scale.shape) != shape:
+        raise ValueError(f"{module} has a scale of shape {tuple(scale.shape)} instead of {shape}")

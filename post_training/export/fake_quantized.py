@@ -1,0 +1,73 @@
+"""Weights and scales as the fake-quantized model computes with them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from modelopt.torch.quantization.qtensor import NVFP4QTensor
+
+from post_training.quantization import formats
+
+
+def fake_quantized(module: Any) -> torch.Tensor:
+    """The module's weight as its forward pass uses it."""
+    weight = module.weight.detach()
+    quantizer = getattr(module, "weight_quantizer", None)
+    if quantizer is None:
+        return weight
+    with torch.no_grad():
+        return quantizer(weight).detach()
+
+
+def nvfp4_block_scales(
+    quantizer: Any,
+    weight: torch.Tensor,
+    from_unrounded: torch.Tensor,
+    tensor_scale: torch.Tensor,
+) -> torch.Tensor:
+    """The E4M3 scale of each block with which ``weight`` lies on E2M1 codes.
+
+    A block's maximum over six times the tensor's scale may fall on a tie between two E4M3 codes:
+    the kernel that computed the fake quantization, whose division is not correctly rounded, and
+    the packer then decide differently. The fake-quantized block tells which one it was, since its
+    maximum is six times its scale; except for scales in E4M3's subnormal range, whose rounding is
+    coarser than the step from 4 to 6, and there the unrounded weight is right.
+
+    Args:
+        quantizer: the weight's.
+        weight: fake-quantized, float32 [out, in].
+        from_unrounded: E4M3 [out, in / 16], computed from the weight before quantization.
+        tensor_scale: float32 scalar.
+    """
+    from_rounded, _ = NVFP4QTensor.get_weights_scaling_factor_from_quantizer(
+        quantizer, weight, tensor_scale
+    )
+
+    def error(scales: torch.Tensor) -> torch.Tensor:
+        block = weight.unflatten(-1, (scales.shape[-1], -1))
+        step = (scales.float() * tensor_scale.to(weight.device)).unsqueeze(-1)
+        scaled = (block / step).abs_()
+        codes = torch.bucketize(scaled, NVFP4QTensor.get_e2m1_bounds(weight.device))
+        nearest = NVFP4QTensor.get_e2m1_values(weight.device)[codes]
+        return ((nearest - scaled).abs_() * step).amax(-1)
+
+    better = error(from_rounded) < error(from_unrounded)
+    # float8 has no torch.where: its bytes are chosen.
+    return torch.where(
+        better, from_rounded.view(torch.uint8), from_unrounded.view(torch.uint8)
+    ).view(torch.float8_e4m3fn)
+
+
+def calibrated_scale(quantizer: Any) -> torch.Tensor | None:
+    """The scale of an input, or of keys or values, that follows from its calibrated maximum.
+
+    None where nothing was calibrated: off, dynamic, or in blocks with a power of two (MX).
+    """
+    amax = getattr(quantizer, "amax", None)
+    if amax is None or not quantizer.is_enabled or amax.numel() != 1:
+        return None
+    number_format = formats.number_format(quantizer)
+    if number_format is None or number_format.largest is None:
+        return None
+    return amax.detach().float().reshape(()) / number_format.largest

@@ -1,0 +1,227 @@
+"""What a model family is: how one Hugging Face architecture is read, written back and tested.
+
+A family is one :class:`Family` in one file of this folder, and one row in ``registry.py``. What a
+table can say (keys, constants, defaults, refusals) are fields; what it cannot (rotary variants, the
+frequency of expert layers, multi-latent attention) is a method that a subclass overrides.
+``docs/extending.md`` adds a family step by step. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, NoReturn
+
+from post_training.common.errors import UsageError
+from post_training.models.architecture import Architecture
+
+# TransformerConfig field -> key of config.json, of a decoder like Llama's.
+DECODER_KEYS = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "kv_channels": "head_dim",
+    "layernorm_epsilon": "rms_norm_eps",
+}
+RMSNORM_SWIGLU = {
+    "normalization": "RMSNorm",
+    "gated_linear_unit": True,
+    "activation_func": "silu",
+    "add_bias_linear": False,
+}
+DECODER_DEFAULTS = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False}
+# What megatron-core's Llama 3 scaling has fixed (rotary_pos_embedding.py, _apply_scaling).
+_LLAMA3_SCALING = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+# Sizes of the tiny models of the tests. Six layers, so that 4 + 2 is an uneven pipeline split.
+TINY_SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-6,
+}
+
+
+class Refused(NamedTuple):
+    """A key of ``config.json``, the only value that can be represented, what others mean."""
+
+    key: str
+    only: Any
+    meaning: str
+
+
+ONLY_SILU = Refused("hidden_act", "silu", "another activation")
+NO_ATTENTION_BIAS = Refused("attention_bias", False, "a bias in the attention's output projection")
+NO_MLP_BIAS = Refused("mlp_bias", False, "biases in the MLP")
+
+
+class WeightMapping(NamedTuple):
+    """ModelOpt's rules for the weights: megatron-core's module name -> its ``CustomModuleMapping``.
+
+    The tables of ``modelopt/torch/export/plugins/mcore_*.py`` are examples of both.
+    """
+
+    importing: Mapping[str, Any]
+    exporting: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How the models of one Hugging Face architecture are read, written back and tested.
+
+    Attributes:
+        name: short, for people and tests, such as ``qwen3``.
+        architecture: ``architectures[0]`` of the models' ``config.json``.
+        keys: TransformerConfig field -> key of the file; a key that is absent or null is left to
+            megatron-core's default.
+        constants: TransformerConfig values that every model of the family has.
+        defaults: the file's keys that may be absent, with the family's default.
+        refused: what cannot be represented.
+        parts: what its models may have beyond a dense decoder, of ``registry.PARTS``.
+        per_layer_keys: keys that hold a list with one entry for each layer.
+        tiny: keys of a tiny model for the tests, ``model_type`` included; the sizes are
+            ``TINY_SIZES`` where it does not give them. Switch the family's peculiarities on.
+    """
+
+    name: str
+    architecture: str
+    tiny: Mapping[str, Any]
+    keys: Mapping[str, str] = field(default_factory=lambda: DECODER_KEYS)
+    constants: Mapping[str, Any] = field(default_factory=lambda: RMSNORM_SWIGLU)
+    defaults: Mapping[str, Any] = field(default_factory=lambda: DECODER_DEFAULTS)
+    refused: tuple[Refused, ...] = ()
+    parts: frozenset[str] = frozenset()
+    per_layer_keys: tuple[str, ...] = ("layer_types", "mlp_layer_types", "no_rope_layers")
+
+    def read(self, config: Mapping[str, Any]) -> Architecture:
+        """The architecture that the content of a ``config.json`` describes.
+
+        Raises:
+            UsageError: for a value that megatron-core cannot represent, by name.
+        """
+        config = {**self.defaults, **{k: v for k, v in config.items() if v is not None}}
+        self.check(config)
+        return Architecture(
+            transformer=self.transformer(config),
+            vocab_size=config["vocab_size"],
+            max_position_embeddings=config.get("max_position_embeddings", 2048),
+            share_embeddings_and_output_weights=bool(config["tie_word_embeddings"]),
+            huggingface_architecture=self.architecture,
+            **self.rotary(config),
+        )
+
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Raise UsageError for what cannot be represented; the defaults are filled in."""
+        for key, only, meaning in self.refused:
+            if config.get(key, only) != only:
+                refuse(f"{key} = {config[key]!r}", f"{meaning}; only {only!r} can be represented")
+        refuse_sliding_window(config)
+        for key in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
+            if not isinstance(config.get(key), int):
+                refuse(f"{key} = {config.get(key)!r}", "a whole number is needed")
+
+    def transformer(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields of TransformerConfig; ``config`` has passed :meth:`check`."""
+        copied = {name: config[key] for name, key in self.keys.items() if key in config}
+        return {**self.constants, **copied}
+
+    def rotary(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Architecture's values for the positions."""
+        return rotary(config)
+
+    def with_shape(
+        self,
+        config: Mapping[str, Any],
+        values: Mapping[str, Any],
+        kept_layers: Sequence[int] | None = None,
+    ) -> dict[str, Any]:
+        """The way back: ``config`` with other sizes, those of a pruned model.
+
+        Args:
+            config: content of the ``config.json`` before pruning, or already adapted.
+            values: TransformerConfig fields of the model, nothing left to be derived from others.
+            kept_layers: numbers of the kept layers, from 1; by default the first ones.
+        """
+        changed = dict(config)
+        layers = config.get(self.keys["num_layers"])
+        # The head size that a file without the key means.
+        head_size = self.defaults.get(
+            "head_dim", values["hidden_size"] // values["num_attention_heads"]
+        )
+        for name, key in self.keys.items():
+            now, before = values.get(name), config.get(key)
+            if before is None and key == "head_dim":
+                before = head_size
+            if now is not None and before is not None and now != before:
+                changed[key] = now
+        if layers is not None and layers != values["num_layers"]:
+            kept = kept_layers or range(1, values["num_layers"] + 1)
+            for key in self.per_layer_keys:
+                if isinstance(config.get(key), list) and len(config[key]) == layers:
+                    changed[key] = [config[key][number - 1] for number in kept]
+        return changed
+
+    def weight_mapping(self) -> WeightMapping | None:
+        """ModelOpt's rules for the weights, where ModelOpt itself has none for the architecture.
+
+        Called once torch is loaded: an override imports ModelOpt's mapping classes inside.
+        """
+        return None
+
+    def tiny_config(self, **changes: Any) -> dict[str, Any]:
+        """The tests' tiny model as ``transformers.AutoConfig.for_model`` takes it."""
+        return {**TINY_SIZES, **self.tiny, "architectures": [self.architecture], **changes}
+
+
+def rotary(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Architecture's rotary values from either form of the file.
+
+    transformers 5 writes ``rope_parameters`` with ``rope_theta`` inside; earlier versions wrote
+    ``rope_theta`` and ``rope_scaling`` (null without scaling) at the top level.
+
+    Raises:
+        UsageError: for a scaling other than Llama 3's with megatron-core's fixed constants.
+    """
+    scaling = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+    base = scaling.get("rope_theta", config.get("rope_theta", 10000.0))
+    percent = scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    values = {"rotary_base": float(base), "rotary_percent": float(percent)}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "default":
+        return values
+    if kind != "llama3":
+        refuse(f"rope type {kind!r}", "only 'default' and 'llama3' can be represented so far")
+    for key, fixed in _LLAMA3_SCALING.items():
+        if scaling.get(key, fixed) != fixed:
+            refuse(
+                f"rope scaling {key} = {scaling[key]!r}",
+                f"megatron-core's Llama 3 scaling has it fixed at {fixed!r}",
+            )
+    return values | {"rope_scaling": True, "rope_scaling_factor": float(scaling["factor"])}
+
+
+def refuse_sliding_window(config: Mapping[str, Any]) -> None:
+    """Raise UsageError if a layer attends within a window; a window that no layer uses is fine."""
+    sliding = "sliding_attention" in config.get("layer_types", [])
+    if config.get("use_sliding_window") and "layer_types" not in config:
+        sliding = config.get("max_window_layers", 0) < config.get("num_hidden_layers", 0)
+    if sliding:
+        refuse(
+            f"sliding window of {config.get('sliding_window')} tokens",
+            "this family's layers all attend to the whole text here",
+            "set use_sliding_window to false if texts stay below the window",
+        )
+
+
+def refuse(what: str, cause: str, remedy: str = "convert another model of this family") -> NoReturn:
+    """Raise UsageError about a value of ``config.json``."""
+    raise UsageError(f"config.json: {what}", cause, remedy)

@@ -1,0 +1,99 @@
+"""The families that are known, and what is asked of whichever fits. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from post_training.common.errors import UsageError, suggest
+from post_training.models.architecture import Architecture
+from post_training.models.families.base import Family
+
+# One row a file of this folder; each file has a tuple FAMILIES.
+_FILES = (
+    "llama",
+    "qwen",
+)
+FAMILIES: dict[str, Family] = {
+    family.architecture: family
+    for name in _FILES
+    for family in importlib.import_module(f"{__package__}.{name}").FAMILIES
+}
+# What a model may have beyond a dense decoder, and the flags that state it.
+PARTS = {
+    "experts": ("num_moe_experts",),
+    "multi-latent attention": ("multi_latent_attention",),
+    "Mamba layers": ("hybrid_layer_pattern", "is_hybrid_model"),
+}
+# A model of an unknown architecture keeps the keys that most decoders share.
+_ANY_DECODER = Family(name="decoder", architecture="", defaults={}, tiny={})
+
+
+def from_huggingface(config: Mapping[str, Any]) -> Architecture:
+    """The architecture that the content of a ``config.json`` describes.
+
+    Raises:
+        UsageError: for an unknown architecture, weights that are already quantized, or a value
+            that megatron-core cannot represent; each by name.
+    """
+    name = _architecture(config)
+    if name not in FAMILIES:
+        raise UsageError(
+            f"config.json: architectures = {config.get('architectures')!r}",
+            f"known are {', '.join(sorted(FAMILIES))}",
+            suggest(str(name), FAMILIES) or "convert a model of one of the known architectures",
+        )
+    refuse_quantized(config)
+    return FAMILIES[name].read(config)
+
+
+def with_shape(
+    config: Mapping[str, Any], values: Mapping[str, Any], kept_layers: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """``config`` with the sizes of a pruned model; see :meth:`Family.with_shape`."""
+    family = FAMILIES.get(_architecture(config) or "", _ANY_DECODER)
+    return family.with_shape(config, values, kept_layers)
+
+
+def unconvertible(stated: Mapping[str, Any]) -> str | None:
+    """Why no family reads a model that flags describe; None if one may.
+
+    For a hub name, whose ``config.json`` is not here: refused before the download, not after it.
+    """
+    found = [part for part, flags in PARTS.items() if any(stated.get(flag) for flag in flags)]
+    if any(family.parts.issuperset(found) for family in FAMILIES.values()):
+        return None
+    return f"it has {' and '.join(found)}, and only {', '.join(sorted(FAMILIES))} are converted yet"
+
+
+def register_weight_mapping(architecture: Architecture) -> None:
+    """Add a family's rules for weights to the tables of ModelOpt's importer and exporter."""
+    name = architecture.huggingface_architecture or ""
+    mapping = FAMILIES[name].weight_mapping() if name in FAMILIES else None
+    if mapping is not None:
+        from modelopt.torch.export.plugins import mcore_common
+
+        mcore_common.all_mcore_hf_import_mapping[name] = dict(mapping.importing)
+        mcore_common.all_mcore_hf_export_mapping[name] = dict(mapping.exporting)
+
+
+def refuse_quantized(config: Mapping[str, Any], source: str = "config.json") -> None:
+    """Raise UsageError if the weights described by ``config`` are already quantized."""
+    found = config.get("quantization_config") or config.get("compression_config")
+    if not found:
+        return
+    method = found.get("quant_method") or "unknown method"
+    detail = found.get("quant_algo") or found.get("format") or found.get("fmt")
+    if found.get("bits"):
+        detail = f"{found['bits']} bits"
+    raise UsageError(
+        f"{source}: quantization_config with quant_method {method}"
+        + (f" ({detail})" if detail else ""),
+        "the weights are already quantized, and converting them would read codes as values",
+        "take the unquantized (BF16) release of the model, or dequantize it first",
+    )
+
+
+def _architecture(config: Mapping[str, Any]) -> str | None:
+    return next(iter(config.get("architectures") or ()), None)

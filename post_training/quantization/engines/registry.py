@@ -1,0 +1,46 @@
+"""The engines that exports are made for. No torch.
+
+To add one: a file with its table, and a row here (docs/extending.md).
+"""
+
+from __future__ import annotations
+
+from post_training.quantization.engines.base import GENERATIONS, Engine
+from post_training.quantization.engines.sglang import SGLANG
+from post_training.quantization.engines.tensorrt_llm import TENSORRT_LLM
+from post_training.quantization.engines.vllm import VLLM
+
+# The first decides which algorithms may stand side by side in one model.
+ENGINES: tuple[Engine, ...] = (
+    VLLM,
+    TENSORRT_LLM,
+    SGLANG,
+)
+
+
+def algorithms() -> list[str]:
+    """Every exported algorithm that an engine reads."""
+    return list(dict.fromkeys(name for engine in ENGINES for name in engine.algorithms))
+
+
+def mixable(names: set[str]) -> bool:
+    """Whether the first engine reads these algorithms side by side."""
+    return names <= ENGINES[0].mixes
+
+
+def describe(algorithm: str) -> tuple[str, str]:
+    """The engines that read an algorithm, and the GPUs that run it; empty if none does."""
+    readers = [engine for engine in ENGINES if algorithm in engine.algorithms]
+    native = {gpu for engine in readers for gpu in engine.algorithms[algorithm].native}
+    gpus = [_in_order(native)] if native else ["those of the formats inside"] if readers else []
+    alone: dict[str, list[str]] = {}
+    for engine in readers:
+        unpacked = _in_order(set(engine.algorithms[algorithm].weights_alone) - native)
+        if unpacked:
+            alone.setdefault(unpacked, []).append(engine.name)
+    gpus += [f"weights alone on {where} ({', '.join(names)})" for where, names in alone.items()]
+    return ", ".join(engine.name for engine in readers), "; ".join(gpus)
+
+
+def _in_order(generations: set[str]) -> str:
+    return ", ".join(each for each in GENERATIONS if each in generations)

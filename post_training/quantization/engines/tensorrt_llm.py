@@ -1,0 +1,16 @@
+"""TensorRT-LLM, as far as its source names the algorithm."""
+
+from __future__ import annotations
+
+from post_training.quantization.engines.base import MIXED, Engine, Support
+
+TENSORRT_LLM = Engine(
+    name="TensorRT-LLM",
+    version="main, 2026-11",
+    loader="tensorrt_llm/_torch/modules/linear.py",
+    algorithms={
+        "FP8": Support(native=("Ada", "Hopper", "Blackwell")),
+        "NVFP4": Support(native=("Blackwell",)),
+        MIXED: Support(),
+    },
+)

@@ -1,0 +1,20 @@
+"""Keys and values: what ``--export-kv-cache-quant`` takes, and ModelOpt's configurations."""
+
+from __future__ import annotations
+
+from post_training.quantization.formats.base import Family, Format, KvCache
+
+NONE = "none"
+_NO_ZERO_POINTS = "engines read no zero points of keys and values"
+_KV_CACHES = (
+    KvCache("fp8", "FP8_KV_CFG", exported_as="FP8"),
+    KvCache("fp8_affine", "FP8_AFFINE_KV_CFG", refused=_NO_ZERO_POINTS),
+    KvCache("nvfp4", "NVFP4_KV_CFG", exported_as="NVFP4"),
+    KvCache("nvfp4_affine", "NVFP4_AFFINE_KV_CFG", refused=_NO_ZERO_POINTS),
+    KvCache("nvfp4_rotate", "NVFP4_KV_ROTATE_CFG", refused="engines do not rotate keys"),
+)
+
+KEYS_AND_VALUES = Family(
+    kv_caches=_KV_CACHES,
+    formats=tuple(Format(each.config, (), None, kv=each.name) for each in _KV_CACHES),
+)

@@ -1,0 +1,70 @@
+"""Every format, by name. No torch, no ModelOpt.
+
+To add one: a file that ends in a ``Family``, and a row here (docs/extending.md).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from post_training.common.errors import UsageError, suggest
+from post_training.quantization.formats.base import Family, Format, KvCache, NumberFormat
+from post_training.quantization.formats.fp8 import FP8
+from post_training.quantization.formats.integer import INTEGER
+from post_training.quantization.formats.kv_cache import KEYS_AND_VALUES
+from post_training.quantization.formats.mx import MX
+from post_training.quantization.formats.nvfp4 import NVFP4
+
+# In the order of the table.
+FAMILIES: tuple[Family, ...] = (
+    FP8,
+    NVFP4,
+    MX,
+    INTEGER,
+    KEYS_AND_VALUES,
+)
+
+AUTO = "auto"
+DEFAULT = "FP8_DEFAULT_CFG"
+
+FORMATS: dict[str, Format] = {row.name: row for family in FAMILIES for row in family.formats}
+WEIGHTS: dict[str, NumberFormat] = {row.name: row for family in FAMILIES for row in family.weights}
+INPUTS: dict[str, NumberFormat] = {row.name: row for family in FAMILIES for row in family.inputs}
+KV_CACHES: dict[str, KvCache] = {row.name: row for family in FAMILIES for row in family.kv_caches}
+
+
+def find(name: str, option: str = "--export-quant-cfg") -> Format:
+    """The format of a name in any spelling, upper or lower case.
+
+    Raises:
+        UsageError: naming the nearest ones.
+    """
+    spellings = {
+        spelling: row for row in FORMATS.values() for spelling in (row.name, *row.spellings)
+    }
+    by_lower = {spelling.lower(): row for spelling, row in spellings.items()}
+    key = name.lower()
+    row = by_lower.get(key) or by_lower.get(f"{key}_cfg")
+    if row is None:
+        raise UsageError(
+            f"{option} {name}",
+            f"no quantization format has this name; there are {len(FORMATS)}, {AUTO}, and recipes",
+            suggest(name, [*spellings, AUTO])
+            or f"for instance {DEFAULT}; docs/formats.md has the table",
+        )
+    return row
+
+
+def is_recipe(name: str) -> bool:
+    """Whether a positional name means a recipe file, by the rule of Megatron-LM's script."""
+    return "/" in name or name.endswith((".yaml", ".yml"))
+
+
+def number_format(quantizer: Any, *, is_input: bool = False) -> NumberFormat | None:
+    """The number format that a ModelOpt ``TensorQuantizer`` rounds to; None if none matches.
+
+    Args:
+        is_input: of a layer's input, which may have formats that no weight has.
+    """
+    candidates = (*INPUTS.values(), *WEIGHTS.values()) if is_input else WEIGHTS.values()
+    return next((row for row in candidates if row.is_used_by and row.is_used_by(quantizer)), None)

@@ -1,0 +1,103 @@
+"""Files that several packages read: JSON, safetensors headers; and third parties kept quiet."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import struct
+import sys
+import warnings
+
+import pytest
+from model_folders import write_model
+
+from post_training.common import files, safetensors_index
+from post_training.common.errors import UsageError
+from post_training.common.quiet import quiet
+
+
+def test_a_missing_json_file_is_none_where_it_may_be_missing(tmp_path):
+    assert files.read_json(tmp_path / "a.json") is None
+    with pytest.raises(UsageError, match=r"a\.json\n  cause: there is no such file"):
+        files.read_json_object(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("text", ['{"a": ', b"\xff\xfe{}"])
+def test_a_damaged_json_file_is_refused_with_what_it_is_and_the_remedy(text, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    for read in (files.read_json, files.read_json_object):
+        with pytest.raises(UsageError) as refused:
+            read(path, "plan", "make it again")
+        assert refused.value.what == f"plan {path}"
+        assert "cannot be read as JSON" in refused.value.cause
+        assert refused.value.remedy == "make it again"
+
+
+def test_a_json_object_is_no_list(tmp_path):
+    (tmp_path / "a.json").write_text("[1]")
+    assert files.read_json(tmp_path / "a.json") == [1]
+    with pytest.raises(UsageError, match="no JSON object"):
+        files.read_json_object(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [("BF16", 128), ("F8_E4M3", 64), ("F8_E8M0", 64), ("F4", 32), ("U8", 64), ("BOOL", 64),
+     ("I64", 512), ("F32", 256)],
+)  # fmt: skip
+def test_a_header_gives_dtype_shape_and_bytes(dtype, size, tmp_path):
+    header = {"t": {"dtype": dtype, "shape": [8, 8], "data_offsets": [0, size]}}
+    write(tmp_path / "model.safetensors", header, size)
+    (entry,) = safetensors_index.read(tmp_path).values()
+    assert (entry.dtype, entry.shape, entry.numel, entry.bytes) == (dtype, (8, 8), 64, size)
+
+
+def write(path, header, size):
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    os.truncate(path, 8 + len(text) + size)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "size"),
+    [([0, 100], 100), ([10, 138], 138), ([0, 128], 100), ([0, 128], 140)],
+    ids=["fewer bytes than the shape", "a hole", "truncated", "longer than the header says"],
+)
+def test_a_header_that_contradicts_itself_or_the_file_is_refused(offsets, size, tmp_path):
+    path = tmp_path / "model.safetensors"
+    write(path, {"a": {"dtype": "BF16", "shape": [8, 8], "data_offsets": offsets}}, size)
+    with pytest.raises(UsageError) as refused:
+        safetensors_index.read(tmp_path)
+    assert str(path) in refused.value.what
+    assert f"{path.stat().st_size} bytes" in refused.value.cause
+
+
+def test_an_index_that_names_a_tensor_its_files_lack_is_refused(tmp_path):
+    folder = write_model(tmp_path, a=[4], b=[4])
+    names = {"a": "model.safetensors", "c": "model.safetensors"}
+    (folder / safetensors_index.INDEX).write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(UsageError, match="names 1 tensors that its files lack"):
+        safetensors_index.read(folder)
+
+
+def test_quiet_silences_what_is_named_and_nothing_else(capsys, caplog):
+    loud, other = logging.getLogger("loud"), logging.getLogger("other")
+    with (
+        caplog.at_level(logging.DEBUG),
+        quiet("loud", stdout=True, stderr=True, warning="known"),
+    ):
+        print("table")
+        print("bar", file=sys.stderr)
+        loud.warning("noise")
+        loud.error("failure")
+        other.warning("news")
+        warnings.warn("known and harmless", stacklevel=1)
+        with pytest.warns(UserWarning, match="unknown"):
+            warnings.warn("unknown", stacklevel=1)
+    assert capsys.readouterr() == ("", "")
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["failure", "news", "printed: table"]
+    loud.warning("heard again")
+    assert "heard again" in caplog.text
