@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 from generation_worker import GROUPED_QUERIES, SHARED, VOCABULARY, fill
+from whole_logits import prefill_logits
 
 from post_training.cli.stage import open_session
 from post_training.common.errors import UsageError
 from post_training.config import arguments
 from post_training.config.options import StageOptions
-from post_training.inference import generation
 from post_training.models.architecture import Architecture
 from post_training.models.builder import BuildOptions, build, transformer_config
 from post_training.pruning import export_config, search
@@ -79,12 +79,12 @@ def run(folder: Path) -> dict[str, object]:
         sizes,
         space,
         search.acceptance(original, config, allowed, sizes),
-        calibrate=lambda dynamic: generation.prefill_logits(dynamic, ids),
+        calibrate=lambda dynamic: prefill_logits(dynamic, ids),
         describe_calibration=dict,
     )
     result = minitron.prune(model, task)
     after = pruned_architecture(original, result.config, result.kept_layers)
-    logits = generation.prefill_logits(model, ids)
+    logits = prefill_logits(model, ids)
     computed = search.size(after, model.config, search.Memory())
     counted = search.counted(model, computed)
     torch_dist.save(model, folder, Manifest("prune", after.to_json()))
@@ -99,7 +99,7 @@ def run(folder: Path) -> dict[str, object]:
         "computed": (computed.parameters, computed.active),
         "counted": counted.parameters,
         "logits": logits,
-        "loaded": generation.prefill_logits(loaded, ids),
+        "loaded": prefill_logits(loaded, ids),
         "experts": len(loaded.decoder.layers[-1].mlp.experts.local_experts),
     }
 

@@ -58,9 +58,9 @@ class Model:
         return model, ptq.with_format(model, self.changed(**flags), choice, self.data())
 
     def logits(self, model: Any) -> torch.Tensor:
-        from post_training.inference import generation
+        from whole_logits import prefill_logits
 
-        return generation.prefill_logits(model, self.samples.input_ids)
+        return prefill_logits(model, self.samples.input_ids)
 
 
 def every_format(build: Model) -> dict[str, Any]:
