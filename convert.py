@@ -24,6 +24,7 @@ from post_training.config.checks import required
 from post_training.config.flags import flag, group, spelled
 from post_training.config.options import StageOptions
 from post_training.drafts import options as draft_options
+from post_training.drafts import registry
 from post_training.drafts.eagle3.draft import Draft
 from post_training.drafts.options import DraftOptions
 from post_training.drafts.record import draft_of
@@ -44,8 +45,8 @@ class ConvertOptions(StageOptions):
     )
     algorithm: str = flag(
         "None",
-        choices=("eagle3", "None"),
-        help="what to attach: an EAGLE-3 draft, or nothing (%(default)s)",
+        choices=(*registry.ALGORITHMS, "None"),
+        help="what to attach: a draft, by its algorithm, or nothing (%(default)s)",
     )
     export_offline_model: bool = flag(
         False,
@@ -118,12 +119,15 @@ def plan_draft(options: ConvertOptions, target: Architecture) -> Draft | None:
     offline = options.export_offline_model
     if options.draft_model_path:
         return draft_options.trained(options.draft_model_path, options, target, offline=offline)
-    return draft_options.plan(options.draft, options, target, offline=offline)
+    return draft_options.plan(
+        options.draft, options, target, algorithm=options.algorithm, offline=offline
+    )
 
 
 def convert(plan: Plan, session: Session) -> dict[str, Any]:
     """Load the source at the requested layout and save it. Returns the manifest on rank 0."""
-    from post_training.checkpoints import huggingface, loading, record, torch_dist
+    from post_training.checkpoints import loading, record, torch_dist
+    from post_training.checkpoints.huggingface import SmallFiles
     from post_training.models.builder import count_parameters
 
     options = plan.options
@@ -145,9 +149,7 @@ def convert(plan: Plan, session: Session) -> dict[str, Any]:
         model,
         plan.save,
         manifest,
-        write_huggingface=lambda folder: huggingface.copy_small_files(
-            small_files, folder, python_files=options.trust_remote_code
-        ),
+        small_files=SmallFiles(small_files, options.trust_remote_code),
     )
     return content or {}
 
@@ -155,11 +157,11 @@ def convert(plan: Plan, session: Session) -> dict[str, Any]:
 def attach_draft(plan: Plan, model: MegatronModule, draft: Draft) -> None:
     """Attach ``draft``; with its weights where ``--draft-model-path`` has them."""
     from post_training.checkpoints import torch_dist
-    from post_training.drafts.eagle3 import attach
 
-    attach.attach(model, draft, plan.options.seed)
+    algorithm = registry.find(draft.algorithm)
+    algorithm.attach(model, draft, plan.options.seed)
     if plan.options.draft_model_path:
-        torch_dist.load(model, Path(plan.options.draft_model_path), only=attach.MODULE)
+        torch_dist.load(model, Path(plan.options.draft_model_path), only=algorithm.module)
 
 
 def show(plan: Plan, content: dict[str, Any], session: Session) -> None:

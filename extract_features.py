@@ -5,7 +5,7 @@ Inputs:  --load, a Megatron checkpoint, or --pretrained-model-path, a Hugging Fa
 Outputs: --output-dir with train/, valid/ and test/ (98, 1 and 1 %): shards of token ids, answer
          masks, last hidden states and those of the auxiliary layers, with run.json.
 
-Before it starts it says how much disk and time it takes. Started again, it goes on where it was
+Before it starts it says how much disk and time it takes. The same command resumes where it was
 interrupted: shards that are there are kept.
 
     HF_MODEL_CKPT=/models/Qwen3-0.6B bash extract_features.sh Qwen/Qwen3-0.6B \\
@@ -14,125 +14,107 @@ interrupted: shards that are there are kept.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import shutil
-import time
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from post_training.checkpoints import loading
-from post_training.checkpoints.source import fetch_source, find_source
-from post_training.common import files, manifest, outputs
+from post_training.checkpoints.source import Source, fetch_source, find_source
+from post_training.cli.stage import Stage, run
+from post_training.common import files, outputs, report
 from post_training.common.errors import UsageError
-from post_training.config import arguments, checks
+from post_training.config.checks import at_least, required
+from post_training.config.flags import flag, group
+from post_training.config.options import StageOptions
 from post_training.data import conversation_data
-from post_training.drafts import features as draft_features
-from post_training.drafts import options as draft_arguments
-from post_training.drafts.record import draft_of
-from post_training.models import parallel_check
+from post_training.data.options import TrainingTextOptions
+from post_training.data.sources import TextSource
+from post_training.drafts import extraction, features, registry
+from post_training.drafts import options as draft_options
+from post_training.drafts.eagle3.draft import Draft
+from post_training.drafts.options import DraftOptions
+from post_training.drafts.record import draft_of, recorded_or_planned
+from post_training.training import run as training_run
 
 if TYPE_CHECKING:
-    import torch
-
-    from post_training.checkpoints.source import Source
-    from post_training.data.packing import PackedConversations
     from post_training.distributed.session import Session
 
 logger = logging.getLogger("post_training")
 
 SEQUENCE_LENGTH = 2048
-DATASET = "Magpie-Align/Magpie-Llama-3.1-Pro-MT-300K-Filtered"
 DATA = ".data"  # packed tokens, removed at the end
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    conversation_data.add_arguments(parser, DATASET)
-    add = parser.add_argument_group("extract_features").add_argument
-    add("--num-samples", type=int, default=128_000, metavar="N", help="sequences (%(default)s)")
-    add("--output-dir", metavar="DIR", help="where the features go")
-    add("--shard-size", type=int, default=64, metavar="N", help="sequences a file (%(default)s)")
-    add(
-        "--micro-batch-size",
-        type=int,
-        default=1,
-        metavar="N",
-        help="sequences a rank computes at a time (%(default)s)",
+@dataclass(frozen=True, kw_only=True)
+class ExtractOptions(StageOptions):
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {"finetune_hf_dataset": draft_options.DATASET}
+
+    num_samples: int = flag(128_000, metavar="N", check=at_least(1), help="sequences (%(default)s)")
+    output_dir: str | None = flag(metavar="DIR", help="where the features go")
+    shard_size: int = flag(
+        64, metavar="N", check=at_least(1), help="sequences a file (%(default)s)"
     )
-    draft_arguments.add(parser)
+    micro_batch_size: int = flag(
+        1, metavar="N", check=at_least(1), help="sequences a rank computes at a time (%(default)s)"
+    )
+    text: TrainingTextOptions = group(TrainingTextOptions)
+    draft: DraftOptions = group(DraftOptions)
 
 
-def check(args: argparse.Namespace) -> None:
-    checks.required(args, "--output-dir", "--output-dir")
-    source = find_source(args)
-    longest = source.described.max_position_embeddings if source.described else SEQUENCE_LENGTH
-    args.seq_length = args.seq_length or min(SEQUENCE_LENGTH, longest)
-    for name in ("num_samples", "shard_size", "micro_batch_size", "seq_length"):
-        if getattr(args, name) < 1:
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{flag} {getattr(args, name)}", "it is not positive", "1 or more")
-    if args.shard_size % args.micro_batch_size:
+@dataclass(frozen=True)
+class Plan:
+    """``draft`` says which layers are read; None until a hub name is fetched."""
+
+    options: ExtractOptions
+    source: Source
+    folder: Path
+    seq_length: int
+    text: TextSource
+    draft: Draft | None
+
+
+def check(options: ExtractOptions) -> Plan:
+    folder = Path(required("--output-dir", options.output_dir, "--output-dir"))
+    source = find_source(options)
+    length = options.seq_length or SEQUENCE_LENGTH
+    if source.described and not options.seq_length:
+        length = min(length, source.described.max_position_embeddings)
+    at_least(1)("--seq-length", length)
+    if options.shard_size % options.micro_batch_size:
         raise UsageError(
-            f"--shard-size {args.shard_size}",
-            f"it is no multiple of --micro-batch-size {args.micro_batch_size}",
+            f"--shard-size {options.shard_size}",
+            f"it is no multiple of --micro-batch-size {options.micro_batch_size}",
             "choose a multiple",
         )
-    conversation_data.check(conversation_data.source(args))
-    folder = Path(args.output_dir)
-    outputs.writable(folder / "settings.json", f"--output-dir {folder}")
-    if source.described is not None:
-        parallel_check.check(source.described, arguments.parallel(args))
-        draft_arguments.plan(args, source.described)
-        limit = source.described.max_position_embeddings
-        if args.seq_length > limit:
-            raise UsageError(
-                f"--seq-length {args.seq_length}",
-                f"the model's texts have at most {limit} tokens",
-                f"--seq-length {limit}",
-            )
-    if folder.is_dir() and not args.overwrite:
-        _check_folder(folder, args, source)
+    text = options.text.source(options.given)
+    conversation_data.check(text)
+    outputs.writable(folder / extraction.SETTINGS, f"--output-dir {folder}")
+    training_run.check_model(source, options, length)
+    draft = None
+    if source.described:
+        draft = recorded_or_planned(options.draft, options, source)
+    plan = Plan(options, source, folder, length, text, draft)
+    if folder.is_dir() and not options.overwrite:
+        extraction.check_folder(folder, _settings(plan, source, draft) if draft else None)
+    return plan
 
 
-def _check_folder(folder: Path, args: argparse.Namespace, source: Source) -> None:
-    """An output folder may be empty, or hold an unfinished extraction with the same settings."""
-    content = manifest.read(folder)
-    if content is not None:
-        raise UsageError(
-            f"--output-dir {folder}",
-            f"it holds the output of {content.get('stage')}, finished {content.get('finished')}",
-            "name another folder, or give --overwrite",
-        )
-    settings = files.read_json(folder / "settings.json")
-    if settings is None and any(folder.iterdir()):
-        raise UsageError(
-            f"--output-dir {folder}", "it is not empty and no extraction", "name another folder"
-        )
-    if settings is not None and source.described is not None:
-        now = _settings(args, source)
-        changed = [n for n in now if now[n] != settings.get(n)]
-        if changed:
-            raise UsageError(
-                f"--output-dir {folder}",
-                f"an extraction with another {', '.join(changed)} was begun there",
-                "use the same settings, name another folder, or give --overwrite",
-            )
-
-
-def _settings(args: argparse.Namespace, source: Source) -> dict[str, Any]:
+def _settings(plan: Plan, source: Source, draft: Draft) -> dict[str, Any]:
     """What must not change between the runs of one extraction, as JSON."""
+    options = plan.options
     return {
-        **draft_features.identity(source, args),
-        "sequence_length": args.seq_length,
-        "num_samples": args.num_samples,
-        "shard_size": args.shard_size,
-        "data": conversation_data.source(args).describe(),
+        **features.identity(source, draft, options.precision),
+        "sequence_length": plan.seq_length,
+        "num_samples": options.num_samples,
+        "shard_size": options.shard_size,
+        "data": plan.text.describe(),
         "model": str(Path(source.location).resolve() if source.is_local else source.location),
     }
 
 
-def extract_features(args: argparse.Namespace, session: Session) -> dict[str, Any]:
+def extract_features(plan: Plan, session: Session) -> dict[str, Any]:
     """Write all shards that are not there yet. Returns the manifest on rank 0.
 
     Raises:
@@ -140,172 +122,77 @@ def extract_features(args: argparse.Namespace, session: Session) -> dict[str, An
     """
     import torch
 
-    from post_training.common.manifest import Manifest
-    from post_training.drafts.eagle3 import attach as eagle
+    from post_training.checkpoints import loading, record
+    from post_training.distributed import collectives
 
-    source = fetch_source(find_source(args), args)
-    folder = Path(args.output_dir)
+    options, folder = plan.options, plan.folder
+    source = fetch_source(plan.source, options)
+    draft = plan.draft or recorded_or_planned(options.draft, options, source)
+    settings = _settings(plan, source, draft)
     if session.is_main:
-        if args.overwrite and folder.exists():
+        if options.overwrite and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        files.write_json(folder / "settings.json", _settings(args, source))
+        files.write_json(folder / extraction.SETTINGS, settings)
     torch.distributed.barrier()
     data, content = conversation_data.prepare(
-        conversation_data.source(args),
-        loading.tokenizer(source, args),
-        args.seq_length,
-        args.num_samples,
+        plan.text,
+        loading.tokenizer(source, options),
+        plan.seq_length,
+        options.num_samples,
         folder / DATA,
         session.show_progress,
     )
-    counts = {part: min(len(data[part]), most) for part, most in _most(args.num_samples).items()}
     logger.info("data: %s", conversation_data.describe(content))
-    model = loading.load(source, args, session)
+    model = loading.load(source, options, session)
+    algorithm = registry.find(draft.algorithm)
     if draft_of(source) is None:
-        # ModelOpt's hooks on the auxiliary layers come with a draft; its weights do not matter.
-        eagle.attach(model, draft_arguments.plan(args, source.architecture), args.seed)
+        # The hooks on the auxiliary layers come with a draft; its weights do not matter.
+        algorithm.attach(model, draft, options.seed)
     model.eval()
-    shards = draft_features.plan_shards(counts, args.shard_size)
-    todo = [each for each in shards if not (folder / each.file).exists()]
-    _announce(args, session, model, data, folder, len(shards), todo)
-    _write(args, session, model, data, folder, todo)
+    shards = features.plan_shards(features.counts(data, options.num_samples), options.shard_size)
+    work = extraction.Extraction(model, algorithm, data, folder, options.micro_batch_size, session)
+    work.announce(shards, plan.seq_length, draft, options.precision)
+    work.write(shards)
     torch.distributed.barrier()
-    fingerprint: list[Any] = [None] * session.world
-    torch.distributed.all_gather_object(fingerprint, draft_features.fingerprint(model))
-    peak_memory = session.peak_memory()
-    if not session.is_main:
-        return {}
-    shutil.copy(content.pop("prompts"), folder / conversation_data.PROMPTS)
-    shutil.rmtree(folder / DATA)
-    return Manifest(
-        "extract_features",
-        source.architecture.to_json(),
-        configuration=arguments.explicit(args),
-        inputs=source.inputs(),
-        metrics={**content, "extracted": sum(counts.values())},
-        started=session.started,
-        peak_memory_bytes=peak_memory,
+    fingerprints = collectives.from_all_ranks(features.fingerprint(model))
+    made = record.of_run(
+        options,
+        session,
+        source,
+        metrics={**content, "extracted": sum(len(shard.rows) for shard in shards)},
         extra={
             "features": {
-                **_settings(args, source),
-                "fingerprint": next(each for each in fingerprint if each),
+                **settings,
+                "fingerprint": next(each for each in fingerprints if each),
                 "shards": [{"file": s.file, "sequences": len(s.rows)} for s in shards],
             }
         },
-    ).write(folder)
-
-
-def _most(samples: int) -> dict[str, int]:
-    """Most sequences of each part: 98, 1 and 1 % of all, at least one."""
-    held_out = max(1, samples // 100)
-    return {"train": max(1, samples - 2 * held_out), "valid": held_out, "test": held_out}
-
-
-def _announce(
-    args: argparse.Namespace,
-    session: Session,
-    model: Any,
-    data: dict[str, PackedConversations],
-    folder: Path,
-    total: int,
-    todo: list[draft_features.Shard],
-) -> None:
-    """Log what is still to do, with the disk and time that it takes; check the disk's room."""
-    count = sum(len(shard.rows) for shard in todo)
-    if not count:
-        logger.info("all %d shards are there already", total)
-        return
-    states = len(model.eagle_config.eagle_aux_hidden_state_layer_ids)
-    per_token = draft_features.bytes_per_token(
-        model.config.hidden_size, states, arguments.precision(args)
     )
-    needed = count * args.seq_length * per_token
-    probe = todo[0].rows[: args.micro_batch_size]
-    _features(model, data[todo[0].part], probe, session)  # the first pass also sets things up
-    started = time.monotonic()
-    _features(model, data[todo[0].part], probe, session)
-    seconds = (time.monotonic() - started) / len(probe) * count / session.parallel.data
-    logger.info(
-        "%d of %d shards to write: %d sequences, %.2f GB on disk (%.1f kB a token), about %s",
-        len(todo),
-        total,
-        count,
-        needed / 1e9,
-        per_token / 1e3,
-        f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{seconds:.0f} s",
+    if not session.is_main:
+        return {}
+    shutil.copy(made.metrics.pop("prompts"), folder / conversation_data.PROMPTS)
+    shutil.rmtree(folder / DATA)
+    return made.write(folder)
+
+
+def show(plan: Plan, content: dict[str, Any], session: Session) -> None:
+    report.summary(
+        "features extracted",
+        {
+            "sequences": f"{content['metrics']['extracted']:,} x {plan.seq_length:,}",
+            "folder": f"{plan.folder} ({report.size(plan.folder)})",
+            **report.cost(content),
+        },
+        next_step=f"bash eagle3.sh <conf> --offline-distillation-data {plan.folder}",
     )
-    outputs.disk_space(folder, needed)
 
 
-def _write(
-    args: argparse.Namespace,
-    session: Session,
-    model: Any,
-    data: dict[str, PackedConversations],
-    folder: Path,
-    todo: list[draft_features.Shard],
-) -> None:
-    """Shards in turn over the data-parallel ranks; all ranks of a copy of the model take part."""
-    from megatron.core import parallel_state
-    from tqdm import tqdm
-
-    rank = parallel_state.get_data_parallel_rank()
-    ranks = parallel_state.get_data_parallel_world_size()
-    writes = parallel_state.get_tensor_model_parallel_rank() == 0 and model.post_process
-    with tqdm(total=len(todo), unit="shard", disable=not session.show_progress) as bar:
-        # Every rank makes as many passes: with experts, all of them meet in every layer.
-        for first in range(0, len(todo), ranks):
-            mine = todo[min(first + rank, len(todo) - 1)]
-            parts = [
-                _features(model, data[mine.part], rows, session)
-                for rows in _groups(mine.rows, args.micro_batch_size)
-            ]
-            if writes and first + rank < len(todo):
-                draft_features.write_shard(folder / mine.file, parts)
-            bar.update(min(ranks, len(todo) - first))
-
-
-def _groups(rows: list[int], size: int) -> Iterator[list[int]]:
-    yield from (rows[i : i + size] for i in range(0, len(rows), size))
-
-
-def _features(
-    model: Any, conversations: PackedConversations, rows: list[int], session: Session
-) -> dict[str, torch.Tensor] | None:
-    """Features of some sequences on the last pipeline stage, None on the others."""
-    from post_training.drafts.eagle3 import task as eagle_training
-
-    batch = conversations.batch(rows)
-    found = eagle_training.features(model, batch["input_ids"].to(session.device))
-    if found is None:
-        return None
-    hidden, auxiliary = (each.transpose(0, 1).contiguous().cpu() for each in found)
-    return {
-        "input_ids": batch["input_ids"].int(),
-        "loss_mask": batch["loss_mask"],
-        "hidden_states": hidden,
-        "aux_hidden_states": auxiliary,
-    }
+STAGE = Stage("extract_features", ExtractOptions, check, extract_features, show)
 
 
 def main() -> None:
-    args = arguments.parse_namespace("extract_features", add_arguments, check)
-    from post_training.cli.stage import open_session
-    from post_training.common import report
-
-    with open_session(args) as session:
-        content = extract_features(args, session)
-        if session.is_main:
-            report.summary(
-                "features extracted",
-                {
-                    "sequences": f"{content['metrics']['extracted']:,} x {args.seq_length:,}",
-                    "folder": f"{args.output_dir} ({report.size(Path(args.output_dir))})",
-                    **report.cost(content),
-                },
-                next_step=f"bash eagle3.sh <conf> --offline-distillation-data {args.output_dir}",
-            )
+    run(STAGE)
 
 
 if __name__ == "__main__":

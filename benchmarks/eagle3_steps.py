@@ -9,23 +9,53 @@ eagle3_hf.py is the peer.
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from post_training.checkpoints import loading
-from post_training.checkpoints.source import fetch_source, find_source
-from post_training.config import arguments
-from post_training.drafts.eagle3 import draft
+from post_training.checkpoints.source import Source, fetch_source, find_source
+from post_training.cli.stage import Stage, run
+from post_training.config.checks import at_least, required
+from post_training.config.flags import flag, group
+from post_training.config.options import StageOptions
+from post_training.drafts import options as draft_options
+from post_training.drafts import registry
+from post_training.drafts.eagle3.draft import Draft
+from post_training.drafts.options import DraftOptions
+from post_training.training import options as training_options
+from post_training.training.options import TrainingFlags, TrainingOptions
+
+if TYPE_CHECKING:
+    from post_training.distributed.session import Session
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 16384])
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--work", type=Path, required=True)
+@dataclass(frozen=True, kw_only=True)
+class StepsOptions(StageOptions):
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {"train_iters": 10, "eval_iters": 0}
+
+    lengths: tuple[int, ...] = flag((2048, 8192, 16384), help="tokens a sequence")
+    steps: int = flag(10, check=at_least(1), help="steps that are measured")
+    warmup: int = flag(3, check=at_least(1), help="steps before them")
+    work: str | None = flag(metavar="DIR", help="where metrics go")
+    draft: DraftOptions = group(DraftOptions)
+    training: TrainingFlags = group(TrainingFlags)
+
+
+@dataclass(frozen=True)
+class Plan:
+    options: StepsOptions
+    source: Source
+    training: TrainingOptions
+    work: Path
+
+
+def check(options: StepsOptions) -> Plan:
+    training = training_options.decide(options.training, options, min(options.lengths))
+    work = Path(required("--work", options.work, "--work"))
+    return Plan(options, find_source(options), training, work)
 
 
 class RandomTokens:
@@ -54,11 +84,9 @@ class Unsaved:
         return None
 
 
-def measure(model: Any, plan: draft.Draft, length: int, args: Any, session: Any) -> dict[str, Any]:
+def measure(plan: Plan, model: Any, draft: Draft, length: int, session: Session) -> dict[str, Any]:
     import torch
 
-    from post_training.drafts.eagle3 import task as eagle_training
-    from post_training.training.options import TrainingOptions
     from post_training.training.trainer import Trainer
 
     on_gpu = session.device.type == "cuda"
@@ -67,15 +95,11 @@ def measure(model: Any, plan: draft.Draft, length: int, args: Any, session: Any)
         torch.cuda.reset_peak_memory_stats()
     metrics: dict[str, float] = {}
     # The first run compiles and allocates; the second is what counts.
-    for name, steps in (("warmup", args.warmup), ("timed", args.steps)):
-        options = TrainingOptions(steps, seq_length=length, eval_iters=0, log_interval=steps)
-        trainer = Trainer(
-            model,
-            eagle_training.task(model, plan),
-            options,
-            session,
-            cast(Any, Unsaved(args.work / name)),
-        )
+    task = registry.find(draft.algorithm).task(model, draft)
+    for name, steps in (("warmup", plan.options.warmup), ("timed", plan.options.steps)):
+        options = replace(plan.training, train_iters=steps, seq_length=length, log_interval=steps)
+        checkpoints: Any = Unsaved(plan.work / name)
+        trainer = Trainer(model, task, options, session, checkpoints)
         metrics = trainer.run(RandomTokens(length)).metrics
         del trainer
     peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else 0.0
@@ -88,26 +112,28 @@ def measure(model: Any, plan: draft.Draft, length: int, args: Any, session: Any)
     }
 
 
+def steps(plan: Plan, session: Session) -> None:
+    import torch
+
+    source = fetch_source(plan.source, plan.options)
+    model = loading.load(source, plan.options, session)
+    draft = draft_options.plan(plan.options.draft, plan.options, source.architecture)
+    algorithm = registry.find(draft.algorithm)
+    algorithm.attach(model, draft, plan.options.seed)
+    algorithm.freeze_target(model)
+    for length in plan.options.lengths:
+        try:
+            print(json.dumps(measure(plan, model, draft, length, session)), flush=True)
+        except torch.OutOfMemoryError as error:
+            first_line = str(error).splitlines()[0]
+            print(json.dumps({"length": length, "error": first_line}), flush=True)
+
+
+STAGE = Stage("eagle3_steps", StepsOptions, check, steps)
+
+
 def main() -> None:
-    args = arguments.parse_namespace("eagle3_steps", add_arguments, find_source)
-    from post_training.cli.stage import open_session
-
-    with open_session(args) as session:
-        import torch
-
-        from post_training.drafts.eagle3 import attach as eagle
-
-        source = fetch_source(find_source(args), args)
-        model = loading.load(source, args, session)
-        plan = draft.plan(source.architecture)
-        eagle.attach(model, plan, args.seed)
-        eagle.freeze_target(model)
-        for length in args.lengths:
-            try:
-                print(json.dumps(measure(model, plan, length, args, session)), flush=True)
-            except torch.OutOfMemoryError as error:
-                first_line = str(error).splitlines()[0]
-                print(json.dumps({"length": length, "error": first_line}), flush=True)
+    run(STAGE)
 
 
 if __name__ == "__main__":

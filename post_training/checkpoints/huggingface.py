@@ -221,18 +221,16 @@ def _importer_class() -> type:
             return super()._get_safetensor(key, parallel_config=parallel_config)
 
         def names_read_by_all(self) -> set[str]:
-            import torch
+            from post_training.distributed import collectives
 
-            gathered: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(gathered, self._names_read)
-            return set().union(*gathered)
+            return set().union(*collectives.from_all_ranks(self._names_read))
 
     return RecordingImporter
 
 
 def _collect_failures(work: Any, folder: Path) -> None:
     """Run ``work``; if a rank fails, all fail together with the reason of the lowest rank."""
-    import torch
+    from post_training.distributed import collectives
 
     failure = None
     try:
@@ -240,9 +238,7 @@ def _collect_failures(work: Any, folder: Path) -> None:
     except (KeyError, ValueError, RuntimeError, AssertionError) as error:
         failure = _first_line(error)
         logger.debug("import failed", exc_info=True)
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, failure)
-    reason = next((each for each in gathered if each), None)
+    reason = collectives.first_failure(failure)
     if reason:
         raise UsageError(
             f"model {folder}",

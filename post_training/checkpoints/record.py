@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from post_training.checkpoints.source import Source
@@ -36,7 +37,7 @@ def of_run(
     return Manifest(
         options.stage,
         dict(architecture or source.architecture.to_json()),
-        configuration=dict(options.given),
+        configuration={name: _json(value) for name, value in options.given.items()},
         inputs=[dict(each) for each in (source.inputs() if inputs is None else inputs)],
         metrics=dict(metrics or {}),
         started=session.started,
@@ -73,3 +74,7 @@ def report_of_run(
         "versions": manifest.versions(),
         "git_commit": manifest.git_commit(),
     }
+
+
+def _json(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value

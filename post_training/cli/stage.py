@@ -58,6 +58,7 @@ class Stage[Options: StageOptions, P: Plan, Result]:
         show: prints the summary, on rank 0, from the plan, what ``work`` returned and the session.
         exit_code: from the plan and the result, the same on every rank.
         saves_on_signal: SIGTERM and SIGUSR1 end the work at a point where it can save.
+        sequence_parallel: ``--sequence-parallel`` has an effect.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Stage[Options: StageOptions, P: Plan, Result]:
     show: Callable[[P, Result, Session], None] | None = None
     exit_code: Callable[[P, Result], int] = _success
     saves_on_signal: bool = False
+    sequence_parallel: bool = False
 
 
 def make_plan[Options: StageOptions, P: Plan, Result](
@@ -98,6 +100,9 @@ def run[Options: StageOptions, P: Plan, Result](stage: Stage[Options, P, Result]
     if plan.options.dry_run or plan.options.check_only:
         return
     with open_session(plan.options) as opened:
+        if plan.options.sequence_parallel and not stage.sequence_parallel:
+            # Confs of large models carry the flag for training.
+            logger.info("--sequence-parallel has no effect: %s trains nothing", stage.name)
         result = stage.work(plan, opened)
         if opened.is_main and stage.show is not None:
             stage.show(plan, result, opened)

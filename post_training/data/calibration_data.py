@@ -8,15 +8,16 @@ points in pruning) and no document is cut by characters.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from post_training.common.errors import UsageError
 from post_training.data import document_formats, sources
 from post_training.data.document_formats import Document
+from post_training.distributed import collectives
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -206,22 +207,5 @@ def _from_random_place(text: str, generator: random.Random, special: bool) -> tu
     return (text, special) if start in (0, len(text)) else (text[start:].lstrip(), False)
 
 
-def on_first_rank[T](load: Callable[[], T]) -> T:
-    """Run ``load`` on rank 0 and give its result, or its UsageError, to every rank.
-
-    Otherwise each of many ranks would ask the hub, and a rank that failed would leave the others
-    waiting in the next collective.
-    """
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return load()
-    outcome: list[Any] = [None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            outcome = [load()]
-        except UsageError as error:
-            outcome = [error]
-    torch.distributed.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[0], UsageError):
-        raise outcome[0]
-    result: T = outcome[0]
-    return result
+# Under this name until all callers use collectives.
+on_first_rank = collectives.on_first_rank

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from post_training.common.errors import UsageError
 from post_training.data import assistant_mask, document_formats, packed_data, records, sources
 from post_training.data.packed_data import Packed
 from post_training.data.packing import PackedConversations, Packer
-from post_training.data.sources import DATASET, FILES, SPLIT, TextSource
+from post_training.data.sources import DATASET, TextSource
 
 if TYPE_CHECKING:
     import numpy
@@ -141,41 +141,12 @@ def describe(content: Mapping[str, Any]) -> str:
     return text
 
 
-def add_arguments(parser: argparse.ArgumentParser, default: str) -> None:
-    """Flags that name the conversations."""
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        DATASET,
-        metavar="NAME_OR_PATH",
-        default=default,
-        help="conversations: a data set on the hub, a file or a folder (%(default)s)",
-    )
-    group.add_argument(
-        SPLIT, metavar="NAME", default="train", help="of the hub's data set (%(default)s)"
-    )
-    group.add_argument(
-        FILES,
-        metavar="FILE",
-        nargs="+",
-        help="files with conversations (JSONL, parquet, CSV), or files of the hub's data set",
-    )
-
-
-def source(args: argparse.Namespace) -> TextSource:
-    """The source that the flags name; local files replace the default data set."""
-    given = tuple(args.finetune_data_files or ())
-    dataset = args.finetune_hf_dataset
-    if given and "finetune_hf_dataset" not in args.explicit:
-        dataset = ""
-    return TextSource(dataset, given, args.finetune_data_split)
-
-
-def shown(source: TextSource, tokenizer: Any, count: int, color: bool) -> Iterator[str]:
-    """The first conversations as text with the answers marked, each under its place."""
+def print_masks(source: TextSource, tokenizer: Any, count: int) -> None:
+    """Print the first conversations with the answers marked, each under its place."""
     for document, option in islice(sources.documents(source), count):
         tokens = assistant_mask.tokenize(document, tokenizer, option)
-        title = f"-- {document.place}: {sum(tokens.mask)} of {len(tokens.ids)} tokens are answers"
-        yield f"{title}\n{assistant_mask.show(tokens, tokenizer, color)}"
+        print(f"-- {document.place}: {sum(tokens.mask)} of {len(tokens.ids)} tokens are answers")
+        print(assistant_mask.show(tokens, tokenizer, sys.stdout.isatty()))
 
 
 def frequencies(samples: Any, vocabulary: int) -> numpy.ndarray[Any, Any]:

@@ -64,13 +64,13 @@ def prepare(
     Raises:
         UsageError: on every rank, what ``pack`` raises.
     """
-    from post_training.data import calibration_data
+    from post_training.distributed import collectives
 
     def make() -> None:
         if not (target / _DESCRIPTION).is_file():
             _write(target, pack())
 
-    calibration_data.on_first_rank(make)
+    collectives.on_first_rank(make)
     content = files.read_json_object(target / _DESCRIPTION, "packed data", "delete its folder")
     return {part: _mapped(target, part) for part in parts}, content
 

@@ -17,7 +17,7 @@ from post_training.data import document_formats, records
 from post_training.data.document_formats import Document
 
 CALIBRATION = "--calib-dataset-path-or-name"
-DATASET, FILES, SPLIT = "--finetune-hf-dataset", "--finetune-data-files", "--finetune-data-split"
+DATASET, FILES = "--finetune-hf-dataset", "--finetune-data-files"
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from post_training.checkpoints import torch_dist
-from post_training.common.errors import UsageError
+from post_training.common.errors import UsageError, suggest
 from post_training.distillation.options import OPTION, DistillConfig
+from post_training.distributed import collectives
 from post_training.inference import forward
-from post_training.training.trainer import Loss, LossFunction, Task
+from post_training.training.task import Loss, LossFunction, Task
 
 if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
@@ -68,7 +69,13 @@ def attach(
         _require_layers(student, teacher, settings.criterion or {})
     except (ValueError, AttributeError) as error:
         failure = str(error)
-    _fail_together(failure)
+    reason = collectives.first_failure(failure)
+    if reason:
+        raise UsageError(
+            f"{OPTION}: intermediate_layer_pairs or logit_layers",
+            reason,
+            "name modules of the model on the last pipeline stage",
+        )
     _to_device(settings.criterion, next(student.parameters()))
     _correct_gradients(settings.criterion)
     model = mtd.convert(
@@ -107,22 +114,8 @@ def _require_layers(student: Any, teacher: Any, criterion: Mapping[tuple[str, st
                 model.get_submodule(name)
             except AttributeError:
                 known = [each for each, _ in model.named_modules() if each.count(".") <= 3]
-                from post_training.common.errors import suggest
-
                 hint = suggest(name, known)
                 raise AttributeError(f"the {whose} has no {name}. {hint}".strip()) from None
-
-
-def _fail_together(failure: str | None) -> None:
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, failure)
-    reason = next((each for each in gathered if each), None)
-    if reason:
-        raise UsageError(
-            f"{OPTION}: intermediate_layer_pairs or logit_layers",
-            reason,
-            "name modules of the model on the last pipeline stage",
-        )
 
 
 def _to_device(criterion: Any, like: torch.Tensor) -> None:
@@ -151,7 +144,7 @@ def _correct_gradients(criterion: Any) -> None:
 
 
 def load_projection(model: MegatronModule, folder: Path) -> None:
-    """Restore the losses' own weights of a run that goes on; a collective call."""
+    """Restore the losses' own weights of a run that is resumed; a collective call."""
     torch_dist.load(model, folder, only=LOSS_MODULES)
 
 
@@ -217,16 +210,25 @@ def forward_step(
 
 
 def _weighted_sum(found: tuple[torch.Tensor, bool, bool], weight: torch.Tensor) -> torch.Tensor:
-    """The sum of a loss [b, s] over the tokens that count.
+    """The sum of a loss over the tokens that count.
 
-    ``found`` says too whether each tensor-parallel rank has the part of its own logits only: then
-    they are added up, and each rank's gradient is that of its part.
+    Args:
+        found: the loss [b, s]; whether each tensor-parallel rank has the part of its own logits
+            only; whether it has the part of its own tokens only, [b, s / TP]. Parts are added up,
+            and each rank's gradient is that of its part.
+        weight: [b, s].
     """
+    from megatron.core import parallel_state
     from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 
-    losses, is_partial, _ = found
+    losses, is_partial, is_sequence_parallel = found
+    if is_sequence_parallel:
+        ranks = parallel_state.get_tensor_model_parallel_world_size()
+        weight = weight.chunk(ranks, dim=1)[parallel_state.get_tensor_model_parallel_rank()]
     total = (losses * weight).sum()
-    return reduce_from_tensor_model_parallel_region(total) if is_partial else total
+    if is_partial or is_sequence_parallel:
+        return reduce_from_tensor_model_parallel_region(total)
+    return total
 
 
 @contextlib.contextmanager

@@ -14,17 +14,17 @@ The file has the fields of the original's distillation configuration (ModelOpt's
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from post_training.checkpoints.source import find_source
 from post_training.common import inputs
 from post_training.common.errors import UsageError, suggest
-from post_training.drafts.record import draft_of
+from post_training.config.flags import flag
+from post_training.config.options import StageOptions
 
 if TYPE_CHECKING:
     from post_training.checkpoints.source import Source
@@ -50,17 +50,18 @@ class DistillConfig:
         return asdict(self)
 
 
-def add_arguments(add: Any) -> None:
-    """Add the flags with ``add``, the ``add_argument`` of a parser or of its group."""
-    add(
-        "--teacher",
-        TEACHER,
-        dest="export_kd_teacher_load",
+@dataclass(frozen=True, kw_only=True)
+class DistillationOptions:
+    """Flags of what is distilled, from whom."""
+
+    TITLE: ClassVar[str] = "distillation"
+
+    export_kd_teacher_load: str | None = flag(
         metavar="DIR",
+        names=("--teacher",),
         help="the model to learn from: a Megatron checkpoint, a Hugging Face folder or a hub name",
     )
-    add(
-        OPTION,
+    export_kd_cfg: str | None = flag(
         metavar="YAML",
         help="file with logit_layers, intermediate_layer_pairs, skip_lm_loss, kd_loss_scale, "
         "logit_kl_temperature, logit_kl_topk",
@@ -143,27 +144,28 @@ def _check_numbers(what: str, values: Mapping[str, Any]) -> None:
         raise UsageError(shown, "neither true nor false", "true or false")
 
 
-def teacher_arguments(args: argparse.Namespace) -> argparse.Namespace:
-    """``args`` with the teacher in place of the model."""
-    location = args.export_kd_teacher_load
+def teacher_options[Options: StageOptions](options: Options, location: str | None) -> Options:
+    """``options`` with the teacher at ``location`` in place of the model."""
     if not location:
         raise UsageError(
             f"{TEACHER} (not given)",
             "distillation needs a model to learn from",
             f"set TEACHER_CKPT or {TEACHER} to the model before pruning or quantizing",
         )
-    folder = Path(location)
-    of_huggingface = (folder / "config.json").is_file() or inputs.is_hub_name(location)
-    place = {"load": None, "pretrained_model_path": location}
-    return argparse.Namespace(**{**vars(args), **(place if of_huggingface else {"load": location})})
+    if (Path(location) / "config.json").is_file() or inputs.is_hub_name(location):
+        return replace(options, load=None, pretrained_model_path=location)
+    return replace(options, load=location)
 
 
-def check_pair(
-    args: argparse.Namespace, config: DistillConfig, student: Source, teacher: Source
-) -> None:
-    """Raise UsageError for a teacher that this student cannot learn from."""
-    shown = f"{TEACHER} {args.export_kd_teacher_load}"
-    if draft_of(student) is not None or draft_of(teacher) is not None:
+def check_pair(config: DistillConfig, student: Source, teacher: Source, stages: int) -> None:
+    """Raise UsageError for a teacher that this student cannot learn from.
+
+    Args:
+        config: what is compared.
+        stages: of the pipeline.
+    """
+    shown = f"{TEACHER} {teacher.location}"
+    if any((source.manifest or {}).get("draft") for source in (student, teacher)):
         raise UsageError(
             shown,
             "student or teacher has a draft attached",
@@ -188,7 +190,6 @@ def check_pair(
             f"the vocabulary has {mine.vocab_size} tokens",
             "a smaller number, or leave it out",
         )
-    stages = args.pipeline_model_parallel_size
     for pair in config.intermediate_layer_pairs:
         for name, whose, architecture in zip(pair, ("student", "teacher"), (mine, theirs),
                                              strict=False):  # fmt: skip
@@ -214,14 +215,14 @@ def _check_layer(name: str, whose: str, architecture: Architecture, stages: int)
         )
 
 
-def find_teacher(args: argparse.Namespace) -> Source:
-    """The teacher as a stage finds its model; no torch, no network.
+def find_teacher(options: StageOptions) -> Source:
+    """The teacher, from :func:`teacher_options`; no torch, no network.
 
     Raises:
         UsageError: as :func:`find_source`, in the teacher's name.
     """
     try:
-        return find_source(teacher_arguments(args))
+        return find_source(options)
     except UsageError as error:
         what = re.sub(r"--load|--pretrained-model-path", TEACHER, error.what)
         raise UsageError(what, error.cause, error.remedy) from error

@@ -13,20 +13,18 @@ are those of online training.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from post_training.common import files, manifest
 from post_training.common.errors import UsageError
-from post_training.config import arguments
 from post_training.data import conversation_data
-from post_training.drafts import options as draft_arguments
-from post_training.drafts.record import draft_of
+from post_training.drafts import registry
+from post_training.drafts.eagle3.draft import Draft
 from post_training.models.architecture import Architecture
 
 if TYPE_CHECKING:
@@ -36,6 +34,8 @@ if TYPE_CHECKING:
 
 OPTION = "--offline-distillation-data"
 STAGE = "extract_features"
+# Relative difference between stored states and those computed again: rounding on other devices.
+_SAME_STATES = {"fp32": 1e-3, "bf16": 5e-2}
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,13 @@ def plan_shards(counts: Mapping[str, int], size: int) -> list[Shard]:
     ]
 
 
+def counts(data: Mapping[str, Sized], samples: int) -> dict[str, int]:
+    """Sequences to take of each part: 98, 1 and 1 % of ``samples``, at least one, if there are."""
+    held_out = max(1, samples // 100)
+    most = {"train": max(1, samples - 2 * held_out), "valid": held_out, "test": held_out}
+    return {part: min(len(data[part]), limit) for part, limit in most.items()}
+
+
 def write_shard(path: Path, parts: Sequence[Mapping[str, torch.Tensor] | None]) -> None:
     """Write a shard under another name and rename it: it is whole, or not there."""
     import torch
@@ -78,32 +85,88 @@ def bytes_per_token(hidden_size: int, states: int, dtype: str) -> int:
     return hidden_size * (1 + states) * width + 5
 
 
-def identity(source: Source, args: argparse.Namespace) -> dict[str, Any]:
-    """What decides the features of a model, as far as it is known without its weights."""
-    draft = draft_of(source) or draft_arguments.plan(args, source.architecture)
+def identity(source: Source, draft: Draft, dtype: str) -> dict[str, Any]:
+    """What decides the features of a model, as far as it is known without its weights.
+
+    Args:
+        draft: whose auxiliary layers are read.
+        dtype: ``fp32``, ``fp16`` or ``bf16``.
+    """
     quantization = (source.manifest or {}).get("quantization") or {}
     return {
         "architecture": source.architecture.to_json(),
         "aux_hidden_state_layer_ids": draft.aux_hidden_state_layer_ids,
         "quantization": quantization.get("format"),
-        "dtype": arguments.precision(args),
+        "dtype": dtype,
     }
 
 
-def check(args: argparse.Namespace, source: Source, sequence_length: int) -> None:
-    """Raise UsageError unless the folder that the flags name has features of this model."""
-    folder = Path(args.offline_distillation_data)
+@dataclass(frozen=True)
+class Stored:
+    """A finished folder of features, and the entry ``features`` of its ``run.json``."""
+
+    folder: Path
+    recorded: Mapping[str, Any]
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of each sequence."""
+        return int(self.recorded["sequence_length"])
+
+    def parts(self) -> dict[str, Features]:
+        """The sequences by the name of their part."""
+        parts: dict[str, list[tuple[Path, int]]] = {name: [] for name in conversation_data.PARTS}
+        for entry in self.recorded["shards"]:
+            part = entry["file"].split("/")[0]
+            parts[part].append((self.folder / entry["file"], entry["sequences"]))
+        return {name: Features(tuple(shards)) for name, shards in parts.items()}
+
+    def prompts(self) -> list[list[int]]:
+        """Token ids of held-out prompts."""
+        return files.read_json(self.folder / conversation_data.PROMPTS) or []
+
+
+def find(folder: Path) -> Stored:
+    """The features that ``--offline-distillation-data`` names.
+
+    Raises:
+        UsageError: if there are none, or not all.
+    """
     option = f"{OPTION} {folder}"
-    recorded = _recorded(folder, option)
-    if recorded["sequence_length"] != sequence_length and "seq_length" in args.explicit:
+    if not folder.is_dir():
+        raise UsageError(option, "there is no such folder", "make it with extract_features.sh")
+    content = manifest.read(folder)
+    if content is None or content.get("stage") != STAGE:
+        unfinished = files.incomplete(folder).exists() or any(folder.glob("*/shard-*"))
         raise UsageError(
-            f"--seq-length {sequence_length}",
-            f"the sequences in {folder} have {recorded['sequence_length']} tokens",
-            f"--seq-length {recorded['sequence_length']}",
+            option,
+            "its extraction is not finished" if unfinished else "it holds no features",
+            "run extract_features.sh; it resumes where it was interrupted",
         )
-    if source.described is None:
-        return
-    now = identity(source, args)
+    damaged = manifest.damaged_outputs(folder, content)
+    if damaged:
+        raise UsageError(
+            option,
+            f"{len(damaged)} of its files are missing or cut short, e.g. {damaged[0]}",
+            "extract_features.sh --overwrite makes them again",
+        )
+    return Stored(folder, content["features"])
+
+
+def check_length(stored: Stored, seq_length: int | None) -> None:
+    """Raise UsageError if ``--seq-length`` is given and not that of the features."""
+    if seq_length not in (None, stored.sequence_length):
+        raise UsageError(
+            f"--seq-length {seq_length}",
+            f"the sequences in {stored.folder} have {stored.sequence_length} tokens",
+            f"--seq-length {stored.sequence_length}",
+        )
+
+
+def check_model(stored: Stored, source: Source, draft: Draft, dtype: str) -> None:
+    """Raise UsageError unless the features are of this model, in this precision."""
+    recorded = stored.recorded
+    now = identity(source, draft, dtype)
     wrong = [
         f"{d.name} is {d.theirs!r} there and {d.mine!r} here"
         for d in source.architecture.differences(Architecture.from_json(recorded["architecture"]))
@@ -115,37 +178,10 @@ def check(args: argparse.Namespace, source: Source, sequence_length: int) -> Non
     ]
     if wrong:
         raise UsageError(
-            option,
+            f"{OPTION} {stored.folder}",
             f"its features are of another model: {'; '.join(wrong[:4])}",
             "extract them from this model (extract_features.sh)",
         )
-
-
-def sequence_length(folder: Path) -> int:
-    """Tokens of each stored sequence."""
-    return int(_recorded(folder, f"{OPTION} {folder}")["sequence_length"])
-
-
-def _recorded(folder: Path, option: str) -> dict[str, Any]:
-    if not folder.is_dir():
-        raise UsageError(option, "there is no such folder", "make it with extract_features.sh")
-    content = manifest.read(folder)
-    if content is None or content.get("stage") != STAGE:
-        unfinished = files.incomplete(folder).exists() or any(folder.glob("*/shard-*"))
-        raise UsageError(
-            option,
-            "its extraction is not finished" if unfinished else "it holds no features",
-            "run extract_features.sh; it goes on where it was interrupted",
-        )
-    damaged = manifest.damaged_outputs(folder, content)
-    if damaged:
-        raise UsageError(
-            option,
-            f"{len(damaged)} of its files are missing or cut short, e.g. {damaged[0]}",
-            "extract_features.sh --overwrite makes them again",
-        )
-    features: dict[str, Any] = content["features"]
-    return features
 
 
 @dataclass(frozen=True)
@@ -189,16 +225,6 @@ class Features:
         raise IndexError(index)
 
 
-def load(folder: Path) -> dict[str, Features]:
-    """The parts of a feature folder by name."""
-    content = manifest.read(folder) or {}
-    parts: dict[str, list[tuple[Path, int]]] = {name: [] for name in conversation_data.PARTS}
-    for entry in content["features"]["shards"]:
-        part = entry["file"].split("/")[0]
-        parts[part].append((folder / entry["file"], entry["sequences"]))
-    return {name: Features(tuple(shards)) for name, shards in parts.items()}
-
-
 def fingerprint(core: Any) -> str | None:
     """Hash of a part of the target's weights, the same at every layout; on the last stage only.
 
@@ -206,11 +232,13 @@ def fingerprint(core: Any) -> str | None:
     """
     import torch
 
+    from post_training.inference import forward
+
     if not core.post_process:
         return None
     device = next(core.parameters()).device
     ids = torch.linspace(0, core.vocab_size - 1, 64, device=device).long()[None]
-    with torch.no_grad():
+    with torch.no_grad(), forward.whole_sequences(core):
         rows = core.embedding(input_ids=ids, position_ids=torch.zeros_like(ids))
         norm = core.decoder.final_layernorm.weight
     digest = hashlib.sha256()
@@ -219,30 +247,33 @@ def fingerprint(core: Any) -> str | None:
     return digest.hexdigest()
 
 
-def require_same_model(core: Any, folder: Path, features: Features, tolerance: float) -> None:
+def require_same_model(core: Any, stored: Stored, draft: Draft, dtype: str) -> None:
     """Raise UsageError unless the loaded target is the one that the features are of.
 
     Its hash is compared and, where it has its layers and one stage, the states that it gives for
-    the first stored sequence.
+    the first stored sequence; a collective call.
+
+    Args:
+        core: this rank's part of the target, with its draft.
+        dtype: precision of the target.
     """
     import torch
 
-    from post_training.drafts.eagle3 import task as eagle_training
-
-    recorded = (manifest.read(folder) or {})["features"]
-    option = f"{OPTION} {folder}"
+    option = f"{OPTION} {stored.folder}"
     remedy = "extract features from this checkpoint (extract_features.sh)"
     found = fingerprint(core)
-    if found is not None and found != recorded["fingerprint"]:
+    if found is not None and found != stored.recorded["fingerprint"]:
         raise UsageError(option, "its features are of other weights than these", remedy)
     if not (core.pre_process and core.post_process and len(core.decoder.layers)):
         return
-    batch = features.batch([0])
+    batch = stored.parts()["train"].batch([0])
     device = next(core.parameters()).device
-    hidden, _, _ = eagle_training.run_target(core, batch["input_ids"].to(device))
-    stored = batch["hidden_states"].transpose(0, 1).to(device)
-    difference = float((hidden - stored).float().norm() / stored.float().norm())
-    if not math.isfinite(difference) or difference > tolerance:
+    states = registry.find(draft.algorithm).features(core, batch["input_ids"].to(device))
+    if states is None:
+        return
+    kept = batch["hidden_states"].transpose(0, 1).to(device)
+    difference = float((states[0] - kept).float().norm() / kept.float().norm())
+    if not math.isfinite(difference) or difference > _SAME_STATES[dtype]:
         raise UsageError(
             option, f"this target's states differ from the stored ones by {difference:.1%}", remedy
         )

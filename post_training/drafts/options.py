@@ -1,8 +1,9 @@
-"""Flags that describe a draft, shared by the stages that attach one. No torch."""
+"""Flags that describe a draft, shared by the stages that attach one, and eagle3.py's. No torch."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,12 +12,17 @@ from post_training.checkpoints import folders
 from post_training.common import manifest
 from post_training.common.errors import UsageError
 from post_training.config.checks import at_least
-from post_training.config.flags import flag, spelled
+from post_training.config.flags import flag, group, spelled
 from post_training.config.options import StageOptions
+from post_training.data.options import TrainingTextOptions
+from post_training.drafts import registry
 from post_training.drafts.eagle3 import draft
 from post_training.drafts.eagle3.draft import Draft
 from post_training.models.architecture import Architecture
+from post_training.training.options import TrainingFlags
 
+# Conversations that drafts are trained on by default.
+DATASET = "Magpie-Align/Magpie-Llama-3.1-Pro-MT-300K-Filtered"
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
@@ -55,6 +61,38 @@ class DraftOptions:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Eagle3Options(StageOptions):
+    """The flags of eagle3.py."""
+
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {
+        "finetune_hf_dataset": DATASET,
+        "train_samples": 128_000,
+    }
+
+    offline_distillation_data: Path | None = flag(
+        metavar="DIR",
+        help="train from what extract_features.sh wrote there, without running the target",
+    )
+    show_loss_mask: int | None = flag(
+        metavar="N",
+        check=at_least(1),
+        help="show the first N conversations with their answers marked, and exit",
+    )
+    eval_prompts: int = flag(
+        16,
+        metavar="N",
+        check=at_least(0),
+        help="held-out prompts on which evaluations measure the acceptance length (%(default)s)",
+    )
+    eval_output_len: int = flag(
+        48, metavar="N", check=at_least(1), help="tokens each (%(default)s)"
+    )
+    text: TrainingTextOptions = group(TrainingTextOptions)
+    draft: DraftOptions = group(DraftOptions)
+    training: TrainingFlags = group(TrainingFlags)
+
+
 NAMES = tuple(field.name for field in fields(DraftOptions))
 
 
@@ -63,12 +101,13 @@ def plan(
     options: StageOptions,
     architecture: Architecture,
     *,
+    algorithm: str = draft.ALGORITHM,
     offline: bool = False,
 ) -> Draft:
     """The draft that the flags describe, for this target.
 
     Raises:
-        UsageError: as :func:`post_training.drafts.eagle3.draft.plan`.
+        UsageError: as :meth:`post_training.drafts.algorithm.DraftAlgorithm.plan`.
     """
     overrides: dict[str, Any] = {}
     option = "--eagle-config"
@@ -88,7 +127,7 @@ def plan(
                 "give one of them",
             )
         overrides["draft_vocab_size"] = size
-    made = draft.plan(
+    made = registry.find(algorithm).plan(
         architecture,
         overrides,
         dtype=options.precision,

@@ -68,6 +68,7 @@ def run(
         mask = causal_mask(offset, length, input_ids.device)
         hooks.append(attention_mask_type(core.decoder.layers, "arbitrary"))
     with contextlib.ExitStack() as stack:
+        auxiliary = stack.enter_context(auxiliary_states(core))
         if labels is None:
             # In this mode logits are always whole; the cross entropy takes them split.
             stack.enter_context(InferenceMode.active())
@@ -82,7 +83,7 @@ def run(
             runtime_gather_output=labels is None,
         )
     if features is not None:
-        collected += _take_features(core)
+        collected += auxiliary
     if context is not None:
         context.sequence_len_offset += length
         context.enable_decode_mode()
@@ -101,21 +102,55 @@ def _target(core: Any) -> Callable[..., Any]:
     """The model as a function; of a drafted one the target alone.
 
     The class that ModelOpt's ``eagle`` mode gives a model computes training losses in its
-    ``forward``. The outputs of the auxiliary layers are left in ``core._aux_hidden_states``.
+    ``forward``.
     """
     if not hasattr(core, "eagle_ttt_steps"):
         return core
     from megatron.core.models.gpt import GPTModel
 
-    core._aux_hidden_states.clear()
     return partial(GPTModel.forward, core)
 
 
-def _take_features(core: Any) -> list[torch.Tensor]:
-    """The outputs of this stage's auxiliary layers, which :func:`_target` has left."""
-    kept = list(core._aux_hidden_states)
-    core._aux_hidden_states.clear()
-    return kept
+@contextlib.contextmanager
+def auxiliary_states(core: Any) -> Iterator[list[torch.Tensor]]:
+    """After the context the list has the outputs [s, b, h] of this stage's auxiliary layers.
+
+    A drafted model's layers leave them in ``core._aux_hidden_states`` (hooks of ModelOpt's
+    ``eagle`` mode), which is empty before and after. Without a draft the list stays empty.
+    """
+    found: list[torch.Tensor] = []
+    kept = getattr(core, "_aux_hidden_states", [])
+    kept.clear()
+    try:
+        yield found
+        found += kept
+    finally:
+        kept.clear()
+
+
+@contextlib.contextmanager
+def whole_sequences(core: Any) -> Iterator[None]:
+    """Sequence parallelism, which is for training, is off in the context.
+
+    As megatron-core's ``set_model_to_sequence_parallel`` (transformer/utils.py), but for every
+    configuration in the model, of which a draft has its own.
+    """
+    names = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
+    owners = [*core.modules(), *{id(c): c for c in map(_config, core.modules())}.values()]
+    changed = [
+        (each, name) for each in owners for name in names if getattr(each, name, False) is True
+    ]
+    for each, name in changed:
+        setattr(each, name, False)
+    try:
+        yield
+    finally:
+        for each, name in changed:
+            setattr(each, name, True)
+
+
+def _config(module: torch.nn.Module) -> Any:
+    return getattr(module, "config", None)
 
 
 def _earlier_features(core: Any) -> int:

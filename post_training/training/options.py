@@ -2,52 +2,123 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 from post_training.common.errors import UsageError
-from post_training.config import arguments
+from post_training.config.checks import at_least, fraction, positive
+from post_training.config.flags import flag, spelled
+from post_training.config.options import StageOptions
 
 DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root")
 # Ended by SIGTERM or SIGUSR1 (a time limit) or by a limit of its own, with everything saved: the
-# same command goes on from there. It is EX_TEMPFAIL of sysexits.h.
+# same command resumes the run. It is EX_TEMPFAIL of sysexits.h.
 EXIT_UNFINISHED = 75
+SHORTEST_SEQUENCE = 8
 
 
-@dataclass(frozen=True)
-class TrainingOptions:
-    """Sizes are in sequences (``*_batch_size``), tokens (``seq_length``) or iterations.
+def _beta(option: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise UsageError(f"{option} {value}", "it is not in [0, 1)", "give e.g. 0.9")
 
-    An iteration is one step of the optimizer on ``global_batch_size`` sequences, of which each
-    data-parallel rank computes ``micro_batch_size`` at a time.
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingFlags:
+    """The flags. Sizes are in sequences or iterations (steps of the optimizer)."""
+
+    TITLE: ClassVar[str] = "training"
+
+    train_samples: int | None = flag(
+        metavar="N", check=at_least(1), help="sequences to train on (%(default)s)"
+    )
+    train_iters: int | None = flag(
+        metavar="N",
+        check=at_least(1),
+        help="iterations to train, instead of --train-samples (%(default)s)",
+    )
+    micro_batch_size: int = flag(
+        1, metavar="N", check=at_least(1), help="sequences a rank computes at a time (%(default)s)"
+    )
+    global_batch_size: int | None = flag(
+        metavar="N", check=at_least(1), help="sequences an iteration (micro batch size x DP)"
+    )
+    lr: float = flag(5e-5, metavar="X", check=positive, help="highest learning rate (%(default)s)")
+    min_lr: float = flag(
+        1e-7, metavar="X", check=at_least(0), help="learning rate at the end (%(default)s)"
+    )
+    lr_decay_style: str = flag(
+        "cosine", choices=DECAY_STYLES, help="how the rate decays (%(default)s)"
+    )
+    lr_decay_iters: int | None = flag(
+        metavar="N", check=at_least(1), help="iterations until --min-lr (all)"
+    )
+    lr_decay_samples: int | None = flag(
+        metavar="N", check=at_least(1), help="the same in sequences"
+    )
+    lr_warmup_iters: int = flag(
+        0, metavar="N", check=at_least(0), help="iterations in which the rate rises (%(default)s)"
+    )
+    lr_warmup_samples: int | None = flag(
+        metavar="N", check=at_least(0), help="the same in sequences"
+    )
+    lr_warmup_fraction: float | None = flag(
+        metavar="X", check=fraction, help="the same as a part of all iterations"
+    )
+    weight_decay: float = flag(0.0, metavar="X", check=at_least(0), help="of AdamW (%(default)s)")
+    clip_grad: float = flag(
+        1.0,
+        metavar="X",
+        check=at_least(0),
+        help="largest norm of the gradient, 0 for any (%(default)s)",
+    )
+    adam_beta1: float = flag(0.9, metavar="X", check=_beta, help="of AdamW (%(default)s)")
+    adam_beta2: float = flag(0.95, metavar="X", check=_beta, help="of AdamW (%(default)s)")
+    adam_eps: float = flag(1e-8, metavar="X", check=at_least(0), help="of AdamW (%(default)s)")
+    save_interval: int = flag(
+        1000, metavar="N", check=at_least(1), help="iterations between checkpoints (%(default)s)"
+    )
+    eval_interval: int = flag(
+        1000, metavar="N", check=at_least(1), help="iterations between evaluations (%(default)s)"
+    )
+    eval_iters: int = flag(
+        10,
+        metavar="N",
+        check=at_least(0),
+        help="global batches an evaluation, at most; 0 for none (%(default)s)",
+    )
+    log_interval: int = flag(
+        100,
+        metavar="N",
+        check=at_least(1),
+        help="iterations that a log line averages (%(default)s)",
+    )
+    exit_interval: int | None = flag(
+        metavar="N", check=at_least(1), help="save and exit at a multiple of N iterations"
+    )
+    exit_duration_in_mins: float | None = flag(
+        metavar="X", check=at_least(0), help="save and exit after this time"
+    )
+    keep_checkpoints: int = flag(
+        2, metavar="N", check=at_least(1), help="newest iterations that stay on disk (%(default)s)"
+    )
+    tensorboard_dir: str | None = flag(
+        metavar="DIR", help="TensorBoard files (training/ in --save)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(TrainingFlags):
+    """The flags with everything decided: iterations, batch, warm-up and decay in iterations.
+
+    An iteration is one step of the optimizer on ``global_batch_size`` sequences of ``seq_length``
+    tokens, of which each data-parallel rank computes ``micro_batch_size`` at a time.
     """
 
     train_iters: int
-    global_batch_size: int = 1
-    micro_batch_size: int = 1
-    seq_length: int = 2048
-    lr: float = 5e-5
-    min_lr: float = 1e-7
-    lr_decay_style: str = "cosine"
-    lr_decay_iters: int | None = None
-    lr_warmup_iters: int = 0
-    weight_decay: float = 0.0
-    clip_grad: float = 1.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-8
-    save_interval: int = 1000
-    eval_interval: int = 1000
-    eval_iters: int = 10
-    log_interval: int = 100
-    exit_interval: int | None = None
-    exit_duration_in_mins: float | None = None
-    keep_checkpoints: int = 2
-    tensorboard_dir: str | None = None
-    dtype: str = "bf16"
-    seed: int = 1234
+    global_batch_size: int
+    seq_length: int
+    dtype: str
+    seed: int
 
     def decides_results(self) -> dict[str, Any]:
         """The values that a resumed run must share with the run it continues, to be its equal."""
@@ -58,136 +129,87 @@ class TrainingOptions:
         return {name: getattr(self, name) for name in names.split()}
 
 
-def add(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """Add the training flags; ``defaults`` by name replace those of :class:`TrainingOptions`."""
-    group = parser.add_argument_group("training")
+def decide(flags: TrainingFlags, options: StageOptions, seq_length: int) -> TrainingOptions:
+    """The training that the flags state, for the stage's parallel sizes and precision.
 
-    def value(name: str) -> Any:
-        return defaults.get(name, getattr(TrainingOptions, name, None))
-
-    def add(name: str, kind: type, meaning: str, **more: Any) -> None:
-        default = value(name)
-        shown = "" if default is None else " (%(default)s)"
-        group.add_argument(
-            "--" + name.replace("_", "-"), type=kind, default=default, help=meaning + shown, **more
-        )
-
-    add("train_samples", int, "sequences to train on", metavar="N")
-    add("train_iters", int, "iterations to train, instead of --train-samples", metavar="N")
-    add("micro_batch_size", int, "sequences a rank computes at a time", metavar="N")
-    add("global_batch_size", int, "sequences an iteration (micro batch size x DP)", metavar="N")
-    add("lr", float, "highest learning rate", metavar="X")
-    add("min_lr", float, "learning rate at the end", metavar="X")
-    add("lr_decay_style", str, "how it falls", choices=DECAY_STYLES)
-    add("lr_decay_iters", int, "iterations until --min-lr (all)", metavar="N")
-    add("lr_decay_samples", int, "the same in sequences", metavar="N")
-    add("lr_warmup_iters", int, "iterations in which it rises", metavar="N")
-    add("lr_warmup_samples", int, "the same in sequences", metavar="N")
-    add("lr_warmup_fraction", float, "the same as a part of all iterations", metavar="X")
-    add("weight_decay", float, "of AdamW", metavar="X")
-    add("clip_grad", float, "largest norm of the gradient, 0 for any", metavar="X")
-    add("adam_beta1", float, "of AdamW", metavar="X")
-    add("adam_beta2", float, "of AdamW", metavar="X")
-    add("adam_eps", float, "of AdamW", metavar="X")
-    add("save_interval", int, "iterations between checkpoints", metavar="N")
-    add("eval_interval", int, "iterations between evaluations", metavar="N")
-    add("eval_iters", int, "global batches an evaluation, at most; 0 for none", metavar="N")
-    add("log_interval", int, "iterations that a log line averages", metavar="N")
-    add("exit_interval", int, "save and end at a multiple of N iterations", metavar="N")
-    add("exit_duration_in_mins", float, "save and end after this time", metavar="X")
-    add("keep_checkpoints", int, "newest iterations that stay on disk", metavar="N")
-    group.add_argument(
-        "--tensorboard-dir", metavar="DIR", help="TensorBoard files (training/ in --save)"
-    )
-
-
-def options(args: argparse.Namespace, **defaults: Any) -> TrainingOptions:
-    """The options that the flags state.
+    Args:
+        flags: the stage's training flags.
+        options: the stage's, which say what was given, the ranks, the precision and the seed.
+        seq_length: tokens of a sequence.
 
     Raises:
-        UsageError: for numbers that cannot work, alone or together.
+        UsageError: for numbers that cannot work together.
     """
-    given: Mapping[str, Any] = args.explicit
-    ranks = arguments.parallel(args).data
-    batch = args.global_batch_size if "global_batch_size" in given else None
-    batch = batch or args.micro_batch_size * ranks
-    for name in ("micro_batch_size", "save_interval", "eval_interval", "log_interval",
-                 "keep_checkpoints"):  # fmt: skip
-        _at_least(name, getattr(args, name), 1)
-    for name in ("min_lr", "weight_decay", "clip_grad", "eval_iters"):
-        _at_least(name, getattr(args, name), 0)
-    for name in ("train_iters", "train_samples", "lr_warmup_iters", "exit_interval"):
-        if given.get(name) is not None:
-            _at_least(name, given[name], 1 if name != "lr_warmup_iters" else 0)
-    if args.lr <= 0 or args.lr < args.min_lr:
+    ranks = options.parallel.data
+    batch = flags.global_batch_size or flags.micro_batch_size * ranks
+    if flags.lr < flags.min_lr:
         raise UsageError(
-            f"--lr {args.lr} --min-lr {args.min_lr}", "the rate cannot fall so", "--lr above both"
+            f"--lr {flags.lr} --min-lr {flags.min_lr}",
+            "the learning rate cannot decay to a higher one",
+            "give --lr above --min-lr",
         )
-    for name in ("adam_beta1", "adam_beta2"):
-        if not 0 <= getattr(args, name) < 1:
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{flag} {getattr(args, name)}", "not in [0, 1)", "e.g. 0.9")
-    if batch % (args.micro_batch_size * ranks):
+    if batch % (flags.micro_batch_size * ranks):
         raise UsageError(
             f"--global-batch-size {batch}",
-            f"it is no multiple of micro batch size {args.micro_batch_size} x DP={ranks}",
-            f"a multiple of {args.micro_batch_size * ranks}",
+            f"it is no multiple of micro batch size {flags.micro_batch_size} x DP={ranks}",
+            f"a multiple of {flags.micro_batch_size * ranks}",
         )
-    dtype = arguments.precision(args)
-    if dtype == "fp16":
+    if options.precision == "fp16":
         raise UsageError("--fp16", "its gradients would need loss scaling", "--bf16 or --fp32")
-    iters = _iterations(args, given, batch)
-    warmup = _warmup(args, given, batch, iters)
-    decay = args.lr_decay_iters
-    if decay is None and args.lr_decay_samples is not None:
-        decay = -(-args.lr_decay_samples // batch)
+    at_least(SHORTEST_SEQUENCE)("--seq-length", seq_length)
+    if options.sequence_parallel and seq_length % options.parallel.tensor:
+        raise UsageError(
+            f"--seq-length {seq_length} --sequence-parallel",
+            f"TP={options.parallel.tensor} does not divide the sequence",
+            f"a multiple of {options.parallel.tensor}",
+        )
+    iters = _iterations(flags, options, batch)
+    warmup = _warmup(flags, options, batch, iters)
+    decay = flags.lr_decay_iters
+    if decay is None and flags.lr_decay_samples is not None:
+        decay = -(-flags.lr_decay_samples // batch)
     if warmup >= (decay or iters):
         raise UsageError(
-            f"warm-up of {warmup} iterations", f"the rate ends its fall at {decay or iters}",
+            f"warm-up of {warmup} iterations",
+            f"the learning rate has decayed at iteration {decay or iters}",
             "a shorter warm-up (--lr-warmup-iters)",
-        )  # fmt: skip
-    names = TrainingOptions.__dataclass_fields__
-    taken = {n: getattr(args, n) for n in names if hasattr(args, n)}
-    if not taken.get("seq_length"):
-        taken["seq_length"] = defaults.get("seq_length", TrainingOptions.seq_length)
-    _at_least("seq_length", taken["seq_length"], 8)
-    return TrainingOptions(
-        **{
-            **taken,
-            "train_iters": iters,
-            "global_batch_size": batch,
-            "lr_warmup_iters": warmup,
-            "lr_decay_iters": decay,
-            "dtype": dtype,
-        }
-    )
+        )
+    decided = {
+        "train_iters": iters,
+        "global_batch_size": batch,
+        "lr_warmup_iters": warmup,
+        "lr_decay_iters": decay,
+        "seq_length": seq_length,
+        "dtype": options.precision,
+        "seed": options.seed,
+    }
+    return TrainingOptions(**{**{f.name: getattr(flags, f.name) for f in fields(flags)}, **decided})
 
 
-def _iterations(args: argparse.Namespace, given: Mapping[str, Any], batch: int) -> int:
-    if "train_iters" in given and "train_samples" in given:
+def _iterations(flags: TrainingFlags, options: StageOptions, batch: int) -> int:
+    iters, samples = flags.train_iters, flags.train_samples
+    if {"train_iters", "train_samples"} <= options.given.keys():
         raise UsageError(
-            f"--train-iters {args.train_iters} --train-samples {args.train_samples}",
+            f"--train-iters {iters} --train-samples {samples}",
             "they say the same in two units",
             "give one of them",
         )
-    if "train_iters" in given or args.train_samples is None:
-        return int(args.train_iters)
-    return -(-int(args.train_samples) // batch)
+    if iters is not None and ("train_iters" in options.given or samples is None):
+        return iters
+    if samples is None:
+        raise RuntimeError(f"{options.stage} has no default number of iterations")
+    return -(-samples // batch)
 
 
-def _warmup(args: argparse.Namespace, given: Mapping[str, Any], batch: int, iters: int) -> int:
-    stated = [n for n in given if n.startswith("lr_warmup") and given[n] is not None]
+def _warmup(flags: TrainingFlags, options: StageOptions, batch: int, iters: int) -> int:
+    names = ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction")
+    stated = [name for name in names if name in options.given]
     if len(stated) > 1:
-        flags = " ".join("--" + name.replace("_", "-") for name in stated)
-        raise UsageError(flags, "they say the same in several units", "give one of them")
-    if args.lr_warmup_fraction is not None:
-        return int(args.lr_warmup_fraction * iters)
-    if args.lr_warmup_samples is not None:
-        return -(-int(args.lr_warmup_samples) // batch)
-    return int(args.lr_warmup_iters or 0)
-
-
-def _at_least(name: str, value: float, least: int) -> None:
-    if value < least:
-        flag = "--" + name.replace("_", "-")
-        raise UsageError(f"{flag} {value}", f"it is less than {least}", f"{least} or more")
+        raise UsageError(
+            " ".join(map(spelled, stated)), "they say the same in several units", "give one of them"
+        )
+    if flags.lr_warmup_fraction is not None:
+        return int(flags.lr_warmup_fraction * iters)
+    if flags.lr_warmup_samples is not None:
+        return -(-flags.lr_warmup_samples // batch)
+    return flags.lr_warmup_iters

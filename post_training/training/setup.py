@@ -1,4 +1,4 @@
-"""What comes before the first step of a training run: whether it is to begin at all, and
+"""What comes before the first step of a training run: whether it shall start at all, and
 megatron-core's DDP, distributed optimizer, schedule and pipeline."""
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from post_training.distributed.session import Session
 
 
-def leave_if_asked(session: Session) -> None:
-    """End the process with exit code 75 if a deferred signal has come; a collective call.
+def exit_if_asked(session: Session) -> None:
+    """Exit with code 75 if a deferred signal has come; a collective call.
 
     For the moments before training begins at which nothing is half done: there is nothing to save.
     """
@@ -35,7 +35,7 @@ def leave_if_asked(session: Session) -> None:
     if session.is_main:
         print(
             f"{session.stage}: asked to end before its training began; nothing was changed, and "
-            "the same command goes on",
+            "the same command starts it again",
             file=sys.stderr,
         )
     sys.exit(EXIT_UNFINISHED)

@@ -322,8 +322,8 @@ def test_what_the_tasks_in_a_container_see(submit, cluster, scratch):
 
 
 def test_training_in_a_container_is_saved_at_a_signal_and_goes_on(submit, cluster, scratch):
-    from post_training.training import checkpoint as training_checkpoint
     from post_training.training import metrics as training_metrics
+    from post_training.training import run_folder
 
     flags = (
         f"--fp32 --finetune-data-files '{scratch}/chat.jsonl' --seq-length 64 --train-iters 12 "
@@ -331,7 +331,7 @@ def test_training_in_a_container_is_saved_at_a_signal_and_goes_on(submit, cluste
     )
     words = ("eagle3.sh", "org/name")
     job = submit("training", *words, MLM_EXTRA_ARGS=flags, MLM_REQUEUE="1")
-    metrics = scratch / "training" / "org" / "name-Eagle3" / training_checkpoint.FOLDER
+    metrics = scratch / "training" / "org" / "name-Eagle3" / run_folder.FOLDER
 
     def iterations() -> list[int]:
         if not (metrics / "metrics.jsonl").is_file():
@@ -348,5 +348,5 @@ def test_training_in_a_container_is_saved_at_a_signal_and_goes_on(submit, cluste
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     slurm_jobs.wait_for_restart(cluster, job, 1, log)
     text = slurm_jobs.finished(cluster, job)
-    assert "queued again" in text and "going on after iteration" in text
+    assert "queued again" in text and "resuming after iteration" in text
     assert iterations() == list(range(1, 13))

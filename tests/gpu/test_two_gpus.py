@@ -21,8 +21,8 @@ import tools
 import torch
 from questions import write_questions
 
-from post_training.training import checkpoint as training_checkpoint
 from post_training.training import metrics as training_metrics
+from post_training.training import run_folder
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
@@ -107,7 +107,7 @@ def root(tmp_path_factory):
 
 
 def curve(folder: Path) -> list[float]:
-    lines = training_metrics.read(folder / training_checkpoint.FOLDER)
+    lines = training_metrics.read(folder / run_folder.FOLDER)
     return [line["loss"] for line in lines if line["kind"] == "train"]
 
 

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import weakref
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from post_training.checkpoints import loading
-from post_training.checkpoints.source import find_source
+from post_training.checkpoints.source import Source, find_source
+from post_training.cli.stage import Stage
+from post_training.config.flags import flag
+from post_training.config.options import StageOptions
 
-check = find_source
+
+@dataclass(frozen=True, kw_only=True)
+class ParityOptions(StageOptions):
+    output: Path = flag(help="where the result goes")
+
+
+@dataclass(frozen=True)
+class Plan:
+    options: ParityOptions
+    source: Source
 
 
 class Held:
@@ -21,11 +33,11 @@ class Held:
         self.tensor = tensor
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, required=True)
+def check(options: ParityOptions) -> Plan:
+    return Plan(options, find_source(options))
 
 
-def eagle_parity(args: argparse.Namespace, session: Any) -> None:
+def eagle_parity(plan: Plan, session: Any) -> None:
     import torch
 
     from post_training.drafts.eagle3 import attach as eagle
@@ -34,8 +46,7 @@ def eagle_parity(args: argparse.Namespace, session: Any) -> None:
     from post_training.drafts.eagle3 import loss as draft_loss
     from post_training.drafts.eagle3 import task as eagle_training
 
-    source = find_source(args)
-    core = loading.load(source, args, session)
+    core = loading.load(plan.source, plan.options, session)
     eagle.freeze_target(core)
     eagle_training.set_mode(core)
     generator = torch.Generator().manual_seed(3)
@@ -105,4 +116,7 @@ def eagle_parity(args: argparse.Namespace, session: Any) -> None:
     mixed = ours(ids)
     result["mixed"] = float(mixed)
     result["mixed_is_finite"] = all(bool(g.isfinite().all()) for g in gradients(mixed))
-    args.output.write_text(json.dumps(result))
+    plan.options.output.write_text(json.dumps(result))
+
+
+STAGE = Stage("eagle_parity", ParityOptions, check, eagle_parity)

@@ -1,7 +1,8 @@
 """Do what docs/extending.md says, in a copy of the repository.
 
-A fenced block that starts with ``# path`` is a new file. A ``diff`` block adds lines to files that
-exist: each run of ``+`` lines goes after the line of context above it, which must be there once.
+A fenced ``python`` or ``shell`` block that starts with ``# path`` is a new file. A ``diff`` block
+adds lines to files that exist: each run of ``+`` lines goes after the line of context above it,
+which must be there once.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 import tools
 
 PAGE = tools.ROOT / "docs" / "extending.md"
+_ENDINGS = {"python": r"\.py", "shell": r"\.sh"}
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
@@ -59,7 +61,7 @@ def follow(text: str, root: Path) -> tuple[set[str], set[str]]:
         first, _, rest = block.partition("\n")
         if language == "diff":
             changed.add(_add_rows(block.splitlines(), root))
-        elif language == "python" and first.startswith("# ") and first.endswith(".py"):
+        elif language in _ENDINGS and re.fullmatch(rf"# \S+{_ENDINGS[language]}", first):
             path = root / first.removeprefix("# ")
             assert not path.exists(), f"{path} exists already"
             path.parent.mkdir(parents=True, exist_ok=True)

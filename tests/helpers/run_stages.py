@@ -74,7 +74,10 @@ def main() -> None:
         for name, flags in jobs:
             module = stage_module(name)
             if hasattr(module, "STAGE"):
-                module.STAGE.work(make_plan(module.STAGE, flags), session)
+                plan = make_plan(module.STAGE, flags)
+                result = module.STAGE.work(plan, session)
+                if session.is_main and module.STAGE.show is not None:
+                    module.STAGE.show(plan, result, session)
                 continue
             parsed = arguments.parse_namespace(name, module.add_arguments, module.check, flags)
             getattr(module, name)(parsed, session)

@@ -168,10 +168,10 @@ class Run:
 
     def curve(self) -> list[dict]:
         """Its metrics, without those of the machine."""
-        from post_training.training import checkpoint as training_checkpoint
         from post_training.training import metrics as training_metrics
+        from post_training.training import run_folder
 
-        folder = self.folder / training_checkpoint.FOLDER
+        folder = self.folder / run_folder.FOLDER
         if not (folder / "metrics.jsonl").is_file():
             return []
         return [

@@ -92,7 +92,7 @@ def test_training_is_saved_at_signals_queued_again_and_its_loss_curve_is_the_sam
             text = finished(cluster, run.job)
             finished(cluster, whole.job)
             assert len(re.findall("saved after .*; queued again", text)) == 1
-            assert "going on after iteration" in text
+            assert "resuming after iteration" in text
             assert text.count("finished after") == 1
             assert run.curve() == whole.curve()
             trained = [each["iteration"] for each in run.curve() if each["kind"] == "train"]

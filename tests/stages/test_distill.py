@@ -1,4 +1,4 @@
-"""distill.py: the loss is the teacher's divergence, the same at every layout, and it goes on.
+"""distill.py: the loss is the teacher's divergence, the same at every layout and when resumed.
 
 Random models, pruned by prune.py, in float32. Layouts are compared by the logged losses of each
 iteration, which hold the gradients of those before.
@@ -127,7 +127,10 @@ def test_distillation_lowers_the_loss_also_on_held_out_text(runs):
         assert lines(runs / name, "eval")[-1]["logits"] < found[0]
 
 
-@pytest.mark.parametrize("sizes", [TP, PP], ids=["TP=2", "PP=2"])
+SPLIT = (*TP, "--sequence-parallel")
+
+
+@pytest.mark.parametrize("sizes", [TP, SPLIT, PP], ids=["TP=2", "TP=2 split", "PP=2"])
 def test_two_ranks_have_the_losses_of_one(runs, sizes, tmp_path):
     everything, topk = (
         ("--export-kd-cfg", runs / name, *sizes) for name in ("everything.yaml", "topk.yaml")
@@ -145,7 +148,7 @@ def test_two_ranks_have_the_losses_of_one(runs, sizes, tmp_path):
         assert two == pytest.approx(one, rel=TOLERANCE), name
 
 
-def test_a_run_that_was_ended_goes_on_to_the_last_bit(runs):
+def test_a_resumed_run_has_the_same_losses_to_the_last_bit(runs):
     """The projection between the hidden sizes is restored as well."""
     whole, resumed = (losses(runs / name) for name in ("everything", "resumed"))
     assert resumed == whole
@@ -210,7 +213,7 @@ REFUSED = {
     ),
     "no pair": ((), "intermediate_layer_pairs: [decoder]", "'decoder'", "it is no student's"),
     "sequence": (("--seq-length", 1000), "", "--seq-length 1000", "256"),
-    "rate": (("--lr", -1), "", "--lr -1", "rate"),
+    "rate": (("--lr", -1), "", "--lr -1", "positive"),
 }
 
 

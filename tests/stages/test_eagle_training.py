@@ -14,11 +14,16 @@ import tools
 
 from post_training.common import manifest
 from post_training.drafts import features as draft_features
-from post_training.training import checkpoint as training_checkpoint
 from post_training.training import metrics as training_metrics
+from post_training.training import run_folder
 from post_training.training.options import EXIT_UNFINISHED
 
 ITERATIONS = 8
+LAYOUTS = {
+    "TP=2": tools.LAYOUTS["TP=2"],
+    "TP=2 split": (2, (*tools.LAYOUTS["TP=2"][1], "--sequence-parallel")),
+    "PP=2": tools.LAYOUTS["PP=2"],
+}
 STEPS = (
     "--fp32", "--seq-length", 128, "--train-iters", ITERATIONS, "--global-batch-size", 4,
     "--micro-batch-size", 2, "--lr", 2e-3, "--log-interval", 2, "--eval-interval", 4,
@@ -78,8 +83,7 @@ def work(tmp_path_factory):
         ("eagle_parity", ("--load", folder / "drafted", "--fp32", "--output",
                           folder / "parity.json")),
     )  # fmt: skip
-    for layout in ("TP=2", "PP=2"):
-        processes, flags = tools.LAYOUTS[layout]
+    for layout, (processes, flags) in LAYOUTS.items():
         done = tools.run_stages(
             ("eagle3", (*online, "--save", folder / layout, *flags)), processes=processes
         )
@@ -92,7 +96,7 @@ def lines(folder, name):
     """The metrics of a run without what describes the machine."""
     return [
         {key: value for key, value in line.items() if key not in training_metrics.MACHINE}
-        for line in training_metrics.read(folder / name / training_checkpoint.FOLDER)
+        for line in training_metrics.read(folder / name / run_folder.FOLDER)
     ]
 
 
@@ -125,7 +129,7 @@ def test_training_lowers_the_loss_of_every_step(work):
     assert logged[-1]["lr"] < 2e-3
 
 
-@pytest.mark.parametrize("layout", ["TP=2", "PP=2"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_trains_alike(work, layout):
     """Relative tolerance 1e-5 in float32 over 8 iterations; PP computes in the same order."""
     expected, found = lines(work, "TP=1"), lines(work, layout)
@@ -221,8 +225,8 @@ def test_an_interrupted_run_writes_the_same_losses(work):
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == EXIT_UNFINISHED, output
-    assert "the same command goes on" in output
-    stopped = training_checkpoint.last_iteration(target)
+    assert "the same command resumes" in output
+    stopped = run_folder.last_iteration(target)
     assert 2 <= stopped < ITERATIONS
 
     process = start()
@@ -231,7 +235,7 @@ def test_an_interrupted_run_writes_the_same_losses(work):
     process.communicate()
 
     output = tools.run("eagle3.py", *words).stderr
-    assert "going on after iteration" in output
+    assert "resuming after iteration" in output
     assert lines(work, "interrupted") == lines(work, "TP=1")
     ours, theirs = tensors(newest(target)), tensors(newest(work / "TP=1"))
     assert ours.keys() == theirs.keys()
@@ -245,7 +249,7 @@ def test_features_say_what_they_are_of(work):
     assert {entry["file"].split("/")[0] for entry in recorded["shards"]} == {
         "train", "valid", "test",
     }  # fmt: skip
-    parts = draft_features.load(work / "features")
+    parts = draft_features.find(work / "features").parts()
     assert parts["train"].batch([0])["aux_hidden_states"].shape == (1, 128, 3 * 128)
     assert not list((work / "features").rglob("*.incomplete"))
 
@@ -338,7 +342,7 @@ def tensors(folder):
 
 
 def newest(folder):
-    return folder / f"iter_{training_checkpoint.last_iteration(folder):07d}"
+    return folder / f"iter_{run_folder.last_iteration(folder):07d}"
 
 
 def range_like(tensor):

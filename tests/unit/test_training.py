@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
 import signal
 import time
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,19 +16,27 @@ import torch
 from post_training.checkpoints import torch_dist
 from post_training.common import files, manifest
 from post_training.common.errors import UsageError
-from post_training.config.parser import make_parser
+from post_training.config import arguments
+from post_training.config.flags import group
+from post_training.config.options import StageOptions
 from post_training.distributed import signals
-from post_training.training import checkpoint as training_checkpoint
 from post_training.training import metrics as training_metrics
 from post_training.training import options as training_options
+from post_training.training import run_folder
+from post_training.training.options import TrainingFlags, TrainingOptions
 from post_training.training.sampler import Batches, Order
 
 
-def options(*words: object) -> training_options.TrainingOptions:
-    parser = make_parser("eagle3", lambda p: training_options.add(p, train_samples=128000), False)
-    defaults, given = parser.split([str(word) for word in words])
-    args = argparse.Namespace(**{**defaults, **given}, explicit=given)
-    return training_options.options(args)
+@dataclass(frozen=True, kw_only=True)
+class Options(StageOptions):
+    DEFAULTS: ClassVar[dict[str, int]] = {"train_samples": 128000}
+
+    training: TrainingFlags = group(TrainingFlags)
+
+
+def options(*words: object) -> TrainingOptions:
+    found = arguments.parse("eagle3", Options, [str(word) for word in words])
+    return training_options.decide(found.training, found, found.seq_length or 2048)
 
 
 class Numbers:
@@ -67,7 +76,7 @@ def test_ranks_and_micro_batches_do_not_change_what_an_iteration_sees(ranks, mic
     assert batches(0, ranks, micro, 5) == batches(0, 1, 2, 5)
 
 
-def test_a_run_goes_on_where_it_stopped():
+def test_a_run_resumes_where_it_stopped():
     assert batches(8, 1, 2, 3) == batches(0, 1, 2, 5)[2:]
 
 
@@ -98,6 +107,20 @@ def test_samples_and_fractions_become_iterations():
         (("--fp16",), "--fp16"),
         (("--seq-length", 4), "--seq-length 4"),
         (("--save-interval", 0), "--save-interval 0"),
+        (("--lr", "nan"), "--lr nan"),
+        (("--weight-decay", "inf"), "--weight-decay inf"),
+        (("--lr-warmup-fraction", 2), "--lr-warmup-fraction 2"),
+        (
+            (
+                "--tensor-model-parallel-size",
+                2,
+                "--sequence-parallel",
+                "--seq-length",
+                33,
+                "--check",
+            ),
+            "TP=2 does not divide",
+        ),
     ],
 )
 def test_options_that_cannot_work_are_refused(words, what):
@@ -150,7 +173,7 @@ def test_helpers_outlive_a_signal_that_every_process_of_a_task_gets():
         manager._process.kill()
 
 
-def test_a_run_goes_on_with_the_model_it_began_with(tmp_path, monkeypatch):
+def test_a_run_is_resumed_with_the_model_it_started_from(tmp_path, monkeypatch):
     run, model, other = (tmp_path / name for name in ("run", "model", "other"))
     for folder in (run, model, other):
         folder.mkdir()
@@ -159,34 +182,34 @@ def test_a_run_goes_on_with_the_model_it_began_with(tmp_path, monkeypatch):
     content = {"stage": "eagle3", "inputs": [manifest.describe_input("model", model)]}
     (run / manifest.FILE).write_text(json.dumps({**content, "slurm_job": "7"}))
     (run / torch_dist.TRACKER).write_text("3")
-    check = training_checkpoint.check_folder
+    check = run_folder.check_folder
     check(run, "eagle3", model=str(model))
     with pytest.raises(UsageError, match="began with another model"):
         check(run, "eagle3", model=str(other))
     check(run, "eagle3", overwrite=True, model=str(other))
     # A job that is queued again keeps its command line: --overwrite was meant for its first start.
-    assert not training_checkpoint.goes_on(run, overwrite=True)
+    assert not run_folder.resumes(run, overwrite=True)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert not training_checkpoint.goes_on(run, overwrite=True)
+    assert not run_folder.resumes(run, overwrite=True)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert training_checkpoint.goes_on(run, overwrite=True)
+    assert run_folder.resumes(run, overwrite=True)
     monkeypatch.setenv("SLURM_JOB_ID", "8")
-    assert not training_checkpoint.goes_on(run, overwrite=True)
+    assert not run_folder.resumes(run, overwrite=True)
 
 
-def test_a_folder_is_free_or_holds_a_run_to_go_on_with(tmp_path):
-    training_checkpoint.check_folder(tmp_path / "new", "eagle3")
+def test_a_folder_is_free_or_holds_a_run_to_resume(tmp_path):
+    run_folder.check_folder(tmp_path / "new", "eagle3")
     run = tmp_path / "run"
     (run / "training").mkdir(parents=True)
-    training_checkpoint.check_folder(run, "eagle3")  # killed before its first checkpoint
-    (run / training_checkpoint.checkpoint.TRACKER).write_text("12")
+    run_folder.check_folder(run, "eagle3")  # killed before its first checkpoint
+    (run / torch_dist.TRACKER).write_text("12")
     (run / "run.json").write_text(json.dumps({"stage": "distill"}))
-    assert training_checkpoint.last_iteration(run) == 12
-    training_checkpoint.check_folder(run, "distill")
+    assert run_folder.last_iteration(run) == 12
+    run_folder.check_folder(run, "distill")
     with pytest.raises(UsageError, match="distill"):
-        training_checkpoint.check_folder(run, "eagle3")
+        run_folder.check_folder(run, "eagle3")
     other = tmp_path / "other"
     other.mkdir()
     files.write_text(other / "thesis.txt", "years of work")
     with pytest.raises(UsageError, match=r"thesis\.txt"):
-        training_checkpoint.check_folder(other, "eagle3")
+        run_folder.check_folder(other, "eagle3")

@@ -8,8 +8,8 @@ attaches the draft before the weights are read. Then
   vocabulary], there only if the draft's vocabulary is smaller than the target's;
 - ``model.eagle_config.eagle_aux_hidden_state_layer_ids`` are the auxiliary layers: ``i`` stands
   for the output of the target's layer ``i``, counted from 0;
-- layers of the target leave those outputs in ``model._aux_hidden_states``, a list that whoever
-  runs the target must empty: ``forward.run`` does at its start.
+- layers of the target leave those outputs in a list, which ``forward.auxiliary_states`` hands out
+  and empties.
 
 The same without torch is :class:`post_training.drafts.eagle3.draft.Draft`.
 """
@@ -19,16 +19,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from post_training.drafts.eagle3 import draft as draft_config
-from post_training.drafts.eagle3.draft import Draft
+from post_training.drafts.eagle3.draft import MODULE, Draft
 from post_training.inference import forward
 
 if TYPE_CHECKING:
     import numpy
     from megatron.core.transformer import MegatronModule
-
-# The draft in a model, and what the names of its tensors begin with.
-MODULE = "eagle_module"
-PREFIX = f"{MODULE}."
 
 
 def attach(model: MegatronModule, draft: Draft, seed: int = 1234) -> None:
@@ -70,7 +66,7 @@ def _share_embedding(core: Any) -> None:
 
 def draft_of(model: Any) -> Any | None:
     """The draft (ModelOpt's ``EagleModule``) of this rank's model; None on earlier stages."""
-    return getattr(forward.unwrap(model), "eagle_module", None)
+    return getattr(forward.unwrap(model), MODULE, None)
 
 
 def is_drafted(model: Any) -> bool:
@@ -82,7 +78,7 @@ def freeze_target(model: Any) -> None:
     """Let the draft alone be trained: every other parameter needs no gradient."""
     core = forward.unwrap(model)
     for name, parameter in core.named_parameters():
-        parameter.requires_grad_(name.startswith(PREFIX))
+        parameter.requires_grad_(name.startswith(f"{MODULE}."))
 
 
 def set_vocabulary(model: Any, counts: numpy.ndarray[Any, Any]) -> float:

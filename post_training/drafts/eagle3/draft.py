@@ -5,8 +5,8 @@ layers) and proposes the next tokens; the target then verifies several of them i
 al. 2025, arXiv:2503.01840). ModelOpt builds it (:mod:`post_training.drafts.eagle3.attach`); what it
 is made of follows the target here, so that an engine can share embedding, positions and vocabulary.
 
-A drafted checkpoint says so in its ``run.json``, entry ``draft``; ``find_source(args).draft`` is
-that entry as a :class:`Draft`. Nothing here imports torch.
+The entry ``draft`` in the ``run.json`` of a drafted checkpoint is a :class:`Draft`. Nothing here
+imports torch.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from post_training.common.errors import UsageError, suggest
 from post_training.models.architecture import Architecture
 
 ALGORITHM = "eagle3"
+MODULE = "eagle_module"  # the draft in a model; the names of its tensors begin with it
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 _NUMBER = (int, float)

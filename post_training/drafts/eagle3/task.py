@@ -20,13 +20,16 @@ import torch
 
 from post_training.drafts.eagle3 import attention as draft_attention
 from post_training.drafts.eagle3 import loss as draft_loss
+from post_training.drafts.eagle3 import sequence
 from post_training.drafts.eagle3.draft import Draft
 from post_training.inference import forward
-from post_training.training.trainer import Loss, LossFunction, Task
+from post_training.training.task import Loss, LossFunction, Task
 
 
 def task(core: Any, draft: Draft) -> Task:
-    """The task of training ``core``'s draft (changed in no way by this call)."""
+    """The task of training ``core``'s draft."""
+    if core.post_process:
+        sequence.give_whole_to_output_layers(core)
     steps = range(1, draft.ttt_steps + 1)
     names = (*(f"loss_{k}" for k in steps), *(f"accuracy_{k}" for k in steps))
     return Task(
@@ -58,8 +61,8 @@ def forward_step(model: Any, batch: Mapping[str, Any]) -> tuple[torch.Tensor, Lo
     """
     core = forward.unwrap(model)
     if "hidden_states" in batch:
-        hidden = batch["hidden_states"].transpose(0, 1).contiguous()
-        auxiliary = batch["aux_hidden_states"].transpose(0, 1).contiguous()
+        hidden = sequence.part(core, batch["hidden_states"].transpose(0, 1).contiguous())
+        auxiliary = sequence.part(core, batch["aux_hidden_states"].transpose(0, 1).contiguous())
         anchor = None
     else:
         hidden, auxiliary, anchor = run_target(core, batch["input_ids"])
@@ -80,7 +83,8 @@ def run_target(
     core: Any, input_ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The target on this stage, without gradients: hidden states [s, b, h], those of the auxiliary
-    layers up to here [s, b, n h], and what the stage's output must be added to.
+    layers up to here [s, b, n h], and what the stage's output must be added to. With sequence
+    parallelism this rank's part of the rows.
 
     Stages exchange gradients of what they receive. Nothing before the draft is trained, so the
     gradient is zero; the schedule still waits for one, and gets it through the third value.
@@ -93,13 +97,10 @@ def run_target(
             anchor = 0.0 * received.sum()
         received = received.detach()
         core.decoder.set_input_tensor(received[..., :size].contiguous())
-    core._aux_hidden_states.clear()
     length = input_ids.shape[1]
     positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
-    with torch.no_grad():
+    with torch.no_grad(), forward.auxiliary_states(core) as states:
         hidden, _ = core._base_model_forward(input_ids, positions, None)
-    states = list(core._aux_hidden_states)
-    core._aux_hidden_states.clear()
     if received is not None:
         states.insert(0, received[..., size:])
     auxiliary = torch.cat(states, dim=-1) if states else hidden[..., :0]
@@ -125,16 +126,17 @@ def features(model: Any, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.T
         return torch.cat([hidden, auxiliary], dim=-1), _no_loss
 
     pipeline = core.config.pipeline_model_parallel_size > 1
-    get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=iter([input_ids]),
-        model=[core],
-        num_microbatches=1,
-        seq_length=input_ids.shape[1],
-        micro_batch_size=input_ids.shape[0],
-        forward_only=True,
-        **({"adjust_tensor_shapes_fn": _pipeline_shapes(core)} if pipeline else {}),
-    )
+    with forward.whole_sequences(core):
+        get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iter([input_ids]),
+            model=[core],
+            num_microbatches=1,
+            seq_length=input_ids.shape[1],
+            micro_batch_size=input_ids.shape[0],
+            forward_only=True,
+            **({"adjust_tensor_shapes_fn": _pipeline_shapes(core)} if pipeline else {}),
+        )
     return found[0] if found else None
 
 
@@ -148,6 +150,7 @@ def _losses(
     following = torch.nn.functional.pad(input_ids[:, 1:], (0, 1))
     weight = torch.nn.functional.pad(batch["loss_mask"][:, 2:], (0, 2)).T.float()
     positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
+    hidden = sequence.whole(core, hidden)
     with torch.no_grad():
         embeddings = core.embedding(input_ids=following, position_ids=positions)
     # megatron-core keeps the table; made by an evaluation, it could not be differentiated through.
@@ -166,31 +169,36 @@ def _losses(
             output, following_states = draft(embeddings, states, None, rotary_pos_emb=rotary)
             counted = weight[:rows].clone()
             counted[:step] = 0.0
+            logits_of = sequence.whole(core, output)[:rows]
             loss, right = draft_loss.weighted_loss(
-                student, parameters, output[:rows], teacher, counted, spans
+                student, parameters, logits_of, teacher, counted, spans
             )
             count = counted.sum()
             total = total + core.eagle_loss_decay_factor**step * loss
             metrics[f"loss_{step + 1}"] = torch.stack([loss.detach(), count])
             metrics[f"accuracy_{step + 1}"] = torch.stack([right, count])
-            # Row t goes on with what row t - 1 made.
-            shifted = torch.nn.functional.pad(following_states[:-1], (0, 0, 0, 0, 1, 0))
-            states = _mix(states, shifted, step) if mixed else shifted
+            # Row t reads what row t - 1 made.
+            made = sequence.whole(core, following_states)
+            shifted = sequence.part(core, torch.nn.functional.pad(made[:-1], (0, 0, 0, 0, 1, 0)))
+            states = _mix(core, states, shifted, step) if mixed else shifted
     return total, weight[:rows].sum(), metrics
 
 
-def _mix(states: torch.Tensor, made: torch.Tensor, step: int) -> torch.Tensor:
+def _mix(core: Any, states: torch.Tensor, made: torch.Tensor, step: int) -> torch.Tensor:
     """Replace a random part of the rows by what the draft made of them: half, a third, a fifth, ...
 
     As ModelOpt's ``eagle_mix_hidden_states``. Drawn on the CPU, so that every device and every
     tensor-parallel rank chooses alike.
     """
     length, batch, _ = states.shape
+    if core.config.sequence_parallel:
+        length *= core.config.tensor_model_parallel_size
     count = max(1, length // (2**step + 1))
     chosen = torch.zeros(length, batch, dtype=torch.bool)
     for i in range(batch):
         chosen[torch.randperm(length)[:count], i] = True
-    return torch.where(chosen.to(states.device).unsqueeze(-1), made, states)
+    rows = sequence.part(core, chosen.to(states.device).unsqueeze(-1))
+    return torch.where(rows, made, states)
 
 
 def _output(core: Any) -> tuple[Any, list[torch.nn.Parameter]]:

@@ -1,0 +1,90 @@
+"""What a draft algorithm is to the rest: the interface of a folder beside this file. No torch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from post_training.drafts.eagle3.draft import Draft
+from post_training.models.architecture import Architecture
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
+    from megatron.core.transformer import MegatronModule
+
+    from post_training.training.task import Task
+
+
+class DraftAlgorithm(ABC):
+    """One way to propose tokens. Methods import torch, the class does not.
+
+    Attributes:
+        name: in ``--algorithm`` and in the record of a drafted checkpoint.
+        module: the draft in a model; the names of its tensors begin with it.
+    """
+
+    name: ClassVar[str]
+    module: ClassVar[str]
+
+    @abstractmethod
+    def plan(
+        self,
+        architecture: Architecture,
+        overrides: Mapping[str, Any] | None = None,
+        *,
+        dtype: str,
+        mix_hidden_states: bool,
+        ttt_steps: int,
+        offline: bool,
+        option: str,
+    ) -> Draft:
+        """The draft for the target of this architecture, ``overrides`` last; no torch.
+
+        Raises:
+            UsageError: for values that cannot work; ``option`` names the overrides.
+        """
+
+    @abstractmethod
+    def attach(self, model: MegatronModule, draft: Draft, seed: int) -> None:
+        """Attach a new draft to this rank's part of the model, in place, and initialise it."""
+
+    @abstractmethod
+    def freeze_target(self, model: MegatronModule) -> None:
+        """Let the draft alone be trained."""
+
+    @abstractmethod
+    def set_vocabulary(self, model: MegatronModule, counts: numpy.ndarray[Any, Any]) -> float:
+        """Let the draft propose the most frequent tokens; returns the part of counts they cover.
+
+        Args:
+            model: this rank's part; its draft's vocabulary is smaller than the target's.
+            counts: int64 [vocabulary], how often each token is wanted.
+        """
+
+    @abstractmethod
+    def task(self, model: MegatronModule, draft: Draft) -> Task:
+        """The loss that the draft is trained with."""
+
+    @abstractmethod
+    def features(
+        self, model: MegatronModule, input_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What the draft reads of its target: hidden states [s, b, h], auxiliary ones [s, b, n h].
+
+        On the last pipeline stage; None on the others.
+        """
+
+    @abstractmethod
+    def acceptance(
+        self, model: MegatronModule, prompts: Sequence[list[int]], tokens: int, tokenizer: Any
+    ) -> Callable[[int], dict[str, float]] | None:
+        """What an evaluation measures by decoding; None where the model cannot verify.
+
+        Args:
+            model: this rank's part.
+            prompts: token ids.
+            tokens: to decode for each.
+            tokenizer: of the target, for its end token and the size of its vocabulary.
+        """

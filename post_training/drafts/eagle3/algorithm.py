@@ -1,0 +1,76 @@
+"""EAGLE-3 (Li et al. 2025, arXiv:2503.01840) as an algorithm of the registry. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from post_training.drafts.algorithm import DraftAlgorithm
+from post_training.drafts.eagle3 import draft as draft_config
+from post_training.drafts.eagle3.draft import Draft
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
+    from megatron.core.transformer import MegatronModule
+
+    from post_training.training.task import Task
+
+# Draft tokens that an evaluation proposes at a time, at most.
+_EVALUATED_STEPS = 3
+
+
+class Eagle3(DraftAlgorithm):
+    name: ClassVar[str] = draft_config.ALGORITHM
+    module: ClassVar[str] = draft_config.MODULE
+    plan = staticmethod(draft_config.plan)
+
+    def attach(self, model: MegatronModule, draft: Draft, seed: int) -> None:
+        from post_training.drafts.eagle3 import attach
+
+        attach.attach(model, draft, seed)
+
+    def freeze_target(self, model: MegatronModule) -> None:
+        from post_training.drafts.eagle3 import attach
+
+        attach.freeze_target(model)
+
+    def set_vocabulary(self, model: MegatronModule, counts: numpy.ndarray[Any, Any]) -> float:
+        from post_training.drafts.eagle3 import attach
+
+        return attach.set_vocabulary(model, counts)
+
+    def task(self, model: MegatronModule, draft: Draft) -> Task:
+        from post_training.drafts.eagle3 import task
+
+        return task.task(model, draft)
+
+    def features(
+        self, model: MegatronModule, input_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        from post_training.drafts.eagle3 import task
+
+        return task.features(model, input_ids)
+
+    def acceptance(
+        self, model: MegatronModule, prompts: Sequence[list[int]], tokens: int, tokenizer: Any
+    ) -> Callable[[int], dict[str, float]] | None:
+        from post_training.drafts.eagle3 import decoding
+        from post_training.inference import forward
+
+        if not decoding.can_verify(model):
+            return None
+        ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        steps = min(_EVALUATED_STEPS, int(model.eagle_ttt_steps))
+
+        def measure(_iteration: int) -> dict[str, float]:
+            with forward.whole_sequences(forward.unwrap(model)):
+                found = decoding.measure(
+                    model, prompts, tokens, ends, steps=steps, vocab_size=len(tokenizer)
+                )
+            return {} if found.length is None else {"acceptance_length": found.length}
+
+        return measure
+
+
+EAGLE3 = Eagle3()

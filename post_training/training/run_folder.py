@@ -1,0 +1,106 @@
+"""The folder of a training run: whether it is free, or holds a run to resume. No torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from post_training.checkpoints import torch_dist
+from post_training.common import manifest, outputs
+from post_training.common.errors import UsageError
+
+FOLDER = "training"  # metrics, curves and packed data, beside the iterations
+JOB = "slurm_job"  # in the manifest: which job trained last
+_OWN = (FOLDER, torch_dist.HUGGINGFACE, torch_dist.TRACKER, manifest.FILE)
+
+
+def last_iteration(folder: Path) -> int:
+    """The newest iteration of a training run in ``folder``; 0 where there is none."""
+    try:
+        text = (folder / torch_dist.TRACKER).read_text(encoding="utf-8").strip()
+    except OSError:
+        return 0
+    return int(text) if text.isdecimal() else 0
+
+
+def resumes(folder: Path, overwrite: bool) -> bool:
+    """Whether there is a run in ``folder`` to resume.
+
+    With ``overwrite`` a new run starts; but a job that SLURM queued again, with the command line
+    that it had, resumes what it saved itself.
+    """
+    if not last_iteration(folder):
+        return False
+    if not overwrite:
+        return True
+    job, restarts = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
+    return restarts != "0" and (manifest.read(folder) or {}).get(JOB) == job
+
+
+def check_folder(
+    folder: Path,
+    stage: str,
+    overwrite: bool = False,
+    start: str | None = None,
+    model: str | None = None,
+) -> None:
+    """Raise UsageError unless ``folder`` is free, or holds a run of ``stage`` to resume.
+
+    Args:
+        folder: of the run (``--save``).
+        stage: that trains.
+        overwrite: whether anything may lie there.
+        start: a stage whose output may lie there too, to be trained in its place.
+        model: what training would start from; a run that started from another is not resumed.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"output {folder}", "it is a file", "name a folder")
+    # Iterations come and go inside the folder.
+    outputs.writable(folder / torch_dist.TRACKER, f"output {folder}")
+    if not folder.is_dir() or overwrite:
+        return
+    if last_iteration(folder):
+        content = manifest.read(folder) or {}
+        if content.get("stage") != stage:
+            raise UsageError(
+                f"output folder {folder}",
+                f"it holds a training run of {content.get('stage')}, not of {stage}",
+                "name another folder in MLM_MODEL_SAVE",
+            )
+        if model is not None:
+            _require_same_start(folder, content, model)
+        return
+    content = manifest.read(folder) or {}
+    if start is not None and content.get("stage") == start:
+        return
+    foreign = [
+        path.name
+        for path in sorted(folder.iterdir())
+        if path.name not in _OWN and not path.name.startswith(("iter_", "."))
+    ]
+    if foreign:
+        raise UsageError(
+            f"output folder {folder}",
+            f"it is not empty and holds no training run ({', '.join(foreign[:3])})",
+            "delete it, name another in MLM_MODEL_SAVE, or give --overwrite",
+        )
+
+
+def _require_same_start(folder: Path, content: Mapping[str, Any], model: str) -> None:
+    """Raise UsageError if the run in ``folder`` started from another checkpoint than ``model``."""
+    if Path(model).resolve() == folder.resolve() or not (Path(model) / manifest.FILE).is_file():
+        return
+    now = manifest.describe_input("model", model)
+    for before in content.get("inputs", []):
+        # A draft may be trained where convert.sh attached it: that checkpoint is gone.
+        if before["role"] != "model" or Path(before["path"]) == folder.resolve():
+            continue
+        if before.get("manifest_sha256", now["manifest_sha256"]) != now["manifest_sha256"]:
+            raise UsageError(
+                f"output folder {folder}",
+                f"the training run that it holds began with another model ({before['path']}) than "
+                f"{model} is now",
+                "name another folder in MLM_MODEL_SAVE, or give --overwrite to train anew",
+            )
