@@ -10,22 +10,27 @@ Outputs: a table, and --mmlu-output, the same as JSON with every answer; exit co
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 import time
-from datetime import UTC, datetime
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from post_training.checkpoints import loading
+from tqdm import tqdm
+
+from post_training.checkpoints import loading, record
 from post_training.checkpoints.source import Source, fetch_source, find_source
-from post_training.common import files, manifest, outputs
-from post_training.common.errors import UsageError
-from post_training.common.report import beside
-from post_training.config import arguments
+from post_training.cli.stage import Stage, run
+from post_training.common import files, manifest, outputs, report
+from post_training.config import checks
+from post_training.config.flags import flag, group
+from post_training.config.options import StageOptions
 from post_training.evaluation import mmlu_data, mmlu_prompts
 from post_training.evaluation import options as mmlu_options
+from post_training.evaluation.mmlu_data import Benchmark
+from post_training.evaluation.options import MmluOptions
 from post_training.models import parallel_check
 
 if TYPE_CHECKING:
@@ -35,65 +40,66 @@ if TYPE_CHECKING:
 logger = logging.getLogger("post_training")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("mmlu")
-    add = group.add_argument
-    mmlu_options.add_arguments(add, dataset="cais/mmlu")
-    add("--lower-bound", type=float, help="exit with code 1 if the average accuracy is below")
-    add(
-        "--mmlu-output",
+@dataclass(frozen=True, kw_only=True)
+class MmluStageOptions(StageOptions):
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {"mmlu_dataset": "cais/mmlu"}
+
+    lower_bound: float | None = flag(
+        check=checks.fraction, help="exit with code 1 if the average accuracy is below"
+    )
+    mmlu_output: Path | None = flag(
         metavar="FILE",
         help="JSON report (beside the model: <model>.mmlu.json, or in $MLM_WORK_DIR if that "
         "cannot be written or the model is a hub name)",
     )
+    questions: MmluOptions = group(MmluOptions)
 
 
-def check(args: argparse.Namespace) -> None:
-    if args.lower_bound is not None and not 0 <= args.lower_bound <= 1:
-        raise UsageError(
-            f"--lower-bound {args.lower_bound}", "an accuracy is 0 to 1", "give e.g. 0.68"
-        )
-    if args.context_parallel_size > 1:
-        raise UsageError(
-            f"CP={args.context_parallel_size}",
-            "scoring computes whole sequences on each rank",
-            "leave CP at 1; DP splits the questions",
-        )
-    source = find_source(args)
-    if source.is_local:
-        parallel_check.check(source.architecture, arguments.parallel(args))
-    mmlu_options.check(args)
-    output = report_path(args)
-    outputs.writable(output, f"--mmlu-output {output}")
+@dataclass(frozen=True)
+class Plan:
+    """``benchmark`` is None until questions of the hub are fetched."""
+
+    options: MmluStageOptions
+    source: Source
+    report: Path
+    benchmark: Benchmark | None
 
 
-def mmlu(args: argparse.Namespace, session: Session) -> dict[str, Any]:
+def check(options: MmluStageOptions) -> Plan:
+    checks.no_context_parallelism(options.parallel.context)
+    source = find_source(options)
+    if source.described:
+        parallel_check.check(source.described, options.parallel)
+    benchmark = mmlu_options.load_local(options.questions)
+    path = options.mmlu_output or report.beside(source.location, "mmlu")
+    outputs.check_file(path, "--mmlu-output", overwrite=True)
+    return Plan(options, source, path, benchmark)
+
+
+def mmlu(plan: Plan, session: Session) -> dict[str, Any]:
     """Load the model, ask the questions, write the report. Returns it, the same on every rank."""
-    from tqdm import tqdm
-
     from post_training.evaluation import mmlu
 
-    benchmark = mmlu_data.load(args.mmlu_dataset, args.few_shots)
-    source = fetch_source(find_source(args), args)
-    model = loading.load(source, args, session)
-    tokenizer = loading.tokenizer(source, args)
-    asked = len(mmlu_prompts.select(benchmark.test, args.fraction))
+    options, asked = plan.options, plan.options.questions
+    dataset = str(asked.mmlu_dataset)
+    benchmark = plan.benchmark or mmlu_data.load(dataset, asked.few_shots)
+    source = fetch_source(plan.source, options)
+    model = loading.load(source, options, session)
+    tokenizer = loading.tokenizer(source, options)
+    count = len(mmlu_prompts.select(benchmark.test, asked.fraction))
     logger.info(
         "MMLU: %d questions of %d subjects, %d-shot, from %s",
-        asked,
-        len(benchmark.test),
-        args.few_shots,
-        args.mmlu_dataset,
+        *(count, len(benchmark.test), asked.few_shots, dataset),
     )
     started = time.monotonic()
-    with tqdm(total=asked, unit="question", disable=not session.show_progress) as bar:
+    with tqdm(total=count, unit="question", disable=not session.show_progress) as bar:
         result = mmlu.evaluate(
             model,
             tokenizer,
             benchmark,
-            few_shots=args.few_shots,
-            fraction=args.fraction,
-            batch_size=args.mmlu_batch_size,
+            few_shots=asked.few_shots,
+            fraction=asked.fraction,
+            batch_size=asked.mmlu_batch_size,
             progress=lambda done: bar.update(done * session.parallel.data),
         )
     seconds = time.monotonic() - started
@@ -101,57 +107,46 @@ def mmlu(args: argparse.Namespace, session: Session) -> dict[str, Any]:
     if result.longest > positions:
         logger.warning(
             "the longest prompt has %d tokens, the model was made for %d: lower --few-shots",
-            result.longest,
-            positions,
+            *(result.longest, positions),
         )
-    content = report(args, session, source, result, seconds)
+    content = record.report_of_run(
+        options,
+        session,
+        [*source.inputs(), manifest.describe_input("questions", dataset)],
+        found(options, result, seconds),
+    )
     if session.is_main:
-        path = report_path(args)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(path, content)
+        plan.report.parent.mkdir(parents=True, exist_ok=True)
+        files.write_json(plan.report, content)
     return content
 
 
-def report(
-    args: argparse.Namespace,
-    session: Session,
-    source: Source,
-    result: Result,
-    seconds: float,
-) -> dict[str, Any]:
-    """What goes into the JSON file."""
+def found(options: MmluStageOptions, result: Result, seconds: float) -> dict[str, Any]:
+    """The part of the report that is about the score."""
     scored = result.score.to_json()
+    bound = options.lower_bound
     return {
-        "stage": "mmlu",
-        "command": manifest.command(),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "configuration": arguments.explicit(args),
-        "inputs": [*source.inputs(), manifest.describe_input("questions", args.mmlu_dataset)],
-        "few_shots": args.few_shots,
-        "fraction": args.fraction,
+        "few_shots": options.questions.few_shots,
+        "fraction": options.questions.fraction,
         **scored,
-        "passed": args.lower_bound is None or scored["accuracy"] >= args.lower_bound,
+        "passed": bound is None or scored["accuracy"] >= bound,
         "ties": result.ties,
         "answers": result.letters(),
         "seconds": round(seconds, 3),
         "prompt_tokens": result.prompt_tokens,
         "computed_tokens": result.computed_tokens,
-        "peak_memory_bytes": session.peak_memory(),
-        "parallel": {
-            "tensor": session.parallel.tensor,
-            "pipeline": session.parallel.pipeline,
-            "data": session.parallel.data,
-        },
-        "versions": manifest.versions(),
-        "git_commit": manifest.git_commit(),
     }
 
 
-def report_path(args: argparse.Namespace) -> Path:
-    """Where the report goes: ``--mmlu-output``, or beside the model, or in the work folder."""
-    if args.mmlu_output:
-        return Path(args.mmlu_output)
-    return beside(args.load or args.pretrained_model_path, "mmlu")
+def show(plan: Plan, content: dict[str, Any], session: Session) -> None:
+    print_table(content)
+    logger.info("report: %s (%.1f s)", plan.report, content["seconds"])
+    if not content["passed"]:
+        print(
+            f"error: MMLU accuracy {content['accuracy']:.4f} is below "
+            f"--lower-bound {plan.options.lower_bound:.4f}",
+            file=sys.stderr,
+        )
 
 
 def print_table(content: dict[str, Any]) -> None:
@@ -181,24 +176,15 @@ def _cells(count: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def main() -> None:
-    args = arguments.parse_namespace("mmlu", add_arguments, check)
-    from post_training.cli.stage import open_session
+def exit_code(plan: Plan, content: dict[str, Any]) -> int:
+    return 0 if content["passed"] else 1
 
-    with open_session(args) as session:
-        content = mmlu(args, session)
-        if session.is_main:
-            print_table(content)
-            logger.info("report: %s (%.1f s)", report_path(args), content["seconds"])
-        is_main = session.is_main
-    if args.lower_bound is not None and content["accuracy"] < args.lower_bound:
-        if is_main:
-            print(
-                f"error: MMLU accuracy {content['accuracy']:.4f} is below "
-                f"--lower-bound {args.lower_bound:.4f}",
-                file=sys.stderr,
-            )
-        sys.exit(1)
+
+STAGE = Stage("mmlu", MmluStageOptions, check, mmlu, show, exit_code)
+
+
+def main() -> None:
+    run(STAGE)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Inputs:  --load, a Megatron checkpoint, or --pretrained-model-path, a Hugging Face folder or hub
          name; --prune-export-config, the new sizes, or --prune-target-params or
-         --prune-target-memory, limits for a search; --calib-dataset, text to rank channels by.
+         --prune-target-memory, limits for a search; --calib-dataset, text to rank channels by;
+         --mmlu-dataset, to score the model before and after, and candidates, on MMLU.
 Outputs: --save, a checkpoint of the smaller model, with run.json. It carries its architecture, so
          later stages take the conf of the original. It needs distillation (distill.sh) before use.
 
@@ -11,160 +12,153 @@ Outputs: --save, a checkpoint of the smaller model, with run.json. It carries it
 
 from __future__ import annotations
 
-import argparse
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training.checkpoints import loading, torch_dist
-from post_training.checkpoints.source import fetch_source, find_source, size_estimate
-from post_training.common import outputs
+from post_training.checkpoints import huggingface, loading, record, torch_dist
+from post_training.checkpoints.source import Source, fetch_source, find_source, size_estimate
+from post_training.cli.stage import Stage, run
+from post_training.common import files, outputs
 from post_training.common.errors import UsageError
-from post_training.config import arguments, checks
+from post_training.config import checks
 from post_training.data import options as calibration_options
 from post_training.evaluation import options as mmlu_options
+from post_training.evaluation.mmlu_data import Benchmark
 from post_training.inference import smoke_generation
-from post_training.models import parallel_check
-from post_training.pruning import options as pruning_choice
-from post_training.pruning import space as pruning_space
+from post_training.models import builder, families, parallel_check
+from post_training.pruning import export_config, report, search
+from post_training.pruning import options as pruning_options
+from post_training.pruning.options import PruneOptions
+from post_training.pruning.report import ModelScores
+from post_training.pruning.score_cache import ScoreCache
+from post_training.pruning.search import SizeSearch
+from post_training.pruning.space import PruningSpace, pruned_architecture
 
 if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
 
     from post_training.distributed.session import Session
     from post_training.models.architecture import Architecture
-    from post_training.pruning.search import Search
-
-logger = logging.getLogger("post_training")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("prune").add_argument
-    pruning_choice.add_arguments(add)
-    calibration_options.add_arguments(add)
-    mmlu_options.add_arguments(add, None, "no MMLU; with it: accuracy before, after, of candidates")
-    smoke_generation.add_arguments(add)
+@dataclass(frozen=True)
+class Plan:
+    """What to prune, to which sizes.
+
+    Attributes:
+        target: sizes by name, or a search.
+        space: None until a hub name is fetched; so is ``cache`` then, as without a folder for it.
+        benchmark: questions that are on this machine.
+    """
+
+    options: PruneOptions
+    source: Source
+    save: Path
+    target: Mapping[str, Any] | SizeSearch
+    space: PruningSpace | None
+    cache: ScoreCache | None
+    benchmark: Benchmark | None
 
 
-def check(args: argparse.Namespace) -> None:
-    checks.required(args, "--save", "MLM_MODEL_SAVE")
-    smoke_generation.check(args)
-    pruning_choice.check_parallel(args)
-    source = find_source(args)
+@dataclass(frozen=True)
+class Pruned:
+    """This rank's model, its scores and the original's; ``content`` is of run.json, on rank 0."""
+
+    model: MegatronModule
+    before: ModelScores
+    after: ModelScores
+    content: Mapping[str, Any]
+
+
+def check(options: PruneOptions) -> Plan:
+    save = Path(checks.required("--save", options.save, "MLM_MODEL_SAVE"))
+    pruning_options.check_parallel(options)
+    source = find_source(options)
     # With --dry-run an earlier job may still have to make it.
     made = source.is_checkpoint and source.is_local
     if made and torch_dist.is_quantized(Path(source.location)):
         raise UsageError(
-            f"--load {args.load}",
+            f"--load {options.load}",
             "it holds a state of ModelOpt: it is quantized, or has a draft attached",
             "prune the checkpoint that convert.sh made; quantize or draft afterwards",
         )
-    limits, config = pruning_choice.targets(args)
-    pruning_choice.check_search(args, searching=bool(limits))
+    target, space, cache = pruning_options.target(options), None, None
     if source.described is not None:
-        parallel_check.check(source.architecture, arguments.parallel(args))
-        if config is not None:
-            allowed = pruning_choice.dimensions(args, source.architecture)
-            pruning_space.check_export_config(config, allowed)
-    kept = pruning_choice.cache(args, source)
-    if kept is not None:
-        kept.described()
-    calibration_options.check(args)
-    mmlu_options.check(args)
-    outputs.check_folder(Path(args.save), overwrite=args.overwrite, needed=size_estimate(source, 2))
+        parallel_check.check(source.described, options.parallel)
+        space = pruning_options.space(options, source.described)
+        if not isinstance(target, SizeSearch):
+            export_config.check(target, space.dimensions)
+        cache = pruning_options.cache(options, source)
+        if cache is not None:
+            cache.described()
+    calibration_options.check(options.calibration)
+    benchmark = mmlu_options.load_local(options.mmlu)
+    outputs.check_folder(save, overwrite=options.overwrite, needed=size_estimate(source, 2))
+    return Plan(options, source, save, target, space, cache, benchmark)
 
 
-def prune(args: argparse.Namespace, session: Session) -> tuple[MegatronModule, dict[str, Any]]:
-    """Load, rank, cut, save. Returns this rank's model and, on rank 0, the manifest.
+def prune(plan: Plan, session: Session) -> Pruned:
+    """Load, rank, cut, save.
 
     Raises:
         UsageError: if the sizes are not allowed, or no architecture meets the target.
     """
-    from post_training.common.manifest import Manifest
-    from post_training.models import builder as model_building
-    from post_training.pruning import measure as pruning_measure
     from post_training.pruning import minitron
-    from post_training.pruning import report as pruning_report
-    from post_training.pruning import search as pruning_search
+    from post_training.pruning.measure import Scorer
 
-    limits, config = pruning_choice.targets(args)
-    source = fetch_source(find_source(args), args)
+    options, target = plan.options, plan.target
+    source = fetch_source(plan.source, options)
     original = source.architecture
-    allowed = pruning_choice.dimensions(args, original)
-    memory = pruning_search.Memory(args.prune_memory_sequence_length, args.prune_memory_batch_size)
-    transformer = model_building.transformer_config(original, loading.build_options(source, args))
-    target: dict[str, int] | Search
-    if config is None:
-        target = pruning_search.Search(
-            limits,
-            args.prune_max_width_pruning,
-            args.prune_max_depth_pruning,
-            args.prune_top_k,
-            pruning_choice.skipped(args),
-            memory,
-        )
-        pruning_search.check_reachable(original, transformer, allowed, target)
+    space = plan.space or pruning_options.space(options, original)
+    transformer = builder.transformer_config(original, loading.build_options(source, options))
+    if isinstance(target, SizeSearch):
+        search.check_reachable(original, transformer, space.dimensions, target)
     else:
-        pruning_space.check_export_config(config, allowed)
-        # Unchanged widths would be sorted for nothing.
-        target = {name: value for name, value in config.items() if value != allowed[name].original}
-    folder = loading.local_huggingface(source, args)
-    measure = pruning_measure.Measure(args, session, source)
-    model = loading.load(source, args, session, layer_spec="transformer_engine")
-    whole = pruning_search.counted(model, pruning_search.size(original, transformer, memory))
-    before = measure.of(model, original, whole)
-    outcome = minitron.prune(
-        model,
+        target = export_config.check(target, space.dimensions)
+    folder = loading.local_huggingface(source, options)
+    scorer = Scorer(options, session, source, plan.benchmark)
+    model = loading.load(source, options, session, layer_spec="transformer_engine")
+    whole = search.size(original, transformer, options.memory)
+    before = scorer.of(model, original, search.counted(model, whole))
+    task = minitron.PruningTask(
         target,
-        pruning_choice.granularity(args, original),
-        allowed=allowed,
-        acceptable=pruning_search.acceptance(original, transformer, allowed, target),
-        calibrate=measure.run,
-        describe_calibration=measure.run.to_json,
-        score=measure.score,
-        cache=pruning_choice.cache(args, source),
-        show_progress=session.show_progress,
+        space,
+        search.acceptance(original, transformer, space.dimensions, target),
+        calibrate=scorer.calibration,
+        describe_calibration=scorer.calibration.to_json,
+        score=scorer.score,
+        cache=plan.cache or pruning_options.cache(options, source),
     )
-    architecture = pruning_space.pruned_architecture(original, outcome.config, outcome.kept_layers)
-    for each in outcome.candidates:
-        each |= pruning_search.size(original, transformer, memory, **each["config"]).to_json()
-    if session.is_main and outcome.candidates:
-        by = "MMLU accuracy" if args.mmlu_dataset else "log-likelihood"
-        pruning_report.show_candidates(outcome.candidates, outcome.fitting, by)
-    small = pruning_search.size(architecture, model.config, memory)
-    after = measure.of(model, architecture, pruning_search.counted(model, small))
-    content = torch_dist.save(
-        model,
-        Path(args.save),
-        Manifest(
-            "prune",
-            architecture.to_json(),
-            configuration=arguments.explicit(args),
-            inputs=source.inputs(),
-            metrics=pruning_report.metrics(
-                outcome, before, after, measure.run.to_json() if outcome.calibrated else None
-            ),
-            started=session.started,
-            peak_memory_bytes=session.peak_memory(),
-            extra={"pruned_from": original.to_json(), **source.pruned_from()},
-        ),
-        write_huggingface=small_files(
-            folder, architecture, outcome.kept_layers, python_files=args.trust_remote_code
-        ),
+    result = minitron.prune(model, task, show_progress=session.show_progress)
+    architecture = pruned_architecture(original, result.config, result.kept_layers)
+    small = search.size(architecture, model.config, options.memory)
+    after = scorer.of(model, architecture, search.counted(model, small))
+    sizes = [
+        search.size(original, transformer, options.memory, **each.config)
+        for each in result.candidates
+    ]
+    manifest = record.of_run(
+        options,
+        session,
+        source,
+        architecture=architecture.to_json(),
+        metrics=report.metrics(result, before, after, sizes, scorer.calibration.to_json()),
+        extra={"pruned_from": original.to_json(), **source.pruned_from()},
     )
-    if session.is_main:
-        pruning_report.show(args, content or {}, outcome, before, after, memory)
-    return model, content or {}
+    write = small_files(
+        folder, architecture, result.kept_layers, python_files=options.trust_remote_code
+    )
+    content = torch_dist.save(model, plan.save, manifest, write_huggingface=write)
+    smoke_generation.run(options.smoke, model, scorer.tokenizer, plan.save)
+    return Pruned(model, before, after, content or {})
 
 
 def small_files(
     source: Path, architecture: Architecture, kept_layers: list[int], *, python_files: bool
 ) -> Callable[[Path], None]:
     """Writes configuration, adapted to the pruned model, and tokenizer into a folder."""
-    from post_training.checkpoints import huggingface
-    from post_training.common import files
-    from post_training.models import families
 
     def write(folder: Path) -> None:
         huggingface.copy_small_files(source, folder, python_files=python_files)
@@ -175,13 +169,15 @@ def small_files(
     return write
 
 
-def main() -> None:
-    args = arguments.parse_namespace("prune", add_arguments, check)
-    from post_training.cli.stage import open_session
+def show(plan: Plan, result: Pruned, session: Session) -> None:
+    report.show(plan.options, plan.save, result.content, result.before, result.after)
 
-    with open_session(args) as session:
-        model, _ = prune(args, session)
-        smoke_generation.run(args, model, find_source(args))
+
+STAGE = Stage("prune", PruneOptions, check, prune, show)
+
+
+def main() -> None:
+    run(STAGE)
 
 
 if __name__ == "__main__":

@@ -7,41 +7,66 @@ P.json is a list of strings. The output has ``prompt_token_ids`` and ``token_ids
 
 from __future__ import annotations
 
-import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from post_training.checkpoints import loading
-from post_training.checkpoints.source import fetch_source, find_source
-from post_training.config import arguments
+from post_training.checkpoints.source import Source, fetch_source, find_source
+from post_training.cli.stage import Stage, run
+from post_training.config.checks import at_least, required
+from post_training.config.flags import flag
+from post_training.config.options import StageOptions
+
+if TYPE_CHECKING:
+    from post_training.distributed.session import Session
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompts-file", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--max-new-tokens", type=int, default=32)
+@dataclass(frozen=True, kw_only=True)
+class GreedyOptions(StageOptions):
+    prompts_file: str | None = flag(metavar="FILE", help="JSON list of texts")
+    output: str | None = flag(metavar="FILE", help="JSON to write")
+    max_new_tokens: int = flag(32, metavar="N", check=at_least(1), help="new ones (%(default)s)")
+
+
+@dataclass(frozen=True)
+class Plan:
+    options: GreedyOptions
+    source: Source
+    prompts: list[str]
+    output: Path
+
+
+def check(options: GreedyOptions) -> Plan:
+    file = required("--prompts-file", options.prompts_file)
+    output = required("--output", options.output)
+    prompts = json.loads(Path(file).read_text(encoding="utf-8"))
+    return Plan(options, find_source(options), prompts, Path(output))
+
+
+def greedy_tokens(plan: Plan, session: Session) -> None:
+    from post_training.inference import generation
+
+    source = fetch_source(plan.source, plan.options)
+    model = loading.load(source, plan.options, session)
+    tokenizer = loading.tokenizer(source, plan.options)
+    # As an engine does: the text holds the chat template's special tokens already.
+    ids = [tokenizer(prompt).input_ids for prompt in plan.prompts]
+    new = generation.generate(model, ids, plan.options.max_new_tokens)
+    if session.is_main:
+        rows = [
+            {"prompt_token_ids": prompt, "token_ids": tokens}
+            for prompt, tokens in zip(ids, new, strict=True)
+        ]
+        plan.output.write_text(json.dumps(rows), encoding="utf-8")
+
+
+STAGE = Stage("greedy_tokens", GreedyOptions, check, greedy_tokens)
 
 
 def main() -> None:
-    args = arguments.parse_namespace("greedy_tokens", add_arguments, find_source)
-    from post_training.cli.stage import open_session
-
-    with open_session(args) as session:
-        from post_training.inference import generation
-
-        source = fetch_source(find_source(args), args)
-        model = loading.load(source, args, session)
-        tokenizer = loading.tokenizer(source, args)
-        prompts = json.loads(args.prompts_file.read_text(encoding="utf-8"))
-        # As an engine does: the text holds the chat template's special tokens already.
-        ids = [tokenizer(prompt).input_ids for prompt in prompts]
-        new = generation.generate(model, ids, args.max_new_tokens)
-        if session.is_main:
-            rows = [
-                {"prompt_token_ids": prompt, "token_ids": tokens}
-                for prompt, tokens in zip(ids, new, strict=True)
-            ]
-            args.output.write_text(json.dumps(rows), encoding="utf-8")
+    run(STAGE)
 
 
 if __name__ == "__main__":

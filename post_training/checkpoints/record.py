@@ -1,12 +1,14 @@
-"""What a stage records of its run in ``run.json``."""
+"""What a stage records of its run: ``run.json`` of an output, or a report about a model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from post_training.checkpoints.source import Source
+from post_training.common import manifest
 from post_training.common.manifest import Manifest
 from post_training.config.options import StageOptions
 
@@ -42,6 +44,36 @@ def of_run(
         peak_memory_bytes=session.peak_memory(),
         extra=dict(extra or {}),
     )
+
+
+def report_of_run(
+    options: StageOptions,
+    session: Session,
+    inputs: Iterable[Mapping[str, Any]],
+    found: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The content of a report, for a stage that makes nothing but one; a collective call.
+
+    Args:
+        inputs: as :func:`post_training.common.manifest.describe_input` describes them.
+        found: what the stage found out, by name.
+    """
+    return {
+        "stage": options.stage,
+        "command": manifest.command(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "configuration": manifest.without_secrets_in(dict(options.given)),
+        "inputs": [dict(each) for each in inputs],
+        **found,
+        "peak_memory_bytes": session.peak_memory(),
+        "parallel": {
+            "tensor": session.parallel.tensor,
+            "pipeline": session.parallel.pipeline,
+            "data": session.parallel.data,
+        },
+        "versions": manifest.versions(),
+        "git_commit": manifest.git_commit(),
+    }
 
 
 def _json(value: Any) -> Any:

@@ -11,6 +11,16 @@ from post_training.export import answer, readback
 
 
 def main() -> None:
+    args = _arguments()
+    folder = _verified(args.folder)
+    algorithm = folder.quantization.get("quant_algo") or "not quantized"
+    print(f"verified: {args.folder}, {algorithm}, {folder.bits_per_weight():.2f} bits per weight")
+    if args.question:
+        print(f"question: {args.question}")
+        print(f"answer:   {answer.answer(folder, args.question, args.max_new_tokens)}")
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m post_training.answer",
         description=answer.__doc__,
@@ -19,15 +29,17 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="exported model folder")
     parser.add_argument("question", nargs="?", help="without it the folder is only verified")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="(64)")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def _verified(path: Path) -> readback.Folder:
+    """The exported folder; exits with code 2 if it is none, with 1 if something is wrong in it."""
     try:
-        if not (args.folder / "config.json").is_file():
+        if not (path / "config.json").is_file():
             raise UsageError(
-                f"folder {args.folder}",
-                "it has no config.json",
-                "name a folder that export.sh wrote",
+                f"folder {path}", "it has no config.json", "name a folder that export.sh wrote"
             )
-        folder = readback.Folder(args.folder)
+        folder = readback.Folder(path)
     except UsageError as error:
         exit_with_usage_error(error)
     problems = folder.problems()
@@ -35,8 +47,4 @@ def main() -> None:
         print(f"problem: {problem}", file=sys.stderr)
     if problems:
         sys.exit(1)
-    algorithm = folder.quantization.get("quant_algo") or "not quantized"
-    print(f"verified: {args.folder}, {algorithm}, {folder.bits_per_weight():.2f} bits per weight")
-    if args.question:
-        print(f"question: {args.question}")
-        print(f"answer:   {answer.answer(folder, args.question, args.max_new_tokens)}")
+    return folder

@@ -7,20 +7,18 @@ if a stage could not run.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
-import logging
 import os
 import shutil
 import sys
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from post_training.common import threads, versions
+from post_training.common.quiet import quiet
 
+_NO_APEX = r"(Transformer Engine and )?Apex (is|are) not installed"
 _SMALLEST_DISK = 10 * 10**9
 _SMALLEST_MEMORY = 4 * 10**9
 
@@ -40,16 +38,17 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """All findings about this machine."""
+    """Everything found about this machine."""
     findings = [_python(), *_packages()]
     installed = not any(finding.fatal for finding in findings)
     if importlib.util.find_spec("torch") is not None:
         findings += _devices()
-    # Without fitting packages an import would only fail in a less readable way.
+    # Otherwise the imports would fail with a message that says less.
     if installed:
-        with _without_what_the_table_says():
+        # The table says itself that Apex, Transformer Engine or a GPU is missing.
+        with quiet("torch.utils.cpp_extension", warning=_NO_APEX):
             findings += [_transformer_engine(), _stages_import()]
-    return [*findings, _memory(), _disk(), *_tools()]
+    return [*findings, _memory(), _disk(), _slurm()]
 
 
 def _python() -> Finding:
@@ -121,19 +120,6 @@ def _nccl() -> str:
     return ".".join(map(str, torch.cuda.nccl.version()))
 
 
-@contextlib.contextmanager
-def _without_what_the_table_says() -> Iterator[None]:
-    """Imports without their warnings that Apex, Transformer Engine or a GPU is missing."""
-    import torch
-
-    if not torch.cuda.is_available():
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        missing = r"(Transformer Engine and )?Apex (is|are) not installed"
-        warnings.filterwarnings("ignore", missing, UserWarning)
-        yield
-
-
 def _transformer_engine() -> Finding:
     from post_training import portable
 
@@ -174,21 +160,20 @@ def _disk() -> Finding:
     return Finding("disk", text)
 
 
-def _tools() -> list[Finding]:
-    uses: dict[str, tuple[str, Callable[[], object]]] = {
-        "sbatch": ("submits to SLURM; only needed there", lambda: shutil.which("sbatch")),
-    }
-    return [
-        Finding(name, str(found()) if found() else f"not found ({use})")
-        for name, (use, found) in uses.items()
-    ]
+def _slurm() -> Finding:
+    found = shutil.which("sbatch")
+    return Finding("sbatch", found or "not found (submits to SLURM; only needed there)")
 
 
 def show(findings: list[Finding]) -> None:
-    """Print the table to stdout."""
-    from rich.console import Console
-    from rich.table import Table
-
+    """Print the table to stdout; plain lines where rich is missing."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        for finding in findings:
+            print(f"{finding.mark:8} {finding.name:20} {finding.value}  {finding.remedy}")
+        return
     table = Table(title="post_training.doctor", title_justify="left")
     for column in ("", "what", "found", "remedy"):
         table.add_column(column, overflow="fold")
@@ -200,15 +185,10 @@ def show(findings: list[Finding]) -> None:
 
 
 def main() -> None:
-    argparse.ArgumentParser(
-        prog="python -m post_training.doctor", description=__doc__.split("\n\n")[0]
-    ).parse_args()
+    description = __doc__.split("\n\n")[0]
+    argparse.ArgumentParser("python -m post_training.doctor", description=description).parse_args()
     findings = examine()
-    try:
-        show(findings)
-    except ImportError:  # rich itself is missing
-        for finding in findings:
-            print(f"{finding.mark:8} {finding.name:20} {finding.value}  {finding.remedy}")
+    show(findings)
     fatal = [finding.name for finding in findings if finding.fatal]
     if fatal:
         print(f"not ready: {', '.join(fatal)}")

@@ -11,6 +11,17 @@ from post_training.common.errors import UsageError
 
 
 def main() -> None:
+    args = _arguments()
+    if args.command == "quote":
+        print(manifest.quoted(args.words))
+        return
+    try:
+        sys.exit(0 if manifest.is_valid(args.output, args.source, args.made_by) else 1)
+    except UsageError:
+        sys.exit(1)
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m post_training.manifest", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     valid = commands.add_parser("valid", help="exit code 0 if OUTPUT can stay as it is, else 1")
@@ -19,11 +30,4 @@ def main() -> None:
     valid.add_argument("made_by", nargs=argparse.REMAINDER, metavar="COMMAND")
     quote = commands.add_parser("quote", help="print WORDS quoted for a shell, without secrets")
     quote.add_argument("words", nargs=argparse.REMAINDER, metavar="WORDS")
-    args = parser.parse_args()
-    if args.command == "quote":
-        print(manifest.quoted(args.words))
-        return
-    try:
-        sys.exit(0 if manifest.is_valid(args.output, args.source, args.made_by) else 1)
-    except UsageError:
-        sys.exit(1)
+    return parser.parse_args()

@@ -18,17 +18,15 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from post_training.checkpoints.source import Source
 from post_training.cli import dry_run
 from post_training.common.errors import UsageError, exit_with_usage_error
 from post_training.config import arguments, model_description
 from post_training.config.options import StageOptions
-from post_training.distributed import signals
-
-if TYPE_CHECKING:
-    from post_training.distributed.session import Session
+from post_training.distributed import session, signals
+from post_training.distributed.session import Session
 
 logger = logging.getLogger("post_training")
 
@@ -84,7 +82,7 @@ def make_plan[Options: StageOptions, P: Plan, Result](
     options = arguments.parse(stage.name, stage.options, argv)
     model_description.check_division(options)
     plan = stage.check(options)
-    model_description.check_tokenizer(options)
+    model_description.check_tokenizer(plan.options)
     return plan
 
 
@@ -101,13 +99,13 @@ def run[Options: StageOptions, P: Plan, Result](stage: Stage[Options, P, Result]
         exit_with_usage_error(error)
     if plan.options.dry_run or plan.options.check_only:
         return
-    with open_session(plan.options) as session:
+    with open_session(plan.options) as opened:
         if plan.options.sequence_parallel and not stage.sequence_parallel:
             # Confs of large models carry the flag for training.
             logger.info("--sequence-parallel has no effect: %s trains nothing", stage.name)
-        result = stage.work(plan, session)
-        if session.is_main and stage.show is not None:
-            stage.show(plan, result, session)
+        result = stage.work(plan, opened)
+        if opened.is_main and stage.show is not None:
+            stage.show(plan, result, opened)
     code = stage.exit_code(plan, result)
     if code:
         sys.exit(code)
@@ -115,9 +113,7 @@ def run[Options: StageOptions, P: Plan, Result](stage: Stage[Options, P, Result]
 
 def open_session(options: StageOptions) -> AbstractContextManager[Session]:
     """The session that a stage's options ask for."""
-    from post_training.distributed.session import open_session
-
-    return open_session(
+    return session.open_session(
         options.stage,
         options.parallel,
         seed=options.seed,

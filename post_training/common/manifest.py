@@ -85,7 +85,7 @@ class Manifest:
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.time() - self.started, 3),
             "architecture": self.architecture,
-            "configuration": _without_secrets(self.configuration),
+            "configuration": without_secrets_in(self.configuration),
             "versions": versions(),
             "git_commit": git_commit(),
             "inputs": self.inputs,
@@ -223,14 +223,14 @@ def without_secrets(text: str) -> str:
     return _TOKEN.sub("hf_***", text)
 
 
-def _without_secrets(value: Any) -> Any:
+def without_secrets_in(value: Any) -> Any:
     """The same for every string in a JSON value."""
     if isinstance(value, str):
         return without_secrets(value)
     if isinstance(value, dict):
-        return {name: _without_secrets(each) for name, each in value.items()}
+        return {name: without_secrets_in(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_secrets(each) for each in value]
+        return [without_secrets_in(each) for each in value]
     return value
 
 

@@ -34,6 +34,15 @@ def check_folder(folder: Path, *, overwrite: bool, needed: int = 0) -> None:
     writable(folder)
 
 
+def check_file(path: Path, option: str, *, overwrite: bool) -> None:
+    """Check that the file ``path``, which ``option`` names, can be written."""
+    if path.is_dir():
+        raise UsageError(f"{option} {path}", "it is a folder", "name a file")
+    if path.exists() and not overwrite:
+        raise UsageError(f"{option} {path}", "it exists", "name another file, or give --overwrite")
+    writable(path, f"{option} {path}")
+
+
 def writable(path: Path, what: str = "") -> None:
     """Raise UsageError unless this user may create ``path``, a file or a folder.
 

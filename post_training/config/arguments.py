@@ -79,7 +79,8 @@ def parse[Options: StageOptions](
     args = argparse.Namespace(**{**defaults, **given}, explicit=given)
     shared: dict[str, Any] = {
         "stage": stage,
-        "given": given,
+        # run.json records them.
+        "given": {n: str(v) if isinstance(v, Path) else v for n, v in given.items()},
         "ignored_flags": tuple(dict.fromkeys(ignored)),
         "load": args.load,
         "save": args.save,

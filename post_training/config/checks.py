@@ -11,10 +11,11 @@ from collections.abc import Callable
 from post_training.common.errors import UsageError, suggest
 
 
-def required(option: str, value: str | None, variable: str) -> str:
+def required(option: str, value: str | None, variable: str | None = None) -> str:
     """``value``; where there is none, an error names the flag and the launcher's variable."""
     if not value:
-        raise UsageError(f"{option} (not given)", "it is needed", f"set {variable} or {option}")
+        remedy = f"set {variable} or {option}" if variable else f"give {option}"
+        raise UsageError(f"{option} (not given)", "it is needed", remedy)
     return value
 
 
@@ -40,6 +41,12 @@ def fraction(option: str, value: float) -> None:
     """Raise UsageError unless the number is from 0 to 1."""
     if not 0 <= value <= 1:
         raise UsageError(f"{option} {value}", "it is not from 0 to 1", "give e.g. 0.5")
+
+
+def share(option: str, value: float) -> None:
+    """Raise UsageError unless the number is above 0 and at most 1."""
+    if not 0 < value <= 1:
+        raise UsageError(f"{option} {value}", "it is no share of a whole", "give 0 < x <= 1")
 
 
 def no_context_parallelism(size: int) -> None:

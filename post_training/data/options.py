@@ -1,17 +1,16 @@
-"""The calibration flags that stages share: which text, how much of it. Nothing here imports torch.
+"""The calibration flags that stages share: which text, how much of it. No torch.
 
 Both spellings of the data's flag are known, quantize's and prune's of Megatron-LM.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
 from collections.abc import Container
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from post_training.common.errors import UsageError
+from post_training.config.checks import positive
 from post_training.config.flags import flag
 from post_training.data import document_formats
 from post_training.data.sources import TextSource
@@ -23,67 +22,47 @@ if TYPE_CHECKING:
 logger = logging.getLogger("post_training")
 
 OPTION = "--calib-dataset-path-or-name"
-_COUNTS = ("calib_size", "calib_max_sequence_length", "calib_batch_size")
 
 
-def add_arguments(add: Any) -> None:
-    """Add the flags with ``add``, the ``add_argument`` of a parser or of its group."""
-    add(
-        OPTION,
-        "--calib-dataset",
-        dest="calib_dataset_path_or_name",
-        default="cnn_dailymail",
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    TITLE: ClassVar[str] = "calibration"
+
+    calib_dataset_path_or_name: str = flag(
+        "cnn_dailymail",
+        names=("--calib-dataset",),
         metavar="PATH_OR_NAME",
         help="JSONL, parquet, CSV or text, a folder of such, or a hub name (%(default)s)",
     )
-    add("--calib-size", type=int, default=1024, metavar="N", help="sequences (%(default)s)")
-    add(
-        "--calib-max-sequence-length",
-        type=int,
-        default=4096,
-        metavar="N",
-        help="tokens a sequence (%(default)s)",
+    calib_size: int = flag(1024, metavar="N", check=positive, help="sequences (%(default)s)")
+    calib_max_sequence_length: int = flag(
+        4096, metavar="N", check=positive, help="tokens per sequence (%(default)s)"
     )
-    add(
-        "--calib-batch-size",
-        type=int,
-        default=1,
-        metavar="N",
-        help="sequences a forward pass (%(default)s)",
+    calib_batch_size: int = flag(
+        1, metavar="N", check=positive, help="sequences per forward pass (%(default)s)"
     )
-    add(
-        "--calib-use-random-offset",
-        action="store_true",
-        help="start each document at a random place",
-    )
+    calib_use_random_offset: bool = flag(False, help="start each document at a random place")
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raise UsageError for counts that are not positive, and for data that cannot be read."""
-    for name in _COUNTS:
-        positive(args, name)
-    document_formats.check(args.calib_dataset_path_or_name, OPTION)
+def check(options: CalibrationOptions) -> None:
+    """Raise UsageError for data that cannot be read."""
+    document_formats.check(options.calib_dataset_path_or_name, OPTION)
 
 
-def positive(args: argparse.Namespace, name: str) -> None:
-    """Raise UsageError unless the whole number of that name is at least 1."""
-    if getattr(args, name) < 1:
-        spelled = "--" + name.replace("_", "-")
-        raise UsageError(f"{spelled} {getattr(args, name)}", "it is not positive", "1 or more")
-
-
-def load(args: argparse.Namespace, tokenizer: Any, architecture: Architecture) -> CalibrationData:
+def load(
+    options: CalibrationOptions, tokenizer: Any, architecture: Architecture, seed: int
+) -> CalibrationData:
     """The packed sequences, the same on every rank; no longer than the model's positions."""
     from post_training.data import calibration_data
 
     samples = calibration_data.on_first_rank(
         lambda: calibration_data.load_calibration_data(
-            args.calib_dataset_path_or_name,
+            options.calib_dataset_path_or_name,
             tokenizer,
-            args.calib_size,
-            min(args.calib_max_sequence_length, architecture.max_position_embeddings),
-            random_offset=args.calib_use_random_offset,
-            seed=args.seed,
+            options.calib_size,
+            min(options.calib_max_sequence_length, architecture.max_position_embeddings),
+            random_offset=options.calib_use_random_offset,
+            seed=seed,
         )
     )
     logger.info("calibration data: %s", samples.describe())

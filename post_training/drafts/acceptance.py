@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 
@@ -60,11 +59,13 @@ class Acceptance:
     def interval(self, confidence: float = 0.95) -> tuple[float, float] | None:
         """Confidence interval of :attr:`length`; None with fewer than two answers.
 
-        Verifications of one answer resemble each other, so answers are what is sampled: the length
+        Verifications of one answer are correlated, so answers are the samples: the length
         is a ratio of two sums over them, and its variance that of the ratio estimator (Cochran,
-        Sampling Techniques, 1977, section 2.11), with Student's t for few answers. No value
-        outside 1 to k + 1 is given.
+        Sampling Techniques, 1977, section 2.11), with Student's t for few answers. It is cut to
+        1 to k + 1.
         """
+        from scipy.special import stdtrit  # quantile of Student's t
+
         answers = [answer for answer in self.accepted if answer]
         if len(answers) < 2 or self.length is None:
             return None
@@ -72,7 +73,7 @@ class Acceptance:
         count = len(answers)
         variance = count / (count - 1) * sum(each**2 for each in residuals)
         error = math.sqrt(variance) / self.verifications
-        half = student_t(0.5 + confidence / 2, count - 1) * error
+        half = float(stdtrit(count - 1, 0.5 + confidence / 2)) * error
         return max(1.0, self.length - half), min(self.steps + 1.0, self.length + half)
 
     def to_json(self) -> dict[str, Any]:
@@ -87,26 +88,6 @@ class Acceptance:
             "acceptance_rate_by_position": [_rounded(each) for each in self.by_position()],
             "histogram": self.histogram(),
         }
-
-
-def student_t(probability: float, degrees: int) -> float:
-    """Quantile of Student's t.
-
-    Exact for 1 and 2 degrees of freedom; from 3 on the expansion of Abramowitz and Stegun, 26.7.5,
-    which is right to 1 % at the 97.5 % quantile.
-    """
-    if degrees == 1:
-        return math.tan(math.pi * (probability - 0.5))
-    if degrees == 2:
-        return (2 * probability - 1) * math.sqrt(2 / (4 * probability * (1 - probability)))
-    z = NormalDist().inv_cdf(probability)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / degrees**power for power, term in enumerate(terms, start=1))
 
 
 def matching(proposed: Iterable[int], chosen: Iterable[int]) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 from post_training.common import files
 from post_training.common.errors import UsageError
 from post_training.drafts.acceptance import matching
-from post_training.drafts.measure import Measured, Question
+from post_training.drafts.answers import AnswerPair, TokenizedPrompt
 
 TEMPERATURE = 0.0  # decoding is greedy here
 
@@ -29,18 +29,18 @@ class GroundTruth:
     Attributes:
         settings: see :func:`settings`.
         answers: greedy answer by the row's identity and prompt.
-        acceptance: as :meth:`Acceptance.to_json`.
+        acceptance_length: of the draft then; None without any verification.
         questions: the prompts.
     """
 
     settings: dict[str, Any]
     answers: dict[str, list[int]]
-    acceptance: dict[str, Any]
-    questions: list[Question]
+    acceptance_length: float | None
+    questions: list[TokenizedPrompt]
 
 
 def settings(
-    questions: Iterable[Question],
+    questions: Iterable[TokenizedPrompt],
     *,
     source: str,
     steps: int,
@@ -64,7 +64,7 @@ def settings(
 def write(
     path: Path,
     content: Mapping[str, Any],
-    measured: Sequence[Measured],
+    pairs: Sequence[AnswerPair],
     decode: Callable[[Sequence[int]], str],
 ) -> None:
     """Keep the greedy answers and the settings in ``content`` for later comparisons.
@@ -79,7 +79,7 @@ def write(
             "prompt_text": decode(each.question.prompt),
             "text": decode(each.plain),
         }
-        for each in measured
+        for each in pairs
     ]
     names = ("command", "finished", "inputs", "settings", "acceptance", "versions", "git_commit")
     files.write_json(path, {**{name: content[name] for name in names}, "answers": answers})
@@ -95,12 +95,12 @@ def read(path: Path, option: str = "--ground-truth-path") -> GroundTruth:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         questions = [
-            Question(row["id"], list(map(int, row["prompt"])), row.get("category"))
+            TokenizedPrompt(row["id"], list(map(int, row["prompt"])), row.get("category"))
             for row in content["answers"]
         ]
         tokens = [list(map(int, row["tokens"])) for row in content["answers"]]
         known = dict(content["settings"])
-        acceptance = dict(content["acceptance"])
+        length = dict(content["acceptance"]).get("acceptance_length")
     except FileNotFoundError:
         raise UsageError(
             what, "there is no such file", "make it first: SAVE_GT_PATH=... bash validate.sh <conf>"
@@ -112,23 +112,23 @@ def read(path: Path, option: str = "--ground-truth-path") -> GroundTruth:
             "name a file that SAVE_GT_PATH=... bash validate.sh <conf> wrote",
         ) from error
     answers = {_key(each): answer for each, answer in zip(questions, tokens, strict=True)}
-    return GroundTruth(known, answers, acceptance, questions)
+    return GroundTruth(known, answers, length, questions)
 
 
 def compare(
-    saved: GroundTruth, measured: Sequence[Measured], now: Mapping[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
+    saved: GroundTruth, pairs: Sequence[AnswerPair], now: Mapping[str, Any]
+) -> dict[str, Any]:
     """This run's greedy answers against the saved ones.
 
     Args:
         now: this run's :func:`settings`.
 
     Returns:
-        The comparison, and a sentence for each setting that differs.
+        For the report; ``differing_settings`` has a sentence for each setting that differs.
     """
     both = [
         (saved.answers[_key(each.question)], each.plain)
-        for each in measured
+        for each in pairs
         if _key(each.question) in saved.answers
     ]
     notes = []
@@ -143,22 +143,22 @@ def compare(
         if was == value:
             continue
         if name == "prompts_sha256":
-            shown = f": {len(both)} of {len(measured)} are among the {len(saved.answers)} saved"
+            shown = f": {len(both)} of {len(pairs)} are among the {len(saved.answers)} saved"
         else:
             shown = f": {was} there, {value} here"
         notes.append(f"{meaning} differ from the saved ground truth's{shown}")
-    # An answer that was cut by another --osl is no other answer.
+    # An answer that another --osl cut is not a different answer.
     shortest = min(saved.settings.get("osl") or 0, now["osl"])
-    pairs = [(old[:shortest], new[:shortest]) for old, new in both]
+    compared = [(old[:shortest], new[:shortest]) for old, new in both]
     return {
-        "compared_answers": len(pairs),
-        "same_answers": sum(old == new for old, new in pairs),
-        "same_leading_tokens": sum(matching(old, new) for old, new in pairs),
-        "saved_tokens": sum(len(old) for old, _ in pairs),
-        "saved_acceptance_length": saved.acceptance.get("acceptance_length"),
+        "compared_answers": len(compared),
+        "same_answers": sum(old == new for old, new in compared),
+        "same_leading_tokens": sum(matching(old, new) for old, new in compared),
+        "saved_tokens": sum(len(old) for old, _ in compared),
+        "saved_acceptance_length": saved.acceptance_length,
         "differing_settings": notes,
-    }, notes
+    }
 
 
-def _key(question: Question) -> str:
+def _key(question: TokenizedPrompt) -> str:
     return json.dumps([question.id, question.prompt])

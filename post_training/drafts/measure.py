@@ -5,152 +5,222 @@ Both decode one sequence at a time in the same run, so that their speeds compare
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from post_training.drafts.acceptance import Acceptance, matching
+import torch
+from tqdm import tqdm
 
-if TYPE_CHECKING:
-    import torch
+from post_training.checkpoints.source import Source
+from post_training.common.errors import UsageError
+from post_training.config.options import StageOptions
+from post_training.data.prompts import Prompts
+from post_training.distributed.collectives import from_all_ranks
+from post_training.distributed.session import Session
+from post_training.drafts.acceptance import matching
+from post_training.drafts.answers import AnswerPair, TokenizedPrompt
+from post_training.drafts.eagle3 import decoding
+from post_training.drafts.eagle3.decoding import Choice, Decoded
+from post_training.drafts.record import draft_of
+from post_training.inference import dialogues, forward, generation
+from post_training.inference.dialogues import Speaker
+from post_training.inference.options import OPTION
+from post_training.inference.sampling import greedy
+
+logger = logging.getLogger("post_training")
+
+_WARM_UP_TOKENS = 4
 
 
 @dataclass(frozen=True)
-class Question:
-    """A prompt as token ids, with the identity and the category of its row."""
-
-    id: str | int
-    prompt: list[int]
-    category: str | None = None
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One answer, decoded twice.
+class Decoders:
+    """Both ways of decoding one sequence with the same model; each method is a collective call.
 
     Attributes:
-        question: what was asked.
-        plain: tokens of greedy decoding.
-        speculative: tokens of speculative decoding; the same, or something is wrong.
-        accepted: draft tokens that each verification accepted.
-        plain_seconds, speculative_seconds: for the whole answer, the pass over the prompt too.
-        difference: where the tokens part, see :func:`_difference`; None if they do not.
+        model: a drafted model that ``decoding.can_verify``.
+        eos_ids: tokens that end an answer.
+        steps: draft tokens proposed to each verification.
+        vocab_size: choose among the first tokens only, where the output layer is padded.
     """
 
-    question: Question
-    plain: list[int]
-    speculative: list[int]
-    accepted: list[int]
-    plain_seconds: float
-    speculative_seconds: float
-    difference: dict[str, Any] | None = None
+    model: torch.nn.Module
+    eos_ids: Sequence[int]
+    steps: int
+    vocab_size: int
+
+    def plain(
+        self, prompt: list[int], max_new_tokens: int, choose: generation.Choose = greedy
+    ) -> list[int]:
+        """New tokens, one pass each."""
+        [tokens] = generation.generate(
+            self.model,
+            [prompt],
+            max_new_tokens,
+            self.eos_ids,
+            vocab_size=self.vocab_size,
+            choose=choose,
+        )
+        return tokens
+
+    def speculative(
+        self, prompt: list[int], max_new_tokens: int, watch: list[Choice] | None = None
+    ) -> Decoded:
+        """The same through the draft."""
+        return decoding.decode(
+            self.model,
+            prompt,
+            max_new_tokens,
+            self.eos_ids,
+            steps=self.steps,
+            vocab_size=self.vocab_size,
+            watch=watch,
+        )
 
 
-def measure(
-    model: torch.nn.Module,
-    questions: Sequence[Question],
-    *,
+def load_speaker(
+    source: Source, options: StageOptions, session: Session, **answering: Any
+) -> Speaker:
+    """As ``dialogues.load_speaker``, for a drafted model that can verify.
+
+    Raises:
+        UsageError: if its attention is of a kind that cannot verify several tokens at a time.
+    """
+    speaker = dialogues.load_speaker(source, options, session, **answering)
+    if not decoding.can_verify(speaker.model):
+        raise UsageError(
+            f"--load {options.load}",
+            "its attention has a window, chunks or a state, of which several tokens after a cache "
+            "are not verified here",
+            "measure the exported draft in an engine",
+        )
+    draft = draft_of(source)
+    if draft is not None and not draft.trained:
+        logger.warning("the draft of %s has not been trained yet", options.load)
+    return speaker
+
+
+def first_turns(read: Prompts, speaker: Speaker, steps: int) -> list[TokenizedPrompt]:
+    """The first turn of each dialogue, as tokens; those without room for an answer are left out.
+
+    Args:
+        speaker: with the longest answer and the context.
+        steps: draft tokens proposed at a time, which need room too.
+
+    Raises:
+        UsageError: if none is left.
+    """
+    longest, context = speaker.max_new_tokens, speaker.context_length
+    found, too_long = [], 0
+    for dialogue in read.dialogues:
+        first = dialogue.first_turn()
+        prompt = speaker.prompt(first, first.messages)
+        if len(prompt) + longest + steps > context:
+            too_long += 1
+        else:
+            found.append(TokenizedPrompt(dialogue.id, prompt, dialogue.category))
+    if too_long:
+        logger.warning("%d prompts leave no room for --osl %d and are left out", too_long, longest)
+    if not found:
+        raise UsageError(
+            f"{OPTION} {read.source}",
+            f"no prompt leaves room for {longest} tokens in the model's {context}",
+            "lower --osl, or give shorter prompts",
+        )
+    return found
+
+
+def answer_all(
+    session: Session, speaker: Speaker, questions: Sequence[TokenizedPrompt], steps: int
+) -> list[AnswerPair]:
+    """Every question's answers, in order, on every rank; replicas share the questions."""
+    from megatron.core import parallel_state
+
+    decoders = Decoders(speaker.model, speaker.eos_ids, steps, len(speaker.tokenizer))
+    rank, replicas, _ = generation.data_parallel()
+    with tqdm(total=len(questions), unit="answer", disable=not session.show_progress) as bar:
+        found = answer(
+            decoders,
+            questions[rank::replicas],
+            speaker.max_new_tokens,
+            progress=lambda: bar.update(replicas),
+        )
+    # One rank of each replica reports: one that has the logits.
+    reports = parallel_state.get_tensor_model_parallel_rank() == 0
+    reports &= parallel_state.is_pipeline_last_stage()
+    gathered = from_all_ranks((rank, found if reports else None))
+    shares = {place: each for place, each in gathered if each is not None}
+    return [shares[number % replicas][number // replicas] for number in range(len(questions))]
+
+
+def answer(
+    decoders: Decoders,
+    questions: Sequence[TokenizedPrompt],
     max_new_tokens: int,
-    steps: int,
-    eos_ids: Sequence[int],
-    vocab_size: int,
-    progress: Callable[[], None] = lambda: None,
-) -> list[Measured]:
-    """Answer ``questions`` twice each; a collective call of one copy of the model.
+    progress: Callable[[], Any] = lambda: None,
+) -> list[AnswerPair]:
+    """Answer ``questions`` twice each; a collective call of one replica.
 
     Differences are known on the last pipeline stage only, where the logits are.
     """
-    from post_training.drafts.eagle3 import decoding as speculative
-    from post_training.inference import generation
-
-    found = []
-    end = list(eos_ids)
     if questions:
         # The first passes fill caches and compile kernels: they belong to neither time.
-        warm_up = questions[0].prompt
-        generation.generate(model, [warm_up], 4, end, vocab_size=vocab_size)
-        speculative.decode(model, warm_up, 4, end, steps=steps, vocab_size=vocab_size)
+        decoders.plain(questions[0].prompt, _WARM_UP_TOKENS)
+        decoders.speculative(questions[0].prompt, _WARM_UP_TOKENS)
+    found = []
     for question in questions:
         begun = _now()
-        [plain] = generation.generate(
-            model, [question.prompt], max_new_tokens, end, vocab_size=vocab_size
-        )
+        plain = decoders.plain(question.prompt, max_new_tokens)
         between = _now()
-        drafted = speculative.decode(
-            model, question.prompt, max_new_tokens, end, steps=steps, vocab_size=vocab_size
-        )
+        drafted = decoders.speculative(question.prompt, max_new_tokens)
         ended = _now()
-        difference = None
+        differs = None
         if drafted.tokens != plain:
-            difference = _difference(
-                model, question, max_new_tokens, steps, end, vocab_size, drafted.tokens, plain
-            )
+            at = matching(drafted.tokens, plain)
+            differs = difference(decoders, question.prompt, max_new_tokens, at)
         found.append(
-            Measured(
+            AnswerPair(
                 question,
                 plain,
                 drafted.tokens,
                 drafted.accepted,
                 between - begun,
                 ended - between,
-                difference,
+                differs,
             )
         )
         progress()
     return found
 
 
-def _difference(
-    model: torch.nn.Module,
-    question: Question,
-    max_new_tokens: int,
-    steps: int,
-    eos_ids: Sequence[int],
-    vocab_size: int,
-    drafted: Sequence[int],
-    plain: Sequence[int],
+def difference(
+    decoders: Decoders, prompt: list[int], max_new_tokens: int, at: int
 ) -> dict[str, Any] | None:
-    """The first different token, with what each way of decoding thought of it.
+    """The first different token, number ``at``, with what each way of decoding saw there.
 
-    Both are repeated with their choices written down. ``rounding`` says whether the two best
-    logits were so near each other, in either way, that the order of a sum decides between them:
-    a pass over several tokens at once adds in another order than one over a single token.
+    Both are repeated with their choices recorded. ``rounding`` says whether the two best logits
+    were so close to each other, in either way, that the order of a sum decides between them: a
+    pass over several tokens at once adds in another order than one over a single token.
     """
-    import torch
-
-    from post_training.drafts.eagle3 import decoding as speculative
-    from post_training.drafts.eagle3.decoding import Choice
-    from post_training.inference import forward, generation
-
     seen: list[Choice] = []
-    speculative.decode(
-        model,
-        question.prompt,
-        max_new_tokens,
-        eos_ids,
-        steps=steps,
-        vocab_size=vocab_size,
-        watch=seen,
-    )
-    greedy: list[Choice] = []
+    decoders.speculative(prompt, max_new_tokens, watch=seen)
+    chosen: list[Choice] = []
 
     def choose(logits: torch.Tensor, _rows: Any, _positions: Any) -> torch.Tensor:
-        greedy.append(Choice.of(logits[0]))
-        return logits.argmax(dim=-1)
+        chosen.append(Choice.of(logits[0]))
+        return greedy(logits)
 
-    generation.generate(
-        model, [question.prompt], max_new_tokens, eos_ids, vocab_size=vocab_size, choose=choose
-    )
-    if not greedy:
+    decoders.plain(prompt, max_new_tokens, choose)
+    if not chosen:
         return None
-    at = matching(drafted, plain)
-    if at >= min(len(seen), len(greedy)):
+    if at >= min(len(seen), len(chosen)):
         return {"position": at, "plain": None, "speculative": None, "rounding": False}
-    both = (greedy[at], seen[at])
+    both = (chosen[at], seen[at])
     gap = min(choice.logit - choice.second_logit for choice in both)
     size = max(abs(choice.logit) for choice in both)
-    precision = torch.finfo(forward.dtype_of(forward.unwrap(model))).eps
+    precision = torch.finfo(forward.dtype_of(forward.unwrap(decoders.model))).eps
     return {
         "position": at,
         "plain": both[0]._asdict(),
@@ -160,40 +230,7 @@ def _difference(
 
 
 def _now() -> float:
-    """Seconds; what a GPU was asked to do is done by then."""
-    import torch
-
+    """Seconds, when the GPU has finished what it was given."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def summarize(measured: Sequence[Measured], steps: int) -> dict[str, Any]:
-    """Acceptance as a whole and by category, speeds, and whether the outputs are the same."""
-    whole = Acceptance(steps, [each.accepted for each in measured])
-    by_category: dict[str, list[list[int]]] = {}
-    for each in measured:
-        if each.question.category is not None:
-            by_category.setdefault(each.question.category, []).append(each.accepted)
-    tokens = sum(len(each.plain) for each in measured)
-    plain = tokens / sum(each.plain_seconds for each in measured)
-    drafted = sum(len(each.speculative) for each in measured) / sum(
-        each.speculative_seconds for each in measured
-    )
-    return {
-        **whole.to_json(),
-        "categories": {
-            name: Acceptance(steps, accepted).to_json()
-            for name, accepted in sorted(by_category.items())
-        },
-        "tokens": tokens,
-        "plain_tokens_per_second": round(plain, 3),
-        "speculative_tokens_per_second": round(drafted, 3),
-        "speed_up": round(drafted / plain, 4),
-        "identical_answers": sum(each.plain == each.speculative for each in measured),
-        "differences": [
-            {"id": each.question.id, **(each.difference or {})}
-            for each in measured
-            if each.plain != each.speculative
-        ],
-    }

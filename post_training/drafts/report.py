@@ -1,12 +1,59 @@
-"""How a measured draft is shown: a table, and a figure of three panels."""
+"""How a measured draft is reported: JSON, a figure of three panels, tables and a summary."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from post_training.common import files, report
+
+logger = logging.getLogger("post_training")
+
+_NEAR_ONE = 1.1  # below this acceptance length drafting cannot pay
 DEFINITION = "acceptance length = tokens per pass of the target: accepted draft tokens + 1"
+
+
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """The report, and the figure beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(path, content)
+    save_figure(content, path.with_suffix(".png"))
+
+
+def show(path: Path, content: Mapping[str, Any]) -> None:
+    """The tables, the summary and the warnings."""
+    print_table(content)
+    found = content["acceptance"]
+    rows = {
+        "output": f"{found['identical_answers']} of {found['answers']} answers are those of plain "
+        "greedy decoding, token for token",
+        "plain decoding": f"{found['plain_tokens_per_second']:.1f} tokens/s",
+        "speculative": f"{found['speculative_tokens_per_second']:.1f} tokens/s, "
+        f"{found['speed_up']:.2f} times plain decoding",
+    }
+    truth = content.get("ground_truth")
+    if truth:
+        was = truth["saved_acceptance_length"]
+        rows["ground truth"] = (
+            f"{truth['same_answers']} of {truth['compared_answers']} answers are the saved ones; "
+            f"acceptance length was {was}, is {found['acceptance_length']}"
+        )
+        for note in truth["differing_settings"]:
+            logger.warning("%s", note)
+    rows["report"] = f"{path}, {path.with_suffix('.png').name}"
+    report.summary("validated", rows)
+    length = found["acceptance_length"]
+    if length is None:
+        logger.warning("every answer ended with its first token: nothing was verified")
+    elif length < _NEAR_ONE:
+        logger.warning(
+            "acceptance length %.3f is near 1: the draft proposes nothing that the target would "
+            "say. Was it trained, for this target (quantized or not), on answers that the target "
+            "gave (generate.sh), with this chat template?",
+            length,
+        )
 
 
 def print_table(content: Mapping[str, Any]) -> None:
@@ -87,7 +134,7 @@ def save_figure(content: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def difference(each: Mapping[str, Any], decode: Any) -> str:
+def difference(each: Mapping[str, Any], decode: Callable[[list[int]], str]) -> str:
     """One line about an answer that differs, with both logits."""
     plain, drafted = each.get("plain"), each.get("speculative")
     if not plain or not drafted:

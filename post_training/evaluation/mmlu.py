@@ -1,7 +1,7 @@
 """Score a megatron-core model on multiple-choice questions, in one prefill for each.
 
-The answer is the letter with the largest logit after ``Answer:``. Only that position goes through
-the output layer, and only the letters' logits leave it. What all prompts of a subject begin with
+The answer is the letter with the largest logit after ``Answer:``. The output layer computes only
+that position, and returns only the letters' logits. The common prefix of a subject's prompts
 (header and solved examples) is computed once for the subject.
 """
 
@@ -78,7 +78,7 @@ def evaluate(
 ) -> Result:
     """Ask the questions; a collective call over all ranks, with the same result on each.
 
-    Data-parallel ranks take turns with the batches.
+    Data-parallel ranks share the batches round-robin.
 
     Args:
         model: a GPTModel or HybridModel without sequence and context parallelism.
@@ -87,7 +87,7 @@ def evaluate(
         few_shots: solved examples before each question.
         fraction: of each subject's questions, the first ones.
         batch_size: questions at a time.
-        share_prefix: compute what a subject's prompts begin with once.
+        share_prefix: compute the common prefix of a subject's prompts once.
         progress: called with the number of questions done after each batch of this rank.
 
     Raises:
@@ -161,7 +161,7 @@ def tokenize(
         prompts.append(mmlu_prompts.prompt(question, examples))
     sequences: list[list[int]] = tokenizer(prompts, verbose=False)["input_ids"]
     for tokens in sequences:
-        # Some tokenizers close every text; the model is to go on with it.
+        # Some tokenizers append an end token; the model has to continue the text.
         if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id:
             tokens.pop()
     return sequences
@@ -169,7 +169,7 @@ def tokenize(
 
 @dataclass(frozen=True)
 class AnswerTokens:
-    """How a tokenizer goes on from ``Answer:``: ``bridge``, then one of ``ids``."""
+    """The tokens after ``Answer:``: ``bridge``, then one of ``ids``."""
 
     bridge: list[int]
     ids: list[int]
@@ -224,7 +224,7 @@ def _batches(
     batch_size: int,
     share_prefix: bool,
 ) -> Iterator[_Batch]:
-    """Batches sorted by length, longest first, so that a lack of memory shows at once."""
+    """Batches sorted by length, longest first, so that running out of memory shows at once."""
     groups: dict[str, list[int]] = {}
     for index, question in enumerate(questions):
         groups.setdefault(question.subject, []).append(index)

@@ -52,7 +52,7 @@ def header(subject: str) -> str:
 
 
 def body(question: Question) -> str:
-    """Question and choices up to ``Answer:``, where the model is to go on with a letter."""
+    """Question and choices up to ``Answer:``, which the model continues with a letter."""
     lines = [question.question]
     lines += [
         f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=False)
@@ -73,7 +73,7 @@ def prompt(question: Question, examples: Sequence[Question] = ()) -> str:
 def select(test: Mapping[str, Sequence[Question]], fraction: float = 1.0) -> list[Question]:
     """The first ``ceil(fraction * n)`` questions of each subject (of n), subjects in order.
 
-    Taking the first ones is what ModelOpt's evaluation does: its figures stay comparable.
+    As ModelOpt's evaluation does, so that figures compare.
     """
     chosen: list[Question] = []
     for questions in test.values():

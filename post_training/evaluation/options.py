@@ -1,22 +1,48 @@
-"""The flags that say how a model is scored on MMLU. Nothing here imports torch."""
+"""The flags that say how a model is scored on MMLU. No torch."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from post_training.common.errors import UsageError
+from post_training.config.checks import at_least, share
+from post_training.config.flags import flag, spelled
 from post_training.data import records
 from post_training.evaluation import mmlu_data
+from post_training.evaluation.mmlu_data import Benchmark
+
+
+@dataclass(frozen=True, kw_only=True)
+class MmluOptions:
+    TITLE: ClassVar[str] = "questions"
+
+    mmlu_dataset: str | None = flag(
+        metavar="NAME_OR_PATH",
+        help="hub name, folder (dev.*, test.*) or file: JSONL, parquet or CSV (%(default)s)",
+    )
+    fraction: float = flag(
+        1.0, check=share, help="of each subject's questions, the first (%(default)s)"
+    )
+    few_shots: int = flag(
+        0, check=at_least(0), help="solved examples before each question (%(default)s)"
+    )
+    mmlu_batch_size: int = flag(1, check=at_least(1), help="questions at a time (%(default)s)")
+
+
+def load_local(options: MmluOptions) -> Benchmark | None:
+    """The questions, where they are on this machine and need no network.
+
+    Raises:
+        UsageError: if they cannot be read.
+    """
+    if not options.mmlu_dataset or not records.is_local(options.mmlu_dataset):
+        return None
+    return mmlu_data.load(options.mmlu_dataset, options.few_shots)
 
 
 def add_arguments(add: Any, dataset: str | None, when_absent: str = "") -> None:
-    """Add the flags with ``add``, the ``add_argument`` of a parser or of its group.
-
-    Args:
-        dataset: default of --mmlu-dataset.
-        when_absent: what the stage does without it, for the help.
-    """
+    """The same flags for a stage that has a namespace still: prune."""
     add(
         "--mmlu-dataset",
         default=dataset,
@@ -31,13 +57,8 @@ def add_arguments(add: Any, dataset: str | None, when_absent: str = "") -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Raise UsageError for a value that cannot be, or local questions that cannot be read."""
-    if not 0 < args.fraction <= 1:
-        raise UsageError(f"--fraction {args.fraction}", "it is no share", "give 0 < x <= 1")
-    if args.few_shots < 0:
-        raise UsageError(f"--few-shots {args.few_shots}", "it is negative", "give 0 or more")
-    if args.mmlu_batch_size < 1:
-        raise UsageError(
-            f"--mmlu-batch-size {args.mmlu_batch_size}", "it is not positive", "give 1 or more"
-        )
+    names = ("fraction", "few_shots", "mmlu_batch_size")
+    for name, each in zip(names, (share, at_least(0), at_least(1)), strict=True):
+        each(spelled(name), getattr(args, name))
     if args.mmlu_dataset and records.is_local(args.mmlu_dataset):
         mmlu_data.load(args.mmlu_dataset, args.few_shots)

@@ -241,7 +241,7 @@ class DraftExporter:
 
     def _require_plain(self) -> None:
         """Raise UsageError, on every rank, for a draft that is quantized or cannot be mapped."""
-        import torch
+        from post_training.distributed.collectives import first_failure
 
         problem = None
         if self.module is not None:
@@ -257,9 +257,7 @@ class DraftExporter:
                 problem = (
                     f"its d2t was never filled: it would propose the first {len(d2t)} tokens only"
                 )
-        gathered: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(gathered, problem)
-        found = next((each for each in gathered if each), None)
+        found = first_failure(problem)
         if found:
             raise UsageError(
                 "the draft",

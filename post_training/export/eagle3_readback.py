@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from post_training.common import safetensors_index
 
@@ -38,8 +39,6 @@ class DraftFolder:
 
     def tensor(self, name: str) -> torch.Tensor:
         """One stored tensor."""
-        from safetensors import safe_open
-
         with safe_open(self.index[name].path, framework="pt") as shard:
             return shard.get_tensor(name)
 

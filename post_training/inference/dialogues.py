@@ -6,9 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from post_training.checkpoints import loading
+from post_training.checkpoints.source import Source
+from post_training.config.options import StageOptions
 from post_training.data import document_formats
 from post_training.data.document_formats import Document
 from post_training.data.prompts import Dialogue
+from post_training.distributed.session import Session
 from post_training.inference import generation, sampling
 from post_training.inference.options import OPTION
 
@@ -68,13 +72,17 @@ class Speaker:
         return list(encoded["input_ids"])
 
     def text(self, tokens: Sequence[int]) -> str:
-        """An answer's text; the end token and other special ones do not belong to it."""
+        """An answer's text, without the end token and other special tokens."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Tokens as text, special ones included."""
+        return str(self.tokenizer.decode(list(tokens)))
 
     def answer(
         self, prompts: Sequence[Sequence[int]], names: Sequence[str], progress: Any = None
     ) -> list[list[int]]:
-        """New tokens of each prompt; ``names`` tell the draws of different prompts apart."""
+        """New tokens of each prompt; ``names`` distinguish the draws of different prompts."""
         choose: generation.Choose = sampling.greedy
         if self.temperature > 0:
             choose = sampling.Sampler(
@@ -90,6 +98,31 @@ class Speaker:
             choose=choose,
             progress=progress,
         )
+
+
+def load_speaker(
+    source: Source,
+    options: StageOptions,
+    session: Session,
+    *,
+    ignore_eos: bool = False,
+    **answering: Any,
+) -> Speaker:
+    """The model of a local source with its tokenizer; a collective call.
+
+    Args:
+        ignore_eos: no token ends an answer.
+        answering: fields of :class:`Speaker`, ``max_new_tokens`` among them.
+    """
+    model = loading.load(source, options, session)
+    tokenizer = loading.tokenizer(source, options)
+    return Speaker(
+        model,
+        tokenizer,
+        [] if ignore_eos else loading.end_tokens(source, options, tokenizer),
+        source.architecture.max_position_embeddings,
+        **answering,
+    )
 
 
 @dataclass
@@ -116,7 +149,7 @@ class Answered:
 
     @property
     def open(self) -> bool:
-        """Whether a user turn waits for its answer."""
+        """Whether a user turn has no answer yet."""
         return CONTEXT not in self.finish_reasons and self.read < len(self.dialogue.messages)
 
     def asked(self) -> list[dict[str, Any]]:

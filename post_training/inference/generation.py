@@ -1,13 +1,13 @@
 """Running a megatron-core model forward: logits of chosen positions, and generation.
 
-Works over tensor and pipeline parallelism; every rank of one model copy calls with the same
-arguments and gets the same result. Three things keep it fast and small:
+Works with tensor and pipeline parallelism; every rank of a replica calls with the same arguments
+and gets the same result. Three things keep it fast and small:
 
 - The output layer sees only the positions that are asked for (a forward pre-hook gathers them),
   never a whole [batch, sequence, vocabulary].
-- Masks are implied by the causal attention type. Padding stands on the right, where causal
-  attention keeps it from the tokens before it.
-- Between pipeline stages go activations, and back only the chosen logits or tokens.
+- Masks are implied by the causal attention type. Padding is on the right, where causal attention
+  hides it from the tokens before it.
+- Pipeline stages exchange activations; only the chosen logits or tokens travel back.
 
 The output layer is called as a module, so that tied embeddings, logit scaling and quantizers act
 as in training.
@@ -62,22 +62,6 @@ def last_logits(
         if token_ids is not None:
             logits = logits[:, torch.tensor(list(token_ids), device=logits.device)]
     return forward.from_last_stage(logits, (len(input_ids), columns), torch.float32)
-
-
-@torch.inference_mode()
-def prefill_logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """Logits after every token: float32 [b, s, vocabulary] on every rank. For comparisons.
-
-    Args:
-        model: as :func:`last_logits`.
-        input_ids: int64 [b, s].
-    """
-    core = forward.unwrap(model)
-    input_ids = input_ids.to(forward.device_of(core))
-    logits = forward.run(core, input_ids, None)
-    if logits is not None:
-        logits = logits.float()
-    return forward.from_last_stage(logits, (*input_ids.shape, core.vocab_size), torch.float32)
 
 
 @dataclass(frozen=True)
@@ -160,7 +144,7 @@ def generate(
     therefore run together as in Megatron's static engine: the batch is prefilled up to its
     shortest prompt, then goes token by token, longer prompts being fed their own tokens until
     they end. Nothing is padded, so each sequence is computed as if alone. When half of a batch
-    has finished, the others go on in a smaller one.
+    has finished, the others continue in a smaller one.
 
     Args:
         model: as :func:`last_logits`.
@@ -212,7 +196,7 @@ def _groups(lengths: Sequence[int], batch_size: int, spread: int) -> list[list[i
 
 
 class _Batch:
-    """Sequences that are continued together; ``rows`` are the indices of those that still are."""
+    """Sequences that are decoded together; ``rows`` are the indices of those not finished yet."""
 
     def __init__(
         self,
@@ -256,7 +240,7 @@ class _Batch:
                 self._keep(alive)
 
     def _keep(self, alive: list[int]) -> None:
-        """Go on with these rows only."""
+        """Continue with these rows only."""
         self.rows = [self.rows[i] for i in alive]
         index = torch.tensor(alive, device=self.tokens.device)
         self.tokens = self.tokens[index]
@@ -286,7 +270,7 @@ def data_parallel() -> tuple[int, int, Any]:
     """Rank, size and group over which independent batches may be split.
 
     With expert parallelism the ranks of an expert group exchange tokens in every layer and must
-    run the same batches, so only copies of all experts count as data-parallel.
+    run the same batches, so only replicas of all experts count as data-parallel.
     """
     from megatron.core import parallel_state as state
 

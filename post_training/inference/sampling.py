@@ -1,8 +1,8 @@
 """Choosing the next token: greedy, or sampled with temperature, top-k and top-p.
 
 A draw depends on the seed, the sequence and the position alone: not on the batch a sequence happens
-to be in, nor on the parallel layout. So a run that was interrupted goes on with the same tokens,
-and all tensor-parallel ranks, which hold the same logits, choose the same.
+to be in, nor on the parallel layout. So a resumed run generates the same tokens, and all
+tensor-parallel ranks, which hold the same logits, choose the same.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Sampler:
         top_k: among the k most probable tokens only; 0 for all.
         top_p: among the fewest most probable tokens whose probabilities reach this sum.
         seed: of all draws.
-        names: for each sequence of the batch's owner, what tells it apart (any text): the same
+        names: for each sequence of the batch's owner, any text that identifies it: the same
             name, seed and position give the same draw.
     """
 

@@ -1,60 +1,57 @@
-"""A few continuations by the model that a stage has just saved, to be looked at.
+"""A few continuations by the model that a stage has just saved, for a person to look at.
 
-Whatever fails here is a warning: the checkpoint is saved already. Nothing here imports torch before
-:func:`run`.
+Whatever fails here is a warning: the checkpoint is saved already. No torch before :func:`run`.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from post_training.checkpoints import loading
-from post_training.data import options as calibration_options
+from post_training.common.quiet import quiet
+from post_training.config.checks import positive
+from post_training.config.flags import flag
 
 if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
 
-    from post_training.checkpoints.source import Source
-
 logger = logging.getLogger("post_training")
 
 
-def add_arguments(add: Any) -> None:
-    """Add the flags with ``add``, the ``add_argument`` of a parser or of its group."""
-    add(
-        "--prompts",
-        default="Hello!|Born in California, Soyer trained as a",
+@dataclass(frozen=True, kw_only=True)
+class SmokeOptions:
+    TITLE: ClassVar[str] = "smoke generation"
+
+    prompts: str = flag(
+        "Hello!|Born in California, Soyer trained as a",
         metavar="A|B",
         help="prompts of the smoke generation",
     )
-    add("--references", default="", metavar="A|B", help="texts that it should begin with")
-    add("--generate-output-len", type=int, default=32, metavar="N", help="tokens (%(default)s)")
-    add("--skip-generate", action="store_true", help="no smoke generation")
+    references: str = flag("", metavar="A|B", help="texts that it should begin with")
+    generate_output_len: int = flag(32, metavar="N", check=positive, help="tokens (%(default)s)")
+    skip_generate: bool = flag(False, help="no smoke generation")
 
 
-def check(args: argparse.Namespace) -> None:
-    """Raise UsageError for a length that is not positive."""
-    calibration_options.positive(args, "generate_output_len")
+def run(options: SmokeOptions, model: MegatronModule, tokenizer: Any, saved: Path) -> None:
+    """Let the model continue the prompts; a collective call.
 
-
-def run(args: argparse.Namespace, model: MegatronModule, source: Source) -> None:
-    """Let the model continue the prompts; a collective call."""
+    Args:
+        saved: the model's checkpoint, for the warning.
+    """
     from post_training.inference import generation
-    from post_training.quantization import quantizers
 
-    if args.skip_generate:
+    if options.skip_generate:
         return
     try:
-        tokenizer = loading.tokenizer(source, args)
-        prompts = args.prompts.split("|")
-        references = args.references.split("|") if args.references else []
+        prompts = options.prompts.split("|")
+        references = options.references.split("|") if options.references else []
         tokens = [tokenizer(prompt)["input_ids"] for prompt in prompts]
         eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        with quantizers.quiet():
+        with quiet(stdout=True):
             new = generation.generate(
-                model, tokens, args.generate_output_len, eos, vocab_size=len(tokenizer)
+                model, tokens, options.generate_output_len, eos, vocab_size=len(tokenizer)
             )
         for i, (prompt, ids) in enumerate(zip(prompts, new, strict=True)):
             text = tokenizer.decode(ids, skip_special_tokens=True)
@@ -66,6 +63,6 @@ def run(args: argparse.Namespace, model: MegatronModule, source: Source) -> None
             "the smoke generation failed: %s: %s. The checkpoint %s is complete.",
             type(error).__name__,
             error,
-            args.save,
+            saved,
         )
         logger.debug("smoke generation", exc_info=True)

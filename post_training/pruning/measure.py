@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,9 +10,10 @@ from post_training.checkpoints import loading
 from post_training.data import options as calibration_options
 from post_training.evaluation import mmlu, mmlu_data, perplexity
 from post_training.evaluation.mmlu_data import Benchmark
-from post_training.pruning.report import Measured
+from post_training.pruning.options import PruneOptions
+from post_training.pruning.report import ModelScores
 from post_training.pruning.search import Size
-from post_training.quantization import calibration
+from post_training.quantization.calibration import Calibration
 
 if TYPE_CHECKING:
     from post_training.checkpoints.source import Source
@@ -21,30 +21,37 @@ if TYPE_CHECKING:
     from post_training.models.architecture import Architecture
 
 
-class Measure:
+class Scorer:
     """What a model is ranked and scored by; every method is a collective call.
 
     Args:
-        args: with the flags of ``calibration_options`` and ``mmlu_options``.
+        options: the stage's.
         source: the model's, for its tokenizer.
+        benchmark: the questions, where they are read already.
     """
 
-    def __init__(self, args: argparse.Namespace, session: Session, source: Source) -> None:
-        self.args = args
-        self.tokenizer = loading.tokenizer(source, args)
-        samples = calibration_options.load(args, self.tokenizer, source.architecture)
-        self.run = calibration.Calibration(samples, args.calib_batch_size, session.show_progress)
-        self.benchmark: Benchmark | None = None
-        if args.mmlu_dataset:
-            self.benchmark = mmlu_data.load(args.mmlu_dataset, args.few_shots)
+    def __init__(
+        self, options: PruneOptions, session: Session, source: Source, benchmark: Benchmark | None
+    ) -> None:
+        self.options = options
+        self.tokenizer = loading.tokenizer(source, options)
+        samples = calibration_options.load(
+            options.calibration, self.tokenizer, source.architecture, options.seed
+        )
+        self.batch_size = options.calibration.calib_batch_size
+        self.calibration = Calibration(samples, self.batch_size, session.show_progress)
+        self.benchmark = benchmark
+        asked = options.mmlu
+        if benchmark is None and asked.mmlu_dataset:
+            self.benchmark = mmlu_data.load(asked.mmlu_dataset, asked.few_shots)
 
     def loss(self, model: torch.nn.Module) -> float | None:
         """Mean cross entropy of the first calibration sequences, if it is asked for."""
-        count = self.args.prune_score_size
+        count = self.options.prune_score_size
         if not count:
             return None
-        rows = self.run.data.input_ids[:count]
-        return perplexity.mean_loss(model, rows.split(self.args.calib_batch_size))
+        rows = self.calibration.data.input_ids[:count]
+        return perplexity.mean_loss(model, rows.split(self.batch_size))
 
     def accuracy(self, model: torch.nn.Module) -> float | None:
         """MMLU accuracy, if it is asked for."""
@@ -54,9 +61,9 @@ class Measure:
             model,
             self.tokenizer,
             self.benchmark,
-            few_shots=self.args.few_shots,
-            fraction=self.args.fraction,
-            batch_size=self.args.mmlu_batch_size,
+            few_shots=self.options.mmlu.few_shots,
+            fraction=self.options.mmlu.fraction,
+            batch_size=self.options.mmlu.mmlu_batch_size,
         )
         return found.score.total.accuracy
 
@@ -68,6 +75,6 @@ class Measure:
         loss = self.loss(model)
         return -float("inf") if loss is None else -loss
 
-    def of(self, model: torch.nn.Module, architecture: Architecture, size: Size) -> Measured:
+    def of(self, model: torch.nn.Module, architecture: Architecture, size: Size) -> ModelScores:
         """Size and scores of one model."""
-        return Measured(architecture, size, self.loss(model), self.accuracy(model))
+        return ModelScores(architecture, size, self.loss(model), self.accuracy(model))

@@ -2,171 +2,174 @@
 
 from __future__ import annotations
 
-import argparse
+import math
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from post_training.common import manifest
 from post_training.common.errors import UsageError
-from post_training.config import arguments, checks
-from post_training.data import options as calibration_options
-from post_training.pruning import score_cache
-from post_training.pruning import space as pruning_space
-from post_training.pruning.space import MEANINGS, Dimension, Granularity
+from post_training.config.checks import at_least, check_choice, positive
+from post_training.config.flags import flag, group, spelled
+from post_training.config.options import StageOptions
+from post_training.data.options import CalibrationOptions
+from post_training.evaluation.options import MmluOptions
+from post_training.inference.smoke_generation import SmokeOptions
+from post_training.pruning import export_config
+from post_training.pruning.score_cache import ScoreCache
+from post_training.pruning.search import Memory, SizeSearch
+from post_training.pruning.space import MEANINGS, Granularity, PruningSpace
 
 if TYPE_CHECKING:
     from post_training.checkpoints.source import Source
     from post_training.models.architecture import Architecture
 
-_DIVISORS = ("hidden_size", "ffn_hidden_size", "num_layers", "num_moe_experts", "mamba_head_dim")
-_TARGETS = ("prune_target_params", "prune_target_active_params", "prune_target_memory")
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
 _BYTE_UNITS = {
     "": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12,
     "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 }  # fmt: skip
+_TARGETS = {
+    "prune_target_params": _UNITS,
+    "prune_target_active_params": _UNITS,
+    "prune_target_memory": _BYTE_UNITS,
+}
+_DIVISORS = ("hidden_size", "ffn_hidden_size", "num_layers", "num_moe_experts", "mamba_head_dim")
 
 
-def add_arguments(add: Any) -> None:
-    """Add the flags with ``add``, the ``add_argument`` of a parser or of its group."""
-    add(
-        "--prune-export-config",
+def _below_one(option: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise UsageError(f"{option} {value}", "it is no share below 1", "give e.g. 0.4")
+
+
+def _known_names(option: str, text: str) -> None:
+    for name in _split(text):
+        check_choice(option, name, list(MEANINGS))
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _divisor(name: str) -> Any:
+    return flag(
+        metavar="N",
+        check=positive,
+        help=f"step of the allowed {MEANINGS[name]} "
+        f"({getattr(Granularity, name)}, less for small models)",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneOptions(StageOptions):
+    prune_export_config: str | None = flag(
         metavar="JSON",
         help="new sizes, as a JSON object or a file with one; keys: " + ", ".join(MEANINGS),
     )
-    add("--prune-target-params", metavar="N", help="search for at most N parameters: 6e9, 6B")
-    add("--prune-target-active-params", metavar="N", help="the same of those used for a token")
-    add(
-        "--prune-target-memory",
+    prune_target_params: str | None = flag(
+        metavar="N", help="search for at most N parameters: 6e9, 6B"
+    )
+    prune_target_active_params: str | None = flag(
+        metavar="N", help="search for at most N parameters used per token"
+    )
+    prune_target_memory: str | None = flag(
         metavar="BYTES",
         help="search for weights and cache of at most BYTES: 12e9, 12GB, 12GiB",
     )
-    add(
-        "--prune-memory-sequence-length",
-        type=int,
-        default=4096,
+    prune_memory_sequence_length: int = flag(
+        4096,
         metavar="N",
+        check=positive,
         help="tokens whose cache counts as memory (%(default)s)",
     )
-    add(
-        "--prune-memory-batch-size",
-        type=int,
-        default=1,
+    prune_memory_batch_size: int = flag(
+        1,
         metavar="N",
+        check=positive,
         help="sequences whose cache counts as memory (%(default)s)",
     )
-    add(
-        "--prune-top-k",
-        type=int,
-        default=10,
+    prune_top_k: int = flag(
+        10,
         metavar="N",
+        check=positive,
         help="candidates that a search scores, the largest that meet the target (%(default)s)",
     )
-    add(
-        "--prune-max-width-pruning",
-        type=float,
-        default=0.4,
+    prune_max_width_pruning: float = flag(
+        0.4,
         metavar="X",
+        check=_below_one,
         help="share of each width's values that a search may cut (%(default)s)",
     )
-    add(
-        "--prune-max-depth-pruning",
-        type=float,
-        default=0.2,
+    prune_max_depth_pruning: float = flag(
+        0.2,
         metavar="X",
+        check=_below_one,
         help="share of the layers that a search may cut (%(default)s)",
     )
-    add(
-        "--prune-hparams-to-skip",
-        default="",
-        metavar="A,B",
-        help="sizes that a search leaves as they are",
+    prune_hparams_to_skip: str = flag(
+        "", metavar="A,B", check=_known_names, help="sizes that a search leaves as they are"
     )
-    for name in _DIVISORS:
-        add(
-            f"--prune-{name.replace('_', '-')}-divisor",
-            type=int,
-            metavar="N",
-            help=f"step of the allowed {MEANINGS[name]} "
-            f"({getattr(Granularity, name)}, less for small models)",
-        )
-    add(
-        "--prune-intermediate-ckpt",
+    prune_hidden_size_divisor: int | None = _divisor("hidden_size")
+    prune_ffn_hidden_size_divisor: int | None = _divisor("ffn_hidden_size")
+    prune_num_layers_divisor: int | None = _divisor("num_layers")
+    prune_num_moe_experts_divisor: int | None = _divisor("num_moe_experts")
+    prune_mamba_head_dim_divisor: int | None = _divisor("mamba_head_dim")
+    prune_intermediate_ckpt: str | None = flag(
         metavar="DIR",
         help="keep the scores here; a later run with another target takes them from there",
     )
-    add(
-        "--prune-score-size",
-        type=int,
-        default=16,
+    prune_score_size: int = flag(
+        16,
         metavar="N",
+        check=at_least(0),
         help="calibration sequences for the perplexity, which also scores candidates without "
         "--mmlu-dataset; 0: none (%(default)s)",
     )
+    calibration: CalibrationOptions = group(CalibrationOptions)
+    mmlu: MmluOptions = group(MmluOptions)
+    smoke: SmokeOptions = group(SmokeOptions)
+
+    @property
+    def memory(self) -> Memory:
+        return Memory(self.prune_memory_sequence_length, self.prune_memory_batch_size)
 
 
-def check_parallel(args: argparse.Namespace) -> None:
-    """Raise UsageError unless one copy of the model is spread over pipeline stages only."""
-    for name, size in (
-        ("TP", args.tensor_model_parallel_size),
-        ("EP", args.expert_model_parallel_size),
-        ("CP", args.context_parallel_size),
-    ):
+def check_parallel(options: PruneOptions) -> None:
+    """Raise UsageError unless one replica of the model is spread over pipeline stages only."""
+    sizes = options.parallel
+    for name, size in (("TP", sizes.tensor), ("EP", sizes.expert), ("CP", sizes.context)):
         if size > 1:
             raise UsageError(
                 f"{name}={size}",
                 "ModelOpt ranks and cuts whole tensors: pruning runs at TP=1, EP=1 and CP=1",
                 f"{name}=1; PP spreads a large model over processes (PP={size})",
             )
-    copies = arguments.parallel(args).data
-    if copies > 1:
+    if sizes.data > 1:
         raise UsageError(
-            f"DP={copies}",
-            "ModelOpt ties the widths of one copy of the model together, not of several",
+            f"DP={sizes.data}",
+            "ModelOpt ties the widths of one replica together, not of several",
             "DP=1; PP spreads a large model over processes",
         )
 
 
-def check_search(args: argparse.Namespace, searching: bool) -> None:
-    """Raise UsageError for settings of a search that cannot be."""
-    positive = ["prune_top_k", "prune_memory_sequence_length", "prune_memory_batch_size"]
-    positive += [f"prune_{name}_divisor" for name in _DIVISORS]
-    for name in positive:
-        if getattr(args, name) is not None:
-            calibration_options.positive(args, name)
-    if args.prune_score_size < 0:
-        raise UsageError(f"--prune-score-size {args.prune_score_size}", "it is negative", "give 0")
-    for name in ("prune_max_width_pruning", "prune_max_depth_pruning"):
-        if not 0 <= getattr(args, name) < 1:
-            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            raise UsageError(flag, "it is no share below 1", "give e.g. 0.4")
-    for name in skipped(args):
-        checks.check_choice("--prune-hparams-to-skip", name, list(MEANINGS))
-    if searching and not args.mmlu_dataset and not args.prune_score_size:
-        raise UsageError(
-            "--prune-score-size 0",
-            "a search scores its candidates, by perplexity or on --mmlu-dataset",
-            "leave it out, or give --mmlu-dataset",
-        )
-
-
-def targets(args: argparse.Namespace) -> tuple[dict[str, float], dict[str, Any] | None]:
-    """Limits of a search by name, or the sizes that --prune-export-config names.
+def target(options: PruneOptions) -> dict[str, Any] | SizeSearch:
+    """The sizes that ``--prune-export-config`` names, or the search for them.
 
     Raises:
-        UsageError: unless exactly one kind is given, in a form that can be read.
+        UsageError: unless exactly one kind is given, in a form that can be read, and a search has
+            something to score its candidates by.
     """
-    given = [name for name in _TARGETS if getattr(args, name) is not None]
-    flags = [f"--{name.replace('_', '-')}" for name in given]
-    if args.prune_export_config is not None:
+    given = {spelled(name): name for name in _TARGETS if getattr(options, name) is not None}
+    if options.prune_export_config is not None:
         if given:
             raise UsageError(
-                f"--prune-export-config with {' '.join(flags)}",
+                f"--prune-export-config with {' '.join(given)}",
                 "sizes are either named or searched for",
                 "give one of them",
             )
-        return {}, pruning_space.read_export_config(args.prune_export_config)
+        return export_config.read(options.prune_export_config)
     if not given:
         raise UsageError(
             "what to prune (not given)",
@@ -174,14 +177,28 @@ def targets(args: argparse.Namespace) -> tuple[dict[str, float], dict[str, Any] 
             """--prune-export-config '{"num_layers": 24}', --prune-target-params 6e9, """
             "or --prune-target-memory 12GB",
         )
-    limits = {}
-    for name, flag in zip(given, flags, strict=True):
-        units = _BYTE_UNITS if name == "prune_target_memory" else _UNITS
-        limits[name.removeprefix("prune_target_")] = quantity(flag, getattr(args, name), units)
-    return limits, None
+    if not options.mmlu.mmlu_dataset and not options.prune_score_size:
+        raise UsageError(
+            "--prune-score-size 0",
+            "a search scores its candidates, by perplexity or on --mmlu-dataset",
+            "leave it out, or give --mmlu-dataset",
+        )
+    return SizeSearch(
+        {
+            name.removeprefix("prune_target_"): quantity(
+                option, getattr(options, name), _TARGETS[name]
+            )
+            for option, name in given.items()
+        },
+        options.prune_max_width_pruning,
+        options.prune_max_depth_pruning,
+        options.prune_top_k,
+        _split(options.prune_hparams_to_skip),
+        options.memory,
+    )
 
 
-def quantity(flag: str, text: str, units: dict[str, float]) -> float:
+def quantity(option: str, text: str, units: Mapping[str, float]) -> float:
     """A number with one of ``units``: ``6e9``, ``6B``, ``12 GiB``."""
     found = re.fullmatch(r"([0-9.]+(?:e[+]?[0-9]+)?)\s*([a-z]*)", text.strip().lower())
     known = ", ".join(name.upper() for name in units if name)
@@ -189,38 +206,28 @@ def quantity(flag: str, text: str, units: dict[str, float]) -> float:
         value = float(found[1]) * units[found[2]] if found else 0.0
     except (KeyError, ValueError):
         value = 0.0
-    if not value:
-        raise UsageError(f"{flag} {text}", "it is not a positive number", f"6e9, or with {known}")
+    if not value or not math.isfinite(value):
+        raise UsageError(f"{option} {text}", "it is not a positive number", f"6e9, or with {known}")
     return value
 
 
-def skipped(args: argparse.Namespace) -> tuple[str, ...]:
-    """Names that --prune-hparams-to-skip lists."""
-    return tuple(name.strip() for name in args.prune_hparams_to_skip.split(",") if name.strip())
+def space(options: PruneOptions, architecture: Architecture) -> PruningSpace:
+    """What may be pruned of this model, in steps as given or as they fit it."""
+    steps = {name: getattr(options, f"prune_{name}_divisor") for name in _DIVISORS}
+    return PruningSpace.of(architecture, steps)
 
 
-def granularity(args: argparse.Namespace, architecture: Architecture) -> Granularity:
-    """The steps of the widths, as given or as they fit the model."""
-    chosen = {name: getattr(args, f"prune_{name}_divisor") for name in _DIVISORS}
-    return Granularity.of(architecture, chosen)
-
-
-def dimensions(args: argparse.Namespace, architecture: Architecture) -> dict[str, Dimension]:
-    """What may be pruned of this model."""
-    return pruning_space.dimensions(architecture, granularity(args, architecture))
-
-
-def cache(args: argparse.Namespace, source: Source) -> score_cache.ScoreCache | None:
+def cache(options: PruneOptions, source: Source) -> ScoreCache | None:
     """Where scores are kept, if anywhere, with what they depend on."""
-    if not args.prune_intermediate_ckpt:
+    if not options.prune_intermediate_ckpt:
         return None
-    sizes = arguments.parallel(args)
-    search = {name: value for name, value in vars(args).items() if name.startswith("prune_")}
-    search |= {n: getattr(args, n) for n in ("mmlu_dataset", "fraction", "few_shots")}
-    for name in (*_TARGETS, "prune_export_config", "prune_intermediate_ckpt", "prune_top_k"):
-        search.pop(name)
-    return score_cache.ScoreCache(
-        Path(args.prune_intermediate_ckpt),
+    apart = (*_TARGETS, "prune_export_config", "prune_intermediate_ckpt", "prune_top_k")
+    names = [field.name for field in fields(options) if field.name.startswith("prune_")]
+    search = {name: getattr(options, name) for name in names if name not in apart}
+    search |= {n: getattr(options.mmlu, n) for n in ("mmlu_dataset", "fraction", "few_shots")}
+    sizes = options.parallel
+    return ScoreCache(
+        Path(options.prune_intermediate_ckpt),
         manifest.describe_input("model", source.location),
         {
             "pipeline": sizes.pipeline,

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from post_training.common import report
-from post_training.pruning.minitron import Outcome
-from post_training.pruning.search import Memory, Size
+from post_training.pruning.options import PruneOptions
+from post_training.pruning.search import Size
 from post_training.pruning.space import MEANINGS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from post_training.models.architecture import Architecture
+    from post_training.pruning.minitron import PruningResult
 
 
 @dataclass(frozen=True)
-class Measured:
+class ModelScores:
     """One model: its architecture, its size, and its scores where they were asked for.
 
     Attributes:
@@ -39,22 +39,34 @@ class Measured:
 
 
 def metrics(
-    outcome: Outcome, before: Measured, after: Measured, calibration: Mapping[str, Any] | None
+    result: PruningResult,
+    before: ModelScores,
+    after: ModelScores,
+    candidate_sizes: Iterable[Size],
+    calibration: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The manifest's metrics. ``calibration`` is None where scores came from the cache."""
+    """The manifest's metrics.
+
+    Args:
+        candidate_sizes: of ``result.candidates``, in their order.
+        calibration: the data; recorded where it was used, rather than scores of the cache.
+    """
     return {
-        "pruned": outcome.config,
-        "kept_layers": outcome.kept_layers,
-        "layer_scores": {str(n): value for n, value in sorted(outcome.layer_scores.items())},
+        "pruned": result.config,
+        "kept_layers": result.kept_layers,
+        "layer_scores": {str(n): value for n, value in sorted(result.layer_scores.items())},
         "before": before.to_json(),
         "after": after.to_json(),
-        "candidates": outcome.candidates,
-        "candidates_within_limits": outcome.fitting,
-        "calibration": calibration,
+        "candidates": [
+            {"config": each.config, "score": each.score, **size.to_json()}
+            for each, size in zip(result.candidates, candidate_sizes, strict=True)
+        ],
+        "candidates_within_limits": result.fitting,
+        "calibration": dict(calibration) if result.calibrated else None,
     }
 
 
-def show_candidates(candidates: list[dict[str, Any]], fitting: int, scored_by: str) -> None:
+def show_candidates(candidates: Sequence[Mapping[str, Any]], fitting: int, scored_by: str) -> None:
     """Print the table of the candidates that were scored, the best first."""
     from rich.table import Table
 
@@ -79,23 +91,30 @@ def show_candidates(candidates: list[dict[str, Any]], fitting: int, scored_by: s
 
 
 def show(
-    args: argparse.Namespace,
+    options: PruneOptions,
+    save: Path,
     content: Mapping[str, Any],
-    outcome: Outcome,
-    before: Measured,
-    after: Measured,
-    memory: Memory,
+    before: ModelScores,
+    after: ModelScores,
 ) -> None:
-    """Print before and after, and what a pruned model needs next."""
+    """Print candidates, before and after, and what a pruned model needs next.
+
+    Args:
+        content: of ``run.json``.
+    """
     from rich.table import Table
 
+    found, memory = content["metrics"], options.memory
+    if found["candidates"]:
+        scored_by = "MMLU accuracy" if options.mmlu.mmlu_dataset else "log-likelihood"
+        show_candidates(found["candidates"], found["candidates_within_limits"], scored_by)
     table = Table(title="pruned", title_justify="left", title_style="bold")
     table.add_column("", style="cyan", no_wrap=True)
     for name in ("before", "after", "left"):
         table.add_column(name, justify="right", no_wrap=True)
     old, new = before.architecture.resolved(), after.architecture.resolved()
     for name, text in MEANINGS.items():
-        if new.get(name) and (name in outcome.config or name in ("num_layers", "hidden_size")):
+        if new.get(name) and (name in found["pruned"] or name in ("num_layers", "hidden_size")):
             _row(table, text, old[name], new[name])
     _row(table, "parameters", before.size.parameters, after.size.parameters)
     if before.size.active != before.size.parameters:
@@ -114,23 +133,24 @@ def show(
         left = f"{after.accuracy / before.accuracy:.1%}" if before.accuracy else ""
         table.add_row("MMLU accuracy", f"{before.accuracy:.4f}", f"{after.accuracy:.4f}", left)
     _print(table)
-    calibration = content["metrics"]["calibration"]
-    scores = f"kept in {args.prune_intermediate_ckpt}" if calibration is None else (
-        f"{calibration['sequences']:,} sequences of {calibration['sequence_length']:,}, "
-        f"{calibration['tokens_per_second']:,.0f} tokens/s"
-    )  # fmt: skip
+    scores, calibration = f"kept in {options.prune_intermediate_ckpt}", found["calibration"]
+    if calibration is not None:
+        scores = (
+            f"{calibration['sequences']:,} sequences of {calibration['sequence_length']:,}, "
+            f"{calibration['tokens_per_second']:,.0f} tokens/s"
+        )
     report.summary(
         "checkpoint",
         {
-            "kept layers": _ranges(outcome.kept_layers),
+            "kept layers": _ranges(found["kept_layers"]),
             "scores from": scores,
-            "checkpoint": f"{args.save} ({report.size(Path(args.save))})",
+            "checkpoint": f"{save} ({report.size(save)})",
             **report.cost(content),
             "note": "weights were cut and not trained: a pruned model needs distillation from "
             "the original before it is of use",
         },
-        next_step=f"TEACHER_CKPT={args.load or args.pretrained_model_path} "
-        f"MLM_MODEL_CKPT={args.save} bash distill.sh <conf>",
+        next_step=f"TEACHER_CKPT={options.load or options.pretrained_model_path} "
+        f"MLM_MODEL_CKPT={save} bash distill.sh <conf>",
     )
 
 

@@ -34,7 +34,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Search:
+class SizeSearch:
     """Limits that the pruned model must meet, and where to look for it.
 
     Attributes:
@@ -150,7 +150,7 @@ def check_reachable(
     architecture: Architecture,
     config: TransformerConfig,
     allowed: Mapping[str, Dimension],
-    search: Search,
+    search: SizeSearch,
 ) -> None:
     """Raise UsageError if the limits are met already, or by no architecture of the search."""
     smallest = {name: choices[0] for name, choices in search.spaces(allowed).items()}
@@ -186,9 +186,9 @@ def acceptance(
     architecture: Architecture,
     config: TransformerConfig,
     allowed: Mapping[str, Dimension],
-    target: Mapping[str, int] | Search,
+    target: Mapping[str, int] | SizeSearch,
 ) -> Callable[[Mapping[str, Any]], bool]:
-    """What a candidate of ModelOpt's must meet besides: it knows no top-k and no biases of q, k, v.
+    """What a candidate of ModelOpt's must meet too: it knows no top-k and no biases of q, k, v.
 
     The function takes a candidate's hyper-parameters by name, other names being skipped.
     """
@@ -197,7 +197,7 @@ def acceptance(
         found = {name: value for name, value in candidate.items() if allowed[name].choices}
         if any(value not in allowed[name].choices for name, value in found.items()):
             return False
-        if not isinstance(target, Search) or architecture.hybrid_layer_pattern:
+        if not isinstance(target, SizeSearch) or architecture.hybrid_layer_pattern:
             return True
         return within(size(architecture, config, target.memory, **found), target.limits)
 

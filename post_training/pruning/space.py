@@ -12,10 +12,9 @@ import importlib.util
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from post_training.common.errors import UsageError, suggest
+from post_training.common.errors import UsageError
 from post_training.models.architecture import Architecture
 
 OPTION = "--prune-export-config"
@@ -110,7 +109,26 @@ class Dimension:
         raise UsageError(what, cause, f"use {_join(nearest_values(value, self.choices))}")
 
 
-def dimensions(architecture: Architecture, granularity: Granularity) -> dict[str, Dimension]:
+@dataclass(frozen=True)
+class PruningSpace:
+    """What may be pruned of a model: the steps of its sizes, and the values that they allow.
+
+    Attributes:
+        granularity: the steps.
+        dimensions: by name, every key of ``MEANINGS``.
+    """
+
+    granularity: Granularity
+    dimensions: Mapping[str, Dimension]
+
+    @classmethod
+    def of(cls, architecture: Architecture, steps: Mapping[str, int | None]) -> PruningSpace:
+        """Of this model, with ``steps`` as :meth:`Granularity.of` takes them."""
+        granularity = Granularity.of(architecture, steps)
+        return cls(granularity, _dimensions(architecture, granularity))
+
+
+def _dimensions(architecture: Architecture, granularity: Granularity) -> dict[str, Dimension]:
     """Every hyper-parameter of ``MEANINGS`` as this model has it."""
     values = architecture.resolved()
     found = {}
@@ -202,66 +220,6 @@ def nearest_values(value: int, choices: Iterable[int], count: int = 2) -> list[i
     if below and above:
         return [below[0], above[0]]
     return (below or above)[:count]
-
-
-def read_export_config(text: str) -> dict[str, Any]:
-    """The JSON object of --prune-export-config: the text itself, or the file that it names.
-
-    Raises:
-        UsageError: if it is not JSON or no object, or a key is unknown; the nearest are named.
-    """
-    shown = f"{OPTION} {text}"
-    example = """'{"hidden_size": 3072, "num_layers": 32}'"""
-    if not text.lstrip().startswith("{"):
-        path = Path(text).expanduser()
-        if not path.is_file():
-            raise UsageError(
-                shown, "it is neither a JSON object nor a file", f"quote it: {OPTION} {example}"
-            )
-        text = path.read_text(encoding="utf-8")
-    try:
-        content = json.loads(text, object_pairs_hook=_without_repetition)
-    except ValueError as error:
-        raise UsageError(shown, f"it is not JSON: {error}", f"quote it: {OPTION} {example}") from (
-            error
-        )
-    if not isinstance(content, dict):
-        raise UsageError(shown, "it is no JSON object", f"write {OPTION} {example}")
-    for key in content:
-        if key not in MEANINGS:
-            raise UsageError(
-                f"{OPTION} {key}",
-                "unknown hyper-parameter",
-                suggest(key, MEANINGS) or f"known are {', '.join(MEANINGS)}",
-            )
-    return content
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key stands there twice")
-    return found
-
-
-def check_export_config(content: Mapping[str, Any], allowed: Mapping[str, Dimension]) -> None:
-    """Raise UsageError unless every value is allowed and something is pruned."""
-    for name, value in content.items():
-        allowed[name].check(value)
-    if all(value == allowed[name].original for name, value in content.items()):
-        raise UsageError(
-            f"{OPTION} {json.dumps(dict(content))}",
-            "it leaves everything as it is",
-            f"give smaller values, e.g. {example(allowed)}",
-        )
-
-
-def example(allowed: Mapping[str, Dimension]) -> str:
-    """A configuration that prunes a little, for messages."""
-    for name in ("ffn_hidden_size", "moe_ffn_hidden_size", "hidden_size", "num_layers"):
-        if len(allowed[name].choices) > 1:
-            return f"""{OPTION} '{{"{name}": {allowed[name].choices[-2]}}}'"""
-    return f"another model than this: no value of {OPTION} is smaller"
 
 
 def pruned_architecture(

@@ -5,11 +5,16 @@ A name of the table, a recipe file, or ``auto``; and whether the result could be
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
+from dataclasses import dataclass
+from typing import ClassVar
 
 from post_training.common.errors import UsageError
-from post_training.config import arguments
+from post_training.config.checks import positive
+from post_training.config.flags import flag, group
+from post_training.config.options import StageOptions
+from post_training.data.options import CalibrationOptions
+from post_training.inference.smoke_generation import SmokeOptions
 from post_training.models.architecture import Architecture
 from post_training.quantization import formats, recipes
 from post_training.quantization.formats import Format
@@ -23,24 +28,88 @@ _OLD_REAL_CONFIGS = {
 }
 
 
-def chosen(args: argparse.Namespace) -> Choice:
-    """The format, recipe or ``auto`` that the arguments name.
+@dataclass(frozen=True, kw_only=True)
+class AutoQuantizeOptions:
+    TITLE: ClassVar[str] = "auto: a search for the format of each layer"
+
+    auto_quantize_bits: float = flag(
+        4.8,
+        metavar="X",
+        check=positive,
+        help="stored bits per weight of the linear layers, at most (%(default)s)",
+    )
+    auto_quantize_formats: str = flag(
+        "FP8_DEFAULT_CFG,NVFP4_DEFAULT_CFG",
+        metavar="A,B",
+        help="formats to choose from (%(default)s)",
+    )
+    auto_quantize_method: str = flag(
+        "gradient",
+        choices=("gradient", "kl_div"),
+        help="how sensitivity is measured (%(default)s)",
+    )
+    auto_quantize_score_size: int = flag(
+        128, metavar="N", check=positive, help="sequences to measure it on (%(default)s)"
+    )
+    auto_quantize_checkpoint: str | None = flag(
+        metavar="FILE", help="keep the measurements here; the rank is added to its name"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeOptions(StageOptions):
+    export_quant_cfg: str | None = flag(metavar="NAME", help=f"format, or auto ({formats.DEFAULT})")
+    recipe: str | None = flag(
+        metavar="FILE", help="recipe file of ModelOpt, or a built-in one's name"
+    )
+    export_kv_cache_quant: str = flag(
+        "none", choices=tuple(formats.KV_CACHE), help="quantize keys and values too (%(default)s)"
+    )
+    weight_only: bool = flag(False, help="leave the linear layers' inputs in 16 bits")
+    disable_qkv_quant: bool = flag(
+        False, help="leave the linears that compute queries, keys and values in 16 bits"
+    )
+    compress: bool = flag(False, help="pack the weights into their low-bit form")
+    export_real_quant_cfg: str | None = flag(
+        metavar="NAME", help="the same as --export-quant-cfg NAME --compress"
+    )
+    sync_expert_weight_amax: bool = flag(
+        False, help="give all experts of a layer the same weight scale"
+    )
+    allow_unexportable: bool = flag(
+        False, help="quantize even if no engine would read the export correctly"
+    )
+    calibration: CalibrationOptions = group(CalibrationOptions)
+    auto: AutoQuantizeOptions = group(AutoQuantizeOptions)
+    smoke: SmokeOptions = group(SmokeOptions)
+
+    @property
+    def real_format(self) -> str | None:
+        """The format of ``--export-real-quant-cfg``, if it names one."""
+        name = self.export_real_quant_cfg
+        return None if name in (None, "None") else _OLD_REAL_CONFIGS.get(str(name), name)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the weights are saved in their low-bit form."""
+        return self.compress or self.real_format is not None
+
+
+def chosen(options: QuantizeOptions) -> Choice:
+    """The format, recipe or ``auto`` that the options name.
 
     Raises:
         UsageError: for an unknown name, or both a format and a recipe.
     """
-    name = args.export_quant_cfg
-    if args.export_real_quant_cfg not in (None, "None"):
-        name = _OLD_REAL_CONFIGS.get(args.export_real_quant_cfg, args.export_real_quant_cfg)
-        args.compress = True
-    if args.recipe:
+    name = options.real_format or options.export_quant_cfg
+    if options.recipe:
         if name:
             raise UsageError(
-                f"--recipe {args.recipe} with --export-quant-cfg {name}",
+                f"--recipe {options.recipe} with --export-quant-cfg {name}",
                 "each says how to quantize",
                 "give one of them",
             )
-        return recipes.find(args.recipe)
+        return recipes.find(options.recipe)
     name = name or formats.DEFAULT
     if name == formats.AUTO:
         return formats.AUTO
@@ -61,32 +130,32 @@ def name_of(choice: Choice) -> str:
     return choice if isinstance(choice, str) else choice.name
 
 
-def check(args: argparse.Namespace, architecture: Architecture | None) -> None:
+def check(options: QuantizeOptions, choice: Choice, architecture: Architecture | None) -> None:
     """Refuse what cannot be quantized, exported or saved as asked.
 
     Args:
+        choice: from :func:`chosen`.
         architecture: None where it is not known yet.
 
     Raises:
         UsageError: naming the flag, its value and the reason.
     """
-    choice = chosen(args)
-    if args.export_kv_cache_quant == "nvfp4_rotate":
+    if options.export_kv_cache_quant == "nvfp4_rotate":
         _require_hadamard("--export-kv-cache-quant nvfp4_rotate")
     if isinstance(choice, Format):
-        _check_format(args, choice)
+        _check_format(options, choice)
         if architecture is not None:
-            _check_blocks(args, choice, architecture)
+            _check_blocks(options, choice, architecture)
         experts = architecture is None or architecture.value("num_moe_experts")
         if choice.layers == "experts" and not experts:
             raise UsageError(
-                f"--export-quant-cfg {args.export_quant_cfg}",
+                f"--export-quant-cfg {options.export_quant_cfg}",
                 "it quantizes experts, and the model has none",
                 "NVFP4_MLP_ONLY_CFG quantizes the MLP of a dense model",
             )
     if choice == formats.AUTO:
-        _check_search(args)
-    stages = arguments.parallel(args).pipeline
+        _check_search(options)
+    stages = options.parallel.pipeline
     if is_search(choice) and stages > 1:
         raise UsageError(
             f"PP={stages} with {name_of(choice)}",
@@ -95,48 +164,49 @@ def check(args: argparse.Namespace, architecture: Architecture | None) -> None:
         )
 
 
-def _check_format(args: argparse.Namespace, choice: Format) -> None:
+def _check_format(options: QuantizeOptions, choice: Format) -> None:
     """Refuse what cannot be exported, or not be saved, before the work."""
     found = formats.verdict(
-        choice, weight_only=args.weight_only, kv_cache=args.export_kv_cache_quant
+        choice, weight_only=options.weight_only, kv_cache=options.export_kv_cache_quant
     )
-    what = f"--export-quant-cfg {args.export_quant_cfg or choice.name}"
-    what += " --weight-only" if args.weight_only else ""
-    if args.export_kv_cache_quant != "none":
-        what += f" --export-kv-cache-quant {args.export_kv_cache_quant}"
+    what = f"--export-quant-cfg {options.export_quant_cfg or choice.name}"
+    what += " --weight-only" if options.weight_only else ""
+    if options.export_kv_cache_quant != "none":
+        what += f" --export-kv-cache-quant {options.export_kv_cache_quant}"
     if choice.broken:
-        raise UsageError(what, choice.broken, "choose another format; README.md has the table")
-    if choice.kv == "nvfp4_rotate" and args.allow_unexportable:
+        raise UsageError(
+            what, choice.broken, "choose another format; docs/formats.md has the table"
+        )
+    if choice.kv == "nvfp4_rotate" and options.allow_unexportable:
         _require_hadamard(what)
-    if not found.exportable and not args.allow_unexportable:
+    if not found.exportable and not options.allow_unexportable:
         raise formats.unexportable(what, found)
     weight = choice.linear.weight if choice.linear else ""
-    if args.tensor_model_parallel_size > 1 and weight in formats.STATIC_BLOCKS:
+    if options.parallel.tensor > 1 and weight in formats.STATIC_BLOCKS:
         raise UsageError(
-            f"{what} with TP={args.tensor_model_parallel_size}",
+            f"{what} with TP={options.parallel.tensor}",
             "ModelOpt cannot save stored block scales that are split over ranks",
             "set TP=1; PP may be larger",
         )
-    copies = arguments.parallel(args).data
-    if choice.method == "local_hessian" and copies > 1:
+    replicas = options.parallel.data
+    if choice.method == "local_hessian" and replicas > 1:
         raise UsageError(
-            f"{what} with {copies} copies of the model (DP)",
-            "ModelOpt does not sum the Hessians of the copies, and their scales would differ",
+            f"{what} with DP={replicas}",
+            "ModelOpt does not sum the Hessians of the replicas, and their scales would differ",
             "set DP=1; PP may be larger",
         )
 
 
-def _check_blocks(args: argparse.Namespace, choice: Format, architecture: Architecture) -> None:
+def _check_blocks(options: QuantizeOptions, choice: Format, architecture: Architecture) -> None:
     """Refuse blocks that do not fit into a row of a weight as one rank holds it."""
     size = formats.BLOCK_SIZES.get(choice.linear.weight if choice.linear else "", 1)
-    values, ranks = architecture.resolved(), args.tensor_model_parallel_size
-    ranks_of_expert = args.expert_tensor_parallel_size or ranks
+    values, ranks = architecture.resolved(), options.parallel.tensor
     heads = values["num_attention_heads"] * values["kv_channels"]
     inputs = {
         "hidden size": values["hidden_size"],
         "heads x head size": 0 if architecture.multi_latent_attention else heads // ranks,
         "FFN size": values["ffn_hidden_size"] // ranks,
-        "experts' FFN size": (values["moe_ffn_hidden_size"] or 0) // ranks_of_expert
+        "experts' FFN size": (values["moe_ffn_hidden_size"] or 0) // options.parallel.expert_tensor
         if values["num_moe_experts"]
         else 0,
     }
@@ -144,7 +214,7 @@ def _check_blocks(args: argparse.Namespace, choice: Format, architecture: Archit
     if wrong:
         per_rank = f" (at TP={ranks})" if ranks > 1 else ""
         raise UsageError(
-            f"--export-quant-cfg {args.export_quant_cfg or choice.name}",
+            f"--export-quant-cfg {options.export_quant_cfg or choice.name}",
             f"{size} inputs share a scale, which does not divide {', '.join(wrong)}{per_rank}",
             "choose a format without blocks, such as FP8_DEFAULT_CFG"
             + (", or a smaller TP" if ranks > 1 else ""),
@@ -160,20 +230,18 @@ def _require_hadamard(what: str) -> None:
         )
 
 
-def _check_search(args: argparse.Namespace) -> None:
-    rows = [
-        formats.find(name, "--auto-quantize-formats")
-        for name in args.auto_quantize_formats.split(",")
-    ]
+def _check_search(options: QuantizeOptions) -> None:
+    names, bits = options.auto.auto_quantize_formats, options.auto.auto_quantize_bits
+    rows = [formats.find(name, "--auto-quantize-formats") for name in names.split(",")]
     linears = [row.linear for row in rows if row.linear is not None]
-    kv = formats.KV_CACHE[args.export_kv_cache_quant][1]
+    kv = formats.KV_CACHE[options.export_kv_cache_quant][1]
     found = formats.judge(linears, kv, attention=any(row.attention for row in rows))
-    if not found.exportable and not args.allow_unexportable:
-        raise formats.unexportable(f"--auto-quantize-formats {args.auto_quantize_formats}", found)
+    if not found.exportable and not options.allow_unexportable:
+        raise formats.unexportable(f"--auto-quantize-formats {names}", found)
     least = min((formats.WEIGHT_BITS[linear.weight] for linear in linears), default=16.0)
-    if not least <= args.auto_quantize_bits <= 16:
+    if not least <= bits <= 16:
         raise UsageError(
-            f"--auto-quantize-bits {args.auto_quantize_bits}",
+            f"--auto-quantize-bits {bits}",
             f"these formats need between {least:g} and 16 bits a weight",
             "give a number in between",
         )

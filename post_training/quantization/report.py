@@ -2,57 +2,48 @@
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from post_training.common import report
-from post_training.quantization import options as quantization_choice
 from post_training.quantization import quantizers
 from post_training.quantization.engines import registry as engines
-from post_training.quantization.formats import Verdict
+from post_training.quantization.options import Choice, QuantizeOptions, name_of
 
 if TYPE_CHECKING:
-    from post_training.distributed.session import Session
     from post_training.quantization.calibration import Calibration
-    from post_training.quantization.coverage_report import Coverage
+    from post_training.quantization.ptq import PtqResult
 
 
-def metrics(run: Calibration, reached: Coverage, search: dict[str, Any] | None) -> dict[str, Any]:
+def metrics(data: Calibration, result: PtqResult) -> dict[str, Any]:
     """The manifest's metrics: data really used, and what was quantized."""
-    found: dict[str, Any] = {"calibration": run.to_json(), "coverage": reached.to_json()}
-    return found if search is None else {**found, "search": search}
+    found = {"calibration": data.to_json(), "coverage": result.reached.to_json()}
+    return found if result.search is None else {**found, "search": result.search}
 
 
-def described(
-    args: argparse.Namespace,
-    choice: quantization_choice.Choice,
-    found: Verdict,
-    config: dict[str, Any],
-) -> dict[str, Any]:
+def described(options: QuantizeOptions, choice: Choice, result: PtqResult) -> dict[str, Any]:
     """What later stages read: the format and whether it can be exported."""
+    found = result.found
     return {
-        "format": quantization_choice.name_of(choice),
-        "weight_only": args.weight_only,
-        "compressed": args.compress,
+        "format": name_of(choice),
+        "weight_only": options.weight_only,
+        "compressed": options.packed,
         "exportable": found.exportable,
         "quant_algo": found.quant_algo,
         "kv_cache_quant_algo": found.kv_cache_quant_algo,
         "reason": found.reason,
-        "configuration": quantizers.as_json(config),
+        "configuration": quantizers.as_json(result.config),
     }
 
 
 def show(
-    args: argparse.Namespace,
-    content: dict[str, Any],
-    reached: Coverage,
-    found: Verdict,
-    session: Session,
+    options: QuantizeOptions, save: Path, content: Mapping[str, Any], result: PtqResult
 ) -> None:
-    """Print the summary."""
+    """Print the summary; ``content`` is that of ``run.json``."""
+    reached, found = result.reached, result.found
     used = content["metrics"]["calibration"]
-    of_quantized, of_all = reached.bits_per_weight(32 if args.fp32 else 16)
+    of_quantized, of_all = reached.bits_per_weight(32 if options.precision == "fp32" else 16)
     speed = f", {used['tokens_per_second']:,.0f} tokens/s" if used["tokens_computed"] else ""
     readers, gpus = engines.describe(found.quant_algo)
     exported = f"{found.quant_algo}: {readers}; {gpus}" if found.exportable else "no engine"
@@ -68,9 +59,9 @@ def show(
             "calibrated on": f"{used['sequences']:,} sequences of {used['sequence_length']:,}, "
             f"{used['tokens']:,} tokens{speed}",
             "exports as": exported + (f"; keys and values {kv}" if kv else ""),
-            "checkpoint": f"{args.save} ({report.size(Path(args.save))})",
-            "layout saved": report.layout(session.parallel) + ", loads at any",
+            "checkpoint": f"{save} ({report.size(save)})",
+            "layout saved": report.layout(options.parallel) + ", loads at any",
             **report.cost(content),
         },
-        next_step=f"MLM_MODEL_CKPT={args.save} bash mmlu.sh <conf>, then bash export.sh <conf>",
+        next_step=f"MLM_MODEL_CKPT={save} bash mmlu.sh <conf>, then bash export.sh <conf>",
     )

@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from whole_logits import prefill_logits
 
 from post_training.cli.stage import open_session
 from post_training.common.errors import UsageError
 from post_training.config import arguments
+from post_training.config.options import StageOptions
 from post_training.data import calibration_data
+from post_training.distributed.collectives import on_first_rank
 from post_training.inference import generation
 from post_training.models.architecture import Architecture
 from post_training.models.builder import BuildOptions, build
@@ -101,7 +104,7 @@ def inference(model: torch.nn.Module) -> dict[str, Any]:
     lengths = [max(length, 4) for length in LENGTHS]
     return {
         "input_ids": input_ids,
-        "all": generation.prefill_logits(model, input_ids),
+        "all": prefill_logits(model, input_ids),
         "last": generation.last_logits(model, input_ids, LENGTHS),
         "some": generation.last_logits(model, input_ids, LENGTHS, token_ids=[7, 0, 95]),
         "tokens": tokens,
@@ -156,9 +159,9 @@ def loaded_on_first_rank() -> bool:
             raise RuntimeError("only rank 0 may load")
         raise UsageError("--data x", "it is empty", "give another")
 
-    same = calibration_data.on_first_rank(load).input_ids.tolist() == [[0, 1, 2], [3, 4, 5]]
+    same = on_first_rank(load).input_ids.tolist() == [[0, 1, 2], [3, 4, 5]]
     try:
-        calibration_data.on_first_rank(fail)
+        on_first_rank(fail)
     except UsageError as error:
         return same and error.cause == "it is empty"
     return False
@@ -166,11 +169,9 @@ def loaded_on_first_rank() -> bool:
 
 def main() -> None:
     output, *words = sys.argv[1:]
-    args = arguments.parse_namespace("worker", lambda parser: None, lambda args: None, words)
-    with open_session(args) as session:
-        options = BuildOptions(
-            dtype=arguments.precision(args), local_attention=args.export_force_local_attention
-        )
+    given = arguments.parse("worker", StageOptions, words)
+    with open_session(given) as session:
+        options = BuildOptions(dtype=given.precision, local_attention=given.local_attention)
         found: dict[str, Any] = {}
         for name in MODELS:
             model = build(architecture(name), options)

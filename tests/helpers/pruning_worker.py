@@ -12,16 +12,16 @@ from pathlib import Path
 
 import torch
 from generation_worker import GROUPED_QUERIES, SHARED, VOCABULARY, fill
+from whole_logits import prefill_logits
 
 from post_training.cli.stage import open_session
 from post_training.common.errors import UsageError
 from post_training.config import arguments
-from post_training.inference import generation
+from post_training.config.options import StageOptions
 from post_training.models.architecture import Architecture
 from post_training.models.builder import BuildOptions, build, transformer_config
-from post_training.pruning import minitron
-from post_training.pruning import search as pruning_search
-from post_training.pruning import space as pruning_space
+from post_training.pruning import export_config, search
+from post_training.pruning.space import PruningSpace, pruned_architecture
 
 MIXTURE = {
     "num_moe_experts": 8,
@@ -42,8 +42,7 @@ SIZES = {
 
 def main() -> None:
     output = Path(sys.argv[1])
-    args = arguments.parse_namespace("worker", lambda parser: None, lambda args: None, sys.argv[2:])
-    with open_session(args):
+    with open_session(arguments.parse("worker", StageOptions, sys.argv[2:])):
         torch.save(run(output.with_suffix("")), output)
 
 
@@ -51,21 +50,24 @@ def run(folder: Path) -> dict[str, object]:
     from post_training.checkpoints import torch_dist
     from post_training.common.manifest import Manifest
 
+    # It needs Transformer Engine, for which the session may have put a stand-in in place.
+    from post_training.pruning import minitron
+
     original = Architecture(
         transformer={**SHARED, **GROUPED_QUERIES, "qk_layernorm": True, **MIXTURE},
         vocab_size=VOCABULARY,
         max_position_embeddings=256,
     )
     options = BuildOptions(dtype="fp32", layer_spec="transformer_engine")
-    steps = pruning_space.Granularity.of(original, {"hidden_size": 16})
-    allowed = pruning_space.dimensions(original, steps)
-    pruning_space.check_export_config(SIZES, allowed)
+    space = PruningSpace.of(original, {"hidden_size": 16})
+    allowed = space.dimensions
+    sizes = export_config.check(SIZES, allowed)
     config = transformer_config(original, options)
 
     def refusal(parameters: float) -> str:
         try:
-            search = pruning_search.Search({"params": parameters})
-            pruning_search.check_reachable(original, config, allowed, search)
+            wanted = search.SizeSearch({"params": parameters})
+            search.check_reachable(original, config, allowed, wanted)
         except UsageError as error:
             return str(error)
         return ""
@@ -73,19 +75,18 @@ def run(folder: Path) -> dict[str, object]:
     model = build(original, options)
     fill(model)
     ids = torch.arange(96).reshape(3, 32) % VOCABULARY
-    outcome = minitron.prune(
-        model,
-        SIZES,
-        steps,
-        allowed=allowed,
-        acceptable=pruning_search.acceptance(original, config, allowed, SIZES),
-        calibrate=lambda dynamic: generation.prefill_logits(dynamic, ids),
+    task = minitron.PruningTask(
+        sizes,
+        space,
+        search.acceptance(original, config, allowed, sizes),
+        calibrate=lambda dynamic: prefill_logits(dynamic, ids),
         describe_calibration=dict,
     )
-    after = pruning_space.pruned_architecture(original, outcome.config, outcome.kept_layers)
-    logits = generation.prefill_logits(model, ids)
-    computed = pruning_search.size(after, model.config, pruning_search.Memory())
-    counted = pruning_search.counted(model, computed)
+    result = minitron.prune(model, task)
+    after = pruned_architecture(original, result.config, result.kept_layers)
+    logits = prefill_logits(model, ids)
+    computed = search.size(after, model.config, search.Memory())
+    counted = search.counted(model, computed)
     torch_dist.save(model, folder, Manifest("prune", after.to_json()))
     # As every later stage loads it: with ModelOpt's layer spec, from the architecture alone.
     loaded = build(after, BuildOptions(dtype="fp32"))
@@ -93,12 +94,12 @@ def run(folder: Path) -> dict[str, object]:
     return {
         "too small": refusal(1e3),
         "too large": refusal(1e9),
-        "kept_layers": outcome.kept_layers,
+        "kept_layers": result.kept_layers,
         "pattern": after.transformer["moe_layer_freq"],
         "computed": (computed.parameters, computed.active),
         "counted": counted.parameters,
         "logits": logits,
-        "loaded": generation.prefill_logits(loaded, ids),
+        "loaded": prefill_logits(loaded, ids),
         "experts": len(loaded.decoder.layers[-1].mlp.experts.local_experts),
     }
 

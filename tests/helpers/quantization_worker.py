@@ -5,7 +5,7 @@ The first argument is the job, the second the file for its results; the rest are
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -15,45 +15,52 @@ import torch
 import quantize
 from post_training.checkpoints import loading
 from post_training.checkpoints.source import find_source
-from post_training.cli.stage import open_session
+from post_training.cli.stage import make_plan, open_session
 from post_training.common.errors import UsageError
 from post_training.config import arguments
 from post_training.quantization import formats, recipes
-from post_training.quantization import options as quantization_choice
+from post_training.quantization import options as quantization_options
+from post_training.quantization.options import QuantizeOptions
 
 
 class Model:
     """Builds the plain model again and again, and quantizes it."""
 
-    def __init__(self, args: Any, session: Any) -> None:
-        from post_training.data import calibration_data
+    def __init__(self, words: list[str], options: QuantizeOptions, session: Any) -> None:
+        from post_training.data import options as calibration_options
         from post_training.quantization import calibration
 
-        self.args = args
+        self.words = words
+        self.options = options
         self.session = session
-        self.source = find_source(args)
-        self.samples = calibration_data.load_calibration_data(
-            args.calib_dataset_path_or_name,
-            loading.tokenizer(self.source, args),
-            args.calib_size,
-            args.calib_max_sequence_length,
+        self.source = find_source(options)
+        asked = options.calibration
+        self.samples = calibration_options.load(
+            asked,
+            loading.tokenizer(self.source, options),
+            self.source.architecture,
+            options.seed,
         )
-        self.run = lambda: calibration.Calibration(self.samples, args.calib_batch_size)
+        self.data = lambda: calibration.Calibration(self.samples, asked.calib_batch_size)
 
     def plain(self) -> Any:
-        return loading.load(self.source, self.args, self.session)
+        return loading.load(self.source, self.options, self.session)
+
+    def changed(self, **flags: Any) -> QuantizeOptions:
+        """The options with others, exportable or not."""
+        return dataclasses.replace(self.options, allow_unexportable=True, **flags)
 
     def quantized(self, choice: Any, model: Any = None, **flags: Any) -> tuple[Any, Any]:
         """The quantized model and the configuration."""
-        args = copy.copy(self.args)
-        vars(args).update(allow_unexportable=True, **flags)
+        from post_training.quantization import ptq
+
         model = self.plain() if model is None else model
-        return model, quantize.with_format(args, choice, model, self.run())
+        return model, ptq.with_format(model, self.changed(**flags), choice, self.data())
 
     def logits(self, model: Any) -> torch.Tensor:
-        from post_training.inference import generation
+        from whole_logits import prefill_logits
 
-        return generation.prefill_logits(model, self.samples.input_ids)
+        return prefill_logits(model, self.samples.input_ids)
 
 
 def every_format(build: Model) -> dict[str, Any]:
@@ -63,10 +70,9 @@ def every_format(build: Model) -> dict[str, Any]:
     plain = build.logits(build.plain())
     results = {}
     for name, row in formats.FORMATS.items():
-        args = copy.copy(build.args)
-        vars(args).update(export_quant_cfg=name, allow_unexportable=True)
+        options = build.changed(export_quant_cfg=name)
         try:
-            quantization_choice.check(args, build.source.described)
+            quantization_options.check(options, row, build.source.described)
         except UsageError as error:
             results[name] = {"refused": error.cause}
             continue
@@ -110,7 +116,9 @@ def flags(build: Model) -> dict[str, Any]:
 def missing_scales(build: Model) -> dict[str, Any]:
     """Errors of recipes and models that leave a quantizer without a scale."""
     return {
-        "no calibration": _error(lambda: build.quantized(recipes.find(build.args.references))),
+        "no calibration": _error(
+            lambda: build.quantized(recipes.find(build.options.smoke.references))
+        ),
         "bypassed": _error(lambda: _bypassed(build)),
         "nothing": _error(lambda: build.quantized(formats.FORMATS["NVFP4_EXPERTS_ONLY_CFG"])),
         "te spec": _error(lambda: _not_converted(build)),
@@ -165,35 +173,32 @@ def _error(work: Callable[[], Any]) -> str:
 
 
 def reload(build: Model) -> dict[str, Any]:
-    """Logits of quantized models before saving and after loading; ``--references`` lists them."""
+    """Logits of quantized models before saving and after loading; ``--references`` lists them.
+
+    A case is a name and further flags: ``fp8 --export-quant-cfg FP8_DEFAULT_CFG``.
+    """
     results = {}
-    for case in build.args.references.split("|"):
-        name, *words = case.split()
-        args = copy.copy(build.args)
-        args.save = f"{build.args.save}_{name}"
-        for word in words:
-            flag, _, value = word.partition("=")
-            is_number = isinstance(getattr(args, flag), float)
-            setattr(args, flag, float(value) if is_number else value or True)
-        model, _ = quantize.quantize(args, build.session)
-        again = copy.copy(build.args)
-        again.load, again.pretrained_model_path = args.save, None
-        source = find_source(again)
-        loaded = loading.load(source, again, build.session)
+    for case in build.options.smoke.references.split("|"):
+        name, *flags = case.split()
+        save = f"{build.options.save}_{name}"
+        words = [*build.words, *flags, "--save", save, "--skip-generate"]
+        model = quantize.quantize(make_plan(quantize.STAGE, words), build.session).model
+        again = dataclasses.replace(build.options, load=save, pretrained_model_path=None)
+        loaded = loading.load(find_source(again), again, build.session)
         results[name] = {"saved": build.logits(model), "loaded": build.logits(loaded)}
     return results
 
 
 def main() -> None:
     job, output, *words = sys.argv[1:]
-    args = arguments.parse_namespace("quantize", quantize.add_arguments, lambda args: None, words)
-    with open_session(args) as session:
+    options = arguments.parse("quantize", QuantizeOptions, words)
+    with open_session(options) as session:
         results = {
             "every_format": every_format,
             "flags": flags,
             "missing_scales": missing_scales,
             "reload": reload,
-        }[job](Model(args, session))
+        }[job](Model(words, options, session))
         if session.is_main:
             torch.save(results, output)
 

@@ -38,13 +38,12 @@ class LogitsPlan:
 
 def logits(plan: LogitsPlan, session: Any) -> None:
     from safetensors.torch import load_file, save_file
-
-    from post_training.inference import generation
+    from whole_logits import prefill_logits
 
     source = fetch_source(plan.source, plan.options)
     model = loading.load(source, plan.options, session)
     ids = load_file(plan.options.ids)["ids"].to(session.device)
-    result = generation.prefill_logits(model, ids)
+    result = prefill_logits(model, ids)
     if session.is_main:
         save_file({"logits": result.float().cpu().contiguous()}, plan.options.output)
 
@@ -58,7 +57,7 @@ def stage_module(name: str) -> Any:
     if name == "logits":
         return SimpleNamespace(STAGE=LOGITS)
     if name in ("prepare", "decode"):
-        return importlib.import_module("speculative_jobs").job(name)
+        return SimpleNamespace(STAGE=importlib.import_module("speculative_jobs").JOBS[name])
     return importlib.import_module(name)
 
 
@@ -75,7 +74,10 @@ def main() -> None:
         for name, flags in jobs:
             module = stage_module(name)
             if hasattr(module, "STAGE"):
-                module.STAGE.work(make_plan(module.STAGE, flags), session)
+                plan = make_plan(module.STAGE, flags)
+                result = module.STAGE.work(plan, session)
+                if session.is_main and module.STAGE.show is not None:
+                    module.STAGE.show(plan, result, session)
                 continue
             parsed = arguments.parse_namespace(name, module.add_arguments, module.check, flags)
             getattr(module, name)(parsed, session)

@@ -12,7 +12,6 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ TEXT = [(7 * i * i + 3 * i) % 250 for i in range(20)]
 
 @dataclass(frozen=True, kw_only=True)
 class JobOptions(StageOptions):
-    output: Path | None = flag(help="where the result goes")
+    output: Path | None = flag(help="where the job's findings go")
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,12 @@ def prepare(plan: Plan, session: Any) -> None:
     draft = replace(draft_of(source), trained=1)
     record = Manifest("prepare", source.architecture.to_json(), extra={"draft": draft.to_json()})
     small_files = SmallFiles(Path(source.huggingface))
-    torch_dist.save(model, Path(plan.options.save), record, small_files=small_files)
+    torch_dist.save(model, Path(str(plan.options.save)), record, small_files=small_files)
 
 
 def decode(plan: Plan, session: Any) -> None:
+    from whole_logits import draft_logits, target_features
+
     from post_training.drafts.eagle3 import decoding as speculative
     from post_training.inference import generation
 
@@ -102,10 +103,10 @@ def decode(plan: Plan, session: Any) -> None:
         measured = speculative.measure(model, PROMPTS, NEW_TOKENS, steps=3)
         found["measured 3"] = [list(each) for each in measured.accepted]
         found["still training"] = all(module.training for module in model.modules())
-    features = speculative.target_features(model, TEXT)
+    features = target_features(model, TEXT)
     if model.post_process:
         found["features"] = features[:, 0].float().cpu()
-        found["draft logits"] = speculative.draft_logits(model, TEXT, features[:-1]).cpu()
+        found["draft logits"] = draft_logits(model, TEXT, features[:-1]).cpu()
     results: list[Any] = [None] * session.world
     torch.distributed.all_gather_object(results, found)
     for other in results:
@@ -159,7 +160,4 @@ def few_tokens(model: Any) -> Iterator[None]:
         handle.remove()
 
 
-def job(name: str) -> Any:
-    """What run_stages.py expects of a stage."""
-    functions = {"prepare": prepare, "decode": decode}
-    return SimpleNamespace(STAGE=Stage(name, JobOptions, check, functions[name]))
+JOBS = {work.__name__: Stage(work.__name__, JobOptions, check, work) for work in (prepare, decode)}

@@ -44,10 +44,6 @@ def test_auxiliary_layers_are_distinct(layers, ids):
     assert draft.aux_layer_ids(layers) == ids
 
 
-def test_vllm_counts_the_auxiliary_layers_one_higher():
-    assert draft.plan(from_huggingface(QWEN3)).layer_inputs == [1, 3, 5]
-
-
 def test_the_keys_are_modelopts():
     from modelopt.torch.speculative.config import eagle3_default_config
 

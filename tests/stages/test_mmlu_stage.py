@@ -16,6 +16,7 @@ import tools
 import torch
 from questions import FEW_SHOTS, SUBJECTS, write_questions
 
+from post_training.cli.stage import make_plan
 from post_training.common.errors import UsageError
 from post_training.evaluation import mmlu, mmlu_data, mmlu_prompts
 
@@ -125,11 +126,13 @@ def test_the_table_names_every_subject_and_the_average(reports, outputs):
 def test_the_report_lies_beside_the_model_by_default(setting, monkeypatch):
     import mmlu
 
-    args = SimpleNamespace(mmlu_output=None, load=None, pretrained_model_path=str(setting.folder))
-    assert mmlu.report_path(args) == setting.work / "model.mmlu.json"
-    monkeypatch.setenv("MLM_WORK_DIR", "/somewhere")
-    args.pretrained_model_path = "org/name"
-    assert mmlu.report_path(args) == Path("/somewhere/org--name.mmlu.json")
+    def planned(model: object) -> Path:
+        words = ["--pretrained-model-path", str(model), "--mmlu-dataset", str(setting.questions)]
+        return make_plan(mmlu.STAGE, [*words, "--check"]).report
+
+    assert planned(setting.folder) == setting.work / "model.mmlu.json"
+    monkeypatch.setenv("MLM_WORK_DIR", "/tmp/somewhere")
+    assert planned("org/name") == Path("/tmp/somewhere/org--name.mmlu.json")
 
 
 @pytest.mark.parametrize(
@@ -153,13 +156,7 @@ def test_usage_errors_come_before_anything_is_loaded(setting, more, expected):
 
 
 def test_the_check_imports_no_torch(setting):
-    program = (
-        "import sys, mmlu\n"
-        "from post_training.config import arguments\n"
-        "try: arguments.parse_namespace('mmlu', mmlu.add_arguments, mmlu.check)\n"
-        "except SystemExit as end: assert end.code == 0, end.code\n"
-        "assert 'torch' not in sys.modules\n"
-    )
+    program = "import sys, mmlu; mmlu.main(); assert 'torch' not in sys.modules"
     words = map(str, flags(setting, setting.work / "x", "--check"))
     subprocess.run(
         [sys.executable, "-c", program, *words],

@@ -55,7 +55,7 @@ def source(root):
 
 def prune_flags(source, save, *more, model="model"):
     return (
-        *("--pretrained-model-path", source / model, "--save", save, "--fp32"),
+        *("--pretrained-model-path", source / model, "--save", save, "--fp32", "--skip-generate"),
         *("--calib-dataset", source / "text.jsonl", *CALIBRATION, *more),
     )
 
@@ -82,6 +82,7 @@ def pruned(source):
         return tools.logits_job(source / f"{name} logits", ids, *load)
 
     save = ("--save", source / "q", "--calib-dataset", source / "text.jsonl", *CALIBRATION)
+    save += ("--skip-generate",)
     jobs = [
         ("prune", prune_flags(source, source / "p", *named(SIZES), *kept, *questions)),
         ("prune", prune_flags(source, source / "searched", *target, *kept, *questions)),
@@ -397,6 +398,8 @@ REFUSED = {
     "no target": ((), "what to prune", "--prune-target-params 6e9"),
     "two targets": ((*named(SIZES), "--prune-target-params", "1M"), "--prune-target", "one of"),
     "target": (("--prune-target-params", "6q"), "--prune-target-params 6q", "6e9"),
+    "target beyond numbers": (("--prune-target-params", "1e400"), "1e400", "6e9"),
+    "share of all": (("--prune-max-width-pruning", "nan"), "--prune-max-width-pruning nan", "0.4"),
     "skip": (
         ("--prune-target-params", "1M", "--prune-hparams-to-skip", "hidden"),
         "--prune-hparams-to-skip hidden",

@@ -66,6 +66,12 @@ REFUSED = {
     "missing recipe": (("--recipe", "fp8_defalt-kv_fp8"), "fp8_defalt", "fp8_default-kv_fp8"),
     "kv cache name": (("--export-kv-cache-quant", "fp7"), "fp7", "fp8"),
     "no calibration": (("--calib-size", 0), "--calib-size 0", "not positive"),
+    "bits that are no number": (
+        ("--auto-quantize-bits", "nan"),
+        "--auto-quantize-bits nan",
+        "not positive",
+    ),
+    "context parallelism": (("--context-parallel-size", 2), "CP=2", "CP=1"),
 }
 
 
@@ -79,10 +85,10 @@ def test_mistakes_end_with_exit_code_2_and_one_message(source, tmp_path, case):
     assert "cause:" in done.stderr and "remedy:" in done.stderr
 
 
-def test_copies_whose_scales_would_differ_are_refused(source, tmp_path):
+def test_replicas_whose_scales_would_differ_are_refused(source, tmp_path):
     words = flags(source, tmp_path / "q", "--export-quant-cfg", "nvfp4_local_hessian")
     done = tools.run("quantize.py", "--check", *words, code=2, MLM_PLANNED_PROCESSES="2")
-    assert "2 copies of the model (DP)" in done.stderr
+    assert "DP=2" in done.stderr
     assert "set DP=1" in done.stderr
 
 

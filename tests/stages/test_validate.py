@@ -22,9 +22,9 @@ from speculative_jobs import NEW_TOKENS, PROMPTS, STEPS
 
 from post_training.common.errors import UsageError
 from post_training.drafts import ground_truth
-from post_training.drafts.acceptance import Acceptance, matching, student_t
+from post_training.drafts.acceptance import Acceptance, matching
+from post_training.drafts.answers import AnswerPair, TokenizedPrompt
 from post_training.drafts.eagle3.decoding import Choice
-from post_training.drafts.measure import Measured, Question
 
 LAYOUTS = ("TP=1", "TP=2", "PP=2")
 everywhere = pytest.mark.parametrize("layout", LAYOUTS)
@@ -96,8 +96,13 @@ def test_the_interval_is_the_ratio_estimators():
     ("degrees", "expected"),
     [(1, 12.706), (2, 4.303), (3, 3.182), (5, 2.571), (9, 2.262), (30, 2.042), (79, 1.990)],
 )
-def test_students_t_is_that_of_tables(degrees, expected):
-    assert student_t(0.975, degrees) == pytest.approx(expected, rel=0.01)
+def test_the_interval_is_as_wide_as_students_t_of_tables(degrees, expected):
+    """One verification an answer, with 50 and 51 accepted tokens by turns."""
+    count = degrees + 1
+    share = (count // 2) / count
+    error = math.sqrt(share * (1 - share) / degrees)
+    low, high = Acceptance(100, [[50 + number % 2] for number in range(count)]).interval()
+    assert (high - low) / 2 == pytest.approx(expected * error, rel=3e-4)
 
 
 def test_matching_is_the_common_beginning():
@@ -177,7 +182,7 @@ def test_a_ground_truth_has_prompts_of_its_own(drafted):
 
 
 def measured(tokens, number=1, prompt=(1, 2), **more):
-    return Measured(Question(number, list(prompt)), tokens, tokens, [0], 1.0, 1.0, **more)
+    return AnswerPair(TokenizedPrompt(number, list(prompt)), tokens, tokens, [0], 1.0, 1.0, **more)
 
 
 def test_other_prompts_and_answers_are_said(tmp_path):
@@ -194,11 +199,11 @@ def test_other_prompts_and_answers_are_said(tmp_path):
     settings = ground_truth.settings(
         [each.question for each in now], source="x", steps=3, max_new_tokens=3
     )
-    found, notes = ground_truth.compare(ground_truth.read(path), now, settings)
+    found = ground_truth.compare(ground_truth.read(path), now, settings)
     assert found["compared_answers"] == 1
     assert found["same_answers"] == 0
     assert (found["same_leading_tokens"], found["saved_tokens"]) == (2, 3)
-    assert notes == [
+    assert found["differing_settings"] == [
         "the prompts differ from the saved ground truth's: 1 of 2 are among the 2 saved"
     ]
 
@@ -228,9 +233,9 @@ def check(*words: object) -> subprocess.CompletedProcess[str]:
     """Run the stage's checks; they must refuse, and without torch."""
     program = (
         "import sys, validate\n"
-        "from post_training.config import arguments\n"
-        "try: arguments.parse_namespace('validate', validate.add_arguments, validate.check)\n"
+        "try: validate.main()\n"
         "except SystemExit as end: assert end.code == 2, end.code\n"
+        "else: sys.exit('it was accepted')\n"
         "assert 'torch' not in sys.modules\n"
     )
     return subprocess.run(

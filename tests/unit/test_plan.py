@@ -9,12 +9,15 @@ import sys
 
 import pytest
 import tools
+import torch
 from confs import ROOT, conf_flags, parse
 
+from post_training.checkpoints import record
 from post_training.common import manifest
 from post_training.common.errors import UsageError
-from post_training.config import arguments
+from post_training.config import model_description
 from post_training.distributed.parallel import Parallel
+from post_training.distributed.session import Session
 from post_training.models import parameter_count
 from post_training.models.architecture import Architecture
 
@@ -33,7 +36,7 @@ PUBLISHED = {
 
 
 def conf_architecture(conf: str) -> Architecture:
-    return arguments.architecture(parse(*conf_flags(conf)))
+    return model_description.architecture(parse(*conf_flags(conf)))
 
 
 @pytest.mark.parametrize("conf", PUBLISHED)
@@ -231,6 +234,13 @@ def test_a_manifest_holds_no_secret(tmp_path, monkeypatch):
     found = json.loads(text)
     assert found["configuration"] == {"references": "hf_***", "prompts": ["***", 3], "seed": 1}
     assert found["command"] == "quantize.py --references 'hf_***' --prompts '***'"
+
+
+def test_a_report_holds_no_secret():
+    hub = "hf_" + "Secret" * 6
+    session = Session("mmlu", Parallel(), torch.device("cpu"), rank=0, world=1)
+    content = record.report_of_run(parse("--tokenizer-model", hub), session, [], {})
+    assert content["configuration"] == {"tokenizer_model": "hf_***"}
 
 
 def test_what_cannot_be_counted_is_named():

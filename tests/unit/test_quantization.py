@@ -144,17 +144,17 @@ def test_a_weight_without_a_scale_is_an_error_that_names_it(source, tmp_path):
 
 CASES = "|".join(
     (
-        "fp8 export_quant_cfg=FP8_DEFAULT_CFG export_kv_cache_quant=fp8",
-        "nvfp4 export_quant_cfg=NVFP4_DEFAULT_CFG export_kv_cache_quant=nvfp4",
-        "mlp export_quant_cfg=NVFP4_MLP_ONLY_CFG weight_only",
-        "mxfp8 export_quant_cfg=MXFP8_DEFAULT_CFG",
-        "awq export_quant_cfg=NVFP4_AWQ_LITE_CFG allow_unexportable",
+        "fp8 --export-quant-cfg FP8_DEFAULT_CFG --export-kv-cache-quant fp8",
+        "nvfp4 --export-quant-cfg NVFP4_DEFAULT_CFG --export-kv-cache-quant nvfp4",
+        "mlp --export-quant-cfg NVFP4_MLP_ONLY_CFG --weight-only",
+        "mxfp8 --export-quant-cfg MXFP8_DEFAULT_CFG",
+        "awq --export-quant-cfg NVFP4_AWQ_LITE_CFG --allow-unexportable",
     )
 )
 ONE_PROCESS = (
-    "|mse export_quant_cfg=NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG"
-    "|packed export_quant_cfg=NVFP4_DEFAULT_CFG compress"
-    "|auto export_quant_cfg=auto auto_quantize_bits=6"
+    "|mse --export-quant-cfg NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG"
+    "|packed --export-quant-cfg NVFP4_DEFAULT_CFG --compress"
+    "|auto --export-quant-cfg auto --auto-quantize-bits 6"
 )
 
 
@@ -166,7 +166,7 @@ def test_a_quantized_checkpoint_reloads_with_the_same_logits_bit_for_bit(source,
         source,
         "reload",
         tmp_path / "results.pt",
-        *("--save", tmp_path / "saved", "--references", cases, *sizes),
+        *("--save", tmp_path / "saved", f"--references={cases}", *sizes),
         processes=processes,
     )
     assert len(found) == len(cases.split("|"))

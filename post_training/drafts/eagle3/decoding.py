@@ -1,8 +1,8 @@
 """Speculative decoding with an attached EAGLE-3 draft, one sequence at a time.
 
 The draft proposes k tokens, the target verifies them in one forward pass over its cache of keys and
-values, and the longest prefix that the target would have chosen itself is kept, with the token that
-it chooses next: the result is that of greedy decoding, in fewer passes of the target.
+values, and the longest prefix that the target would have chosen itself is kept, plus the target's
+next token: the result is that of greedy decoding, in fewer passes of the target.
 
 What the draft sees (Li et al., EAGLE-3, 2025): at position j the embedding of token j + 1 and the
 target's features of token j, the outputs of its auxiliary layers. From there it predicts token
@@ -11,7 +11,7 @@ after the verification those entries of the draft's cache are replaced by ones w
 
 Works with tensor and pipeline parallelism. On a pipeline the features travel to the last stage,
 where the draft is, along with the activations. ModelOpt's own evaluation recomputes the whole
-sequence for each step and knows no pipeline.
+sequence for each step and supports no pipeline.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def decode(
     if not eagle.is_drafted(core):
         raise ValueError("the model has no draft")
     total = len(prompt) + max_new_tokens + steps + 1
-    target = _Target(core, total, vocab_size)
-    draft = _Draft(core, total) if core.post_process else None
+    target = CachedTarget(core, total, vocab_size)
+    draft = CachedDraft(core, total) if core.post_process else None
     emitted = target.choose(list(prompt), watch, last_only=True)
     # What the draft has not seen yet: tokens, each beside the features of the token before it.
     pending = [*prompt[1:], *emitted]
@@ -153,35 +153,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
-@torch.inference_mode()
-def draft_logits(
-    model: torch.nn.Module, tokens: Sequence[int], features: torch.Tensor
-) -> torch.Tensor:
-    """The draft's logits at every position of a known text, on the last stage. For comparisons.
-
-    Args:
-        model: a drafted model.
-        tokens: n + 1 token ids.
-        features: [n, 1, layers * hidden] of the first n, as :func:`target_features` gives them.
-
-    Returns:
-        float32 [n, draft vocabulary]: row j, from token j + 1 and features j, predicts token j + 2.
-    """
-    draft = _Draft(forward.unwrap(model), len(tokens))
-    ids = torch.tensor([list(tokens[1:])], device=features.device)
-    output, _ = draft.run(ids, draft.fused(features))
-    return draft.logits(output)[:, 0].float()
-
-
-@torch.inference_mode()
-def target_features(model: torch.nn.Module, tokens: Sequence[int]) -> torch.Tensor:
-    """The features of ``tokens``, [n, 1, layers * hidden], on the last stage. For comparisons."""
-    target = _Target(forward.unwrap(model), len(tokens), None)
-    target.choose(list(tokens), None, last_only=True)
-    return target.features
-
-
-class _Target:
+class CachedTarget:
     """The target with its cache, which can forget what was not accepted."""
 
     def __init__(self, core: Any, total: int, vocab_size: int | None) -> None:
@@ -222,7 +194,7 @@ class _Target:
         return forward.from_last_stage(chosen, (count,), torch.long).tolist()
 
 
-class _Draft:
+class CachedDraft:
     """The draft with its cache; on the last pipeline stage only."""
 
     def __init__(self, core: Any, total: int) -> None:

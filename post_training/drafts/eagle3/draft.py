@@ -106,11 +106,6 @@ class Draft:
     trained: int = 0
 
     @property
-    def layer_inputs(self) -> list[int]:
-        """The auxiliary layers as vLLM counts them: the input of layer ``i`` from 0."""
-        return [layer + 1 for layer in self.aux_hidden_state_layer_ids]
-
-    @property
     def has_own_vocabulary(self) -> bool:
         """Whether the draft proposes fewer tokens than the target has, through ``d2t``."""
         return bool(self.config["draft_vocab_size"] != self.config["vocab_size"])
