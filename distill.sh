@@ -12,7 +12,7 @@
 #   MLM_DATA_ARGS MLM_TRAIN_ARGS MLM_OPTIM_ARGS MLM_EVAL_ARGS MLM_RESUME_ARGS
 #                   groups of training flags; what they leave out has the defaults of --help
 #
-# Exit code 75: ended by SIGTERM, SIGUSR1 or a limit, and saved; the same command goes on.
+# Exit code 75: ended by SIGTERM, SIGUSR1 or a limit, and saved; the same command resumes.
 # Further variables: conf/arguments.sh. All flags: bash distill.sh --help
 set -euo pipefail
 # A time limit may be near before the stage itself can note it; torchrun must not end of it either.

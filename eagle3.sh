@@ -13,7 +13,7 @@
 #                   groups of training flags; what they leave out has the defaults of --help: 128000
 #                   sequences, cosine from 5e-5 to 1e-7, checkpoint and evaluation every 1000
 #
-# Exit code 75: ended by SIGTERM, SIGUSR1 or a limit, and saved; the same command goes on.
+# Exit code 75: ended by SIGTERM, SIGUSR1 or a limit, and saved; the same command resumes.
 # Further variables: conf/arguments.sh. All flags: bash eagle3.sh --help
 set -euo pipefail
 # A time limit may be near before the stage itself can note it; torchrun must not end of it either.

@@ -5,7 +5,7 @@
 - a progress bar where there is a terminal, log lines where there is none;
 - ``training/curves.png`` at the end.
 
-A run that goes on after an interruption cuts the lines that lie after its checkpoint, and writes
+A resumed run cuts the lines that lie after its checkpoint, and writes
 them again: the file is that of a run without the interruption, but for times.
 """
 
@@ -49,7 +49,7 @@ class Metrics:
 
     Args:
         folder: ``training/`` of the run.
-        iteration: the run goes on after this one: later lines go.
+        iteration: the run resumes after this one; later lines are cut.
         total: iterations altogether, for the bar.
         show_progress: whether to draw it.
         tensorboard: folder of the TensorBoard files.

@@ -45,11 +45,11 @@ class Teacher:
         self._logits = logits
         self._length = spans[-1][1] if spans else 0
         self._kept: dict[tuple[int, int], torch.Tensor] = {}
-        self._likeliest: dict[tuple[int, int], torch.Tensor] = {}
+        self._argmax: dict[tuple[int, int], torch.Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Probabilities [stop - start, b, columns] in float32, and the likeliest [.., b]."""
+        """Probabilities [stop - start, b, columns] in float32, and their argmax [.., b]."""
         span = (start, stop)
         logits = self._kept.get(span)
         if logits is None:
@@ -57,9 +57,9 @@ class Teacher:
             row = logits.element_size() * logits[0].numel()
             if row * self._length <= KEPT_BYTES:
                 self._kept[span] = logits
-        if span not in self._likeliest:
-            self._likeliest[span] = likeliest(logits)
-        return log_softmax(logits).exp_(), self._likeliest[span]
+        if span not in self._argmax:
+            self._argmax[span] = argmax(logits)
+        return log_softmax(logits).exp_(), self._argmax[span]
 
 
 def weighted_loss(
@@ -81,7 +81,7 @@ def weighted_loss(
         spans: chunks that cover 0 .. s.
 
     Returns:
-        Two float32 scalars; a guess is right if the draft's likeliest token is the target's.
+        Two float32 scalars; a guess is right if the draft's argmax is the target's.
     """
     trained = [each for each in parameters if each.requires_grad]
     if not torch.is_grad_enabled():
@@ -141,7 +141,7 @@ def _over_chunks(
         if differentiate is not None:
             differentiate(loss, states, start, stop)
         total += loss.detach()
-        right += ((likeliest(logits.detach()) == best) * weight[start:stop]).sum()
+        right += ((argmax(logits.detach()) == best) * weight[start:stop]).sum()
     return total, right
 
 
@@ -196,7 +196,7 @@ class _Reduced(torch.autograd.Function):
 
 
 @torch.no_grad()
-def likeliest(logits: torch.Tensor) -> torch.Tensor:
+def argmax(logits: torch.Tensor) -> torch.Tensor:
     """Index of the largest entry along a dimension split over ranks; the first of equals."""
     from megatron.core import parallel_state
 

@@ -13,7 +13,7 @@ import torch
 
 
 def whole(core: Any, states: torch.Tensor) -> torch.Tensor:
-    """All rows [s, b, h]; every rank must go on alike, and each gets the gradient of its part."""
+    """All rows [s, b, h]. Ranks must use them in the same way; each gets its part's gradient."""
     if not core.config.sequence_parallel:
         return states
     from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
