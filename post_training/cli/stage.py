@@ -89,7 +89,7 @@ def make_plan[Options: StageOptions, P: Plan, Result](
 def run[Options: StageOptions, P: Plan, Result](
     stage: Stage[Options, P, Result], argv: Sequence[str] | None = None
 ) -> None:
-    """Run ``stage``, by default with this process's command line. A usage error exits with code 2."""
+    """Run ``stage`` with a command line, by default this process's. A usage error exits with 2."""
     if stage.saves_on_signal:
         # From the start: imports and loading take longer than a scheduler may wait.
         signals.defer_until_exit()

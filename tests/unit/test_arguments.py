@@ -65,8 +65,8 @@ ORIGINAL_STYLE = {
 @pytest.mark.parametrize("conf", CONFS)
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_conf_is_understood_by_every_stage(conf, stage):
-    parser = make_parser(stage, importlib.import_module(stage).add_arguments, show_all=False)
-    parser.split(conf_flags(conf))
+    declared = importlib.import_module(stage).STAGE
+    arguments.parse(declared.name, declared.options, [*conf_flags(conf), "--check"])
 
 
 @pytest.mark.parametrize("conf", CONFS)
@@ -292,9 +292,9 @@ def test_the_number_of_processes_gives_the_data_parallel_size(monkeypatch):
 
 
 def test_help_is_short_and_help_all_is_complete(capsys):
-    for flag in ("--help", "--help-all"):
+    for asked in ("--help", "--help-all"):
         with pytest.raises(SystemExit) as stopped:
-            parse(flag)
+            parse(asked)
         assert stopped.value.code == 0
     text = capsys.readouterr().out
     short, _, everything = text.partition("usage:")[2].partition("usage:")

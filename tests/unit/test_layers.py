@@ -66,7 +66,7 @@ def _is_own_package(each: Import) -> bool:
     return each.module.startswith(f"{each.target}.") or each.target.startswith(f"{each.module}.")
 
 
-# What Megatron-LM pickles into a checkpoint is an argparse.Namespace: a file format, no command line.
+# Megatron-LM pickles an argparse.Namespace into its checkpoints: a file format, no command line.
 PICKLED_NAMESPACE = "post_training.checkpoints.megatron_arguments"
 
 
