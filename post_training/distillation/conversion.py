@@ -7,9 +7,8 @@ stage by stage beside the student; its hidden states travel in the same tensors.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ import torch
 
 from post_training.checkpoints import torch_dist
 from post_training.common.errors import UsageError, suggest
+from post_training.common.quiet import quiet
 from post_training.distillation.options import OPTION, DistillConfig
 from post_training.distributed import collectives
 from post_training.inference import forward
@@ -64,7 +64,8 @@ def attach(
     try:
         # Every tensor-parallel rank draws the same projection.
         torch.manual_seed(seed)
-        with _quiet():
+        # ModelOpt warns of what is known: default settings, and full hidden states under TP.
+        with quiet("modelopt.torch.distill.plugins.megatron"):
             plugin.setup_distillation_config(settings, student.config, teacher.config)
         _require_layers(student, teacher, settings.criterion or {})
     except (ValueError, AttributeError) as error:
@@ -229,15 +230,3 @@ def _weighted_sum(found: tuple[torch.Tensor, bool, bool], weight: torch.Tensor) 
     if is_partial or is_sequence_parallel:
         return reduce_from_tensor_model_parallel_region(total)
     return total
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """ModelOpt warns of what is known: default settings, and full hidden states under TP."""
-    talkative = logging.getLogger("modelopt.torch.distill.plugins.megatron")
-    before = talkative.level
-    talkative.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        talkative.setLevel(before)

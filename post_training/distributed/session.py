@@ -15,13 +15,13 @@ import random
 import resource
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from post_training.common import threads, versions
 from post_training.common.errors import UsageError, exit_with_usage_error
+from post_training.common.quiet import quiet
 from post_training.distributed import liveness, placement, signals
 from post_training.distributed.parallel import Parallel
 
@@ -29,6 +29,13 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger("post_training")
+
+# What megatron-core logs all through a run and no user can act on.
+_ONLY_ERRORS = (
+    "megatron.core.distributed",  # on every start, how gradients are laid out
+    "megatron.core.dist_checkpointing.strategies.torch",  # saves are synchronous: chosen here
+    "megatron.core.models.gpt.gpt_model",  # GPTModel will be replaced: chosen in models/builder.py
+)
 
 
 @dataclass
@@ -161,22 +168,15 @@ def _import_packages() -> object:
     Both warn at import time that Apex and Transformer Engine are missing (the log says what runs
     instead) and, on a machine without a GPU, that there is none.
     """
-
     import torch
 
     from post_training import portable
 
-    if not torch.cuda.is_available():
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    missing_gpu = () if torch.cuda.is_available() else ("torch.utils.cpp_extension",)
+    with quiet(*missing_gpu, warning=""):
         report = portable.install()
         import megatron.core.models.gpt
         import megatron.core.post_training.modelopt.gpt.model_specs  # noqa: F401
-    # Said by megatron-core on every start about how gradients are laid out: nothing to act on.
-    logging.getLogger("megatron.core.distributed").setLevel(logging.ERROR)
-    # Said once per checkpoint about a choice that is made here: saves are synchronous.
-    logging.getLogger("megatron.core.dist_checkpointing.strategies.torch").setLevel(logging.ERROR)
     return report
 
 
@@ -259,5 +259,5 @@ def configure_logging(stage: str, level: str = "info") -> None:
     warned.handlers[:] = [handler]
     warned.propagate = False
     warned.setLevel(logging.WARNING if chosen <= logging.DEBUG else logging.ERROR)
-    # mcore announces on every model that GPTModel will be replaced: known, and chosen in model.py.
-    logging.getLogger("megatron.core.models.gpt.gpt_model").setLevel(logging.ERROR)
+    for name in _ONLY_ERRORS:
+        logging.getLogger(name).setLevel(logging.ERROR)

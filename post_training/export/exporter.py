@@ -7,8 +7,6 @@ here, so that host memory holds one shard at a time. What is written is then rea
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from tqdm import tqdm
 
 from post_training.checkpoints import huggingface
 from post_training.common import files
+from post_training.common.quiet import quiet
 from post_training.export.shards import ShardWriter, Tensors, join_shards
 from post_training.export.streaming_exporter import StreamingExporter
 from post_training.models import families
@@ -116,7 +115,7 @@ class Exporter:
 
     def _new(self, *, reference: bool) -> StreamingExporter:
         # ModelOpt announces on stdout what the log says already.
-        with contextlib.redirect_stdout(io.StringIO()):
+        with quiet(stdout=True):
             exporter = StreamingExporter(self.model, **self._arguments)
         exporter.reference = reference
         return exporter

@@ -16,13 +16,13 @@ to the even code (the packer: towards zero).
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from post_training.common.quiet import quiet
 from post_training.portable import imports
 from post_training.portable.formats import FORMATS, Format, power_of_two_scale
 
@@ -202,9 +202,8 @@ def _change_tensor_quant(module: ModuleType) -> None:
     """Register the implementations with ``modelopt.torch.quantization.tensor_quant``."""
     global _library
     _library = torch.library.Library("tensorrt", "IMPL")
-    with warnings.catch_warnings():
-        # torch reports that ModelOpt's own registration, which needs CUDA, is overridden.
-        warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
+    # torch reports that ModelOpt's own registration, which needs CUDA, is overridden.
+    with quiet(warning="(?s).*Overriding a previously registered kernel"):
         _library.impl(
             "dynamic_block_quantize_op", dynamic_block_quantize, "CPU", allow_override=True
         )

@@ -16,6 +16,7 @@ import torch
 from modelopt.torch.opt.conversion import ModeloptStateManager
 from modelopt.torch.quantization.config import QuantizeConfig
 
+from post_training.common.quiet import quiet
 from post_training.inference import forward
 from post_training.quantization import formats, quantizers, recipes
 from post_training.quantization.recipes import Recipe
@@ -115,12 +116,12 @@ def run(
         options["quantization_formats"] = [_configuration(each) for each in search.formats]
     if search.method == "gradient":
         options["loss_func"] = _mean
-    with quantizers.quiet():
+    with quiet(stdout=True):
         _, state = mtq.auto_quantize(core, **options)
     if kv_entries:
         entries = [dict(quantizers.ALL_OFF), *kv_entries]
         mtq.set_quantizer_by_cfg(core, list(kv_entries))
-        with quantizers.quiet(), mtq.set_quantizer_by_cfg_context(core, entries):
+        with quiet(stdout=True), mtq.set_quantizer_by_cfg_context(core, entries):
             mtq.calibrate(core, "max", forward_loop=calibration)
     _record_all_off(core)
     # The search runs backward passes; nothing later needs what they leave.

@@ -16,6 +16,7 @@ import torch
 from megatron.core import parallel_state
 
 from post_training.common.errors import UsageError
+from post_training.distributed.collectives import from_all_ranks
 from post_training.quantization import probe, quantizers
 from post_training.quantization.coverage_report import Coverage, Layer
 
@@ -72,7 +73,7 @@ def survey(model: torch.nn.Module, config: quantizers.Config | None = None) -> C
             others += parameter.numel() * (tensor_size if is_shard else 1)
     is_leader = first and parallel_state.get_tensor_model_parallel_rank() == 0
     mine = (layers, others, _count(model), _unused(model, entries), missed)
-    gathered = [each for each in quantizers.from_all_ranks((is_leader, mine)) if each[0]]
+    gathered = [each for each in from_all_ranks((is_leader, mine)) if each[0]]
     parts = [each[1] for each in gathered]
     unused = set(parts[0][3]).intersection(*(part[3] for part in parts))
     _refuse_missed([name for part in parts for name in part[4]])
@@ -137,7 +138,7 @@ def check_scales(
             problem = idle or "the layer's forward pass does not use it"
         if problem:
             broken.append(f"{_global_name(model, name)} ({problem})")
-    found = [each for part in quantizers.from_all_ranks(broken) for each in part]
+    found = [each for part in from_all_ranks(broken) for each in part]
     if found:
         found = list(dict.fromkeys(found))
         more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""

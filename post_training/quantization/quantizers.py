@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
 import logging
 import os
 import re
@@ -24,6 +23,8 @@ from modelopt.torch.quantization import config as modelopt_config
 from modelopt.torch.quantization.qtensor import QTensorWrapper
 
 from post_training.common.errors import UsageError
+from post_training.common.quiet import quiet
+from post_training.distributed.collectives import from_all_ranks
 from post_training.quantization import formats, probe, recipes
 from post_training.quantization.formats import Format, Verdict
 from post_training.quantization.recipes import Recipe
@@ -146,7 +147,7 @@ def as_json(config: Config) -> Any:
 
 def insert(model: torch.nn.Module, config: Config) -> None:
     """Place quantizers as ``config`` says, without scales. Changes ``model`` in place."""
-    with quiet(), _own_check():
+    with quiet(stdout=True), _own_check():
         mtq.quantize(model, {**config, "algorithm": None})
 
 
@@ -159,7 +160,7 @@ def calibrate(
         forward_loop: runs the calibration data through the model; None where no scale needs it.
     """
     if config.get("algorithm"):
-        with quiet():
+        with quiet(stdout=True):
             mtq.calibrate(model, config["algorithm"], forward_loop=forward_loop)
 
 
@@ -220,7 +221,7 @@ def require_savable(model: torch.nn.Module) -> None:
 
 def compress(model: torch.nn.Module) -> None:
     """Replace fake-quantized weights by packed ones, in place."""
-    with quiet():
+    with quiet(stdout=True):
         mtq.compress(model)
 
 
@@ -256,13 +257,6 @@ def with_option(algorithm: Any, name: str, value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep ModelOpt's progress prints off stdout; its warnings and our log stay."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
-
-
-@contextlib.contextmanager
 def _own_check() -> Iterator[None]:
     """Without ModelOpt's check that a weight quantizer is enabled.
 
@@ -277,12 +271,3 @@ def _own_check() -> Iterator[None]:
             del os.environ[_SKIP_CHECK]
         else:
             os.environ[_SKIP_CHECK] = before
-
-
-def from_all_ranks(value: Any) -> list[Any]:
-    """``value`` of every rank, in order; a collective call."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return [value]
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, value)
-    return gathered

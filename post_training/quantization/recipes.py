@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import yaml
 
 from post_training.common.errors import UsageError, suggest
+from post_training.common.quiet import quiet
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def load(recipe: Recipe) -> Any:
 
     try:
         # ModelOpt prints the path.
-        with contextlib.redirect_stdout(io.StringIO()):
+        with quiet(stdout=True):
             return load_recipe(recipe.path)
     except (ValueError, TypeError, OSError) as error:
         raise UsageError(
