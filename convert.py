@@ -144,13 +144,12 @@ def convert(plan: Plan, session: Session) -> dict[str, Any]:
         if draft.offline:
             model.decoder.layers = type(model.decoder.layers)()
     manifest = record.of_run(options, session, source, metrics=metrics, extra=extra)
-    content = torch_dist.save(
+    return torch_dist.save(
         model,
         plan.save,
         manifest,
         small_files=SmallFiles(small_files, options.trust_remote_code),
     )
-    return content or {}
 
 
 def attach_draft(plan: Plan, model: MegatronModule, draft: Draft) -> None:

@@ -102,9 +102,8 @@ def eagle3(plan: Plan, session: Session) -> TrainingResult | None:
 
     options = plan.options
     if options.show_loss_mask:
+        tokenizer = loading.tokenizer(fetch_source(plan.source, options), options)
         if session.is_main:
-            source = fetch_source(plan.source, options)
-            tokenizer = loading.tokenizer(source, options)
             conversation_data.print_masks(plan.text, tokenizer, options.show_loss_mask)
         return None
     this = Run.open(plan, session)

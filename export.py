@@ -110,13 +110,12 @@ def _check_format(options: ExportOptions, source: Source) -> None:
 
 
 def export(plan: Plan, session: Session) -> dict[str, Any]:
-    """Write, read back, compare, publish. Returns the manifest on rank 0.
+    """Write, read back, compare, publish. Returns the manifest.
 
     Raises:
         UsageError: if the format cannot be exported, or what was written is not the model.
     """
-    import torch
-
+    from post_training.distributed.collectives import on_first_rank
     from post_training.export import draft_folder, model_folder
 
     options = plan.options
@@ -134,12 +133,13 @@ def export(plan: Plan, session: Session) -> dict[str, Any]:
             allow_unexportable=options.allow_unexportable,
         )
     manifest = record.of_run(options, session, source, metrics=metrics, extra=source.pruned_from())
-    content: dict[str, Any] = {}
-    if session.is_main:
+
+    def publish() -> dict[str, Any]:
         content = manifest.write(files.incomplete(plan.folder))
         files.publish(plan.folder)
-    torch.distributed.barrier()
-    return content
+        return content
+
+    return on_first_rank(publish)
 
 
 def show(plan: Plan, content: dict[str, Any], session: Session) -> None:

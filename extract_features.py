@@ -129,12 +129,14 @@ def extract_features(plan: Plan, session: Session) -> dict[str, Any]:
     source = fetch_source(plan.source, options)
     draft = plan.draft or recorded_or_planned(options.draft, options, source)
     settings = _settings(plan, source, draft)
-    if session.is_main:
+
+    def begin() -> None:
         if options.overwrite and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         files.write_json(folder / extraction.SETTINGS, settings)
-    torch.distributed.barrier()
+
+    collectives.on_first_rank(begin)
     data, content = conversation_data.prepare(
         plan.text,
         loading.tokenizer(source, options),

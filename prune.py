@@ -64,7 +64,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Pruned:
-    """This rank's model, its scores and the original's; ``content`` is of run.json, on rank 0."""
+    """This rank's model, its scores and the original's; ``content`` is of run.json."""
 
     model: MegatronModule
     before: ModelScores
@@ -153,7 +153,7 @@ def prune(plan: Plan, session: Session) -> Pruned:
     small_files = SmallFiles(folder, options.trust_remote_code, config)
     content = torch_dist.save(model, plan.save, manifest, small_files=small_files)
     smoke_generation.run(options.smoke, model, scorer.tokenizer, plan.save)
-    return Pruned(model, before, after, content or {})
+    return Pruned(model, before, after, content)
 
 
 def show(plan: Plan, result: Pruned, session: Session) -> None:

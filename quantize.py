@@ -48,7 +48,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Quantized:
-    """This rank's model and what was done to it; ``content`` is that of ``run.json``, on rank 0."""
+    """This rank's model and what was done to it; ``content`` is that of ``run.json``."""
 
     model: MegatronModule
     result: PtqResult
@@ -107,7 +107,7 @@ def quantize(plan: Plan, session: Session) -> Quantized:
     )
     content = torch_dist.save(model, plan.save, manifest, small_files=small_files)
     smoke_generation.run(options.smoke, model, tokenizer, plan.save)
-    return Quantized(model, result, content or {})
+    return Quantized(model, result, content)
 
 
 def show(plan: Plan, quantized: Quantized, session: Session) -> None:

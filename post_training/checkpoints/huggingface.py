@@ -8,7 +8,6 @@ were not read is an error instead of a silently wrong model.
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from post_training.common import files, safetensors_index
-from post_training.common.errors import UsageError
+from post_training.common.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -44,10 +43,12 @@ SMALL_FILES = (
     "NOTICE",
 )
 _WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
+# What the importer raises for a tensor that is missing or has another shape.
+_DOES_NOT_FIT = (KeyError, ValueError, RuntimeError, AssertionError)
 
 
 def resolve(name_or_path: str, *, weights: bool, trust_remote_code: bool = False) -> Path:
-    """The local folder of a model; rank 0 downloads a hub name, the others wait.
+    """The local folder of a model; rank 0 downloads a hub name. A collective call.
 
     Args:
         name_or_path: a folder, or a hub name such as ``Qwen/Qwen3-0.6B``.
@@ -63,28 +64,36 @@ def resolve(name_or_path: str, *, weights: bool, trust_remote_code: bool = False
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    from post_training.distributed import collectives
+
     patterns = [*SMALL_FILES, *(_WEIGHT_PATTERNS if weights else ())]
     if trust_remote_code:
         patterns.append("*.py")
 
-    def download(offline: bool) -> Path:
+    def cached(offline: bool) -> Path:
         return Path(
             snapshot_download(name_or_path, allow_patterns=patterns, local_files_only=offline)
         )
 
-    try:
-        if _rank() == 0:
-            path = download(offline=False)
-            _barrier()
-        else:
-            _barrier()
-            path = download(offline=True)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UsageError(
+    def not_provided(reason: str) -> UsageError:
+        return UsageError(
             f"model {name_or_path}",
-            f"it is no local folder, and the hub did not provide it: {_first_line(error)}",
+            f"it is no local folder, and the hub did not provide it: {reason}",
             "name a local folder in HF_MODEL_CKPT; for a gated model set HF_TOKEN",
-        ) from error
+        )
+
+    expected = (HfHubHTTPError, LocalEntryNotFoundError, OSError)
+
+    def download() -> str:
+        try:
+            return str(cached(offline=False))
+        except expected as error:
+            raise not_provided(first_line(error)) from error
+
+    path = Path(collectives.on_first_rank(download))
+    # Another machine may have a cache of its own.
+    with collectives.fail_together(expected, not_provided):
+        path = path if path.is_dir() else cached(offline=True)
     return path
 
 
@@ -140,7 +149,7 @@ def load_tokenizer(location: Path | str, *, trust_remote_code: bool = False) -> 
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(
             f"tokenizer {location}",
-            f"transformers cannot load it: {_first_line(error)}",
+            f"transformers cannot load it: {first_line(error)}",
             "name a folder with tokenizer.json in TOKENIZER_MODEL",
         ) from error
 
@@ -170,11 +179,21 @@ def load_weights(
     Raises:
         UsageError: if a tensor is missing, has another shape, or is left over.
     """
+    from post_training.distributed import collectives
+
+    def does_not_fit(reason: str) -> UsageError:
+        return UsageError(
+            f"model {folder}",
+            f"its tensors do not fit the Megatron model: {reason}",
+            "the conf does not describe this model: compare it with config.json",
+        )
+
     importer = _importer_class()(
         model, str(folder), dtype=dtype, trust_remote_code=trust_remote_code
     )
     importer.disable_tqdm = not show_progress
-    _collect_failures(importer._import_state_dict, folder)
+    with collectives.fail_together(_DOES_NOT_FIT, does_not_fit):
+        importer._import_state_dict()
     index = safetensors_index.read(folder)
     leftover = {
         name for name in index if name not in importer.names_read_by_all() and not _ignored(name)
@@ -226,38 +245,3 @@ def _importer_class() -> type:
             return set().union(*collectives.from_all_ranks(self._names_read))
 
     return RecordingImporter
-
-
-def _collect_failures(work: Any, folder: Path) -> None:
-    """Run ``work``; if a rank fails, all fail together with the reason of the lowest rank."""
-    from post_training.distributed import collectives
-
-    failure = None
-    try:
-        work()
-    except (KeyError, ValueError, RuntimeError, AssertionError) as error:
-        failure = _first_line(error)
-        logger.debug("import failed", exc_info=True)
-    reason = collectives.first_failure(failure)
-    if reason:
-        raise UsageError(
-            f"model {folder}",
-            f"its tensors do not fit the Megatron model: {reason}",
-            "the conf does not describe this model: compare it with config.json",
-        )
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    return text.strip().splitlines()[0] if text.strip() else type(error).__name__
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def _barrier() -> None:
-    import torch
-
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()

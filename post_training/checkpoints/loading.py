@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from post_training.checkpoints import huggingface, torch_dist
 from post_training.checkpoints.source import Source
+from post_training.common import files
 from post_training.common.errors import UsageError
 from post_training.config.options import StageOptions
 from post_training.models import builder
@@ -128,6 +128,6 @@ def end_tokens(source: Source, options: StageOptions, tokenizer: Any) -> list[in
     if source.huggingface is not None:
         path = local_huggingface(source, options) / "generation_config.json"
         if path.is_file():
-            stated = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            stated = files.read_json_object(path).get("eos_token_id")
             found += [stated] if isinstance(stated, int) else list(stated or ())
     return sorted(set(found))

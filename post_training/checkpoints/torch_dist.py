@@ -81,7 +81,7 @@ def save(
     *,
     small_files: SmallFiles | None = None,
     write_huggingface: Callable[[Path], None] | None = None,
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """Save ``model`` and its ModelOpt state to ``folder``, atomically; a collective call.
 
     Args:
@@ -92,18 +92,23 @@ def save(
         write_huggingface: or a function that writes them into the folder it is given.
 
     Returns:
-        The manifest's content on rank 0, None elsewhere.
+        The manifest's content.
     """
     import torch
     from megatron.core import dist_checkpointing
     from modelopt.torch.opt.plugins import save_sharded_modelopt_state
 
-    is_main = torch.distributed.get_rank() == 0
-    work = files.incomplete(folder)
-    if is_main:
-        files.begin(folder)
+    from post_training.distributed import collectives
+
+    if small_files is not None:
+        write_huggingface = small_files.copy_to
+
+    def begin() -> Path:
+        work = files.begin(folder)
         (work / RELEASE).mkdir()
-    torch.distributed.barrier()
+        return work
+
+    work = collectives.on_first_rank(begin)
     state = {
         "args": megatron_lm_arguments(manifest.architecture, model),
         "checkpoint_version": CHECKPOINT_VERSION,
@@ -119,18 +124,17 @@ def save(
     if has_modelopt_state(model):
         save_sharded_modelopt_state([model], str(work / RELEASE))
     torch.distributed.barrier()
-    content = None
-    if is_main:
-        if small_files is not None:
-            write_huggingface = small_files.copy_to
+
+    def finish() -> dict[str, Any]:
         if write_huggingface is not None:
             (work / HUGGINGFACE).mkdir()
             write_huggingface(work / HUGGINGFACE)
         files.write_text(work / TRACKER, RELEASE)
         content = manifest.write(work)
         files.publish(folder)
-    torch.distributed.barrier()
-    return content
+        return content
+
+    return collectives.on_first_rank(finish)
 
 
 def save_strategy(model: MegatronModule) -> Any:

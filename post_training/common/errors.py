@@ -45,6 +45,13 @@ def exit_with_usage_error(error: UsageError) -> NoReturn:
     sys.exit(EXIT_CODE)
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line: its first, or its type where it says nothing."""
+    # A KeyError's own text is its argument in quotes.
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return text.strip().splitlines()[0] if text.strip() else type(error).__name__
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """Up to ``count`` of ``known`` that look most like ``name``, best first; case is ignored.
 

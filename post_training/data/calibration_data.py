@@ -17,7 +17,6 @@ import torch
 from post_training.common.errors import UsageError
 from post_training.data import document_formats, sources
 from post_training.data.document_formats import Document
-from post_training.distributed import collectives
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -205,7 +204,3 @@ def _from_random_place(text: str, generator: random.Random, special: bool) -> tu
     while 0 < start < len(text) and not text[start].isspace():
         start += 1
     return (text, special) if start in (0, len(text)) else (text[start:].lstrip(), False)
-
-
-# Under this name until all callers use collectives.
-on_first_rank = collectives.on_first_rank

@@ -54,8 +54,9 @@ def load(
 ) -> CalibrationData:
     """The packed sequences, the same on every rank; no longer than the model's positions."""
     from post_training.data import calibration_data
+    from post_training.distributed import collectives
 
-    samples = calibration_data.on_first_rank(
+    samples = collectives.on_first_rank(
         lambda: calibration_data.load_calibration_data(
             options.calib_dataset_path_or_name,
             tokenizer,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
-from post_training.common.errors import UsageError
+from post_training.common.errors import UsageError, first_line
 
 SUFFIXES = (".jsonl", ".parquet", ".csv", ".txt")
 
@@ -206,7 +206,7 @@ def hub_rows(
         for number, values in enumerate(rows, start=1):
             yield Row(f"{name} ({split}), row {number}", dict(values))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise _hub_error(name, option, str(error).splitlines()[0]) from error
+        raise _hub_error(name, option, first_line(error)) from error
 
 
 def hub_files(name: str, option: str, paths: Sequence[str]) -> Iterator[Row]:
@@ -219,7 +219,7 @@ def hub_files(name: str, option: str, paths: Sequence[str]) -> Iterator[Row]:
         for number, values in enumerate(rows, start=1):
             yield Row(f"{name} ({', '.join(paths)}), row {number}", dict(values))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise _hub_error(name, option, str(error).splitlines()[0]) from error
+        raise _hub_error(name, option, first_line(error)) from error
 
 
 def hub_splits(name: str, option: str, configuration: str | None = None) -> list[str]:
@@ -230,7 +230,7 @@ def hub_splits(name: str, option: str, configuration: str | None = None) -> list
     try:
         return list(datasets.get_dataset_split_names(name, configuration))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise _hub_error(name, option, str(error).splitlines()[0]) from error
+        raise _hub_error(name, option, first_line(error)) from error
 
 
 def require_hub(name: str, option: str) -> None:

@@ -60,23 +60,21 @@ def attach(
         logit_kl_temperature=config.logit_kl_temperature,
         logit_kl_topk=config.logit_kl_topk,
     )
-    failure = None
-    try:
+
+    def not_connected(reason: str) -> UsageError:
+        return UsageError(
+            f"{OPTION}: intermediate_layer_pairs or logit_layers",
+            reason,
+            "name modules of the model on the last pipeline stage",
+        )
+
+    with collectives.fail_together((ValueError, AttributeError), not_connected):
         # Every tensor-parallel rank draws the same projection.
         torch.manual_seed(seed)
         # ModelOpt warns of what is known: default settings, and full hidden states under TP.
         with quiet("modelopt.torch.distill.plugins.megatron"):
             plugin.setup_distillation_config(settings, student.config, teacher.config)
         _require_layers(student, teacher, settings.criterion or {})
-    except (ValueError, AttributeError) as error:
-        failure = str(error)
-    reason = collectives.first_failure(failure)
-    if reason:
-        raise UsageError(
-            f"{OPTION}: intermediate_layer_pairs or logit_layers",
-            reason,
-            "name modules of the model on the last pipeline stage",
-        )
     _to_device(settings.criterion, next(student.parameters()))
     _correct_gradients(settings.criterion)
     model = mtd.convert(

@@ -115,7 +115,7 @@ def start(rank: int, world: int) -> Watch | None:
     """Watch over all ranks from now on; a collective call. None for a process that is alone."""
     if world == 1:
         return None
-    import torch
+    from post_training.distributed.collectives import from_all_ranks
 
     listener, token = None, ""
     mine: dict[str, Any] = {"host": placement.host()}
@@ -128,8 +128,7 @@ def start(rank: int, world: int) -> Watch | None:
         )
         token = secrets.token_hex(16)
         mine |= {"port": listener.getsockname()[1], "token": token}
-    everyone: list[Any] = [None] * world
-    torch.distributed.all_gather_object(everyone, mine)
+    everyone = from_all_ranks(mine)
     watch = Watch(rank, [each["host"] for each in everyone], placement.placement().local_rank)
     if listener is not None:
         _in_thread(watch.serve, listener, token)

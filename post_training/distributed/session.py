@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from post_training.common import threads, versions
 from post_training.common.errors import UsageError, exit_with_usage_error
@@ -62,13 +62,12 @@ class Session:
         """Largest peak over all ranks, in bytes: host (resident set) and, on CUDA, device."""
         import torch
 
+        from post_training.distributed.collectives import from_all_ranks
+
         peaks = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
         if self.device.type == "cuda":
             peaks["device"] = torch.cuda.max_memory_allocated()
-        gathered: list[Any] = [peaks]
-        if self.world > 1:
-            gathered = [None] * self.world
-            torch.distributed.all_gather_object(gathered, peaks)
+        gathered = from_all_ranks(peaks)
         return {name: max(each[name] for each in gathered) for name in peaks}
 
 

@@ -92,8 +92,13 @@ def read(path: Path, option: str = "--ground-truth-path") -> GroundTruth:
         UsageError: if it is not there, or not such a file.
     """
     what = f"{option} {path}"
+    if not path.exists():
+        raise UsageError(
+            what, "there is no such file", "make it first: SAVE_GT_PATH=... bash validate.sh <conf>"
+        )
+    remedy = "name a file that SAVE_GT_PATH=... bash validate.sh <conf> wrote"
+    content = files.read_json_object(path, option, remedy)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         questions = [
             TokenizedPrompt(row["id"], list(map(int, row["prompt"])), row.get("category"))
             for row in content["answers"]
@@ -101,15 +106,11 @@ def read(path: Path, option: str = "--ground-truth-path") -> GroundTruth:
         tokens = [list(map(int, row["tokens"])) for row in content["answers"]]
         known = dict(content["settings"])
         length = dict(content["acceptance"]).get("acceptance_length")
-    except FileNotFoundError:
-        raise UsageError(
-            what, "there is no such file", "make it first: SAVE_GT_PATH=... bash validate.sh <conf>"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
             what,
             f"it is no ground truth of validate.sh: {type(error).__name__}: {error}",
-            "name a file that SAVE_GT_PATH=... bash validate.sh <conf> wrote",
+            remedy,
         ) from error
     answers = {_key(each): answer for each, answer in zip(questions, tokens, strict=True)}
     return GroundTruth(known, answers, length, questions)

@@ -50,7 +50,7 @@ def write(
         source.architecture.max_position_embeddings,
         trust_remote_code=options.trust_remote_code,
     )
-    work = folder.begin(target, session)
+    work = folder.begin(target)
     exporter.write(work, max_shard_bytes)
     written = DraftFolder(work)
     draft = draft_of(source)

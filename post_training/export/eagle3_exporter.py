@@ -113,15 +113,14 @@ class DraftExporter:
         """Write the tensors (last stage) and ``config.json`` (rank 0) into an empty folder."""
         import torch
 
+        from post_training.distributed.collectives import on_first_rank
         from post_training.export.shards import ShardWriter, join_shards
 
         rank = torch.distributed.get_rank()
         writer = ShardWriter(folder, f"rank{rank:05d}", max_shard_bytes)
         writer.add(self.tensors())
         join_shards(folder, writer.finish())
-        if rank == 0:
-            files.write_json(folder / "config.json", self.configuration())
-        torch.distributed.barrier()
+        on_first_rank(lambda: files.write_json(folder / "config.json", self.configuration()))
 
     def tensors(self) -> Tensors:
         """The draft by ModelOpt's rules, with ``d2t`` and a head; nothing on earlier stages."""

@@ -6,7 +6,6 @@ from ``config.json`` alone.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from post_training.common import safetensors_index
+from post_training.common import files, safetensors_index
 
 _STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _REQUIRED = (
@@ -29,7 +28,7 @@ class DraftFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        self.config = files.read_json_object(path / "config.json")
         self.index = safetensors_index.read(path)
 
     @property

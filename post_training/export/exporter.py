@@ -21,6 +21,7 @@ from tqdm import tqdm
 from post_training.checkpoints import huggingface
 from post_training.common import files
 from post_training.common.quiet import quiet
+from post_training.distributed.collectives import on_first_rank
 from post_training.export.shards import ShardWriter, Tensors, join_shards
 from post_training.export.streaming_exporter import StreamingExporter
 from post_training.models import families
@@ -64,14 +65,16 @@ class Exporter:
             writer.add(group)
         join_shards(folder, writer.finish())
         quantization = self.quantization_config()
-        if rank == 0:
+
+        def write_small_files() -> None:
             huggingface.copy_small_files(
                 self.source, folder, python_files=self._arguments["trust_remote_code"]
             )
             files.write_json(folder / "config.json", self._config(quantization))
             if quantization is not None:
                 files.write_json(folder / QUANT_CONFIG, quantization)
-        torch.distributed.barrier()
+
+        on_first_rank(write_small_files)
 
     def reference(self, show_progress: bool = False) -> Iterator[Tensors]:
         """This rank's weights once more, fake-quantized by the model itself, in float32.

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from post_training.common import files
 from post_training.common.errors import UsageError
-from post_training.distributed.collectives import from_all_ranks
-from post_training.distributed.session import Session
+from post_training.distributed.collectives import from_all_ranks, on_first_rank
 
 
-def begin(target: Path, session: Session) -> Path:
+def begin(target: Path) -> Path:
     """The empty folder that is written into, until ``files.publish`` gives it its name."""
-    if session.is_main:
-        files.begin(target)
-    torch.distributed.barrier()
-    return files.incomplete(target)
+    return on_first_rank(lambda: files.begin(target))
 
 
 def require_equal(problems: list[str], folder: Path) -> None:

@@ -47,7 +47,7 @@ def write(
         dtype,
         trust_remote_code=options.trust_remote_code,
     )
-    work = folder.begin(target, session)
+    work = folder.begin(target)
     exporter.write(work, max_shard_bytes, session.show_progress)
     return verify(exporter, work, dtype, session)
 

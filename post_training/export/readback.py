@@ -7,7 +7,6 @@ no ModelOpt and no megatron-core. Each number format is decoded in a file of ``d
 from __future__ import annotations
 
 import fnmatch
-import json
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
-from post_training.common import safetensors_index
+from post_training.common import files, safetensors_index
 from post_training.export.decoders.registry import DECODERS, SCALES
 
 if TYPE_CHECKING:
@@ -40,11 +39,11 @@ class Folder:
     def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
         self.path = path
         self.device = torch.device(device)
-        self.config: dict[str, Any] = _json(path / "config.json")
+        self.config = files.read_json_object(path / "config.json")
         self.index = safetensors_index.read(path)
         self.quantization: dict[str, Any] = {}
         if (path / QUANT_CONFIG).is_file():
-            self.quantization = _json(path / QUANT_CONFIG)["quantization"]
+            self.quantization = files.read_json_object(path / QUANT_CONFIG)["quantization"]
 
     def tensor(self, name: str) -> torch.Tensor:
         """One stored tensor, as it is."""
@@ -260,7 +259,3 @@ def _finite_and_positive(tensor: torch.Tensor, zero_allowed: bool = False) -> bo
     values = tensor.float()
     low = values.min().item()
     return bool(values.isfinite().all()) and (low >= 0 if zero_allowed else low > 0)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))

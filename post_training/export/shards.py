@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from post_training.common import files, safetensors_index
 from post_training.common.errors import UsageError
+from post_training.distributed.collectives import from_all_ranks, on_first_rank
 
 Tensors = dict[str, torch.Tensor]
 
@@ -53,11 +53,9 @@ def join_shards(folder: Path, mine: list[str]) -> None:
     Raises:
         UsageError: if two ranks wrote a tensor of the same name.
     """
-    world = torch.distributed.get_world_size()
-    gathered: list[Any] = [None] * world
-    torch.distributed.all_gather_object(gathered, mine)
-    names = [name for each in gathered for name in each]
-    if torch.distributed.get_rank() == 0:
+    names = [name for each in from_all_ranks(mine) for name in each]
+
+    def join() -> None:
         weight_map: dict[str, str] = {}
         total = 0
         for number, name in enumerate(names, start=1):
@@ -80,4 +78,5 @@ def join_shards(folder: Path, mine: list[str]) -> None:
                 "weight_map": dict(sorted(weight_map.items())),
             }
             files.write_json(folder / safetensors_index.INDEX, index)
-    torch.distributed.barrier()
+
+    on_first_rank(join)

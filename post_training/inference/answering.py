@@ -9,13 +9,12 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from post_training.common import resumable_jsonl
 from post_training.data.prompts import Dialogue
+from post_training.distributed.collectives import from_all_ranks
 from post_training.distributed.session import Session
 from post_training.inference import dialogues, generation
 from post_training.inference.dialogues import Answered, Speaker
@@ -54,9 +53,7 @@ def answer_blocks(
             mine = blocks[first + rank] if first + rank < len(blocks) else []
             begun = time.monotonic()
             found = dialogues.answer(speaker, mine, lambda count: bar.update(count * replicas))
-            gathered: list[Any] = [None] * replicas
-            torch.distributed.all_gather_object(gathered, found, group=group)
-            every = [each for part in gathered for each in part]
+            every = [each for part in from_all_ranks(found, group) for each in part]
             tokens += sum(each.generated_tokens for each in every)
             if output is not None:
                 output.append(

@@ -154,8 +154,9 @@ def torch_dtype(name: str) -> torch.dtype:
 
 def count_parameters(model: MegatronModule) -> int:
     """Parameters of the whole model over all ranks; a replicated or tied one counts once."""
-    import torch
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    from post_training.distributed.collectives import from_all_ranks
 
     names = {name for name, _ in model.named_parameters()}
     count = 0
@@ -170,12 +171,7 @@ def count_parameters(model: MegatronModule) -> int:
         if name in names or isinstance(entry, ShardedTensorFactory) or _is_norm_alias(name):
             seen.add(id(entry.data))
             count += entry.data.numel()
-    total = torch.tensor([count], dtype=torch.int64)
-    if torch.distributed.get_world_size() > 1:
-        gathered: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(gathered, count)
-        total = torch.tensor([sum(gathered)])
-    return int(total.item())
+    return sum(from_all_ranks(count))
 
 
 def _is_norm_alias(name: str) -> bool:

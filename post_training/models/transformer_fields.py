@@ -24,6 +24,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from post_training.common import files
+
 FILE = Path(__file__).with_name("transformer_fields.json")
 ACTIVATIONS = ("gelu", "silu", "relu", "squared_relu", "quick_gelu")
 DTYPES = ("fp32", "bf16", "fp16")
@@ -36,8 +38,7 @@ def load() -> dict[str, dict[str, Any]]:
     Optional keys: ``choices``; ``spellings``, Megatron-LM's other names for the flag;
     ``mla_default``, the default with multi-latent attention if it differs.
     """
-    table: dict[str, dict[str, Any]] = json.loads(FILE.read_text(encoding="utf-8"))
-    return table
+    return files.read_json_object(FILE, "file of this package", "install it again")
 
 
 def generate() -> str:

@@ -7,7 +7,6 @@ are not used. Nothing here imports torch before the scores are read or written.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,12 +51,8 @@ class ScoreCache:
         path = self.folder / _DESCRIPTION
         if not path.is_file():
             return None
-        try:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UsageError(
-                what, f"{path.name} cannot be read: {error}", "delete the folder, or name another"
-            ) from error
+        remedy = "delete the folder, or name another"
+        content = files.read_json_object(path, OPTION, remedy)
         theirs = {name: content.get(name) for name in ("format", "layout")}
         mine = {"format": _FORMAT, "layout": dict(self.layout)}
         if _identity(content.get("model", {})) != _identity(self.model):
@@ -80,13 +75,13 @@ class ScoreCache:
 
         Candidates found under other settings of the search are left out.
         """
-        import torch
         from modelopt.torch.utils.serialization import safe_load
+
+        from post_training.distributed.collectives import from_all_ranks
 
         content = self.described()
         path = self._file(rank)
-        found: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(found, content is not None and path.is_file())
+        found = from_all_ranks(content is not None and path.is_file())
         if not all(found) or content is None:
             return None
         text = content["calibration"]
@@ -106,13 +101,15 @@ class ScoreCache:
         import torch
         from modelopt.torch.utils.serialization import safe_save
 
+        from post_training.distributed.collectives import on_first_rank
+
         self.folder.mkdir(parents=True, exist_ok=True)
         work = self._file(rank).with_suffix(".incomplete")
         safe_save(dict(state), work)
         work.replace(self._file(rank))
         torch.distributed.barrier()
-        if rank == 0:
-            files.write_json(
+        on_first_rank(
+            lambda: files.write_json(
                 self.folder / _DESCRIPTION,
                 {
                     "format": _FORMAT,
@@ -123,6 +120,7 @@ class ScoreCache:
                     "versions": manifest.versions(),
                 },
             )
+        )
 
     def _file(self, rank: int) -> Path:
         return self.folder / f"rank{rank}.pth"  # ModelOpt's own name for it

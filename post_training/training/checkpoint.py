@@ -88,21 +88,19 @@ class TrainingCheckpoints:
         optimizer: MegatronOptimizer,
         progress: Progress,
         metrics: Mapping[str, float],
-    ) -> dict[str, Any] | None:
-        """Save one iteration. Returns the manifest's content on rank 0."""
+    ) -> dict[str, Any]:
+        """Save one iteration. Returns the manifest's content."""
         import torch
         from megatron.core import dist_checkpointing
         from modelopt.torch.opt.plugins import save_sharded_modelopt_state
 
-        is_main = torch.distributed.get_rank() == 0
+        from post_training.distributed import collectives
+
         target = self.folder / f"iter_{progress.iteration:07d}"
-        work = files.incomplete(target)
         record = self._record(progress.iteration, metrics)
         if "SLURM_JOB_ID" in os.environ:
             record.extra[JOB] = os.environ["SLURM_JOB_ID"]
-        if is_main:
-            files.begin(target)
-        torch.distributed.barrier()
+        work = collectives.on_first_rank(lambda: files.begin(target))
         tensors = model.sharded_state_dict(metadata=torch_dist.metadata())
         state = {
             "args": torch_dist.megatron_lm_arguments(record.architecture, model),
@@ -126,15 +124,16 @@ class TrainingCheckpoints:
             if torch_dist.has_modelopt_state(model):
                 save_sharded_modelopt_state([model], str(work))
         torch.distributed.barrier()
-        content = None
-        if is_main:
+
+        def finish() -> dict[str, Any]:
             self._carry_small_files()
             files.publish(target)
             content = record.write(self.folder, parts=(target.name, torch_dist.HUGGINGFACE))
             files.write_text(self.folder / torch_dist.TRACKER, str(progress.iteration))
             self._remove_old(progress.iteration)
-        torch.distributed.barrier()
-        return content
+            return content
+
+        return collectives.on_first_rank(finish)
 
     def load(self, model: MegatronModule, optimizer: MegatronOptimizer) -> Progress:
         """Restore optimizer and random states of the newest iteration.

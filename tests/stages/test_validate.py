@@ -277,9 +277,13 @@ def test_a_checkpoint_without_a_draft_is_refused(drafted):
 
 def test_what_is_no_ground_truth_is_refused(tmp_path):
     path = tmp_path / "x.json"
-    for text in ("[1]", '{"answers": [{"id": 1}]}', "no json"):
+    for text, cause in (
+        ("[1]", "it is no JSON object"),
+        ('{"answers": [{"id": 1}]}', "it is no ground truth of validate.sh"),
+        ("no json", "it cannot be read as JSON"),
+    ):
         path.write_text(text)
-        with pytest.raises(UsageError, match="no ground truth of validate"):
+        with pytest.raises(UsageError, match=f"{cause}(?s:.*)SAVE_GT_PATH"):
             ground_truth.read(path)
 
 

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from post_training.common import files
 from post_training.common.errors import UsageError, suggest
 from post_training.models.architecture import Architecture
 
@@ -217,23 +218,8 @@ def read_overrides(path: str, option: str = "--eagle-config") -> dict[str, Any]:
     Raises:
         UsageError: if it is not there or no JSON object.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(
-            f"{option} {path}", f"it cannot be read: {error.strerror}", "name a JSON file"
-        ) from error
-    except ValueError as error:
-        raise UsageError(
-            f"{option} {path}", f"it is not JSON: {error}", 'write {"num_hidden_layers": 1}'
-        ) from error
-    if not isinstance(content, dict):
-        raise UsageError(
-            f"{option} {path}",
-            f"it holds a JSON {type(content).__name__}, not an object",
-            'write {"num_hidden_layers": 1}',
-        )
-    return content
+    remedy = 'name a JSON file such as {"num_hidden_layers": 1}'
+    return files.read_json_object(Path(path), option, remedy)
 
 
 def _check_keys(given: Mapping[str, Any], fixed: Mapping[str, Any], option: str) -> None:
