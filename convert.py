@@ -128,7 +128,6 @@ def plan_draft(options: ConvertOptions, target: Architecture) -> Draft | None:
 
 def convert(plan: Plan, session: Session) -> dict[str, Any]:
     """Load the source at the requested layout and save it. Returns the manifest on rank 0."""
-
     options = plan.options
     source = fetch_source(plan.source, options)
     small_files = options.extra_model_path or loading.local_huggingface(source, options)
@@ -154,7 +153,6 @@ def convert(plan: Plan, session: Session) -> dict[str, Any]:
 
 def attach_draft(plan: Plan, model: MegatronModule, draft: Draft) -> None:
     """Attach ``draft``; with its weights where ``--draft-model-path`` has them."""
-
     algorithm = registry.find(draft.algorithm)
     algorithm.attach(model, draft, plan.options.seed)
     if plan.options.draft_model_path:

@@ -99,7 +99,6 @@ def eagle3(plan: Plan, session: Session) -> TrainingResult | None:
     Raises:
         UsageError: for data that cannot be trained on.
     """
-
     options = plan.options
     if options.show_loss_mask:
         tokenizer = loading.tokenizer(fetch_source(plan.source, options), options)

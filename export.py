@@ -88,7 +88,7 @@ def check(options: ExportOptions) -> Plan:
         require_draft(source, options)
         draft = draft_of(source)
         if draft is not None:
-            eagle3_exporter.require_exportable(draft.config, f"--load {options.load}")
+            eagle3_exporter.require_supported(draft.config, f"--load {options.load}")
         outputs.check_folder(folder, overwrite=options.overwrite)
     else:
         _check_format(options, source)

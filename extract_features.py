@@ -121,8 +121,6 @@ def extract_features(plan: Plan, session: Session) -> dict[str, Any]:
     Raises:
         UsageError: for data without answers, or a disk without room.
     """
-    import torch
-
     from post_training.distributed import collectives
 
     options, folder = plan.options, plan.folder
@@ -156,7 +154,6 @@ def extract_features(plan: Plan, session: Session) -> dict[str, Any]:
     work = extraction.Extraction(model, algorithm, data, folder, options.micro_batch_size, session)
     work.announce(shards, plan.seq_length, draft, options.precision)
     work.write(shards)
-    torch.distributed.barrier()
     fingerprints = collectives.from_all_ranks(features.fingerprint(model))
     made = record.of_run(
         options,

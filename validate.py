@@ -123,7 +123,7 @@ def validate(plan: Plan, session: Session) -> dict[str, Any]:
         read = on_first_rank(lambda: prompt_options.load(prompts))
         logger.info("%s; the first turn of each is asked", read.describe())
     source = fetch_source(plan.source, options)
-    speaker = measure.load_speaker(
+    speaker = measure.load_drafted_speaker(
         source,
         options,
         session,
@@ -160,7 +160,7 @@ def validate(plan: Plan, session: Session) -> dict[str, Any]:
         if options.save_ground_truth_path:
             ground_truth.write(options.save_ground_truth_path, content, pairs, speaker.decode)
         for each in acceptance["differences"]:
-            logger.warning("%s", draft_report.difference(each, speaker.decode))
+            logger.warning("%s", draft_report.difference_line(each, speaker.decode))
     return content
 
 

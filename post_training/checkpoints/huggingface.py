@@ -7,7 +7,6 @@ were not read is an error instead of a silently wrong model.
 
 from __future__ import annotations
 
-import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     import torch
     from megatron.core.transformer import MegatronModule
 
-logger = logging.getLogger(__name__)
 
 # Files of a model folder, other than weights, that are needed to use the model.
 SMALL_FILES = (

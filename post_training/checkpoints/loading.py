@@ -45,7 +45,6 @@ def load(
     Raises:
         UsageError: if the weights do not fit, or the number of parameters is not the source's.
     """
-
     # Features stand for the layers of a target whose checkpoint was made without them.
     offline = bool(((source.manifest or {}).get("draft") or {}).get("offline"))
     build = build_options(source, options, sequence_parallel=sequence_parallel)
@@ -79,7 +78,6 @@ def build_options(
     source: Source, options: StageOptions, *, sequence_parallel: bool = False
 ) -> BuildOptions:
     """How the model is built, as the options state."""
-
     transformer_engine_keys = True
     if source.is_checkpoint and source.manifest is None:
         transformer_engine_keys = torch_dist.uses_transformer_engine_keys(Path(source.location))

@@ -14,7 +14,6 @@ A checkpoint can be loaded at other tensor- and pipeline-parallel sizes than it 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +29,6 @@ from post_training.common.manifest import Manifest
 if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
 
-logger = logging.getLogger(__name__)
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"

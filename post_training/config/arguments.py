@@ -7,7 +7,6 @@ in ``model_description.py``.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -23,8 +22,6 @@ from post_training.distributed import placement
 from post_training.distributed.parallel import Parallel
 from post_training.models import transformer_fields
 from post_training.models.architecture import MLA_FIELDS, TRANSFORMER_FIELDS
-
-logger = logging.getLogger("post_training")
 
 _VOCABULARY_MULTIPLE = 128  # Megatron-LM's default of --make-vocab-size-divisible-by
 # Fields that other functions of this module answer for.

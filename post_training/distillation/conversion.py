@@ -7,7 +7,6 @@ stage by stage beside the student; its hidden states travel in the same tensors.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
     from post_training.training.options import TrainingOptions
 
-logger = logging.getLogger("post_training")
 
 # Where ModelOpt keeps losses that have weights: the projection from the student's hidden size to
 # the teacher's. They are trained and saved with a run, and are no part of the student.

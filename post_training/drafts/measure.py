@@ -23,7 +23,7 @@ from post_training.distributed.session import Session
 from post_training.drafts.acceptance import matching
 from post_training.drafts.answers import AnswerPair, TokenizedPrompt
 from post_training.drafts.eagle3 import decoding
-from post_training.drafts.eagle3.decoding import Choice, Decoded
+from post_training.drafts.eagle3.decoding import Decoded, GreedyChoice
 from post_training.drafts.record import draft_of
 from post_training.inference import dialogues, forward, generation
 from post_training.inference.dialogues import Speaker
@@ -66,7 +66,7 @@ class Decoders:
         return tokens
 
     def speculative(
-        self, prompt: list[int], max_new_tokens: int, watch: list[Choice] | None = None
+        self, prompt: list[int], max_new_tokens: int, watch: list[GreedyChoice] | None = None
     ) -> Decoded:
         """The same through the draft."""
         return decoding.decode(
@@ -80,7 +80,7 @@ class Decoders:
         )
 
 
-def load_speaker(
+def load_drafted_speaker(
     source: Source, options: StageOptions, session: Session, **answering: Any
 ) -> Speaker:
     """As ``dialogues.load_speaker``, for a drafted model that can verify.
@@ -204,12 +204,12 @@ def difference(
     were so close to each other, in either way, that the order of a sum decides between them: a
     pass over several tokens at once adds in another order than one over a single token.
     """
-    seen: list[Choice] = []
+    seen: list[GreedyChoice] = []
     decoders.speculative(prompt, max_new_tokens, watch=seen)
-    chosen: list[Choice] = []
+    chosen: list[GreedyChoice] = []
 
     def choose(logits: torch.Tensor, _rows: Any, _positions: Any) -> torch.Tensor:
-        chosen.append(Choice.of(logits[0]))
+        chosen.append(GreedyChoice.of(logits[0]))
         return greedy(logits)
 
     decoders.plain(prompt, max_new_tokens, choose)

@@ -11,7 +11,7 @@ from post_training.common.errors import UsageError
 from post_training.config.flags import spelled
 from post_training.config.options import StageOptions
 from post_training.drafts import options as draft_options
-from post_training.drafts.eagle3.draft import DTYPES, Draft
+from post_training.drafts.eagle3.draft import DTYPE_NAMES, Draft
 from post_training.drafts.options import DraftOptions
 from post_training.drafts.registry import ALGORITHMS
 
@@ -87,9 +87,9 @@ def _check_unchanged(recorded: Draft, planned: Draft, options: StageOptions, loc
         options: the stage's.
         location: of the checkpoint.
     """
-    made, wanted = recorded.config["torch_dtype"], DTYPES[options.precision]
+    made, wanted = recorded.config["torch_dtype"], DTYPE_NAMES[options.precision]
     if made != wanted:
-        precision = next(f"--{name}" for name, dtype in DTYPES.items() if dtype == made)
+        precision = next(f"--{name}" for name, dtype in DTYPE_NAMES.items() if dtype == made)
         raise UsageError(
             f"{location} trained in {wanted}",
             f"its draft was made in {made}",

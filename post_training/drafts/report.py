@@ -134,7 +134,7 @@ def save_figure(content: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def difference(each: Mapping[str, Any], decode: Callable[[list[int]], str]) -> str:
+def difference_line(each: Mapping[str, Any], decode: Callable[[list[int]], str]) -> str:
     """One line about an answer that differs, with both logits."""
     plain, drafted = each.get("plain"), each.get("speculative")
     if not plain or not drafted:

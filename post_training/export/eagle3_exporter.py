@@ -40,7 +40,7 @@ AUXILIARY_LAYERS = 3  # vLLM and SGLang build `fc` for three
 Tensors = dict[str, "torch.Tensor"]
 
 
-def require_exportable(config: Mapping[str, Any], what: str) -> None:
+def require_supported(config: Mapping[str, Any], what: str) -> None:
     """Raise UsageError for a draft of a form that no engine has. No torch.
 
     Args:
@@ -91,7 +91,7 @@ class DraftExporter:
         self.max_position_embeddings = max_position_embeddings
         self._options = options
         form = ("use_last_layernorm", "use_input_layernorm_in_first_layer")
-        require_exportable(
+        require_supported(
             {
                 "num_hidden_layers": self.config.num_layers,
                 "mlp_bias": self.config.add_bias_linear,
@@ -107,7 +107,7 @@ class DraftExporter:
         """The draft, on the last pipeline stage."""
         from post_training.drafts.eagle3 import attach as eagle
 
-        return eagle.draft_of(self.core)
+        return eagle.draft_module(self.core)
 
     def write(self, folder: Path, max_shard_bytes: int) -> None:
         """Write the tensors (last stage) and ``config.json`` (rank 0) into an empty folder."""

@@ -23,7 +23,6 @@ class StreamingExporter(GPTModelExporter):
     """ModelOpt's exporter, one layer at a time."""
 
     reference = False
-    kv_cache_dtype: str | None = None
     _state_dict: Any
 
     def groups(self) -> Iterator[Tensors]:

@@ -7,7 +7,6 @@ stage loads them.
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -15,14 +14,11 @@ from typing import TYPE_CHECKING, Any
 from post_training.common.errors import UsageError
 from post_training.models import families
 from post_training.models.architecture import Architecture
+from post_training.models.transformer_fields import DTYPES
 
 if TYPE_CHECKING:
     import torch
     from megatron.core.transformer import MegatronModule, TransformerConfig
-
-logger = logging.getLogger(__name__)
-
-DTYPES = ("bf16", "fp16", "fp32")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ _UNKNOWN = (
 
 
 @dataclass(frozen=True)
-class Stage:
+class PipelineStage:
     """A pipeline stage: its layers, and the parameters on each of its ranks."""
 
     layers: int
@@ -40,7 +40,7 @@ def total(architecture: Architecture) -> int:
     return per_stage(architecture, Parallel())[0].parameters
 
 
-def per_stage(architecture: Architecture, parallel: Parallel) -> list[Stage]:
+def per_stage(architecture: Architecture, parallel: Parallel) -> list[PipelineStage]:
     """The pipeline stages, first to last; all ranks of a stage hold equally many parameters.
 
     Tied embeddings count on the first and on the last stage, as megatron-core allocates them.
@@ -76,7 +76,7 @@ def per_stage(architecture: Architecture, parallel: Parallel) -> list[Stage]:
             count += _norm(values, values["hidden_size"])
             tied_here = values["share_embeddings_and_output_weights"] and is_first
             count += 0 if tied_here else embedding
-        found.append(Stage(layers, count))
+        found.append(PipelineStage(layers, count))
     return found
 
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["FORMATS", "Format", "power_of_two_scale"]
+__all__ = ["ELEMENT_FORMATS", "ElementFormat", "power_of_two_scale"]
 
 _EXPONENT_BITS = 0x7F800000
 
 
 @dataclass(frozen=True)
-class Format:
+class ElementFormat:
     """A number format. Values from 2**(e) to 2**(e + 1) lie 2**(e - mantissa) apart.
 
     Attributes:
@@ -54,20 +54,20 @@ class Format:
 
 
 # By ModelOpt's num_bits: (exponent bits, mantissa bits), or 8 for integers.
-FORMATS: dict[tuple[int, int] | int, Format] = {
-    (4, 3): Format("E4M3", 448.0, native=torch.float8_e4m3fn),
-    (5, 2): Format("E5M2", 57344.0, native=torch.float8_e5m2),
-    8: Format("INT8", 127.0, mantissa=6, lowest=6),
-    (2, 1): Format("E2M1", 6.0, mantissa=1, lowest=0),
-    (3, 2): Format("E3M2", 28.0, mantissa=2, lowest=-2),
-    (2, 3): Format("E2M3", 7.5, mantissa=3, lowest=0),
-    (1, 2): Format("E1M2", 3.5, mantissa=2, lowest=1),
-    (0, 3): Format("E0M3", 7.0, mantissa=2, lowest=2),
-    (3, 0): Format("E3M0", 16.0, mantissa=0, lowest=-2, ties_away=True),
+ELEMENT_FORMATS: dict[tuple[int, int] | int, ElementFormat] = {
+    (4, 3): ElementFormat("E4M3", 448.0, native=torch.float8_e4m3fn),
+    (5, 2): ElementFormat("E5M2", 57344.0, native=torch.float8_e5m2),
+    8: ElementFormat("INT8", 127.0, mantissa=6, lowest=6),
+    (2, 1): ElementFormat("E2M1", 6.0, mantissa=1, lowest=0),
+    (3, 2): ElementFormat("E3M2", 28.0, mantissa=2, lowest=-2),
+    (2, 3): ElementFormat("E2M3", 7.5, mantissa=3, lowest=0),
+    (1, 2): ElementFormat("E1M2", 3.5, mantissa=2, lowest=1),
+    (0, 3): ElementFormat("E0M3", 7.0, mantissa=2, lowest=2),
+    (3, 0): ElementFormat("E3M0", 16.0, mantissa=0, lowest=-2, ties_away=True),
 }
 
 
-def power_of_two_scale(amax: torch.Tensor, element: Format) -> torch.Tensor:
+def power_of_two_scale(amax: torch.Tensor, element: ElementFormat) -> torch.Tensor:
     """The E8M0 scale of each block: the least power of two that brings ``amax`` (float32, any
     shape) into the element's range; 1 for blocks of zeros and for those with infinities or NaN."""
     ratio = amax / element.largest

@@ -24,7 +24,7 @@ import torch
 
 from post_training.common.quiet import quiet
 from post_training.portable import imports
-from post_training.portable.formats import FORMATS, Format, power_of_two_scale
+from post_training.portable.formats import ELEMENT_FORMATS, ElementFormat, power_of_two_scale
 
 __all__ = [
     "dynamic_block_quantize",
@@ -35,8 +35,8 @@ __all__ = [
 
 E8M0 = (8, 0)
 NVFP4 = ((2, 1), (4, 3))
-E4M3_MAX = FORMATS[4, 3].largest
-E2M1_MAX = FORMATS[2, 1].largest
+E4M3_MAX = ELEMENT_FORMATS[4, 3].largest
+E2M1_MAX = ELEMENT_FORMATS[2, 1].largest
 # Below this the kernel takes a block for zeros.
 SMALLEST_NVFP4_SCALE = 1e-5
 
@@ -72,23 +72,27 @@ def dynamic_block_quantize(
     """
     element_bits = _bits(num_bits, exponent_bits)
     scale_bits = _bits(scale_num_bits, scale_exponent_bits)
-    if element_bits not in FORMATS or (scale_bits not in FORMATS and scale_bits != E8M0):
+    if element_bits not in ELEMENT_FORMATS or (
+        scale_bits not in ELEMENT_FORMATS and scale_bits != E8M0
+    ):
         raise NotImplementedError(
             f"dynamic block quantization with num_bits={element_bits} and scale_bits={scale_bits}"
         )
-    element = FORMATS[element_bits]
+    element = ELEMENT_FORMATS[element_bits]
     blocks = _blocks(inputs.float(), block_size)
     block_amax = blocks.abs().amax(dim=-1, keepdim=True)
     if scale_bits == E8M0:
         scale = power_of_two_scale(block_amax, element)
     else:
         if amax is None:
-            raise ValueError(f"{element.name} with {FORMATS[scale_bits].name} scales needs amax")
+            raise ValueError(
+                f"{element.name} with {ELEMENT_FORMATS[scale_bits].name} scales needs amax"
+            )
         tensor_amax = amax.float().amax()
         if (element_bits, scale_bits) == NVFP4:
             scale = _nvfp4_scale(block_amax, tensor_amax)
         else:
-            scale = _two_level_scale(block_amax, tensor_amax, element, FORMATS[scale_bits])
+            scale = _two_level_scale(block_amax, tensor_amax, element, ELEMENT_FORMATS[scale_bits])
     return _unblocked(element.round(blocks / scale) * scale, inputs)
 
 
@@ -124,7 +128,7 @@ def static_blockwise_fp4_fake_quant(
         largest = whole * (E4M3_MAX / fp8_max_for_normalization) / E2M1_MAX
         scale = scaled_e4m3_impl(scale, largest)
     divisor = torch.where((scale != 0) & torch.isfinite(scale), scale, 1.0)
-    rounded = FORMATS[2, 1].round(x.float().reshape(count, -1) / divisor) * divisor
+    rounded = ELEMENT_FORMATS[2, 1].round(x.float().reshape(count, -1) / divisor) * divisor
     return torch.where(scale == 0, 0.0, rounded).reshape(x.shape).to(out_dtype or x.dtype)
 
 
@@ -132,7 +136,7 @@ def static_blockwise_fp4_cast(
     x: torch.Tensor, out_dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """Round values that are scaled already to E2M1."""
-    return FORMATS[2, 1].round(x.float()).to(out_dtype or x.dtype)
+    return ELEMENT_FORMATS[2, 1].round(x.float()).to(out_dtype or x.dtype)
 
 
 def install() -> None:
@@ -160,12 +164,15 @@ def _nvfp4_scale(block_amax: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
     """As the Triton kernel ``fp4_fake_quant_block``: E4M3 block scales times one float32 scale."""
     whole = amax / (E2M1_MAX * E4M3_MAX)
     whole = torch.where(whole > 0, whole, 1e-12)
-    scale = FORMATS[4, 3].round(block_amax / (E2M1_MAX * whole)) * whole
+    scale = ELEMENT_FORMATS[4, 3].round(block_amax / (E2M1_MAX * whole)) * whole
     return torch.where(scale >= SMALLEST_NVFP4_SCALE, scale, 1.0)
 
 
 def _two_level_scale(
-    block_amax: torch.Tensor, amax: torch.Tensor, element: Format, scale_format: Format
+    block_amax: torch.Tensor,
+    amax: torch.Tensor,
+    element: ElementFormat,
+    scale_format: ElementFormat,
 ) -> torch.Tensor:
     """As the CUDA function ``compute_scale_with_global``, whose middle part is in float64."""
     usable = (block_amax > 0) & torch.isfinite(block_amax) & (amax > 0) & torch.isfinite(amax)

@@ -29,7 +29,7 @@ _NEVER = ("*output_layer*", "*router*", "*lm_head*", "*mlp.gate.*", "*shared_exp
 
 
 @dataclass(frozen=True)
-class Search:
+class AutoQuantizeSearch:
     """What to search.
 
     Attributes:
@@ -52,7 +52,7 @@ class Search:
     more: tuple[tuple[str, Any], ...] = ()
 
 
-def from_recipe(recipe: Recipe, checkpoint: Path | None) -> tuple[Search, Any]:
+def from_recipe(recipe: Recipe, checkpoint: Path | None) -> tuple[AutoQuantizeSearch, Any]:
     """The search that a recipe of type ``auto_quantize`` describes, and its KV entries or None."""
     loaded = recipes.load(recipe)
     content = loaded.auto_quantize
@@ -71,7 +71,7 @@ def from_recipe(recipe: Recipe, checkpoint: Path | None) -> tuple[Search, Any]:
             for space in content.module_search_spaces
         ]
     cache = content.kv_cache
-    search = Search(
+    search = AutoQuantizeSearch(
         bits=content.constraints.effective_bits,
         formats=tuple(each.model_dump(exclude_unset=True) for each in content.candidate_formats),
         method=content.auto_quantize_method,
@@ -85,7 +85,7 @@ def from_recipe(recipe: Recipe, checkpoint: Path | None) -> tuple[Search, Any]:
 
 def run(
     model: torch.nn.Module,
-    search: Search,
+    search: AutoQuantizeSearch,
     calibration: Calibration,
     kv_entries: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +38,6 @@ class Calibration:
     show_progress: bool = False
     tokens: int = 0
     seconds: float = 0.0
-    _whole_output: bool | None = field(default=None, repr=False)
 
     @property
     def tokens_per_second(self) -> float:

@@ -112,7 +112,7 @@ def search_formats(
         kv_entries = kv_entries or of_recipe or []
     else:
         qkv = tuple(pattern.removesuffix(".*") for pattern in quantizers.QKV_PATTERNS)
-        search = auto.Search(
+        search = auto.AutoQuantizeSearch(
             bits=wanted.auto_quantize_bits,
             formats=tuple(wanted.auto_quantize_formats.split(",")),
             method=wanted.auto_quantize_method,

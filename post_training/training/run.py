@@ -120,7 +120,6 @@ class Run:
     @classmethod
     def open(cls, plan: TrainingPlan, session: Session) -> Run:
         """The run of a plan, a hub name downloaded; exits if the process was asked to end."""
-
         exit_if_asked(session)
         source = fetch_source(plan.start.source, plan.options)
         folder = loading.local_huggingface(source, plan.options)
@@ -136,7 +135,6 @@ class Run:
             prepare: ``conversation_data.prepare`` or ``text_data.prepare``.
             text: what to train on.
         """
-
         parts, content = prepare(
             text,
             loading.tokenizer(self.source, self.options),
@@ -177,7 +175,6 @@ class Run:
             record: the manifests.
             evaluate: further metrics at each evaluation, from the iteration.
         """
-
         checkpoints = TrainingCheckpoints(
             self.start.folder,
             record,

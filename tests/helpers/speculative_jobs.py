@@ -58,7 +58,7 @@ def prepare(plan: Plan, session: Any) -> None:
 
     source = plan.source
     model = loading.load(source, plan.options, session)
-    module = eagle.draft_of(model)
+    module = eagle.draft_module(model)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))

@@ -24,7 +24,7 @@ from post_training.common.errors import UsageError
 from post_training.drafts import ground_truth
 from post_training.drafts.acceptance import Acceptance, matching
 from post_training.drafts.answers import AnswerPair, TokenizedPrompt
-from post_training.drafts.eagle3.decoding import Choice
+from post_training.drafts.eagle3.decoding import GreedyChoice
 
 LAYOUTS = ("TP=1", "TP=2", "PP=2")
 everywhere = pytest.mark.parametrize("layout", LAYOUTS)
@@ -223,7 +223,7 @@ def test_a_difference_is_shown_with_both_logits():
 def test_of_equal_logits_the_choice_is_the_one_that_decoding_takes():
     logits = torch.zeros(300)
     logits[[200, 100, 7]] = torch.tensor([2.0, 2.0, 1.0])
-    choice = Choice.of(logits)
+    choice = GreedyChoice.of(logits)
     assert choice.token == int(logits.argmax())
     assert {choice.token, choice.second} == {100, 200}
     assert (choice.logit, choice.second_logit) == (2.0, 2.0)

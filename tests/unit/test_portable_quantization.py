@@ -83,7 +83,7 @@ MAGNITUDES = {
 
 @pytest.mark.parametrize("bits", MAGNITUDES)
 def test_ties_go_to_the_even_code_and_large_values_saturate(bits):
-    form = formats.FORMATS[bits]
+    form = formats.ELEMENT_FORMATS[bits]
     grid = torch.tensor(MAGNITUDES[bits], dtype=torch.float32)
     assert form.largest == grid[-1]
     assert torch.equal(form.round(grid), grid)
@@ -107,9 +107,9 @@ def test_fp4_cast_rounds_without_a_scale():
 
 @pytest.mark.parametrize("bits", [(4, 3), (5, 2), (3, 2), (2, 3), (2, 1), 8])
 def test_power_of_two_scales_reach_the_format_but_never_clip(bits):
-    largest = formats.FORMATS[bits].largest
+    largest = formats.ELEMENT_FORMATS[bits].largest
     amax = torch.tensor([largest, largest * 1.0001, largest * 0.5001, largest * 2**-20, 0.0])
-    scale = formats.power_of_two_scale(amax, formats.FORMATS[bits])
+    scale = formats.power_of_two_scale(amax, formats.ELEMENT_FORMATS[bits])
     assert scale.tolist() == [1.0, 2.0, 1.0, 2.0**-20, 1.0]
 
 
@@ -163,7 +163,7 @@ def test_the_gpu_kernels_equal_the_reference_but_for_ties(num_bits, scale_bits, 
     kernel = fake(x.cuda(), num_bits, scale_bits, block_size, on_gpu).cpu()
     # CUDA's and Triton's fast division is right to two units in the last place, 2**-22: a quotient
     # that close to a tie, a block's scale or a value, may go to either side. Nothing else may.
-    element, nudges = formats.FORMATS[num_bits], (1 - 2**-22, 1 + 2**-22)
+    element, nudges = formats.ELEMENT_FORMATS[num_bits], (1 - 2**-22, 1 + 2**-22)
     blocks = x.float().unflatten(-1, (-1, block_size))
     block_amax = blocks.abs().amax(-1, keepdim=True)
     if scale_bits == (8, 0):
@@ -171,7 +171,9 @@ def test_the_gpu_kernels_equal_the_reference_but_for_ties(num_bits, scale_bits, 
     else:
         whole = amax.float() / (6 * 448)
         quotient = block_amax / (6 * whole)
-        scales = [formats.FORMATS[scale_bits].round(quotient * nudge) * whole for nudge in nudges]
+        scales = [
+            formats.ELEMENT_FORMATS[scale_bits].round(quotient * nudge) * whole for nudge in nudges
+        ]
         scales = [torch.where(scale >= 1e-5, scale, 1.0) for scale in scales]
     allowed = torch.stack(
         [element.round(blocks / scale * nudge) * scale for scale in scales for nudge in nudges]

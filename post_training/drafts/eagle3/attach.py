@@ -3,7 +3,7 @@
 Loading a drafted checkpoint is loading (``loading.load``, at any TP and PP): ModelOpt's state in it
 attaches the draft before the weights are read. Then
 
-- ``model.eagle_module`` is the draft, on the last pipeline stage only (:func:`draft_of`);
+- ``model.eagle_module`` is the draft, on the last pipeline stage only (:func:`draft_module`);
 - ``model.eagle_module.d2t`` maps a draft token ``t`` to the target's ``t + d2t[t]``: int64 [draft
   vocabulary], there only if the draft's vocabulary is smaller than the target's;
 - ``model.eagle_config.eagle_aux_hidden_state_layer_ids`` are the auxiliary layers: ``i`` stands
@@ -41,7 +41,7 @@ def attach(model: MegatronModule, draft: Draft, seed: int = 1234) -> None:
     model_parallel_cuda_manual_seed(seed)
     mtsp.convert(model, [("eagle", _modelopt_config(draft))])
     _share_embedding(model)
-    module = draft_of(model)
+    module = draft_module(model)
     if module is not None:
         _initialize(module, draft, seed)
     model.eval()
@@ -64,7 +64,7 @@ def _share_embedding(core: Any) -> None:
     torch.distributed.broadcast(core.embedding.word_embeddings.weight.data, first, group=group)
 
 
-def draft_of(model: Any) -> Any | None:
+def draft_module(model: Any) -> Any | None:
     """The draft (ModelOpt's ``EagleModule``) of this rank's model; None on earlier stages."""
     return getattr(forward.unwrap(model), MODULE, None)
 

@@ -28,7 +28,7 @@ from post_training.drafts.eagle3 import attach as eagle
 from post_training.inference import forward, generation
 
 
-class Choice(NamedTuple):
+class GreedyChoice(NamedTuple):
     """A chosen token and the second best, with their logits."""
 
     token: int
@@ -37,7 +37,7 @@ class Choice(NamedTuple):
     second_logit: float
 
     @classmethod
-    def of(cls, logits: torch.Tensor) -> Choice:
+    def of(cls, logits: torch.Tensor) -> GreedyChoice:
         """Of float32 [vocabulary]."""
         values, tokens = logits.topk(2)
         (first, second), (a, b) = tokens.tolist(), values.tolist()
@@ -73,7 +73,7 @@ def decode(
     *,
     steps: int,
     vocab_size: int | None = None,
-    watch: list[Choice] | None = None,
+    watch: list[GreedyChoice] | None = None,
 ) -> Decoded:
     """Continue ``prompt`` until an end token or ``max_new_tokens``; every rank gets the result.
 
@@ -173,7 +173,7 @@ class CachedTarget:
         self.context.sequence_len_offset = length
 
     def choose(
-        self, tokens: list[int], watch: list[Choice] | None, *, last_only: bool = False
+        self, tokens: list[int], watch: list[GreedyChoice] | None, *, last_only: bool = False
     ) -> list[int]:
         """The most probable token after each of ``tokens``, which come after the cache.
 
@@ -189,7 +189,7 @@ class CachedTarget:
             rows = logits[0, :, : self.vocab_size].float()
             chosen = rows.argmax(dim=-1)
             if watch is not None:
-                watch.extend(Choice.of(row) for row in rows)
+                watch.extend(GreedyChoice.of(row) for row in rows)
         count = 1 if last_only else len(tokens)
         return forward.from_last_stage(chosen, (count,), torch.long).tolist()
 

@@ -23,7 +23,7 @@ from post_training.models.architecture import Architecture
 
 ALGORITHM = "eagle3"
 MODULE = "eagle_module"  # the draft in a model; the names of its tensors begin with it
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 _NUMBER = (int, float)
 # Every key of a draft's configuration, with the JSON type of its value. The names are those of
@@ -183,7 +183,7 @@ def plan(
         "eagle_aux_hidden_state_layer_ids": aux_layer_ids(target["num_layers"]),
         "parallel_draft_step": 1,
         "parallel_draft_heads_num_layers": 1,
-        "torch_dtype": DTYPES[dtype],
+        "torch_dtype": DTYPE_NAMES[dtype],
         **fixed,
         **given,
     }
@@ -251,8 +251,8 @@ def _check_values(config: Mapping[str, Any], target: Mapping[str, Any], option: 
     for key in _POSITIVE:
         if config[key] <= 0:
             refuse(key, "it is not positive", "give a positive number")
-    if config["torch_dtype"] not in DTYPES.values():
-        refuse("torch_dtype", "unknown type", f"one of {', '.join(DTYPES.values())}")
+    if config["torch_dtype"] not in DTYPE_NAMES.values():
+        refuse("torch_dtype", "unknown type", f"one of {', '.join(DTYPE_NAMES.values())}")
     if config["attention_bias"] != config["mlp_bias"]:
         refuse("attention_bias", "ModelOpt's draft has one switch for both biases", "set both")
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]

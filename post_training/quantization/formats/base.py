@@ -133,7 +133,7 @@ class KvCache:
 
 
 @dataclass(frozen=True)
-class Family:
+class FormatFamily:
     """What a file of this folder registers.
 
     Attributes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from post_training.quantization.formats.base import (
-    Family,
+    FormatFamily,
     NumberFormat,
     block_sizes,
     linear_format,
@@ -35,7 +35,7 @@ def _is_fp8_token(quantizer: Any) -> bool:
     return quantizer.num_bits == _E4M3 and is_dynamic and block_sizes(quantizer).get(-1) is None
 
 
-FP8 = Family(
+FP8 = FormatFamily(
     inputs=(NumberFormat("fp8_token", _is_fp8_token),),
     weights=(
         NumberFormat(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from post_training.quantization.formats.base import (
-    Family,
+    FormatFamily,
     NumberFormat,
     block_sizes,
     linear_format,
@@ -33,7 +33,7 @@ def _is_int4_block(quantizer: Any) -> bool:
     return quantizer.num_bits == 4 and bool(block_sizes(quantizer))
 
 
-INTEGER = Family(
+INTEGER = FormatFamily(
     inputs=(NumberFormat("int8_token", _is_int8_token),),
     weights=(
         NumberFormat("int8", _is_int8, bits=8.0, refused=_NO_INT8),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from post_training.quantization.formats.base import Family, Format, KvCache
+from post_training.quantization.formats.base import Format, FormatFamily, KvCache
 
 NONE = "none"
 _NO_ZERO_POINTS = "engines read no zero points of keys and values"
@@ -14,7 +14,7 @@ _KV_CACHES = (
     KvCache("nvfp4_rotate", "NVFP4_KV_ROTATE_CFG", refused="engines do not rotate keys"),
 )
 
-KEYS_AND_VALUES = Family(
+KEYS_AND_VALUES = FormatFamily(
     kv_caches=_KV_CACHES,
     formats=tuple(Format(each.config, (), None, kv=each.name) for each in _KV_CACHES),
 )

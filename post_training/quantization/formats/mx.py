@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from post_training.quantization.formats.base import (
-    Family,
+    FormatFamily,
     NumberFormat,
     block_sizes,
     linear_format,
@@ -25,7 +25,7 @@ def _has_elements(num_bits: int | tuple[int, int]) -> Callable[[Any], bool]:
     return is_used_by
 
 
-MX = Family(
+MX = FormatFamily(
     weights=(
         NumberFormat(
             "mxfp8",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from post_training.quantization.formats.base import (
-    Family,
+    FormatFamily,
     NumberFormat,
     block_sizes,
     linear_format,
@@ -37,7 +37,7 @@ def _is_block32(quantizer: Any) -> bool:
     return _has_blocks_of(32, quantizer)
 
 
-NVFP4 = Family(
+NVFP4 = FormatFamily(
     weights=(
         NumberFormat(
             "nvfp4_4over6",

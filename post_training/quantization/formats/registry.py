@@ -1,6 +1,6 @@
 """Every format, by name. No torch, no ModelOpt.
 
-To add one: a file that ends in a ``Family``, and a row here (docs/extending.md).
+To add one: a file that ends in a ``FormatFamily``, and a row here (docs/extending.md).
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from post_training.common.errors import UsageError, suggest
-from post_training.quantization.formats.base import Family, Format, KvCache, NumberFormat
+from post_training.quantization.formats.base import Format, FormatFamily, KvCache, NumberFormat
 from post_training.quantization.formats.fp8 import FP8
 from post_training.quantization.formats.integer import INTEGER
 from post_training.quantization.formats.kv_cache import KEYS_AND_VALUES
@@ -16,7 +16,7 @@ from post_training.quantization.formats.mx import MX
 from post_training.quantization.formats.nvfp4 import NVFP4
 
 # In the order of the table.
-FAMILIES: tuple[Family, ...] = (
+FAMILIES: tuple[FormatFamily, ...] = (
     FP8,
     NVFP4,
     MX,
