@@ -228,7 +228,7 @@ class Trainer:
         grad_norm, lr = self._passes.largest(values)
         return grad_norm, lr, bool(everything[-1, 0] > 0)
 
-    def _save(self) -> dict[str, Any] | None:
+    def _save(self) -> dict[str, Any]:
         import torch
 
         window = dict(zip(self._passes.names, self._window.tolist(), strict=True))
