@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training.checkpoints import folders
+from post_training.checkpoints import folders, loading, record, torch_dist
+from post_training.checkpoints.huggingface import SmallFiles
 from post_training.checkpoints.source import Source, fetch_source, find_source, size_estimate
 from post_training.cli.stage import Stage, run
 from post_training.common import outputs, report
@@ -30,6 +31,7 @@ from post_training.drafts.options import DraftOptions
 from post_training.drafts.record import draft_of
 from post_training.models import parallel_check
 from post_training.models.architecture import Architecture
+from post_training.models.builder import count_parameters
 
 if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
@@ -126,9 +128,6 @@ def plan_draft(options: ConvertOptions, target: Architecture) -> Draft | None:
 
 def convert(plan: Plan, session: Session) -> dict[str, Any]:
     """Load the source at the requested layout and save it. Returns the manifest on rank 0."""
-    from post_training.checkpoints import loading, record, torch_dist
-    from post_training.checkpoints.huggingface import SmallFiles
-    from post_training.models.builder import count_parameters
 
     options = plan.options
     source = fetch_source(plan.source, options)
@@ -156,7 +155,6 @@ def convert(plan: Plan, session: Session) -> dict[str, Any]:
 
 def attach_draft(plan: Plan, model: MegatronModule, draft: Draft) -> None:
     """Attach ``draft``; with its weights where ``--draft-model-path`` has them."""
-    from post_training.checkpoints import torch_dist
 
     algorithm = registry.find(draft.algorithm)
     algorithm.attach(model, draft, plan.options.seed)

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from post_training.checkpoints import loading
 from post_training.checkpoints.source import Source, fetch_source, size_estimate
 from post_training.cli.stage import Stage, run
 from post_training.common import manifest, outputs
@@ -29,10 +30,12 @@ from post_training.data.options import TrainingTextOptions
 from post_training.data.sources import TextSource
 from post_training.distillation import options as distillation_options
 from post_training.distillation.options import DistillationOptions, DistillConfig
+from post_training.models.builder import count_parameters
 from post_training.training import options as training_options
 from post_training.training import run as training_run
 from post_training.training.options import TrainingFlags, TrainingOptions
 from post_training.training.run import Record, Run, Start
+from post_training.training.setup import exit_if_asked
 
 if TYPE_CHECKING:
     from post_training.distributed.session import Session
@@ -106,10 +109,7 @@ def distill(plan: Plan, session: Session) -> TrainingResult:
     Raises:
         UsageError: for data or layers that cannot be trained on.
     """
-    from post_training.checkpoints import loading
     from post_training.distillation import conversion
-    from post_training.models.builder import count_parameters
-    from post_training.training.setup import exit_if_asked
 
     options, config = plan.options, plan.config
     this = Run.open(plan, session)

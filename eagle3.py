@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from post_training.checkpoints import loading
 from post_training.checkpoints.source import Source, fetch_source, size_estimate
 from post_training.cli.stage import Stage, run
 from post_training.common import manifest, outputs
@@ -30,10 +31,12 @@ from post_training.drafts import training as draft_training
 from post_training.drafts.eagle3.draft import Draft
 from post_training.drafts.options import Eagle3Options
 from post_training.drafts.record import draft_of, to_train
+from post_training.models.builder import count_parameters
 from post_training.training import options as training_options
 from post_training.training import run as training_run
 from post_training.training.options import TrainingOptions
 from post_training.training.run import Record, Run, Start
+from post_training.training.setup import exit_if_asked
 
 if TYPE_CHECKING:
     from post_training.distributed.session import Session
@@ -96,9 +99,6 @@ def eagle3(plan: Plan, session: Session) -> TrainingResult | None:
     Raises:
         UsageError: for data that cannot be trained on.
     """
-    from post_training.checkpoints import loading
-    from post_training.models.builder import count_parameters
-    from post_training.training.setup import exit_if_asked
 
     options = plan.options
     if options.show_loss_mask:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from post_training.checkpoints import loading, record
 from post_training.checkpoints.source import Source, fetch_source, find_source
 from post_training.cli.stage import Stage, run
 from post_training.common import files, outputs, report
@@ -122,7 +123,6 @@ def extract_features(plan: Plan, session: Session) -> dict[str, Any]:
     """
     import torch
 
-    from post_training.checkpoints import loading, record
     from post_training.distributed import collectives
 
     options, folder = plan.options, plan.folder

@@ -8,6 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from post_training.common.errors import UsageError
 from post_training.data import assistant_mask, document_formats, packed_data, records, sources
 from post_training.data.packed_data import Packed
@@ -78,7 +80,6 @@ def _pack(
     rows: int,
     show_progress: bool,
 ) -> Packed:
-    from tqdm import tqdm
 
     packers = {part: Packer(length) for part in PARTS}
     train = packers["train"]

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from post_training.common.errors import UsageError
 from post_training.data import conversation_data, document_formats, packed_data, sources
 from post_training.data.packed_data import Packed
@@ -76,7 +78,6 @@ def _pack(
     source: TextSource, tokenizer: Any, length: int, rows: int, show_progress: bool
 ) -> Packed:
     import numpy
-    from tqdm import tqdm
 
     train: list[Any] = []
     valid: list[Any] = []

@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import yaml
+
 from post_training.checkpoints.source import find_source
 from post_training.common import inputs
 from post_training.common.errors import UsageError, suggest
@@ -76,7 +78,6 @@ def read(path: str | None) -> DistillConfig:
     """
     if path is None:
         return DistillConfig()
-    import yaml
 
     what = f"{OPTION} {path}"
     try:

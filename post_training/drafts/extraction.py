@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tqdm import tqdm
+
 from post_training.common import files, manifest, outputs
 from post_training.common.errors import UsageError
 from post_training.data.packing import PackedConversations
@@ -111,7 +113,6 @@ class Extraction:
     def write(self, shards: Sequence[Shard]) -> None:
         """Write what is missing, shards in turn over the data-parallel ranks; a collective call."""
         from megatron.core import parallel_state
-        from tqdm import tqdm
 
         todo = self._missing(shards)
         rank = parallel_state.get_data_parallel_rank()

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import safe_open
+
 from post_training.common import files, manifest
 from post_training.common.errors import UsageError
 from post_training.data import conversation_data
@@ -205,7 +207,6 @@ class Features:
     def tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All token ids and masks, [n, s] each."""
         import torch
-        from safetensors import safe_open
 
         ids, masks = [], []
         for path, _ in self.shards:
@@ -215,7 +216,6 @@ class Features:
         return torch.cat(ids), torch.cat(masks)
 
     def _row(self, index: int) -> dict[str, torch.Tensor]:
-        from safetensors import safe_open
 
         for path, count in self.shards:
             if index < count:

@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from post_training.common import files
 
 logger = logging.getLogger("post_training")
@@ -65,7 +67,6 @@ class Metrics:
         title: str = "training",
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
-        from tqdm import tqdm
 
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder

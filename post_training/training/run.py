@@ -12,17 +12,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from post_training.checkpoints import torch_dist
+from post_training.checkpoints import loading, torch_dist
+from post_training.checkpoints import record as run_record
 from post_training.checkpoints.huggingface import SmallFiles
 from post_training.checkpoints.source import Source, fetch_source, find_source
 from post_training.common import report
 from post_training.common.errors import UsageError
 from post_training.config import checks
 from post_training.config.options import StageOptions
+from post_training.data import text_data
 from post_training.data.sources import TextSource
 from post_training.models import parallel_check
 from post_training.training import run_folder
+from post_training.training.checkpoint import TrainingCheckpoints
 from post_training.training.options import EXIT_UNFINISHED, TrainingOptions
+from post_training.training.setup import exit_if_asked
+from post_training.training.trainer import Trainer
 
 if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
@@ -116,8 +121,6 @@ class Run:
     @classmethod
     def open(cls, plan: TrainingPlan, session: Session) -> Run:
         """The run of a plan, a hub name downloaded; exits if the process was asked to end."""
-        from post_training.checkpoints import loading
-        from post_training.training.setup import exit_if_asked
 
         exit_if_asked(session)
         source = fetch_source(plan.start.source, plan.options)
@@ -134,8 +137,6 @@ class Run:
             prepare: ``conversation_data.prepare`` or ``text_data.prepare``.
             text: what to train on.
         """
-        from post_training.checkpoints import loading
-        from post_training.data import text_data
 
         parts, content = prepare(
             text,
@@ -177,8 +178,6 @@ class Run:
             record: the manifests.
             evaluate: further metrics at each evaluation, from the iteration.
         """
-        from post_training.training.checkpoint import TrainingCheckpoints
-        from post_training.training.trainer import Trainer
 
         checkpoints = TrainingCheckpoints(
             self.start.folder,
@@ -213,11 +212,10 @@ class Record:
     describe: Callable[[int], tuple[Mapping[str, Any], Mapping[str, Any]]]
 
     def __call__(self, iteration: int, metrics: Mapping[str, float]) -> Manifest:
-        from post_training.checkpoints import record
 
         run = self.run
         more_metrics, entries = self.describe(iteration)
-        return record.of_run(
+        return run_record.of_run(
             run.options,
             run.session,
             run.source,
