@@ -12,15 +12,16 @@ Outputs: --save, a checkpoint of the smaller model, with run.json. It carries it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from post_training.checkpoints import huggingface, loading, record, torch_dist
+from post_training.checkpoints.huggingface import SmallFiles
 from post_training.checkpoints.source import Source, fetch_source, find_source, size_estimate
 from post_training.cli.stage import Stage, run
-from post_training.common import files, outputs
+from post_training.common import outputs
 from post_training.common.errors import UsageError
 from post_training.config import checks
 from post_training.data import options as calibration_options
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
 
     from post_training.distributed.session import Session
-    from post_training.models.architecture import Architecture
 
 
 @dataclass(frozen=True)
@@ -147,26 +147,13 @@ def prune(plan: Plan, session: Session) -> Pruned:
         metrics=report.metrics(result, before, after, sizes, scorer.calibration.to_json()),
         extra={"pruned_from": original.to_json(), **source.pruned_from()},
     )
-    write = small_files(
-        folder, architecture, result.kept_layers, python_files=options.trust_remote_code
+    config = families.with_shape(
+        huggingface.read_config(folder), architecture.resolved(), result.kept_layers
     )
-    content = torch_dist.save(model, plan.save, manifest, write_huggingface=write)
+    small_files = SmallFiles(folder, options.trust_remote_code, config)
+    content = torch_dist.save(model, plan.save, manifest, small_files=small_files)
     smoke_generation.run(options.smoke, model, scorer.tokenizer, plan.save)
     return Pruned(model, before, after, content or {})
-
-
-def small_files(
-    source: Path, architecture: Architecture, kept_layers: list[int], *, python_files: bool
-) -> Callable[[Path], None]:
-    """Writes configuration, adapted to the pruned model, and tokenizer into a folder."""
-
-    def write(folder: Path) -> None:
-        huggingface.copy_small_files(source, folder, python_files=python_files)
-        config = huggingface.read_config(folder)
-        shaped = families.with_shape(config, architecture.resolved(), kept_layers)
-        files.write_json(folder / "config.json", shaped)
-
-    return write
 
 
 def show(plan: Plan, result: Pruned, session: Session) -> None:

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training.checkpoints import huggingface, loading, record, torch_dist
+from post_training.checkpoints import loading, record, torch_dist
+from post_training.checkpoints.huggingface import SmallFiles
 from post_training.checkpoints.source import Source, fetch_source, find_source, size_estimate
 from post_training.cli.stage import Stage, run
 from post_training.common import outputs
@@ -86,7 +87,7 @@ def quantize(plan: Plan, session: Session) -> Quantized:
 
     options = plan.options
     source = fetch_source(plan.source, options)
-    small_files = loading.local_huggingface(source, options)
+    small_files = SmallFiles(loading.local_huggingface(source, options), options.trust_remote_code)
     tokenizer = loading.tokenizer(source, options)
     samples = calibration_options.load(
         options.calibration, tokenizer, source.architecture, options.seed
@@ -104,14 +105,7 @@ def quantize(plan: Plan, session: Session) -> Quantized:
         metrics=report.metrics(data, result),
         extra={"quantization": described, **source.pruned_from()},
     )
-    content = torch_dist.save(
-        model,
-        plan.save,
-        manifest,
-        write_huggingface=lambda folder: huggingface.copy_small_files(
-            small_files, folder, python_files=options.trust_remote_code
-        ),
-    )
+    content = torch_dist.save(model, plan.save, manifest, small_files=small_files)
     smoke_generation.run(options.smoke, model, tokenizer, plan.save)
     return Quantized(model, result, content or {})
 

@@ -12,6 +12,8 @@ from post_training.checkpoints import huggingface, torch_dist
 from post_training.checkpoints.source import Source
 from post_training.common.errors import UsageError
 from post_training.config.options import StageOptions
+from post_training.models import builder
+from post_training.models.builder import BuildOptions
 
 if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
@@ -43,7 +45,6 @@ def load(
     Raises:
         UsageError: if the weights do not fit, or the number of parameters is not the source's.
     """
-    from post_training.models import builder
 
     # Features stand for the layers of a target whose checkpoint was made without them.
     offline = bool(((source.manifest or {}).get("draft") or {}).get("offline"))
@@ -78,7 +79,6 @@ def build_options(
     source: Source, options: StageOptions, *, sequence_parallel: bool = False
 ) -> BuildOptions:
     """How the model is built, as the options state."""
-    from post_training.models.builder import BuildOptions
 
     transformer_engine_keys = True
     if source.is_checkpoint and source.manifest is None:

@@ -86,13 +86,15 @@ def make_plan[Options: StageOptions, P: Plan, Result](
     return plan
 
 
-def run[Options: StageOptions, P: Plan, Result](stage: Stage[Options, P, Result]) -> None:
-    """Run ``stage`` with this process's command line. A usage error exits with code 2."""
+def run[Options: StageOptions, P: Plan, Result](
+    stage: Stage[Options, P, Result], argv: Sequence[str] | None = None
+) -> None:
+    """Run ``stage`` with a command line, by default this process's. A usage error exits with 2."""
     if stage.saves_on_signal:
         # From the start: imports and loading take longer than a scheduler may wait.
         signals.defer_until_exit()
     try:
-        plan = make_plan(stage)
+        plan = make_plan(stage, argv)
         if plan.options.dry_run:
             dry_run.show(plan.options, plan.source)
     except UsageError as error:

@@ -80,7 +80,6 @@ def _pack(
     rows: int,
     show_progress: bool,
 ) -> Packed:
-
     packers = {part: Packer(length) for part in PARTS}
     train = packers["train"]
     conversations = answers = tokens = 0

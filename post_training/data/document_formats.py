@@ -14,6 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jinja2
+
 from post_training.common.errors import UsageError, suggest
 from post_training.data import records
 from post_training.data.records import Row
@@ -186,7 +188,6 @@ def render(
         return document.text
     if not has_template(tokenizer):
         return "\n\n".join(turn["content"] for turn in document.messages)
-    import jinja2
 
     try:
         rendered = tokenizer.apply_chat_template(

@@ -15,6 +15,7 @@ import random
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -160,7 +161,6 @@ def _import_packages() -> object:
     Both warn at import time that Apex and Transformer Engine are missing (the log says what runs
     instead) and, on a machine without a GPU, that there is none.
     """
-    import warnings
 
     import torch
 

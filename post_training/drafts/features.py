@@ -216,7 +216,6 @@ class Features:
         return torch.cat(ids), torch.cat(masks)
 
     def _row(self, index: int) -> dict[str, torch.Tensor]:
-
         for path, count in self.shards:
             if index < count:
                 with safe_open(path, framework="pt") as shard:

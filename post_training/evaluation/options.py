@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from post_training.config.checks import at_least, share
-from post_training.config.flags import flag, spelled
+from post_training.config.flags import flag
 from post_training.data import records
 from post_training.evaluation import mmlu_data
 from post_training.evaluation.mmlu_data import Benchmark
@@ -39,26 +38,3 @@ def load_local(options: MmluOptions) -> Benchmark | None:
     if not options.mmlu_dataset or not records.is_local(options.mmlu_dataset):
         return None
     return mmlu_data.load(options.mmlu_dataset, options.few_shots)
-
-
-def add_arguments(add: Any, dataset: str | None, when_absent: str = "") -> None:
-    """The same flags for a stage that has a namespace still: prune."""
-    add(
-        "--mmlu-dataset",
-        default=dataset,
-        metavar="NAME_OR_PATH",
-        help="hub name, folder (dev.*, test.*) or file: JSONL, parquet or CSV "
-        f"({dataset or when_absent})",
-    )
-    add("--fraction", type=float, default=1.0, help="of each subject's questions, the first (1.0)")
-    add("--few-shots", type=int, default=0, help="solved examples before each question (0)")
-    add("--mmlu-batch-size", type=int, default=1, help="questions at a time (1)")
-
-
-def check(args: argparse.Namespace) -> None:
-    """Raise UsageError for a value that cannot be, or local questions that cannot be read."""
-    names = ("fraction", "few_shots", "mmlu_batch_size")
-    for name, each in zip(names, (share, at_least(0), at_least(1)), strict=True):
-        each(spelled(name), getattr(args, name))
-    if args.mmlu_dataset and records.is_local(args.mmlu_dataset):
-        mmlu_data.load(args.mmlu_dataset, args.few_shots)

@@ -21,8 +21,6 @@ target's: SGLang would otherwise need ``draft_vocab_size: null``. ``t2d`` is ski
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from post_training.checkpoints import huggingface
 from post_training.common import files
 from post_training.common.errors import UsageError
+from post_training.common.quiet import quiet
 from post_training.drafts.eagle3.draft import LLAMA3
 
 if TYPE_CHECKING:
@@ -131,7 +130,7 @@ class DraftExporter:
         from post_training.export.streaming_exporter import StreamingExporter
 
         # ModelOpt announces on stdout that an EAGLE-3 layer is twice as wide as others.
-        with contextlib.redirect_stdout(io.StringIO()):
+        with quiet(stdout=True):
             exporter = StreamingExporter(
                 self.core,
                 pretrained_model_name_or_path=str(self.source),

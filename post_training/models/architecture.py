@@ -237,10 +237,3 @@ def reconcile(
             "name the conf of this model, or the checkpoint of this conf",
         )
     return found
-
-
-def from_huggingface(config: Mapping[str, Any]) -> Architecture:
-    """The architecture that a Hugging Face ``config.json`` describes; see ``families``."""
-    from post_training.models import families
-
-    return families.from_huggingface(config)

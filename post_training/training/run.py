@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from post_training.checkpoints import loading, torch_dist
-from post_training.checkpoints import record as run_record
+from post_training.checkpoints import loading, record, torch_dist
 from post_training.checkpoints.huggingface import SmallFiles
 from post_training.checkpoints.source import Source, fetch_source, find_source
 from post_training.common import report
@@ -212,10 +211,9 @@ class Record:
     describe: Callable[[int], tuple[Mapping[str, Any], Mapping[str, Any]]]
 
     def __call__(self, iteration: int, metrics: Mapping[str, float]) -> Manifest:
-
         run = self.run
         more_metrics, entries = self.describe(iteration)
-        return run_record.of_run(
+        return record.of_run(
             run.options,
             run.session,
             run.source,

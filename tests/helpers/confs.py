@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+from post_training.cli.stage import Stage, run
 from post_training.config import arguments
 from post_training.config.options import StageOptions
+from post_training.config.parser import make_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFS = sorted(
@@ -17,6 +21,22 @@ CONFS = sorted(
 def parse(*words: str) -> StageOptions:
     """The options of a command line; UsageError for a mistake in it."""
     return arguments.parse("convert", StageOptions, list(words))
+
+
+def values(*words: str) -> dict[str, Any]:
+    """The values of all flags, given or not, by name."""
+    defaults, given = make_parser("convert", lambda parser: None, show_all=False).split(words)
+    return {**defaults, **given}
+
+
+def run_checks(*words: str, check=lambda options: None) -> None:
+    """Run a stage that has no flags of its own and a ``check``, as its ``main`` does."""
+
+    def checked(options: StageOptions) -> SimpleNamespace:
+        check(options)
+        return SimpleNamespace(options=options, source=None)
+
+    run(Stage("convert", StageOptions, checked, lambda plan, session: None), words)
 
 
 def conf_flags(conf: str) -> list[str]:

@@ -13,7 +13,6 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from post_training.checkpoints import loading
@@ -53,34 +52,24 @@ LOGITS = Stage(
 )
 
 
-def stage_module(name: str) -> Any:
+def stage_of(name: str) -> Any:
     if name == "logits":
-        return SimpleNamespace(STAGE=LOGITS)
+        return LOGITS
     if name in ("prepare", "decode"):
-        return SimpleNamespace(STAGE=importlib.import_module("speculative_jobs").JOBS[name])
-    return importlib.import_module(name)
+        return importlib.import_module("speculative_jobs").JOBS[name]
+    return importlib.import_module(name).STAGE
 
 
 def main() -> None:
     jobs = json.loads(sys.argv[1])
-    first = stage_module(jobs[0][0])
-    if hasattr(first, "STAGE"):
-        options: Any = arguments.parse(first.STAGE.name, first.STAGE.options, jobs[0][1])
-    else:
-        options = arguments.parse_namespace(
-            jobs[0][0], first.add_arguments, lambda args: None, jobs[0][1]
-        )
-    with open_session(options) as session:
+    first = stage_of(jobs[0][0])
+    with open_session(arguments.parse(first.name, first.options, jobs[0][1])) as session:
         for name, flags in jobs:
-            module = stage_module(name)
-            if hasattr(module, "STAGE"):
-                plan = make_plan(module.STAGE, flags)
-                result = module.STAGE.work(plan, session)
-                if session.is_main and module.STAGE.show is not None:
-                    module.STAGE.show(plan, result, session)
-                continue
-            parsed = arguments.parse_namespace(name, module.add_arguments, module.check, flags)
-            getattr(module, name)(parsed, session)
+            stage = stage_of(name)
+            plan = make_plan(stage, flags)
+            result = stage.work(plan, session)
+            if session.is_main and stage.show is not None:
+                stage.show(plan, result, session)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from post_training.checkpoints import torch_dist
 from post_training.common import manifest
 from post_training.data import calibration_data
 from post_training.export import readback
+from post_training.models.families.base import TINY_SIZES
 
 HEADS, GROUPS, HEAD_SIZE = 4, 2, 64
 SIZES = {"num_layers": 5, "hidden_size": 96, "ffn_hidden_size": 192, "num_attention_heads": 2}
@@ -27,7 +28,7 @@ SIZES = {"num_layers": 5, "hidden_size": 96, "ffn_hidden_size": 192, "num_attent
 CONF = (
     *("--num-layers", 6, "--hidden-size", 128, "--ffn-hidden-size", 256),
     *("--num-attention-heads", HEADS, "--group-query-attention", "--num-query-groups", GROUPS),
-    *("--kv-channels", HEAD_SIZE, "--padded-vocab-size", tools.VOCABULARY),
+    *("--kv-channels", HEAD_SIZE, "--padded-vocab-size", TINY_SIZES["vocab_size"]),
 )
 CALIBRATION = ("--calib-size", 4, "--calib-max-sequence-length", 64, "--calib-batch-size", 2)
 TP, PP = ("--tensor-model-parallel-size", 2), ("--pipeline-model-parallel-size", 2)

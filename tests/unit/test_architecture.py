@@ -9,7 +9,7 @@ import pytest
 from confs import conf_flags, parse
 
 from post_training.common.errors import UsageError
-from post_training.config import arguments
+from post_training.config import model_description
 from post_training.models.architecture import Architecture, reconcile
 from post_training.models.families import from_huggingface
 
@@ -119,17 +119,22 @@ QWEN3 = RELEASED["Qwen/Qwen3-0.6B"]
 @pytest.mark.parametrize("conf", RELEASED)
 def test_a_conf_states_what_the_released_config_json_says(conf):
     args = parse(*conf_flags(conf))
-    from_flags = arguments.architecture(args)
+    from_flags = model_description.architecture(args)
     released = from_huggingface(RELEASED[conf])
     assert from_flags.differences(released) == []
     assert from_flags.max_position_embeddings == released.max_position_embeddings
-    assert arguments.architecture(args, RELEASED[conf]) == released
+    assert model_description.architecture(args, RELEASED[conf]) == released
 
 
 def test_the_quickstarts_conf_is_the_model_that_it_trains(tiny_model):
     config = json.loads((tiny_model / "config.json").read_text())
     args = parse(*conf_flags("quickstart/tiny"))
-    assert arguments.architecture(args).differences(arguments.architecture(args, config)) == []
+    assert (
+        model_description.architecture(args).differences(
+            model_description.architecture(args, config)
+        )
+        == []
+    )
 
 
 def test_a_config_json_gives_every_field():
@@ -240,7 +245,7 @@ def test_a_conf_that_contradicts_config_json_names_every_difference(conf):
     args = parse(*conf_flags(conf))
     config = {**QWEN3, "num_hidden_layers": 24, "rope_theta": 10000.0, "tie_word_embeddings": False}
     with pytest.raises(UsageError) as refused:
-        arguments.architecture(args, config)
+        model_description.architecture(args, config)
     text = str(refused.value)
     assert "num_layers is 28 in the conf and 24 in config.json" in text
     assert "rotary_base is 1000000.0 in the conf and 10000.0 in config.json" in text
@@ -250,26 +255,26 @@ def test_a_conf_that_contradicts_config_json_names_every_difference(conf):
 
 def test_what_an_original_conf_leaves_unsaid_comes_from_config_json():
     args = parse(*"--num-layers 16 --hidden-size 2048 --use-rope-scaling --swiglu".split())
-    found = arguments.architecture(args, RELEASED["meta-llama/Llama-3.2-1B-Instruct"])
+    found = model_description.architecture(args, RELEASED["meta-llama/Llama-3.2-1B-Instruct"])
     assert found.rope_scaling_factor == 32.0
     assert found.transformer["layernorm_epsilon"] == 1e-05
 
 
 def test_the_length_limit_of_a_conf_may_be_lower_than_the_models():
     args = parse("--max-position-embeddings", "4096")
-    assert arguments.architecture(args, QWEN3).max_position_embeddings == 40960
+    assert model_description.architecture(args, QWEN3).max_position_embeddings == 40960
 
 
 def test_without_config_json_the_missing_flags_are_named():
     with pytest.raises(UsageError, match="--hidden-size, --padded-vocab-size"):
-        arguments.architecture(parse("--num-layers", "2", "--num-attention-heads", "4"))
+        model_description.architecture(parse("--num-layers", "2", "--num-attention-heads", "4"))
 
 
 def test_the_vocabulary_is_padded_as_in_megatron_lm(tmp_path):
     shape = "--num-layers 2 --hidden-size 64 --num-attention-heads 4".split()
 
     def rows(*words: str) -> int:
-        return arguments.architecture(parse(*shape, *words)).vocab_size
+        return model_description.architecture(parse(*shape, *words)).vocab_size
 
     assert rows("--padded-vocab-size", "1000") == 1000
     assert rows("--vocab-size", "1000") == 1000
@@ -282,7 +287,7 @@ def test_the_vocabulary_is_padded_as_in_megatron_lm(tmp_path):
 
 
 def test_group_query_attention_without_a_number_has_one_group():
-    assert arguments.stated(parse("--group-query-attention"))["num_query_groups"] == 1
+    assert parse("--group-query-attention").stated["num_query_groups"] == 1
 
 
 def pruned() -> dict[str, Any]:
@@ -293,19 +298,19 @@ def pruned() -> dict[str, Any]:
 
 def test_a_pruned_checkpoint_needs_no_flags_by_hand():
     args = parse(*conf_flags("Qwen/Qwen3-0.6B"))
-    found = arguments.architecture(args, manifest=pruned())
+    found = model_description.architecture(args, manifest=pruned())
     assert (found.value("num_layers"), found.value("ffn_hidden_size")) == (24, 2048)
 
 
 def test_flags_that_name_the_pruned_sizes_are_right_too():
     args = parse(*conf_flags("Qwen/Qwen3-0.6B"), "--num-layers", "24", "--ffn-hidden-size", "2048")
-    assert arguments.architecture(args, manifest=pruned()).value("num_layers") == 24
+    assert model_description.architecture(args, manifest=pruned()).value("num_layers") == 24
 
 
 def test_a_conf_of_another_model_is_refused_with_both_values():
     args = parse(*conf_flags("Qwen/Qwen3-8B"), "--load", "/work/x")
     with pytest.raises(UsageError) as refused:
-        arguments.architecture(args, manifest=pruned())
+        model_description.architecture(args, manifest=pruned())
     text = str(refused.value)
     assert "--load /work/x" in text
     assert "num_layers is 36 in the conf and 24 in the checkpoint" in text

@@ -6,12 +6,15 @@ import importlib
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
-from confs import CONFS, ROOT, conf_flags, parse
+from confs import CONFS, ROOT, conf_flags, parse, run_checks, values
 
 from post_training.common.errors import UsageError
 from post_training.config import arguments, megatron_spellings
+from post_training.config.flags import flag
+from post_training.config.options import StageOptions
 from post_training.config.parser import make_parser, numbers
 from post_training.models import transformer_fields
 
@@ -62,8 +65,8 @@ ORIGINAL_STYLE = {
 @pytest.mark.parametrize("conf", CONFS)
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_conf_is_understood_by_every_stage(conf, stage):
-    parser = make_parser(stage, importlib.import_module(stage).add_arguments, show_all=False)
-    parser.split(conf_flags(conf))
+    declared = importlib.import_module(stage).STAGE
+    arguments.parse(declared.name, declared.options, [*conf_flags(conf), "--check"])
 
 
 @pytest.mark.parametrize("conf", CONFS)
@@ -71,7 +74,7 @@ def test_a_conf_holds_architecture_only(conf):
     args = parse(*conf_flags(conf))
     other_names = {"padded_vocab_size", "untie_embeddings_and_output_weights"}
     other_names.add("group_query_attention")
-    assert set(args.explicit) - set(arguments.stated(args)) - other_names == {"bf16"}
+    assert set(args.given) - set(args.stated) - other_names == {"bf16"}
 
 
 @pytest.mark.parametrize("text", ORIGINAL_STYLE.values(), ids=ORIGINAL_STYLE)
@@ -119,10 +122,10 @@ def test_defaults_are_megatron_cores():
     args = parse()
     table = json.loads(transformer_fields.FILE.read_text(encoding="utf-8"))
     skipped = {name.lstrip("-").replace("-", "_") for name in megatron_spellings.WITHOUT_MEANING}
-    assert {n: getattr(args, n) for n in table if n not in skipped} == {
+    assert {n: values()[n] for n in table if n not in skipped} == {
         n: e["default"] for n, e in table.items() if n not in skipped
     }
-    assert arguments.explicit(args) == {}
+    assert args.given == {}
 
 
 @pytest.mark.parametrize(
@@ -144,7 +147,7 @@ def test_defaults_are_megatron_cores():
     ],
 )
 def test_megatron_lms_spellings_set_the_fields(flag, fields):
-    assert arguments.explicit(parse(flag)) == fields
+    assert parse(flag).given == fields
 
 
 @pytest.mark.parametrize(
@@ -158,32 +161,29 @@ def test_megatron_lms_spellings_set_the_fields(flag, fields):
     ],
 )
 def test_megatron_lms_other_names_take_values(flag, value, field):
-    assert arguments.explicit(parse(flag, str(value))) == {field: value}
+    assert parse(flag, str(value)).given == {field: value}
 
 
-def test_a_flag_without_meaning_is_accepted_and_reported_once(caplog):
-    caplog.set_level("DEBUG", logger="post_training")
-    parse("--use-mcore-models", "--save-interval", "9", "--save-interval", "10")
-    assert [r.getMessage() for r in caplog.records] == [
-        "flags without meaning here: --use-mcore-models --save-interval"
-    ]
+def test_a_flag_without_meaning_is_accepted_and_reported_once():
+    options = parse("--use-mcore-models", "--save-interval", "9", "--save-interval", "10")
+    assert options.ignored_flags == ("--use-mcore-models", "--save-interval")
 
 
 def test_a_hybrid_models_pattern_tells_the_number_of_layers():
-    assert arguments.stated(parse("--hybrid-layer-pattern", "M-M*|M-M*/*E"))["num_layers"] == 8
+    assert parse("--hybrid-layer-pattern", "M-M*|M-M*/*E").stated["num_layers"] == 8
 
 
 def test_the_last_value_of_a_flag_wins():
-    assert parse("--num-layers", "28", "--num-layers", "24").num_layers == 24
-    assert parse("--swiglu", "--activation-func", "gelu").activation_func == "gelu"
-    assert parse("--qk-layernorm", "--no-qk-layernorm").qk_layernorm is False
+    assert values("--num-layers", "28", "--num-layers", "24")["num_layers"] == 24
+    assert values("--swiglu", "--activation-func", "gelu")["activation_func"] == "gelu"
+    assert values("--qk-layernorm", "--no-qk-layernorm")["qk_layernorm"] is False
 
 
 def test_fp32_overrides_the_precision_of_a_conf():
-    assert arguments.precision(parse()) == "bf16"
-    assert arguments.precision(parse("--bf16")) == "bf16"
-    assert arguments.precision(parse("--fp16")) == "fp16"
-    assert arguments.precision(parse("--fp32", "--bf16")) == "fp32"
+    assert parse().precision == "bf16"
+    assert parse("--bf16").precision == "bf16"
+    assert parse("--fp16").precision == "fp16"
+    assert parse("--fp32", "--bf16").precision == "fp32"
 
 
 def test_sequence_parallel_means_nothing_at_tp_1():
@@ -192,11 +192,11 @@ def test_sequence_parallel_means_nothing_at_tp_1():
 
 def test_run_time_choices_are_apart_from_the_model():
     args = parse("--bf16", "--num-layers", "2", "--no-rope-fusion", "--recompute-activations")
-    assert arguments.transformer_overrides(args) == {
+    assert args.overrides == {
         "apply_rope_fusion": False,
         "recompute_granularity": "selective",
     }
-    assert arguments.stated(args) == {"num_layers": 2}
+    assert args.stated == {"num_layers": 2}
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_other_text_is_no_list_of_numbers(text, capsys):
 
 def expect_usage_error(capsys, *words: str, contains: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        parse(*words)
+        run_checks(*words)
     printed = capsys.readouterr()
     assert stopped.value.code == 2
     assert printed.out == ""
@@ -263,7 +263,7 @@ def test_a_stages_own_check_is_reported_the_same_way(capsys):
         raise UsageError("--x 1", "because", "do that")
 
     with pytest.raises(SystemExit) as stopped:
-        parse(check=check)
+        run_checks(check=check)
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "error: --x 1\n  cause: because\n  remedy: do that\n"
 
@@ -271,32 +271,30 @@ def test_a_stages_own_check_is_reported_the_same_way(capsys):
 def test_of_several_processes_the_first_reports(capsys, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit) as stopped:
-        parse("--nonsense")
+        run_checks("--nonsense")
     assert stopped.value.code == 2
     assert capsys.readouterr().err == ""
 
 
-def test_check_prints_nothing_and_exits_0(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        parse("--check", "--tensor-model-parallel-size", "2")
-    assert stopped.value.code == 0
+def test_check_prints_nothing_and_starts_nothing(capsys):
+    run_checks("--check", "--tensor-model-parallel-size", "2")
     assert capsys.readouterr() == ("", "")
 
 
 def test_the_number_of_processes_gives_the_data_parallel_size(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "8")
-    sizes = arguments.parallel(
-        parse("--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2")
-    )
+    sizes = parse(
+        "--tensor-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"
+    ).parallel
     assert (sizes.tensor, sizes.pipeline, sizes.data, sizes.expert_tensor) == (2, 2, 2, 2)
     assert sizes.world == 8
 
 
 def test_help_is_short_and_help_all_is_complete(capsys):
-    for flag in ("--help", "--help-all"):
+    for asked in ("--help", "--help-all"):
         with pytest.raises(SystemExit) as stopped:
-            parse(flag)
+            parse(asked)
         assert stopped.value.code == 0
     text = capsys.readouterr().out
     short, _, everything = text.partition("usage:")[2].partition("usage:")
@@ -306,13 +304,15 @@ def test_help_is_short_and_help_all_is_complete(capsys):
         assert "--" + name.replace("_", "-") in everything
 
 
-def test_a_stages_own_flag_replaces_a_common_one_and_stands_first(capsys):
-    def add(parser):
-        parser.add_argument_group("mine").add_argument("--seed", default="own", help="my seed")
+@dataclass(frozen=True, kw_only=True)
+class OwnSeed(StageOptions):
+    seed: str = flag("own", help="my seed")
 
-    assert arguments.parse_namespace("convert", add, lambda args: None, []).seed == "own"
+
+def test_a_stages_own_flag_replaces_a_common_one_and_stands_first(capsys):
+    assert arguments.parse("convert", OwnSeed, []).seed == "own"
     with pytest.raises(SystemExit):
-        arguments.parse_namespace("convert", add, lambda args: None, ["--help"])
+        arguments.parse("convert", OwnSeed, ["--help"])
     text = capsys.readouterr().out
     assert text.count("--seed") == 1
     assert text.index("my seed") < text.index("--load")

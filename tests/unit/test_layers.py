@@ -66,6 +66,10 @@ def _is_own_package(each: Import) -> bool:
     return each.module.startswith(f"{each.target}.") or each.target.startswith(f"{each.module}.")
 
 
+# Megatron-LM pickles an argparse.Namespace into its checkpoints: a file format, no command line.
+PICKLED_NAMESPACE = "post_training.checkpoints.megatron_arguments"
+
+
 def argparse_elsewhere(tree: Tree) -> list[str]:
     """argparse where no command line is declared."""
     return [
@@ -74,7 +78,7 @@ def argparse_elsewhere(tree: Tree) -> list[str]:
         if each.root == "argparse"
         and package(each.module) not in ("config", "cli")
         and not each.module.endswith(".options")
-        and each.module not in tree.stages
+        and each.module not in (*tree.stages, PICKLED_NAMESPACE)
     ]
 
 

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -410,7 +409,7 @@ def test_a_tokenizer_folder_has_a_tokenizer(tmp_path):
 
 def test_an_option_that_is_needed_is_named_with_its_variable():
     with pytest.raises(UsageError, match="set EXPORT_DIR or --export-dir"):
-        checks.required(SimpleNamespace(export_dir=None), "--export-dir", "EXPORT_DIR")
+        checks.required("--export-dir", None, "EXPORT_DIR")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import tools
 import torch
 
+from post_training.models.families.base import TINY_SIZES
 from post_training.quantization import formats
 
 LAYERS = 2
@@ -111,7 +112,7 @@ def test_effective_bits_count_every_parameter(flags):
     qkv, proj = hidden * (heads + 2 * groups) * size, heads * size * hidden
     linear = LAYERS * (qkv + proj + 3 * hidden * ffn)
     norms = LAYERS * (2 * hidden + 2 * size) + hidden
-    other = tools.VOCABULARY * hidden + norms
+    other = TINY_SIZES["vocab_size"] * hidden + norms
     wanted = (8 * linear + 16 * other) / (linear + other)
     assert flags["plain flags"]["bits_per_weight"] == pytest.approx(wanted, abs=1e-3)
     assert flags["plain flags"]["bits_per_quantized_weight"] == 8
