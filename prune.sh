@@ -18,7 +18,7 @@ SCRIPT_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$SCRIPT_DIR/conf/arguments.sh"
 
 start prune "$@"
-[[ "${DP:-1}" == 1 ]] || fail "DP=$DP" "pruning takes one copy of the model" "DP=1; PP may be larger"
+[[ "${DP:-1}" == 1 ]] || fail "DP=$DP" "pruning runs on one replica" "DP=1; PP may be larger"
 flags=(--save "${MLM_MODEL_SAVE:-$MLM_WORK_DIR/${MLM_MODEL_CFG}_pruned}")
 [[ -z "${MLM_MODEL_CKPT:-}" ]] || flags+=(--load "$MLM_MODEL_CKPT")
 [[ -z "${MLM_PROMPTS:-}" ]] || flags+=("--prompts=$MLM_PROMPTS")

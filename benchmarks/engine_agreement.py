@@ -4,7 +4,7 @@
 
 OURS.json is written by greedy_tokens.py; ENGINE.json has ``outputs`` with ``prompt_token_ids`` and
 ``token_ids``. With --end-token, tokens are compared up to the first of it: an engine that was told
-to ignore the end goes on into turns that nobody asked for. Exit code 1 if fewer than 95 % of the
+to ignore the end continues into turns that nobody asked for. Exit code 1 if fewer than 95 % of the
 prompts have the same tokens.
 """
 

@@ -88,7 +88,10 @@ def fingerprint(recipe: Recipe) -> str:
 
 def is_finished(folder: Path, recipe: Recipe) -> bool:
     """Whether ``folder`` holds this recipe's complete model."""
-    record = files.read_json(folder / RECORD)
+    try:
+        record = files.read_json(folder / RECORD)
+    except UsageError:  # cut short: the model is trained again
+        return False
     if record is None:
         return False
     return record["fingerprint"] == fingerprint(recipe) and all(

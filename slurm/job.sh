@@ -287,7 +287,7 @@ prepare_state() {
   export MLM_STATE_FILE=${CONTAINER_IMAGE:+$USER_FSW/megatron_workspace}
   MLM_STATE_FILE=${MLM_STATE_FILE:-$MLM_WORK_DIR}/jobs/$SLURM_JOB_ID.state
   mkdir -p "${MLM_STATE_FILE%/*}"
-  # A job number may come again after SLURM was installed anew.
+  # A job number may come again after SLURM was reinstalled.
   [[ -n "${SLURM_RESTART_COUNT:-}" ]] || rm -f "$MLM_STATE_FILE"
 }
 

@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
     def split(self, words: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Parse ``words`` into (defaults of everything, values that were given), by name.
 
-        A flag that asks for help prints it and leaves with exit code 0.
+        A flag that asks for help prints it and exits with code 0.
 
         Raises:
             UsageError: for an unknown flag, or a value that does not fit.
@@ -130,11 +130,11 @@ class _Group:
 
 def _add_common(group: _Group) -> None:
     add = group.add
-    add("--help", "-h", action="store_true", help="show the common flags and leave")
-    add("--help-all", action="store_true", help="show every flag and leave")
-    add("--check", action="store_true", help="check everything that needs no weights, and leave")
+    add("--help", "-h", action="store_true", help="show the common flags and exit")
+    add("--help-all", action="store_true", help="show every flag and exit")
+    add("--check", action="store_true", help="check everything that needs no weights, and exit")
     add("--dry-run", action="store_true", help="show model, parameters per rank, processes and "
-        "launch line, and leave; loads nothing, inputs may be missing")  # fmt: skip
+        "launch line, and exit; loads nothing, inputs may be missing")  # fmt: skip
     add("--load", metavar="DIR", help="Megatron checkpoint to load")
     add("--save", metavar="DIR", help="folder for the Megatron checkpoint")
     add("--overwrite", action="store_true", help="replace an output that exists")

@@ -26,7 +26,7 @@ class Parallel:
 
     @property
     def model(self) -> int:
-        """Processes that hold one copy of the dense part of the model."""
+        """Processes that hold one replica of the dense part of the model."""
         return self.tensor * self.pipeline * self.context
 
     @property

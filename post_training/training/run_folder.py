@@ -102,5 +102,5 @@ def _require_same_start(folder: Path, content: Mapping[str, Any], model: str) ->
                 f"output folder {folder}",
                 f"the training run that it holds began with another model ({before['path']}) than "
                 f"{model} is now",
-                "name another folder in MLM_MODEL_SAVE, or give --overwrite to train anew",
+                "name another folder in MLM_MODEL_SAVE, or give --overwrite to start over",
             )

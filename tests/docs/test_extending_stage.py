@@ -52,10 +52,10 @@ def sandbox(tmp_path_factory):
 
 
 def launch(
-    root: Path, sandbox: Path, *words: object, code: int = 0
+    root: Path, sandbox: Path, *words: object, code: int = 0, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a launcher of the copy."""
-    variables = {
+    variables |= {
         "PYTHON": sys.executable,
         "PYTHONPATH": str(root),
         "PYTHONDONTWRITEBYTECODE": "1",
@@ -99,6 +99,15 @@ def test_the_stage_runs(extended, sandbox, tmp_path):
     assert len(found) == 3
     weights = load_file(sandbox / "model" / "model.safetensors").values()
     assert max(found.values()) == max(float(each.abs().max()) for each in weights)
+
+
+def test_two_ranks_find_the_same_and_say_that_a_flag_is_for_training(extended, sandbox, tmp_path):
+    words = ("largest_weight.sh", "toy/tiny", "--fp32", "--most", 50, "--output")
+    launch(extended, sandbox, *words, tmp_path / "one.json")
+    split = (tmp_path / "two.json", "--sequence-parallel")
+    done = launch(extended, sandbox, *words, *split, TP="2")
+    assert (tmp_path / "two.json").read_text() == (tmp_path / "one.json").read_text()
+    assert done.stderr.count("--sequence-parallel has no effect") == 1
 
 
 def test_the_draft_algorithm_is_attached_and_recorded(extended, sandbox, tmp_path):
