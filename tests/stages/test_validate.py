@@ -214,7 +214,7 @@ def test_a_difference_is_shown_with_both_logits():
     choice = {"token": 65, "logit": 2.5, "second": 66, "second_logit": 2.4999}
     other = {"token": 66, "logit": 2.5, "second": 65, "second_logit": 2.4998}
     each = {"id": 7, "position": 3, "plain": choice, "speculative": other, "rounding": True}
-    line = validation_report.difference(each, lambda tokens: chr(tokens[0]))
+    line = validation_report.difference_line(each, lambda tokens: chr(tokens[0]))
     assert re.search(r"answer 7 differs at its token 4.*'A' with 2\.50000 before 'B'", line)
     assert "'B' with 2.50000 before 'A' with 2.49980" in line
     assert "a tie within rounding" in line
