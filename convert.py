@@ -127,7 +127,7 @@ def plan_draft(options: ConvertOptions, target: Architecture) -> Draft | None:
 
 
 def convert(plan: Plan, session: Session) -> dict[str, Any]:
-    """Load the source at the requested layout and save it. Returns the manifest on rank 0."""
+    """Load the source at the requested layout and save it. Returns the manifest."""
     options = plan.options
     source = fetch_source(plan.source, options)
     small_files = options.extra_model_path or loading.local_huggingface(source, options)

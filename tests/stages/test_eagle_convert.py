@@ -181,7 +181,11 @@ def test_mistakes_end_with_exit_code_2_and_one_message(work, tmp_path):
         ((*target, "--draft-vocab-size", 8), "--draft-vocab-size", "--algorithm eagle3"),
         ((*eagle3, "--draft-vocab-size", 513), "--draft-vocab-size 513", "1 to 512"),
         ((*eagle3, "--eagle-config", tmp_path / "eagle.json"), "num_layer: 2", "num_hidden_layers"),
-        ((*eagle3, "--eagle-config", tmp_path / "broken.json"), "broken.json", "not JSON"),
+        (
+            (*eagle3, "--eagle-config", tmp_path / "broken.json"),
+            "broken.json",
+            "cannot be read as JSON",
+        ),
         ((*eagle3, "--mix-hidden-states", "maybe"), "maybe", "neither true nor false"),
         ((*eagle3, "--draft-model-path", work / "hf"), "--draft-model-path", "MODEL"),
         (
