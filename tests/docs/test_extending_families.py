@@ -9,6 +9,7 @@ from pathlib import Path
 
 import extending
 import pytest
+import speed
 import tools
 
 FAMILY = "post_training/models/families/arcee.py"
@@ -41,7 +42,7 @@ def python(root: Path, *words: str) -> str:
         env=tools.environment(PYTHONPATH=str(root), PYTHONDONTWRITEBYTECODE="1"),
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=speed.scaled(900),
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     return done.stdout

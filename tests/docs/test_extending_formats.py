@@ -10,6 +10,7 @@ from pathlib import Path
 
 import extending
 import pytest
+import speed
 import tools
 import torch
 
@@ -38,7 +39,7 @@ def python(root: Path, *words: object) -> subprocess.CompletedProcess[str]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=speed.scaled(300),
     )
 
 

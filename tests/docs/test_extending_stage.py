@@ -10,6 +10,7 @@ from pathlib import Path
 
 import extending
 import pytest
+import speed
 import tools
 
 CONF = """
@@ -68,7 +69,7 @@ def launch(
         env={**tools.environment(), "TMPDIR": os.environ.get("TMPDIR", "/tmp"), **variables},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=speed.scaled(600),
     )
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done

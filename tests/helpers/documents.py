@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import speed
 import tools
 
 RUN = ("README.md", "docs/stages.md", "speculative.md")  # those with ``bash`` blocks
@@ -74,5 +75,5 @@ def shell(
         env={**environment(temporary), **variables},
         capture_output=True,
         text=True,
-        timeout=limit,
+        timeout=speed.scaled(limit),
     )

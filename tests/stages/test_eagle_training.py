@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import speed
 import tools
 
 from post_training.common import manifest
@@ -223,7 +224,7 @@ def test_an_interrupted_run_writes_the_same_losses(work):
     process = start()
     wait_for(process, 2)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=speed.scaled(120))
     assert process.returncode == EXIT_UNFINISHED, output
     assert "the same command resumes" in output
     stopped = run_folder.last_iteration(target)

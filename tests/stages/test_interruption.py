@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import speed
 import tools
 import torch
 
@@ -118,7 +119,7 @@ def test_ctrl_c_ends_every_rank(source, tmp_path, processes):
     time.sleep(6)
     # As a terminal does: the signal goes to every process of the foreground group.
     os.killpg(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=45)
+    output, _ = process.communicate(timeout=speed.scaled(45))
     assert process.returncode != 0
     assert not target.exists()
     with pytest.raises(ProcessLookupError):
@@ -154,7 +155,7 @@ def test_a_signal_before_training_begins_ends_it_with_nothing_changed(
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.002)
     process.send_signal(number)
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=speed.scaled(120))[0]
     assert process.returncode == 75, output
     assert "asked to end before its training began" in output
     assert not save.exists()

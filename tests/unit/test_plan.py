@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import speed
 import tools
 import torch
 from confs import ROOT, conf_flags, parse
@@ -131,7 +132,7 @@ def test_every_rank_holds_as_many_parameters_as_megatron_core_allocates():
         env=tools.environment(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=speed.scaled(300),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     built = json.loads(done.stdout.splitlines()[-1])
@@ -146,7 +147,7 @@ def dry_run(script: str, *words: str, code: int = 0, **variables: str):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=speed.scaled(60),
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done

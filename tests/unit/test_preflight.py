@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import speed
 from model_folders import CONFIG, write_checkpoint, write_model
 
 from post_training.checkpoints import folders
@@ -46,7 +47,7 @@ def stage(script: str, *flags: object) -> subprocess.CompletedProcess[str]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=speed.scaled(60),
         check=False,
     )
 
