@@ -25,7 +25,7 @@ _HASH_BLOCK = 1 << 22
 
 def incomplete(target: Path) -> Path:
     """Name under which the output ``target`` is written until it is complete."""
-    return target.with_name(target.name + ".incomplete")
+    return _sibling(target, ".incomplete")
 
 
 def begin(target: Path) -> Path:
@@ -166,7 +166,13 @@ def size_of(folder: Path) -> int:
 
 
 def _previous(target: Path) -> Path:
-    return target.with_name(target.name + ".previous")
+    return _sibling(target, ".previous")
+
+
+def _sibling(target: Path, ending: str) -> Path:
+    # "." and "/" have no name, which with_name refuses.
+    target = target if target.name else target.absolute()
+    return target.parent / f"{target.name}{ending}"
 
 
 def _allow_reading(folder: Path) -> None:

@@ -19,6 +19,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 _FLAG, _GROUP = "flag", "group"
@@ -114,11 +115,18 @@ def _add_flag(parser: Any, field: dataclasses.Field[Any], hint: Any, default: An
     if typing.get_origin(kind) is tuple:
         declared.setdefault("nargs", "+")
         kind = typing.get_args(kind)[0]
+    if kind is Path:
+        kind = _path_or_none
     if typing.get_origin(kind) is not typing.Literal:
         declared.setdefault("type", kind)
     else:
         declared.setdefault("choices", typing.get_args(kind))
     parser.add_argument(*names, dest=field.name, default=default, **declared)
+
+
+def _path_or_none(text: str) -> Path | None:
+    """Empty text, such as a script's unset variable, is no path; ``Path("")`` would be ``.``."""
+    return Path(text) if text else None
 
 
 def _without_none(hint: Any) -> Any:

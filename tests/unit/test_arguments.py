@@ -13,7 +13,7 @@ from confs import CONFS, ROOT, conf_flags, parse, run_checks, values
 
 from post_training.common.errors import UsageError
 from post_training.config import arguments, megatron_spellings
-from post_training.config.flags import flag
+from post_training.config.flags import flag, spelled
 from post_training.config.options import StageOptions
 from post_training.config.parser import make_parser, numbers
 from post_training.models import transformer_fields
@@ -177,6 +177,23 @@ def test_the_last_value_of_a_flag_wins():
     assert values("--num-layers", "28", "--num-layers", "24")["num_layers"] == 24
     assert values("--swiglu", "--activation-func", "gelu")["activation_func"] == "gelu"
     assert values("--qk-layernorm", "--no-qk-layernorm")["qk_layernorm"] is False
+
+
+@pytest.mark.parametrize(
+    "stage, name",
+    [
+        ("convert", "extra_model_path"),
+        ("mmlu", "mmlu_output"),
+        ("validate", "ground_truth_path"),
+        ("validate", "save_ground_truth_path"),
+        ("validate", "validate_output"),
+    ],
+)
+def test_an_empty_path_is_one_that_was_not_given(stage, name):
+    """A script's unset variable, ``--mmlu-output "$REPORT"``, is not the current folder."""
+    declared = importlib.import_module(stage).STAGE
+    options = arguments.parse(declared.name, declared.options, [spelled(name), ""])
+    assert getattr(options, name) is None
 
 
 def test_fp32_overrides_the_precision_of_a_conf():

@@ -8,6 +8,7 @@ import os
 import struct
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 from model_folders import write_model
@@ -80,6 +81,16 @@ def test_an_index_that_names_a_tensor_its_files_lack_is_refused(tmp_path):
     (folder / safetensors_index.INDEX).write_text(json.dumps({"weight_map": names}))
     with pytest.raises(UsageError, match="names 1 tensors that its files lack"):
         safetensors_index.read(folder)
+
+
+def test_the_current_folder_and_the_root_have_nothing_to_recover(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert not files.recover(Path())
+    assert not files.recover(Path("/"))
+    assert files.incomplete(Path()) == tmp_path / "model.incomplete"
+    assert files.incomplete(Path("model")) == Path("model.incomplete")
 
 
 def test_quiet_silences_what_is_named_and_nothing_else(capsys, caplog):
