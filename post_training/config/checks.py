@@ -23,7 +23,7 @@ def at_least(least: int) -> Callable[[str, float], None]:
     """A check that a number is finite and not below ``least``."""
 
     def check(option: str, value: float) -> None:
-        if not math.isfinite(value) or value < least:
+        if not least <= value < math.inf:  # isfinite cannot take a huge int
             raise UsageError(
                 f"{option} {value}", f"it is not a number from {least} up", f"{least} or more"
             )
@@ -33,7 +33,7 @@ def at_least(least: int) -> Callable[[str, float], None]:
 
 def positive(option: str, value: float) -> None:
     """Raise UsageError unless the number is finite and above 0."""
-    if not math.isfinite(value) or value <= 0:
+    if not 0 < value < math.inf:
         raise UsageError(f"{option} {value}", "it is not positive", "give a number above 0")
 
 

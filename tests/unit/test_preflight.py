@@ -458,3 +458,12 @@ def test_experts_are_divided_by_their_own_sizes():
 def test_an_unwritable_value_is_reported_with_the_free_space(tmp_path):
     with pytest.raises(UsageError, match=r"about 1000000\.0 GB are needed and \d"):
         outputs.disk_space(tmp_path / "a" / "b", 10**15)
+
+
+@pytest.mark.parametrize("check", [checks.positive, checks.at_least(1)])
+def test_a_number_of_a_flag_is_finite_and_not_too_small(check):
+    check("--calib-size", 1)
+    check("--calib-size", 10**400)  # more than a float holds
+    for value in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="--calib-size"):
+            check("--calib-size", value)
