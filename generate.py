@@ -47,10 +47,16 @@ class GenerateOptions(StageOptions):
         16, metavar="N", check=checks.at_least(1), help="sequences (%(default)s)"
     )
     temperature: float = flag(
-        0.0, metavar="X", check=checks.at_least(0), help="0: greedy (%(default)s)"
+        0.0,
+        metavar="X",
+        check=checks.at_least(0, "0 is greedy, 1 is the model's"),
+        help="0: greedy (%(default)s)",
     )
     top_k: int = flag(
-        0, metavar="N", check=checks.at_least(0), help="sample among the N best; 0: all"
+        0,
+        metavar="N",
+        check=checks.at_least(0, "give 0 for all tokens"),
+        help="sample among the N best; 0: all",
     )
     top_p: float = flag(
         1.0, metavar="X", check=checks.share, help="sample among this mass (%(default)s)"

@@ -19,13 +19,15 @@ def required(option: str, value: str | None, variable: str | None = None) -> str
     return value
 
 
-def at_least(least: int) -> Callable[[str, float], None]:
-    """A check that a number is finite and not below ``least``."""
+def at_least(least: int, remedy: str = "") -> Callable[[str, float], None]:
+    """A check that a number is finite and not below ``least``; ``remedy`` says what to give."""
 
     def check(option: str, value: float) -> None:
         if not least <= value < math.inf:  # isfinite cannot take a huge int
             raise UsageError(
-                f"{option} {value}", f"it is not a number from {least} up", f"{least} or more"
+                f"{option} {value}",
+                f"it is not a finite number of at least {least}",
+                remedy or f"{least} or more",
             )
 
     return check
@@ -46,7 +48,7 @@ def fraction(option: str, value: float) -> None:
 def share(option: str, value: float) -> None:
     """Raise UsageError unless the number is above 0 and at most 1."""
     if not 0 < value <= 1:
-        raise UsageError(f"{option} {value}", "it is no share of a whole", "give 0 < x <= 1")
+        raise UsageError(f"{option} {value}", "it is not above 0 and at most 1", "give 0 < x <= 1")
 
 
 def no_context_parallelism(size: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import resource
@@ -20,7 +21,7 @@ from model_folders import CONFIG, write_checkpoint, write_model
 from post_training.checkpoints import folders
 from post_training.common import inputs, outputs
 from post_training.common.errors import UsageError
-from post_training.config import checks
+from post_training.config import arguments, checks
 from post_training.data import document_formats
 from post_training.distributed.parallel import Parallel
 from post_training.models import parallel_check, tokenizer_files
@@ -467,3 +468,10 @@ def test_a_number_of_a_flag_is_finite_and_not_too_small(check):
     for value in (0, -1, float("nan"), float("inf")):
         with pytest.raises(UsageError, match="--calib-size"):
             check("--calib-size", value)
+
+
+def test_a_flag_with_a_meaning_for_its_least_value_says_so():
+    options = importlib.import_module("generate").STAGE.options
+    with pytest.raises(UsageError) as refused:
+        arguments.parse("generate", options, ["--top-k", "-1"])
+    assert refused.value.remedy == "give 0 for all tokens"
