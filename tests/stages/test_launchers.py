@@ -185,11 +185,11 @@ def test_what_the_user_sets_wins_over_the_conf(environment, tmp_path):
 
 def test_a_conf_may_source_another_and_set_sizes(environment, tmp_path):
     write_conf(tmp_path, ORIGINAL_CONF.replace("num-layers 61", "num-layers 60"), "org/base")
-    text = f'source "{tmp_path}/conf/model/org/base.sh"\nPP=2\nMODEL_ARGS="$MODEL_ARGS --fp16"\n'
+    text = f'source "{tmp_path}/conf/model/org/base.sh"\nPP=2\nMODEL_ARGS="$MODEL_ARGS --qk-layernorm"\n'
     conf = write_conf(tmp_path, text)
     words = started("convert.sh", "org/model", **environment, **conf)
     assert option(words, "--pipeline-model-parallel-size") == "2"
-    assert words.index("--fp16") > words.index("--num-layers")
+    assert words.index("--qk-layernorm") > words.index("--num-layers")
 
 
 def test_a_set_up_file_is_read_first(environment, tmp_path):
