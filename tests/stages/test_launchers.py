@@ -185,7 +185,8 @@ def test_what_the_user_sets_wins_over_the_conf(environment, tmp_path):
 
 def test_a_conf_may_source_another_and_set_sizes(environment, tmp_path):
     write_conf(tmp_path, ORIGINAL_CONF.replace("num-layers 61", "num-layers 60"), "org/base")
-    text = f'source "{tmp_path}/conf/model/org/base.sh"\nPP=2\nMODEL_ARGS="$MODEL_ARGS --qk-layernorm"\n'
+    text = f'source "{tmp_path}/conf/model/org/base.sh"\nPP=2\n'
+    text += 'MODEL_ARGS="$MODEL_ARGS --qk-layernorm"\n'
     conf = write_conf(tmp_path, text)
     words = started("convert.sh", "org/model", **environment, **conf)
     assert option(words, "--pipeline-model-parallel-size") == "2"
