@@ -105,7 +105,7 @@ def _check_format(options: ExportOptions, source: Source) -> None:
             f"--load {options.load}",
             f"it is quantized as {recorded.get('format')}, which cannot be exported: "
             f"{recorded.get('reason')}",
-            "quantize the model in an exportable format (README.md has the table)",
+            "quantize the model in an exportable format (docs/formats.md has the table)",
         )
 
 

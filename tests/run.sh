@@ -2,7 +2,7 @@
 # Set up the environment, then run the whole test suite, or the tests named.
 #
 #   bash tests/run.sh [pytest arguments]
-#   bash tests/run.sh tests/test_arguments.py -k conf
+#   bash tests/run.sh tests/unit/test_arguments.py -k conf
 #
 #   TEST_WORKERS  test files that run at the same time (default: 2)
 set -euo pipefail

@@ -246,7 +246,7 @@ def container_variables(cluster, model: Path, **more: str) -> dict[str, str]:
 
 
 def test_containers_are_asked_for_as_pyxis_and_apptainer_want_it(site, model, tmp_path, cluster):
-    """The step's line; tests/test_container.py runs jobs with apptainer. There is no pyxis here."""
+    """The step's line; tests/container runs jobs with apptainer. There is no pyxis here."""
     words = ("bash", site / "slurm" / "sbatch.sh", "--nodes=2", "convert.sh", "org/name")
 
     def step(**more: str) -> str:
