@@ -77,7 +77,7 @@ class Plan:
 
 
 def check(options: ExtractOptions) -> Plan:
-    folder = Path(required("--output-dir", options.output_dir, "--output-dir"))
+    folder = Path(required("--output-dir", options.output_dir))
     source = find_source(options)
     length = options.seq_length or SEQUENCE_LENGTH
     if source.described and not options.seq_length:

@@ -59,7 +59,10 @@ class GenerateOptions(StageOptions):
         help="sample among the N best; 0: all",
     )
     top_p: float = flag(
-        1.0, metavar="X", check=checks.share, help="sample among this mass (%(default)s)"
+        1.0,
+        metavar="X",
+        check=checks.positive_fraction,
+        help="sample among this mass (%(default)s)",
     )
     prompts: PromptOptions = group(PromptOptions)
 

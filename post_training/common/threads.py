@@ -1,8 +1,9 @@
 """How many threads this process may use, and how they wait. No torch.
 
-torch's OpenMP runtime knows the cores that a process is bound to, but not the quota of a container
-(``docker run --cpus=1``), and its threads spin while they wait for each other: on cores that others
-use too, the one that is waited for does not get to run. :func:`configure` fixes both.
+torch's OpenMP runtime (libgomp) knows the cores that a process is bound to, but not the quota of a
+container (``docker run --cpus=1``), and its threads spin for milliseconds while they wait for each
+other: on cores that others use too, the one that is waited for does not get to run.
+:func:`configure` fixes both.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from pathlib import Path
 
 _SELF = Path("/proc/self/cgroup")
 _MOUNT = Path("/sys/fs/cgroup")
+# Turns of libgomp's waiting loop before a thread sleeps (its own default is 300,000). Measured in
+# benchmarks/README.md: as fast as the default on idle cores, three times as fast on shared ones.
+_SPIN_COUNT = "10000"
 
 
 def cores() -> int:
@@ -24,10 +28,11 @@ def cores() -> int:
 def configure() -> None:
     """Set OpenMP's variables, unless the user has; call before torch is imported.
 
-    Threads that sleep while they wait change no result. The number of threads changes the order of
+    How threads wait changes no result. The number of threads changes the order of
     sums, so it is only set where OpenMP would take more threads than there are cores.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
     if cores() < len(os.sched_getaffinity(0)):
         os.environ.setdefault("OMP_NUM_THREADS", str(cores()))
 

@@ -24,11 +24,8 @@ def at_least(least: int, remedy: str = "") -> Callable[[str, float], None]:
 
     def check(option: str, value: float) -> None:
         if not least <= value < math.inf:  # isfinite cannot take a huge int
-            raise UsageError(
-                f"{option} {value}",
-                f"it is not a finite number of at least {least}",
-                remedy or f"{least} or more",
-            )
+            cause = f"it is less than {least}" if value < least else "it is not a finite number"
+            raise UsageError(f"{option} {value}", cause, remedy or f"{least} or more")
 
     return check
 
@@ -36,7 +33,8 @@ def at_least(least: int, remedy: str = "") -> Callable[[str, float], None]:
 def positive(option: str, value: float) -> None:
     """Raise UsageError unless the number is finite and above 0."""
     if not 0 < value < math.inf:
-        raise UsageError(f"{option} {value}", "it is not positive", "give a number above 0")
+        cause = "it is not positive" if value <= 0 else "it is not a finite number"
+        raise UsageError(f"{option} {value}", cause, "give a number above 0")
 
 
 def fraction(option: str, value: float) -> None:
@@ -45,7 +43,7 @@ def fraction(option: str, value: float) -> None:
         raise UsageError(f"{option} {value}", "it is not from 0 to 1", "give e.g. 0.5")
 
 
-def share(option: str, value: float) -> None:
+def positive_fraction(option: str, value: float) -> None:
     """Raise UsageError unless the number is above 0 and at most 1."""
     if not 0 < value <= 1:
         raise UsageError(f"{option} {value}", "it is not above 0 and at most 1", "give 0 < x <= 1")

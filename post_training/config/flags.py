@@ -3,7 +3,7 @@
     @dataclass(frozen=True, kw_only=True)
     class CalibrationOptions:
         TITLE: ClassVar[str] = "calibration"
-        calib_size: int = flag(1024, metavar="N", help="sequences (%(default)s)", check=positive)
+        calib_size: int = flag(1024, metavar="N", help="sequences (%(default)s)", check=at_least(1))
 
 adds ``--calib-size`` to a parser (:func:`add`) and reads its value into an instance
 (:func:`read`). The annotation decides how text is converted: ``bool`` is a switch, ``tuple[str,

@@ -10,7 +10,7 @@ from collections.abc import Container
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from post_training.config.checks import positive
+from post_training.config.checks import at_least
 from post_training.config.flags import flag
 from post_training.data import document_formats
 from post_training.data.sources import TextSource
@@ -34,12 +34,12 @@ class CalibrationOptions:
         metavar="PATH_OR_NAME",
         help="JSONL, parquet, CSV or text, a folder of such, or a hub name (%(default)s)",
     )
-    calib_size: int = flag(1024, metavar="N", check=positive, help="sequences (%(default)s)")
+    calib_size: int = flag(1024, metavar="N", check=at_least(1), help="sequences (%(default)s)")
     calib_max_sequence_length: int = flag(
-        4096, metavar="N", check=positive, help="tokens per sequence (%(default)s)"
+        4096, metavar="N", check=at_least(1), help="tokens per sequence (%(default)s)"
     )
     calib_batch_size: int = flag(
-        1, metavar="N", check=positive, help="sequences per forward pass (%(default)s)"
+        1, metavar="N", check=at_least(1), help="sequences per forward pass (%(default)s)"
     )
     calib_use_random_offset: bool = flag(False, help="start each document at a random place")
 

@@ -68,22 +68,18 @@ def host() -> str:
 def join() -> Placement:
     """Set torchrun's variables for this process where they are missing; returns its place.
 
+    A process alone needs no address and takes no port: see ``session._initialize_groups``.
+
     Raises:
         UsageError: if the first process's address is not known.
     """
     found = placement()
+    os.environ.update(
+        RANK=str(found.rank), WORLD_SIZE=str(found.world), LOCAL_RANK=str(found.local_rank)
+    )
     if found.world > 1:
         address, port = rendezvous()
-    else:
-        address = os.environ.get("MASTER_ADDR") or "127.0.0.1"
-        port = _whole("MASTER_PORT", 0) or _free_port()
-    os.environ.update(
-        RANK=str(found.rank),
-        WORLD_SIZE=str(found.world),
-        LOCAL_RANK=str(found.local_rank),
-        MASTER_ADDR=address,
-        MASTER_PORT=str(port),
-    )
+        os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
     return found
 
 
@@ -160,12 +156,6 @@ def note_saved(iteration: int) -> None:
         files.write_text(Path(path), f"iteration={iteration}\nrestart={restart}\n")
     except OSError as error:
         print(f"warning: {path} cannot be written: {error}", file=sys.stderr)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _whole(name: str, default: int = 0) -> int:

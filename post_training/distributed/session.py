@@ -204,8 +204,16 @@ def _initialize_groups(device: torch.device, parallel: Parallel, timeout_minutes
     if not torch.distributed.is_initialized():
         # Objects and checkpoints are exchanged on the host, tensors on the device.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        place = placement.placement()
+        store = None
+        if place.world == 1:  # no port: one that was free a moment ago may be taken by now
+            store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # documented
         torch.distributed.init_process_group(
-            backend, timeout=datetime.timedelta(minutes=timeout_minutes)
+            backend,
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+            store=store,
+            rank=place.rank,
+            world_size=place.world,
         )
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel(

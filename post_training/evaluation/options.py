@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from post_training.config.checks import at_least, share
+from post_training.config.checks import at_least, positive_fraction
 from post_training.config.flags import flag
 from post_training.data import records
 from post_training.evaluation import mmlu_data
@@ -21,7 +21,7 @@ class MmluOptions:
         help="hub name, folder (dev.*, test.*) or file: JSONL, parquet or CSV (%(default)s)",
     )
     fraction: float = flag(
-        1.0, check=share, help="of each subject's questions, the first (%(default)s)"
+        1.0, check=positive_fraction, help="of each subject's questions, the first (%(default)s)"
     )
     few_shots: int = flag(
         0, check=at_least(0), help="solved examples before each question (%(default)s)"

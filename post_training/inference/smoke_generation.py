@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from post_training.common.quiet import quiet
-from post_training.config.checks import positive
+from post_training.config.checks import at_least
 from post_training.config.flags import flag
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class SmokeOptions:
         help="prompts of the smoke generation",
     )
     references: str = flag("", metavar="A|B", help="texts that it should begin with")
-    generate_output_len: int = flag(32, metavar="N", check=positive, help="tokens (%(default)s)")
+    generate_output_len: int = flag(32, metavar="N", check=at_least(1), help="tokens (%(default)s)")
     skip_generate: bool = flag(False, help="no smoke generation")
 
 

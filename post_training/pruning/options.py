@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from post_training.common import manifest
 from post_training.common.errors import UsageError
-from post_training.config.checks import at_least, check_choice, positive
+from post_training.config.checks import at_least, check_choice
 from post_training.config.flags import flag, group, spelled
 from post_training.config.options import StageOptions
 from post_training.data.options import CalibrationOptions
@@ -56,7 +56,7 @@ def _split(text: str) -> tuple[str, ...]:
 def _divisor(name: str) -> Any:
     return flag(
         metavar="N",
-        check=positive,
+        check=at_least(1),
         help=f"step of the allowed {MEANINGS[name]} "
         f"({getattr(Granularity, name)}, less for small models)",
     )
@@ -81,19 +81,19 @@ class PruneOptions(StageOptions):
     prune_memory_sequence_length: int = flag(
         4096,
         metavar="N",
-        check=positive,
+        check=at_least(1),
         help="tokens whose cache counts as memory (%(default)s)",
     )
     prune_memory_batch_size: int = flag(
         1,
         metavar="N",
-        check=positive,
+        check=at_least(1),
         help="sequences whose cache counts as memory (%(default)s)",
     )
     prune_top_k: int = flag(
         10,
         metavar="N",
-        check=positive,
+        check=at_least(1),
         help="candidates that a search scores, the largest that meet the target (%(default)s)",
     )
     prune_max_width_pruning: float = flag(

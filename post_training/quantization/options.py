@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from post_training.common.errors import UsageError
-from post_training.config.checks import positive
+from post_training.config.checks import at_least, positive
 from post_training.config.flags import flag, group
 from post_training.config.options import StageOptions
 from post_training.data.options import CalibrationOptions
@@ -49,7 +49,7 @@ class AutoQuantizeOptions:
         help="how sensitivity is measured (%(default)s)",
     )
     auto_quantize_score_size: int = flag(
-        128, metavar="N", check=positive, help="sequences to measure it on (%(default)s)"
+        128, metavar="N", check=at_least(1), help="sequences to measure it on (%(default)s)"
     )
     auto_quantize_checkpoint: str | None = flag(
         metavar="FILE", help="keep the measurements here; the rank is added to its name"

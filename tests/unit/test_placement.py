@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -72,7 +73,31 @@ def test_a_batch_script_and_a_single_task_are_alone(variables):
     variables(**{**STEP, "SLURM_STEP_NUM_TASKS": "1"})
     assert placement.placement() == placement.Placement()
     placement.join()
-    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("0", "1")
+    assert not {"MASTER_ADDR", "MASTER_PORT"} & set(os.environ)
+
+
+def test_a_process_alone_needs_no_port():
+    """Two jobs on a machine: the port that one found free was taken by the other's connection."""
+    program = (
+        "from post_training.distributed.parallel import Parallel\n"
+        "from post_training.distributed.session import open_session\n"
+        "from post_training.distributed.collectives import from_all_ranks\n"
+        "with open_session('test', Parallel()) as session:\n"
+        "    print(from_all_ranks(session.rank))\n"
+    )
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=tools.ROOT,
+            env=tools.environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
+            capture_output=True,
+            text=True,
+        )
+    assert done.stdout == "[0]\n", done.stderr
 
 
 def test_two_jobs_and_two_steps_of_a_job_meet_at_different_ports(variables):
