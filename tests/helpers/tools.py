@@ -12,6 +12,7 @@ from typing import Any
 
 import speed
 import torch
+import warm
 
 from benchmarks.random_model import CHAT_TEMPLATE, byte_tokenizer
 from post_training.models import families
@@ -114,9 +115,20 @@ def command(script: str, *flags: object, processes: int = 1) -> list[str]:
 def run(
     script: str, *flags: object, processes: int = 1, code: int = 0, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a script to its end and require the exit ``code``; the output is in the failure."""
+    """Run a script to its end and require the exit ``code``; the output is in the failure.
+
+    In a fork of a warm process (warm.py), unless it is a check, which imports nothing slow.
+    """
+    line = command(script, *flags, processes=processes)
+    if (
+        warm.is_possible()
+        and not variables
+        and not {"--check", "--help-all"} & set(map(str, flags))
+    ):
+        line = warm.command(ROOT / script, *map(str, flags), processes=processes)
+        warm.start()
     done = subprocess.run(
-        command(script, *flags, processes=processes),
+        line,
         cwd=ROOT,
         env=environment(**variables),
         capture_output=True,

@@ -66,11 +66,11 @@ REFUSED = {
     ),
     "missing recipe": (("--recipe", "fp8_defalt-kv_fp8"), "fp8_defalt", "fp8_default-kv_fp8"),
     "kv cache name": (("--export-kv-cache-quant", "fp7"), "fp7", "fp8"),
-    "no calibration": (("--calib-size", 0), "--calib-size 0", "not positive"),
+    "no calibration": (("--calib-size", 0), "--calib-size 0", "less than 1"),
     "bits that are no number": (
         ("--auto-quantize-bits", "nan"),
         "--auto-quantize-bits nan",
-        "not positive",
+        "not a finite number",
     ),
     "context parallelism": (("--context-parallel-size", 2), "CP=2", "CP=1"),
 }
