@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("post_training")
 
-_GIGABYTE = 10**9
-
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(StageOptions):
@@ -91,22 +89,17 @@ def check(options: ExportOptions) -> Plan:
             eagle3_exporter.require_supported(draft.config, f"--load {options.load}")
         outputs.check_folder(folder, overwrite=options.overwrite)
     else:
-        _check_format(options, source)
+        recorded = (source.manifest or {}).get("quantization") or {}
+        if recorded.get("exportable") is False and not options.allow_unexportable:
+            raise UsageError(
+                f"--load {options.load}",
+                f"it is quantized as {recorded.get('format')}, which cannot be exported: "
+                f"{recorded.get('reason')}",
+                "quantize the model in an exportable format (docs/formats.md has the table)",
+            )
         needed = size_estimate(source, 2)
         outputs.check_folder(folder, overwrite=options.overwrite, needed=needed)
     return Plan(options, source, folder)
-
-
-def _check_format(options: ExportOptions, source: Source) -> None:
-    """Raise UsageError for a checkpoint whose record says that its format has no reader."""
-    recorded = (source.manifest or {}).get("quantization") or {}
-    if recorded.get("exportable") is False and not options.allow_unexportable:
-        raise UsageError(
-            f"--load {options.load}",
-            f"it is quantized as {recorded.get('format')}, which cannot be exported: "
-            f"{recorded.get('reason')}",
-            "quantize the model in an exportable format (docs/formats.md has the table)",
-        )
 
 
 def export(plan: Plan, session: Session) -> dict[str, Any]:
@@ -121,7 +114,7 @@ def export(plan: Plan, session: Session) -> dict[str, Any]:
     options = plan.options
     source = fetch_source(plan.source, options)
     model = loading.load(source, options, session)
-    shard = int(options.max_shard_size * _GIGABYTE)
+    shard = int(options.max_shard_size * 10**9)
     where = (source, options, session, plan.folder)
     if options.export_extra_modules:
         metrics = draft_folder.write(model, *where, max_shard_bytes=shard)
@@ -143,34 +136,29 @@ def export(plan: Plan, session: Session) -> dict[str, Any]:
 
 
 def show(plan: Plan, content: dict[str, Any], session: Session) -> None:
-    drafted = plan.options.export_extra_modules
-    rows, next_step = (draft_rows if drafted else model_rows)(plan.folder, content["metrics"])
+    metrics = content["metrics"]
+    if plan.options.export_extra_modules:
+        layers = metrics["auxiliary_layers"]
+        draft = {"method": "eagle3", "model": str(plan.folder), "num_speculative_tokens": 3}
+        next_step = f"vllm serve <exported target> --speculative-config '{json.dumps(draft)}'"
+        rows = {
+            "draft": f"EAGLE-3, {metrics['draft_vocab_size']:,} tokens",
+            "auxiliary layers": f"outputs of {layers} from 0; vLLM counts "
+            f"{[layer + 1 for layer in layers]}",
+            "read back": f"{metrics['tensors_compared']} tensors equal the draft's",
+        }
+    else:
+        next_step = f"vllm serve {plan.folder}"
+        rows = {
+            "format": metrics["quant_algo"] or "not quantized",
+            "KV cache": metrics["kv_cache_quant_algo"] or "not quantized",
+            "bits per weight": f"{metrics['bits_per_weight']:.2f}, scales included",
+            "read back": f"{metrics['tensors_compared']} tensors equal the model's",
+        }
     rows["folder"] = f"{plan.folder} ({report.size(plan.folder)})"
     report.summary("exported and verified", {**rows, **report.cost(content)}, next_step)
-    if draft_of(plan.source) is not None and not drafted:
+    if draft_of(plan.source) is not None and not plan.options.export_extra_modules:
         logger.info("the draft is exported by: export.sh --export-extra-modules")
-
-
-def model_rows(folder: Path, metrics: dict[str, Any]) -> tuple[dict[str, str], str]:
-    """Lines of the summary, and the next step."""
-    return {
-        "format": metrics["quant_algo"] or "not quantized",
-        "KV cache": metrics["kv_cache_quant_algo"] or "not quantized",
-        "bits per weight": f"{metrics['bits_per_weight']:.2f}, scales included",
-        "read back": f"{metrics['tensors_compared']} tensors equal the model's",
-    }, f"vllm serve {folder}"
-
-
-def draft_rows(folder: Path, metrics: dict[str, Any]) -> tuple[dict[str, str], str]:
-    """The same for a draft."""
-    layers = metrics["auxiliary_layers"]
-    speculative = {"method": "eagle3", "model": str(folder), "num_speculative_tokens": 3}
-    return {
-        "draft": f"EAGLE-3, {metrics['draft_vocab_size']:,} tokens",
-        "auxiliary layers": f"outputs of {layers} from 0; vLLM counts "
-        f"{[layer + 1 for layer in layers]}",
-        "read back": f"{metrics['tensors_compared']} tensors equal the draft's",
-    }, f"vllm serve <exported target> --speculative-config '{json.dumps(speculative)}'"
 
 
 STAGE = Stage("export", ExportOptions, check, export, show)

@@ -12,7 +12,7 @@ Outputs: --save, a checkpoint whose weights are unchanged and whose quantizers h
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +20,14 @@ from post_training.checkpoints import loading, record, torch_dist
 from post_training.checkpoints.huggingface import SmallFiles
 from post_training.checkpoints.source import Source, fetch_source, find_source, size_estimate
 from post_training.cli.stage import Stage, run
-from post_training.common import outputs
+from post_training.common import outputs, report
 from post_training.common.errors import UsageError
 from post_training.config import checks
 from post_training.data import options as calibration_options
 from post_training.inference import smoke_generation
 from post_training.models import parallel_check, tokenizer_files
 from post_training.quantization import options as quantization_options
+from post_training.quantization.engines import registry as engines
 from post_training.quantization.options import Choice, QuantizeOptions
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def quantize(plan: Plan, session: Session) -> Quantized:
     Raises:
         UsageError: if the format cannot be exported, or a weight that it matches has no scale.
     """
-    from post_training.quantization import calibration, ptq, report
+    from post_training.quantization import calibration, configuration, ptq
 
     options = plan.options
     source = fetch_source(plan.source, options)
@@ -97,23 +98,51 @@ def quantize(plan: Plan, session: Session) -> Quantized:
         samples, options.calibration.calib_batch_size, session.show_progress
     )
     result = ptq.quantize(model, options, plan.choice, data)
-    described = report.described(options, plan.choice, result)
-    manifest = record.of_run(
-        options,
-        session,
-        source,
-        metrics=report.metrics(data, result),
-        extra={"quantization": described, **source.pruned_from()},
-    )
+    metrics = {"calibration": data.to_json(), "coverage": result.reached.to_json()}
+    if result.search:
+        metrics["search"] = result.search
+    # What later stages read.
+    described = {
+        "format": quantization_options.name_of(plan.choice),
+        "weight_only": options.weight_only,
+        "compressed": options.packed,
+        "exportable": result.found.exportable,
+        **asdict(result.found),
+        "configuration": configuration.as_json(result.config),
+    }
+    extra = {"quantization": described, **source.pruned_from()}
+    manifest = record.of_run(options, session, source, metrics=metrics, extra=extra)
     content = torch_dist.save(model, plan.save, manifest, small_files=small_files)
     smoke_generation.run(options.smoke, model, tokenizer, plan.save)
     return Quantized(model, result, content)
 
 
 def show(plan: Plan, quantized: Quantized, session: Session) -> None:
-    from post_training.quantization import report
-
-    report.show(plan.options, plan.save, quantized.content, quantized.result)
+    options, content = plan.options, quantized.content
+    reached, found = quantized.result.reached, quantized.result.found
+    used = content["metrics"]["calibration"]
+    of_quantized, of_all = reached.bits_per_weight(32 if options.precision == "fp32" else 16)
+    speed = f", {used['tokens_per_second']:,.0f} tokens/s" if used["tokens_computed"] else ""
+    readers, gpus = engines.describe(found.quant_algo)
+    exported = f"{found.quant_algo}: {readers}; {gpus}" if found.exportable else "no engine"
+    kv = found.kv_cache_quant_algo
+    report.summary(
+        f"quantized: {content['quantization']['format']}",
+        {
+            "quantizers": ", ".join(f"{n} {kind}" for kind, n in reached.quantizers.items()),
+            "quantized": reached.describe_quantized(),
+            "left out": reached.describe_left_out(),
+            "bits per weight": f"{of_quantized:.2f} where quantized, {of_all:.2f} over all, "
+            "scales included",
+            "calibrated on": f"{used['sequences']:,} sequences of {used['sequence_length']:,}, "
+            f"{used['tokens']:,} tokens{speed}",
+            "exports as": exported + (f"; keys and values {kv}" if kv else ""),
+            "checkpoint": f"{plan.save} ({report.size(plan.save)})",
+            "layout saved": report.layout(options.parallel) + ", loads at any",
+            **report.cost(content),
+        },
+        next_step=f"MLM_MODEL_CKPT={plan.save} bash mmlu.sh <conf>, then bash export.sh <conf>",
+    )
 
 
 STAGE = Stage("quantize", QuantizeOptions, check, quantize, show)

@@ -1,4 +1,11 @@
-"""``python -m post_training.answer``: verify an exported folder and let it answer."""
+"""Ask an exported folder: verify it independently, then generate an answer with transformers.
+
+    python -m post_training.answer FOLDER "What is the capital of Arvon?"
+
+The weights are dequantized by :mod:`post_training.export.readback` and run by transformers on the
+CPU, so neither ModelOpt nor megatron-core nor an inference engine is involved. Activations stay in
+the folder's own precision; an engine also quantizes those.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +13,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from post_training.common import threads
 from post_training.common.errors import UsageError, exit_with_usage_error
-from post_training.export import answer, readback
+from post_training.export import readback
 
 
 def main() -> None:
@@ -17,13 +25,14 @@ def main() -> None:
     print(f"verified: {args.folder}, {algorithm}, {folder.bits_per_weight():.2f} bits per weight")
     if args.question:
         print(f"question: {args.question}")
-        print(f"answer:   {answer.answer(folder, args.question, args.max_new_tokens)}")
+        threads.configure()
+        print(f"answer:   {folder.answer(args.question, args.max_new_tokens)}")
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m post_training.answer",
-        description=answer.__doc__,
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, help="exported model folder")

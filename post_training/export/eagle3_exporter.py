@@ -111,15 +111,10 @@ class DraftExporter:
 
     def write(self, folder: Path, max_shard_bytes: int) -> None:
         """Write the tensors (last stage) and ``config.json`` (rank 0) into an empty folder."""
-        import torch
-
         from post_training.distributed.collectives import on_first_rank
-        from post_training.export.shards import ShardWriter, join_shards
+        from post_training.export.folder import write_tensors
 
-        rank = torch.distributed.get_rank()
-        writer = ShardWriter(folder, f"rank{rank:05d}", max_shard_bytes)
-        writer.add(self.tensors())
-        join_shards(folder, writer.finish())
+        write_tensors(folder, [self.tensors()], max_shard_bytes)
         on_first_rank(lambda: files.write_json(folder / "config.json", self.configuration()))
 
     def tensors(self) -> Tensors:

@@ -5,9 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from modelopt.torch.quantization.qtensor import NVFP4QTensor
+from modelopt.torch.quantization.qtensor import NVFP4QTensor, QTensorWrapper
 
-from post_training.quantization import formats
+from post_training.quantization.formats.registry import number_format
+
+
+def unpack(model: torch.nn.Module) -> None:
+    """Replace packed weights (``--compress``) by weights in 16 bits that quantize to their codes.
+
+    For the exporter, which splits fused weights and packs the parts.
+    """
+    for module in model.modules():
+        packed: Any = module._parameters.get("weight")
+        quantizer: Any = getattr(module, "weight_quantizer", None)
+        if isinstance(packed, QTensorWrapper) and quantizer is not None:
+            weight = quantizer.dequantize(packed)
+            quantizer._fake_quant, quantizer._dequantize = True, False
+            parameter = torch.nn.Parameter(weight, requires_grad=False)
+            # ModelOpt's own dictionary of parameters would pack it again.
+            dict.__setitem__(module._parameters, "weight", parameter)
 
 
 def fake_quantized(module: Any) -> torch.Tensor:
@@ -67,7 +83,7 @@ def calibrated_scale(quantizer: Any) -> torch.Tensor | None:
     amax = getattr(quantizer, "amax", None)
     if amax is None or not quantizer.is_enabled or amax.numel() != 1:
         return None
-    number_format = formats.number_format(quantizer)
-    if number_format is None or number_format.largest is None:
+    found = number_format(quantizer)
+    if found is None or found.largest is None:
         return None
-    return amax.detach().float().reshape(()) / number_format.largest
+    return amax.detach().float().reshape(()) / found.largest

@@ -1,21 +1,80 @@
-"""An exported folder while it is written: begun by rank 0, verified by every rank. Collective."""
+"""An exported folder while it is written: files of a limited size, joined and found equal."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from post_training.common import files
+import torch
+from safetensors.torch import save_file
+
+from post_training.common import files, safetensors_index
 from post_training.common.errors import UsageError
 from post_training.distributed.collectives import from_all_ranks, on_first_rank
 
+Tensors = dict[str, torch.Tensor]
 
-def begin(target: Path) -> Path:
-    """The empty folder that is written into, until ``files.publish`` gives it its name."""
-    return on_first_rank(lambda: files.begin(target))
+
+def write_tensors(folder: Path, groups: Iterable[Tensors], max_bytes: int) -> None:
+    """Write every rank's tensors as safetensors files with one index; a collective call.
+
+    Args:
+        groups: this rank's; host memory holds those of one file.
+        max_bytes: of a file.
+
+    Raises:
+        UsageError: if two ranks wrote a tensor of the same name.
+    """
+    rank = torch.distributed.get_rank()
+    mine: list[str] = []
+    for tensors in _shards(groups, max_bytes):
+        mine.append(f"rank{rank:05d}-{len(mine):05d}.safetensors")
+        save_file(tensors, folder / mine[-1], metadata={"format": "pt"})
+    written = [name for each in from_all_ranks(mine) for name in each]
+    on_first_rank(lambda: _join(folder, written))
+
+
+def _shards(groups: Iterable[Tensors], max_bytes: int) -> Iterator[Tensors]:
+    pending: Tensors = {}
+    size = 0
+    for group in groups:
+        for name, tensor in group.items():
+            if pending and size + tensor.nbytes > max_bytes:
+                yield pending
+                pending.clear()
+                size = 0
+            # safetensors refuses views that share memory; scales are shared between q, k and v.
+            pending[name] = tensor.detach().cpu().contiguous().clone()
+            size += tensor.nbytes
+    if pending:
+        yield pending
+
+
+def _join(folder: Path, written: list[str]) -> None:
+    """Give all ranks' files their final names, and write the index."""
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, name in enumerate(written, start=1):
+        final = f"model-{number:05d}-of-{len(written):05d}.safetensors"
+        if len(written) == 1:
+            final = safetensors_index.SINGLE
+        (folder / name).rename(folder / final)
+        for tensor, entry in safetensors_index.read_file(folder / final).items():
+            if tensor in weight_map:
+                raise UsageError(
+                    f"export {folder}",
+                    f"two ranks wrote {tensor}",
+                    "export at TP=1 and DP=1, which export.sh chooses",
+                )
+            weight_map[tensor] = final
+            total += entry.bytes
+    if len(written) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        files.write_json(folder / safetensors_index.INDEX, index)
 
 
 def require_equal(problems: list[str], folder: Path) -> None:
-    """Fail on every rank if one of them found a problem.
+    """Fail on every rank if one of them found a problem; a collective call.
 
     Raises:
         UsageError: naming the first problems.

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core.transformer import MegatronModule
+from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
+from tqdm import tqdm
 
-from post_training.checkpoints import loading
+from post_training.checkpoints import huggingface, loading
+from post_training.checkpoints.huggingface import SmallFiles
 from post_training.checkpoints.source import Source
+from post_training.common import files
+from post_training.common.quiet import quiet
 from post_training.config.options import StageOptions
-from post_training.distributed.collectives import from_all_ranks
+from post_training.distributed.collectives import from_all_ranks, on_first_rank
 from post_training.distributed.session import Session
-from post_training.export import folder, readback
-from post_training.export.exporter import Exporter
+from post_training.export import readback
+from post_training.export.fake_quantized import unpack
+from post_training.export.folder import require_equal, write_tensors
+from post_training.export.streaming_exporter import StreamingExporter
+from post_training.models import families
 from post_training.models.builder import torch_dtype
 from post_training.quantization import quantizers
 
@@ -34,41 +42,56 @@ def write(
 ) -> dict[str, Any]:
     """Write ``model`` into the working folder of ``target`` and verify it. Returns the metrics.
 
+    Args:
+        model: this rank's part, tensor-parallel size 1.
+
     Raises:
         UsageError: if the format cannot be exported, or what was written is not the model.
     """
-    dtype = torch_dtype(options.precision)
     if not allow_unexportable:
-        quantizers.require_exportable(model)
-    quantizers.unpack(model)
-    exporter = Exporter(
-        model,
-        loading.local_huggingface(source, options),
-        dtype,
-        trust_remote_code=options.trust_remote_code,
-    )
-    work = folder.begin(target)
-    exporter.write(work, max_shard_bytes, session.show_progress)
-    return verify(exporter, work, dtype, session)
+        quantizers.judge_model(model, required=True)
+    unpack(model)
+    dtype = torch_dtype(options.precision)
+    original = loading.local_huggingface(source, options)
+    # ModelOpt announces on stdout what the log says already.
+    with quiet(stdout=True):
+        exporter = StreamingExporter(
+            model,
+            pretrained_model_name_or_path=str(original),
+            dtype=dtype,
+            trust_remote_code=options.trust_remote_code,
+            # Export the scale that was calibrated and scored, not one rounded up to 1.
+            clamp_kv_cache_scales=False,
+        )
+    count = len(model.decoder.layers) + 1 + model.pre_process
+    progress = partial(tqdm, total=count, unit="layer", disable=not session.show_progress)
+    work = on_first_rank(lambda: files.begin(target))
+    write_tensors(work, progress(exporter.groups(), desc="writing"), max_shard_bytes)
+    quantization = exporter.quantization_config()
 
+    def write_small_files() -> None:
+        # A checkpoint pruned elsewhere comes with the configuration of before.
+        config = families.with_shape(huggingface.read_config(original), vars(model.config))
+        key = "torch_dtype" if "torch_dtype" in config else "dtype"
+        config[key] = str(dtype).removeprefix("torch.")
+        config.pop("quantization_config", None)
+        if quantization is not None:
+            config["quantization_config"] = convert_hf_quant_config_format(quantization)
+            files.write_json(work / readback.QUANT_CONFIG, quantization)
+        SmallFiles(original, options.trust_remote_code, config).copy_to(work)
 
-def verify(exporter: Exporter, work: Path, dtype: torch.dtype, session: Session) -> dict[str, Any]:
-    """Read the folder back and compare it with the model. Returns the metrics.
-
-    Raises:
-        UsageError: naming the first differences, on every rank.
-    """
+    on_first_rank(write_small_files)
     written = readback.Folder(work, session.device)
     problems = written.problems() if session.is_main else []
-    names: list[str] = []
-    for group in exporter.reference(session.show_progress):
-        names += group
+    mine: list[str] = []
+    for group in progress(exporter.groups(reference=True), desc="reading back"):
+        mine += group
         problems += readback.compare(written, group.items(), dtype)
-    compared = {name for each in from_all_ranks(names) for name in each}
+    compared = {name for each in from_all_ranks(mine) for name in each}
     if session.is_main:
-        missing = sorted(written.weight_names() - compared)
+        missing = sorted(written.expected.keys() - compared)
         problems += [f"{name} was not compared" for name in missing]
-    folder.require_equal(problems, work)
+    require_equal(problems, work)
     algorithm = written.quantization.get("quant_algo")
     logger.info("read back: %d tensors equal the model's, format %s", len(compared), algorithm)
     return {

@@ -7,7 +7,8 @@ no ModelOpt and no megatron-core. Each number format is decoded in a file of ``d
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ import torch
 from safetensors import safe_open
 
 from post_training.common import files, safetensors_index
+from post_training.export.decoders.base import Decoder
 from post_training.export.decoders.registry import DECODERS, SCALES
 
 if TYPE_CHECKING:
@@ -45,6 +47,13 @@ class Folder:
         if (path / QUANT_CONFIG).is_file():
             self.quantization = files.read_json_object(path / QUANT_CONFIG)["quantization"]
 
+    @cached_property
+    def expected(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of each parameter that transformers' own model of this config has."""
+        with torch.device("meta"):
+            model = self._untrained()
+        return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
     def tensor(self, name: str) -> torch.Tensor:
         """One stored tensor, as it is."""
         with safe_open(self.index[name].path, framework="pt") as shard:
@@ -65,68 +74,55 @@ class Folder:
         Raises:
             ValueError: if its stored form is not what the configuration says.
         """
-        module, _, kind = name.rpartition(".")
         stored = self.tensor(name)
-        algorithm = self.algorithm(module) if kind == "weight" else None
-        if algorithm is None:
-            if not stored.dtype.is_floating_point or stored.element_size() < 2:
-                raise ValueError(
-                    f"{name} is stored as {stored.dtype}, but not said to be quantized"
-                )
-            return stored.float()
-        if algorithm not in DECODERS:
-            raise ValueError(f"{name}: no decoder for quant_algo {algorithm}")
-        return DECODERS[algorithm].decode(self.tensor, module, stored)
+        decoder = self._decoder(name)
+        if decoder is not None:
+            return decoder.decode(self.tensor, name.removesuffix(".weight"), stored)
+        if not stored.dtype.is_floating_point or stored.element_size() < 2:
+            raise ValueError(f"{name} is stored as {stored.dtype}, but not said to be quantized")
+        return stored.float()
 
     def problems(self) -> list[str]:
         """Everything about names, shapes, dtypes, scales and configuration that is not right."""
         found: list[str] = []
-        expected = dict(self._expected_tensors())
-        for name, shape in expected.items():
-            if name not in self.index:
+        for name, shape in self.expected.items():
+            if name in self.index:
+                found += self._form_problems(name, shape)
+            else:
                 found.append(f"{name} is missing")
-                continue
-            found += self._form_problems(name, shape)
-        modules = {name.removesuffix(".weight") for name in expected if name.endswith(".weight")}
+        modules = {n.removesuffix(".weight") for n in self.expected if n.endswith(".weight")}
         for name in self.index:
-            if name not in expected:
+            if name not in self.expected:
                 found += self._scale_problems(name, modules)
-        found += self._configuration_problems(modules)
-        found += self._kv_problems()
-        return found
-
-    def weight_names(self) -> set[str]:
-        """Every parameter that the architecture has."""
-        return {name for name, _ in self._expected_tensors()}
+        return [*found, *self._configuration_problems(modules), *self._kv_problems()]
 
     def bits_per_weight(self) -> float:
         """Stored bits of all tensors, scales included, per parameter of the architecture."""
-        parameters = 0
-        for _, shape in self._expected_tensors():
-            parameters += int(torch.Size(shape).numel())
+        parameters = sum(math.prod(shape) for shape in self.expected.values())
         return 8 * sum(entry.bytes for entry in self.index.values()) / parameters
 
-    def load(self, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-        """A transformers model with the dequantized weights, in evaluation mode, on the CPU."""
-        model = self._untrained(dtype=dtype)
+    def answer(self, question: str, max_new_tokens: int) -> str:
+        """Greedy answer of transformers, through the chat template where the tokenizer has one."""
+        from transformers import AutoTokenizer, GenerationConfig
+
+        tokenizer: Any = AutoTokenizer.from_pretrained(self.path)
+        model: Any = self._untrained(dtype=torch.float32).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(self.dequantized(name))
-        return model.eval()
-
-    @cached_property
-    def _excluded(self) -> list[str]:
-        return list(self.quantization.get("exclude_modules") or [])
-
-    def _is_excluded(self, module: str) -> bool:
-        return any(fnmatch.fnmatchcase(module, pattern) for pattern in self._excluded)
-
-    def _expected_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Name and shape of each parameter that transformers' own model of this config has."""
-        with torch.device("meta"):
-            model = self._untrained()
-        for name, parameter in model.named_parameters():
-            yield name, tuple(parameter.shape)
+        if (self.path / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(self.path)
+        has_template = bool(tokenizer.chat_template)
+        if has_template:
+            turns = [{"role": "user", "content": question}]
+            question = tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=True
+            )
+        prompt = tokenizer(question, return_tensors="pt", add_special_tokens=not has_template)
+        with torch.inference_mode():
+            output = model.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False)
+        tokens = output[0, prompt.input_ids.shape[1] :]
+        return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _untrained(self, **options: Any) -> PreTrainedModel:
         """A transformers model of this architecture with weights that are not quantized."""
@@ -138,35 +134,50 @@ class Folder:
             del config.quantization_config
         return AutoModelForCausalLM.from_config(config, **options)
 
+    def _is_excluded(self, module: str) -> bool:
+        patterns = self.quantization.get("exclude_modules") or []
+        return any(fnmatch.fnmatchcase(module, pattern) for pattern in patterns)
+
+    def _decoder(self, name: str) -> Decoder | None:
+        """How a weight is stored by the configuration; None: plain."""
+        module, _, kind = name.rpartition(".")
+        algorithm = self.algorithm(module) if kind == "weight" else None
+        if algorithm and algorithm not in DECODERS:
+            raise ValueError(f"{name}: no decoder for quant_algo {algorithm}")
+        return DECODERS[algorithm] if algorithm else None
+
     def _form_problems(self, name: str, shape: tuple[int, ...]) -> Iterable[str]:
         """Stored dtype and shape against the configuration's, from the file's header alone."""
         entry = self.index[name]
-        module, _, kind = name.rpartition(".")
-        algorithm = self.algorithm(module) if kind == "weight" else None
-        decoder = DECODERS.get(algorithm) if algorithm else None
+        try:
+            decoder = self._decoder(name)
+        except ValueError as error:
+            yield str(error)
+            return
         per_element = decoder.per_element if decoder else 1
-        if algorithm and not decoder:
-            yield f"{name}: no decoder for quant_algo {algorithm}"
-        elif entry.dtype not in ((decoder.dtype,) if decoder else _PLAIN):
-            said = f"{algorithm} needs {decoder.dtype}" if decoder else "not said to be quantized"
-            yield f"{name} is stored as {entry.dtype}, but {said}"
+        if decoder and entry.dtype != decoder.dtype:
+            needed = f"{decoder.algorithm} needs {decoder.dtype}"
+            yield f"{name} is stored as {entry.dtype}, but {needed}"
+        elif not decoder and entry.dtype not in _PLAIN:
+            yield f"{name} is stored as {entry.dtype}, but not said to be quantized"
         elif (*entry.shape[:-1], entry.shape[-1] * per_element) != shape:
             yield f"{name} has shape {entry.shape}, the architecture needs {shape}"
 
     def _scale_problems(self, name: str, modules: set[str]) -> Iterable[str]:
+        """Of a tensor that is no parameter."""
         module, _, kind = name.rpartition(".")
-        if kind in SCALES:
-            if module not in modules:
-                yield f"{name} belongs to no linear layer"
-            elif self.algorithm(module) is None:
-                yield f"{name} is stored for a layer that the configuration calls unquantized"
-            elif not _finite_and_positive(self.tensor(name), zero_allowed=kind == "weight_scale"):
-                yield f"{name} is not finite and positive"
-        elif name.endswith(_KV_SCALES):
-            if not _finite_and_positive(self.tensor(name)):
-                yield f"{name} is not finite and positive"
-        else:
+        if kind not in SCALES and not name.endswith(_KV_SCALES):
             yield f"{name} is no tensor of this architecture"
+        elif kind in SCALES and module not in modules:
+            yield f"{name} belongs to no linear layer"
+        elif kind in SCALES and self.algorithm(module) is None:
+            yield f"{name} is stored for a layer that the configuration calls unquantized"
+        else:
+            values = self.tensor(name).float()
+            lowest = values.min().item()
+            is_positive = lowest >= 0 if kind == "weight_scale" else lowest > 0
+            if not (is_positive and values.isfinite().all()):
+                yield f"{name} is not finite and positive"
 
     def _configuration_problems(self, modules: set[str]) -> Iterable[str]:
         declared = self.config.get("quantization_config")
@@ -175,36 +186,31 @@ class Folder:
             if has_scales or declared:
                 yield f"{QUANT_CONFIG} is missing, so an engine would read packed weights as plain"
             return
+        algorithm = self.quantization.get("quant_algo")
         if not declared:
             yield "config.json has no quantization_config"
-        elif declared.get("quant_algo") != self.quantization.get("quant_algo"):
-            yield (
-                f"config.json says {declared.get('quant_algo')}, "
-                f"{QUANT_CONFIG} {self.quantization.get('quant_algo')}"
-            )
+        elif declared.get("quant_algo") != algorithm:
+            yield f"config.json says {declared.get('quant_algo')}, {QUANT_CONFIG} {algorithm}"
+        if not algorithm:
+            return
+        listed = self.quantization.get("quantized_layers")
         for module in sorted(modules):
             # Embeddings are never quantized; a linear that is neither quantized nor excluded
             # would be read as quantized.
-            quantized = f"{module}.weight_scale" in self.index
             is_linear = module.endswith(("_proj", "lm_head")) or ".experts." in module
-            listed = self.quantization.get("quantized_layers")
             covered = module not in listed if listed is not None else self._is_excluded(module)
-            algorithm = self.quantization.get("quant_algo")
-            if is_linear and algorithm and not quantized and not covered:
+            if is_linear and not covered and f"{module}.weight_scale" not in self.index:
                 yield f"{module} is plain, but the configuration does not exclude it"
 
     def _kv_problems(self) -> Iterable[str]:
-        found = [name for name in self.index if name.endswith(_KV_SCALES)]
-        wanted = 2 * self.config["num_hidden_layers"] if self._has_kv_scales else 0
-        if len(found) != wanted:
+        found = sum(name.endswith(_KV_SCALES) for name in self.index)
+        layers = self.config["num_hidden_layers"]
+        algorithm = self.quantization.get("kv_cache_quant_algo")
+        if found != (2 * layers if algorithm else 0):
             yield (
-                f"{len(found)} key and value scales for {self.config['num_hidden_layers']} layers "
-                f"with kv_cache_quant_algo {self.quantization.get('kv_cache_quant_algo')}"
+                f"{found} key and value scales for {layers} layers "
+                f"with kv_cache_quant_algo {algorithm}"
             )
-
-    @property
-    def _has_kv_scales(self) -> bool:
-        return bool(self.quantization.get("kv_cache_quant_algo"))
 
 
 def compare(
@@ -235,8 +241,7 @@ def compare(
             actual = actual.reshape(())
         if actual.shape != wanted.shape:
             found.append(f"{name}: shape {tuple(actual.shape)} instead of {tuple(wanted.shape)}")
-            continue
-        if not _equal(actual, wanted, tolerance):
+        elif not _equal(actual, wanted, tolerance):
             worst = (actual - wanted).abs().max().item()
             found.append(f"{name} differs from the model's weight by up to {worst:.3g}")
     return found
@@ -248,14 +253,5 @@ def _equal(actual: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> bool
     Piece by piece: a whole embedding's temporaries would be the peak of an export's memory.
     """
     pieces = zip(actual.flatten().split(_PIECE), wanted.flatten().split(_PIECE), strict=True)
-    return all(
-        # NaN compares false with everything: ask for what must hold.
-        bool(((a - w).abs() - tolerance * w.abs() <= torch.finfo(torch.float32).tiny).all())
-        for a, w in pieces
-    )
-
-
-def _finite_and_positive(tensor: torch.Tensor, zero_allowed: bool = False) -> bool:
-    values = tensor.float()
-    low = values.min().item()
-    return bool(values.isfinite().all()) and (low >= 0 if zero_allowed else low > 0)
+    smallest = torch.finfo(torch.float32).tiny
+    return all(torch.allclose(a, w, rtol=tolerance, atol=smallest) for a, w in pieces)

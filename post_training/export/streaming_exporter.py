@@ -1,14 +1,21 @@
-"""ModelOpt's exporter for megatron-core, extended where it falls short; each method says how."""
+"""ModelOpt's exporter for megatron-core, extended where it falls short; each method says how.
+
+It maps names, slices fused layers and packs weights. What it gives is written and then read back
+by :mod:`post_training.export.readback`.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
+import modelopt
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from modelopt.torch.export.model_config import QUANTIZATION_NVFP4, QUANTIZATION_W4A16_NVFP4
+from modelopt.torch.export.quant_utils import process_layer_quant_config
 from modelopt.torch.export.unified_export_megatron import GPTModelExporter
 
 from post_training.export.fake_quantized import (
@@ -16,17 +23,24 @@ from post_training.export.fake_quantized import (
     fake_quantized,
     nvfp4_block_scales,
 )
-from post_training.export.shards import Tensors
+from post_training.export.folder import Tensors
 
 
 class StreamingExporter(GPTModelExporter):
-    """ModelOpt's exporter, one layer at a time."""
+    """ModelOpt's exporter, one layer at a time. Every rank takes part in every method."""
 
-    reference = False
+    _reference = False
     _state_dict: Any
 
-    def groups(self) -> Iterator[Tensors]:
-        """Tensors by Hugging Face name: embedding, each layer, then final norm and head."""
+    def groups(self, *, reference: bool = False) -> Iterator[Tensors]:
+        """Tensors by Hugging Face name: embedding, each layer, then final norm and head.
+
+        Args:
+            reference: instead of packed weights give those that the model itself fake-quantizes,
+                in float32: what an exact export dequantizes to. The scales of inputs, keys and
+                values come along, from the calibrated maxima.
+        """
+        self._reference = reference
         model = self.model
         # With a draft the last pipeline stage has a copy of the embedding too.
         if model.pre_process:
@@ -39,10 +53,9 @@ class StreamingExporter(GPTModelExporter):
             else:
                 self._get_mamba_layer_state_dict(layer, number)
             yield self._take()
-        if getattr(model.decoder, "final_layernorm", None):
-            self.rules["final_layernorm"](model.decoder.final_layernorm)
-        if getattr(model.decoder, "final_norm", None):
-            self.rules["final_norm"](model.decoder.final_norm)
+        for norm in ("final_layernorm", "final_norm"):
+            if getattr(model.decoder, norm, None):
+                self.rules[norm](getattr(model.decoder, norm))
         if hasattr(model, "output_layer") and not model.share_embeddings_and_output_weights:
             self.rules["output_layer"](model.output_layer)
         yield self._take()
@@ -52,6 +65,26 @@ class StreamingExporter(GPTModelExporter):
         self.rules = self.all_rules[architecture]
         self._get_eagle_module_state_dict()
         return self._take()
+
+    def quantization_config(self) -> dict[str, Any] | None:
+        """Content of ``hf_quant_config.json`` for the groups that were given.
+
+        None for a model that is not quantized.
+        """
+        layers = self._gather_layer_config_dict()
+        excluded = self._gather_exclude_modules()
+        kv_cache = self._gather_kv_cache_dtype()
+        if not layers and kv_cache is None:
+            return None
+        quantization = {"quant_algo": None}
+        if layers:
+            quantization = process_layer_quant_config(layers)
+            quantization["exclude_modules"] = excluded
+        quantization["kv_cache_quant_algo"] = kv_cache
+        return {
+            "producer": {"name": "modelopt", "version": modelopt.__version__},
+            "quantization": quantization,
+        }
 
     def _take(self) -> Tensors:
         tensors, self._state_dict = dict(self._state_dict), OrderedDict()
@@ -64,18 +97,10 @@ class StreamingExporter(GPTModelExporter):
         alone.
         """
         rules = super()._populate_rule_book()
+        names = {"k_scale_name": "k_proj.k_scale", "v_scale_name": "v_proj.v_scale"}
         for rule in rules.values():
             if "core_attention" in rule:
-                scaling = rule["core_attention"]
-                rule["core_attention"] = lambda module, *where, _rule=scaling, **options: _rule(
-                    module,
-                    *where,
-                    **{
-                        "k_scale_name": "k_proj.k_scale",
-                        "v_scale_name": "v_proj.v_scale",
-                        **options,
-                    },
-                )
+                rule["core_attention"] = partial(rule["core_attention"], **names)
         return rules
 
     def _get_weight_bias(
@@ -98,7 +123,7 @@ class StreamingExporter(GPTModelExporter):
         order of multiplying and dividing than the kernel's rounds weights that lie between
         two codes the other way. Fake-quantized weights lie on their codes.
         """
-        if self.reference:
+        if self._reference:
             state = self._get_weight_bias(module, torch.float32)
             if "weight" in state:
                 state["weight"] = fake_quantized(module).float()
@@ -119,7 +144,7 @@ class StreamingExporter(GPTModelExporter):
         return state, quantization, block_size
 
     def _self_attention_scaling(self, module: Any, prefix: str, **options: Any) -> None:
-        if not self.reference:
+        if not self._reference:
             super()._self_attention_scaling(module, prefix, **options)
             return
         for kind in ("k", "v"):

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from post_training.common.errors import UsageError
+from post_training.data.calibration_data import CalibrationData
+from post_training.distributed.collectives import from_all_ranks
 from post_training.inference import forward, generation
-from post_training.quantization import probe
-
-if TYPE_CHECKING:
-    from post_training.data.calibration_data import CalibrationData
+from post_training.quantization import quantizers
+from post_training.quantization.coverage import first_names, global_name
 
 
 @dataclass
@@ -39,24 +42,19 @@ class Calibration:
     tokens: int = 0
     seconds: float = 0.0
 
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
-
     def to_json(self) -> dict[str, Any]:
         """The data really used, for a manifest."""
-        samples = self.data
         return {
-            "source": samples.source,
-            "sequences": len(samples.input_ids),
-            "requested": samples.requested,
-            "sequence_length": samples.input_ids.shape[1],
-            "documents": samples.documents,
-            "tokens": samples.tokens,
+            "source": self.data.source,
+            "sequences": len(self.data.input_ids),
+            "requested": self.data.requested,
+            "sequence_length": self.data.input_ids.shape[1],
+            "documents": self.data.documents,
+            "tokens": self.data.tokens,
             "tokens_computed": self.tokens,
             "seconds": round(self.seconds, 3),
-            "tokens_per_second": round(self.tokens_per_second, 1),
-            "notes": list(samples.notes),
+            "tokens_per_second": round(self.tokens / self.seconds, 1) if self.seconds else 0.0,
+            "notes": list(self.data.notes),
         }
 
     def batches(self) -> list[torch.Tensor]:
@@ -64,14 +62,12 @@ class Calibration:
         rank, size, _ = generation.data_parallel()
         mine = list(self.data.batches(self.batch_size, rank, size))
         first = list(self.data.batches(self.batch_size, 0, size))
-        return [mine[i] if i < len(mine) else first[i] for i in range(len(first))]
+        return mine + first[len(mine) :]
 
-    @torch.no_grad()
     def __call__(self, model: torch.nn.Module) -> None:
         """Run everything once; every rank of the model takes part."""
         self._run(model, self.batches())
 
-    @torch.no_grad()
     def probe(
         self, model: torch.nn.Module, seen: Mapping[str, int] | None = None
     ) -> dict[str, int]:
@@ -86,14 +82,21 @@ class Calibration:
         """
         with watching(model) as rows:
             self._run(model, self.batches()[:1])
-        earlier = seen or {}
-        return {
-            name: count + (earlier.get(name, 0) if "experts" in name else 0)
-            for name, count in rows.items()
-        }
+        for name in rows:
+            if seen and "experts" in name:
+                rows[name] += seen.get(name, 0)
+        return rows
 
+    @torch.no_grad()
     def _run(self, model: torch.nn.Module, batches: list[torch.Tensor]) -> None:
+        """Forward passes over the pipeline; the results are dropped.
+
+        The output layer computes one position of each sequence, unless it has quantizers that must
+        see them all: logits of every position are the largest tensor of a model.
+        """
         core = forward.unwrap(model)
+        output = getattr(core, "output_layer", None)
+        whole = output is not None and any(True for _ in quantizers.enabled(output))
         _, ranks, _ = generation.data_parallel()
         started = time.monotonic()
         with tqdm(
@@ -104,24 +107,12 @@ class Calibration:
             disable=not self.show_progress,
         ) as bar:
             for batch in batches:
-                run_batch(core, batch)
+                input_ids = batch.to(forward.device_of(core))
+                last = torch.full_like(input_ids[:, 0], input_ids.shape[1] - 1)
+                forward.run(core, input_ids, None if whole else last)
                 self.tokens += batch.numel() * ranks
                 bar.update(batch.numel() * ranks)
         self.seconds += time.monotonic() - started
-
-
-def run_batch(core: Any, input_ids: torch.Tensor) -> None:
-    """One forward pass of [b, s] tokens over the pipeline; the result is dropped.
-
-    The output layer computes one position of each sequence, unless it has quantizers that must see
-    them all: logits of every position are the largest tensor of a model.
-    """
-    input_ids = input_ids.to(forward.device_of(core))
-    output = getattr(core, "output_layer", None)
-    positions = None
-    if output is None or not any(True for _ in probe.enabled(output)):
-        positions = torch.full((len(input_ids),), input_ids.shape[1] - 1, device=input_ids.device)
-    forward.run(core, input_ids, positions)
 
 
 @contextlib.contextmanager
@@ -133,16 +124,55 @@ def watching(model: torch.nn.Module) -> Iterator[dict[str, int]]:
     """
     rows: dict[str, int] = {}
 
-    def counter(name: str) -> Callable[..., None]:
-        def count(_module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
-            tensor = arguments[0]
-            rows[name] += tensor.numel() // max(1, tensor.shape[-1])
-
-        return count
+    def count(name: str, _module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        tensor = arguments[0]
+        rows[name] += tensor.numel() // max(1, tensor.shape[-1])
 
     with contextlib.ExitStack() as stack:
-        for name, quantizer in probe.enabled(model):
+        for name, quantizer in quantizers.enabled(model):
             rows[name] = 0
-            handle = quantizer.register_forward_pre_hook(counter(name))
+            handle = quantizer.register_forward_pre_hook(partial(count, name))
             stack.callback(handle.remove)
         yield rows
+
+
+def check_scales(
+    model: torch.nn.Module, rows: Mapping[str, int], *, dynamic_inputs: bool = False
+) -> None:
+    """Raise UsageError, on every rank, if an enabled quantizer has no usable scale.
+
+    Args:
+        model: this rank's part, calibrated.
+        rows: how many rows each quantizer saw (:func:`watching`).
+        dynamic_inputs: the recipe has no calibration, so inputs without a stored maximum take
+            their own; weights never do.
+    """
+    broken = []
+    for name, quantizer in quantizers.enabled(model):
+        problem = ""
+        if quantizers.needs_amax(quantizer) and ("weight_quantizer" in name or not dynamic_inputs):
+            problem = _scale_problem(getattr(quantizer, "_amax", None))
+        if rows.get(name, 1) == 0:
+            # A place for a fallback: an expert that no token chose could take its siblings'.
+            idle = "no calibration token chose this expert" if "experts" in name else ""
+            problem = idle or "the layer's forward pass does not use it"
+        if problem:
+            broken.append(f"{global_name(model, name)} ({problem})")
+    found = list(dict.fromkeys(each for part in from_all_ranks(broken) for each in part))
+    if found:
+        raise UsageError(
+            f"{len(found)} quantizers without a usable scale",
+            first_names(found),
+            "give calibration data that reaches these layers (--calib-size, "
+            "--calib-dataset-path-or-name), or leave them out in a recipe",
+        )
+
+
+def _scale_problem(amax: torch.Tensor | None) -> str:
+    if amax is None:
+        return "it saw no data"
+    highest, lowest = float(amax.float().max()), float(amax.float().min())
+    if not (math.isfinite(highest) and math.isfinite(lowest)):
+        return f"its maximum is {highest}"
+    # One channel or block may be all zeros, such as padding of the vocabulary.
+    return "" if highest > 0 and lowest >= 0 else f"its maximum is {highest:g}"

@@ -9,34 +9,136 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 
 from post_training.common.errors import UsageError
 from post_training.distributed.collectives import from_all_ranks
-from post_training.quantization import probe, quantizers
-from post_training.quantization.coverage_report import Coverage, Layer
+from post_training.quantization import quantizers
+from post_training.quantization.configuration import QKV_PATTERNS, Config
+from post_training.quantization.formats import registry as formats
+from post_training.quantization.formats.base import Linear
 
 _SHOWN = 5
-NOT_MATCHED = "no pattern of the recipe matches"
+_KINDS = {
+    "weight_quantizer": "weight",
+    "input_quantizer": "input",
+    "output_quantizer": "output",
+    "k_bmm_quantizer": "KV cache",
+    "v_bmm_quantizer": "KV cache",
+}
 
 
-def linears(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Name and module of each that multiplies by a weight; embeddings do not.
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer of the model, over all ranks.
 
-    A layer without a weight of its own (a tied output layer) is left out.
+    Attributes:
+        name: module name with the layer's number in the whole model.
+        parameters: of the whole weight.
+        form: how it is quantized; None if it is not.
+        reason: why it is not quantized; empty otherwise, and where the recipe asks for it.
     """
-    for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is None or weight.ndim != 2 or "Embedding" in type(module).__name__:
-            continue
-        yield name, module
+
+    name: str
+    parameters: int
+    form: Linear | None
+    reason: str = ""
+
+    @property
+    def outcome(self) -> str:
+        if not self.form:
+            return self.reason
+        return f"{self.form.weight} with {self.form.input or '16-bit'} inputs"
+
+    def bits(self, plain: int) -> float:
+        """Stored per weight, scales included; ``plain`` where it is not quantized."""
+        number_format = formats.WEIGHTS.get(self.form.weight) if self.form else None
+        return number_format.bits if number_format else plain
 
 
-def survey(model: torch.nn.Module, config: quantizers.Config | None = None) -> Coverage:
+@dataclass(frozen=True)
+class Coverage:
+    """The state of a model after quantizers were inserted.
+
+    Attributes:
+        layers: every linear layer, by name.
+        other_parameters: parameters that are not weights of linear layers.
+        quantizers: kind (``weight``, ``input``, ``KV cache``, ...) -> number that are enabled.
+        unused_patterns: patterns of the recipe that match nothing.
+    """
+
+    layers: list[Layer]
+    other_parameters: int
+    quantizers: dict[str, int]
+    unused_patterns: list[str]
+
+    @property
+    def quantized(self) -> list[Layer]:
+        return [layer for layer in self.layers if layer.form]
+
+    @property
+    def left_out(self) -> list[Layer]:
+        return [layer for layer in self.layers if not layer.form]
+
+    def bits_per_weight(self, plain_bits: int = 16) -> tuple[float, float]:
+        """Stored bits per parameter, scales included: of quantized layers, and of all.
+
+        Args:
+            plain_bits: of parameters that are not quantized.
+        """
+        weights = sum(layer.parameters for layer in self.quantized)
+        bits = sum(layer.bits(plain_bits) * layer.parameters for layer in self.quantized)
+        plain = sum(layer.parameters for layer in self.left_out) + self.other_parameters
+        total = (bits + plain_bits * plain) / max(1, weights + plain)
+        return (bits / weights if weights else float(plain_bits)), total
+
+    def describe_quantized(self) -> str:
+        """``28 linear_fc1, 28 linear_fc2: fp8 with fp8 inputs``, one line a form."""
+        layers = sorted(self.quantized, key=lambda layer: str(layer.form))
+        return "\n".join(_grouped(layers)) or "none"
+
+    def describe_left_out(self) -> str:
+        """The plain linear layers by reason, one line each."""
+        lines = _grouped(self.left_out)
+        if self.unused_patterns:
+            count = len(self.unused_patterns)
+            lines.append(f"{count} patterns match nothing here, e.g. {self.unused_patterns[0]}")
+        return "\n".join(lines) or "none"
+
+    def to_json(self) -> dict[str, Any]:
+        """For the manifest."""
+        of_quantized, of_all = self.bits_per_weight()
+        return {
+            "linear_layers": len(self.layers),
+            "quantized_layers": len(self.quantized),
+            "quantizers": self.quantizers,
+            "left_out": {each.name: each.reason for each in self.left_out},
+            "unused_patterns": self.unused_patterns,
+            "bits_per_quantized_weight": round(of_quantized, 3),
+            "bits_per_weight": round(of_all, 3),
+        }
+
+
+def _grouped(layers: Iterable[Layer]) -> list[str]:
+    """Their own names, counted, and what was done to them: a line for each."""
+    groups: dict[str, Counter[str]] = {}
+    for layer in layers:
+        parts = [part for part in layer.name.split(".") if not part.isdecimal()]
+        name = f"experts' {parts[-1]}" if "local_experts" in parts else parts[-1]
+        groups.setdefault(layer.outcome, Counter())[name] += 1
+    return [
+        ", ".join(f"{n} {name}" if n > 1 else name for name, n in names.items()) + f": {outcome}"
+        for outcome, names in groups.items()
+    ]
+
+
+def survey(model: torch.nn.Module, config: Config | None = None) -> Coverage:
     """What is quantized in ``model``, over the ranks of one replica; a collective call.
 
     Args:
@@ -46,46 +148,31 @@ def survey(model: torch.nn.Module, config: quantizers.Config | None = None) -> C
     Raises:
         UsageError: on every rank, if the recipe matches a weight that has no quantizer, or none.
     """
-    tensor_size = parallel_state.get_tensor_model_parallel_world_size()
-    first = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-    entries = list((config or {}).get("quant_cfg") or [])
-    layers, missed = [], []
-    weights = set()
-    tied = bool(getattr(model, "share_embeddings_and_output_weights", False))
-    for name, module in linears(model):
-        weight: Any = module._parameters["weight"]
-        weights.add(id(weight))
-        if tied and name == "output_layer":
-            continue  # a copy of the embedding, on another pipeline stage
-        shards = tensor_size if getattr(weight, "tensor_model_parallel", False) else 1
-        form = probe.linear_of(module)
-        asked, reason = wanted(name, module, entries)
-        if form is None and asked:
-            missed.append(_global_name(model, name))
-        if config is None:
-            reason = "the search left it in 16 bits"
-        reason = "" if form else reason
-        layers.append(Layer(_global_name(model, name), _numel(weight) * shards, form, reason))
-    others = 0
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in weights and not _is_scale(name):
-            is_shard = getattr(parameter, "tensor_model_parallel", False)
-            others += parameter.numel() * (tensor_size if is_shard else 1)
-    is_leader = first and parallel_state.get_tensor_model_parallel_rank() == 0
-    mine = (layers, others, _count(model), _unused(model, entries), missed)
-    gathered = [each for each in from_all_ranks((is_leader, mine)) if each[0]]
-    parts = [each[1] for each in gathered]
-    unused = set(parts[0][3]).intersection(*(part[3] for part in parts))
-    _refuse_missed([name for part in parts for name in part[4]])
-    counts: Counter[str] = Counter()
-    for part in parts:
-        counts.update(part[2])
-    found = Coverage(
-        tuple(layer for part in parts for layer in part[0]),
-        sum(part[1] for part in parts),
-        dict(counts),
-        tuple(pattern for pattern in parts[0][3] if pattern in unused),
+    mine = _survey_rank(model, config)
+    is_leader = (
+        parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+        and parallel_state.get_tensor_model_parallel_rank() == 0
     )
+    parts = [part for leads, part in from_all_ranks((is_leader, mine)) if leads]
+    counts = sum((Counter(part.quantizers) for part in parts), Counter())
+    found = Coverage(
+        [layer for part in parts for layer in part.layers],
+        sum(part.other_parameters for part in parts),
+        dict(counts),
+        [
+            pattern
+            for pattern in parts[0].unused_patterns
+            if all(pattern in part.unused_patterns for part in parts)
+        ],
+    )
+    missed = [layer.name for layer in found.left_out if not layer.reason]
+    if missed:
+        raise UsageError(
+            f"{len(missed)} weights that the recipe matches",
+            f"ModelOpt placed no quantizer there: {first_names(missed)}",
+            "build the model with ModelOpt's layer spec (no --export-default-te-spec), or leave "
+            "these layers out in a recipe",
+        )
     if not found.quantized and not counts:
         raise UsageError(
             "the quantization recipe",
@@ -96,109 +183,72 @@ def survey(model: torch.nn.Module, config: quantizers.Config | None = None) -> C
     return found
 
 
-def wanted(
-    name: str, module: torch.nn.Module, entries: Iterable[Mapping[str, Any]]
-) -> tuple[bool, str]:
-    """Whether the recipe asks for the module's weight to be quantized, and if not, why not.
+def _survey_rank(model: torch.nn.Module, config: Config | None) -> Coverage:
+    """This rank's part of :func:`survey`."""
+    entries = config["quant_cfg"] if config else []
+    tied = getattr(model, "share_embeddings_and_output_weights", False)
+    layers, weights = [], set()
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is None or weight.ndim != 2 or "Embedding" in type(module).__name__:
+            continue  # multiplies by no weight, or by another module's
+        weights.add(id(weight))
+        if tied and name == "output_layer":
+            continue  # a copy of the embedding, on another pipeline stage
+        form, reason = quantizers.linear_of(module), ""
+        if form is None:
+            searched = "the search left it in 16 bits"
+            reason = _why_plain(name, module, entries) if config else searched
+        layers.append(Layer(global_name(model, name), _size(weight), form, reason))
+    others = sum(
+        _size(parameter)
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in weights and "quantizer" not in name
+    )
+    return Coverage(layers, others, _count(model), _unused(model, entries))
+
+
+def _why_plain(name: str, module: torch.nn.Module, entries: Sequence[Config]) -> str:
+    """Why the recipe leaves the module's weight plain; empty if it asks for a quantizer.
 
     As ModelOpt applies it: the last entry that matches decides.
     """
-    asked, reason = False, NOT_MATCHED
+    reason = nothing = "no pattern of the recipe matches"
     for entry in entries:
         pattern = entry["quantizer_name"]
-        if entry.get("parent_class") and type(module).__name__ != entry["parent_class"]:
+        if entry.get("parent_class") not in (None, "", type(module).__name__):
             continue
-        if fnmatch.fnmatch(f"{name}.weight_quantizer", pattern):
-            asked = entry.get("enable", True) is not False
-            reason = NOT_MATCHED if pattern == "*" else f"the recipe leaves {pattern} plain"
-            if pattern in quantizers.QKV_PATTERNS:
-                reason = "--disable-qkv-quant"
-    return asked, reason
-
-
-def check_scales(
-    model: torch.nn.Module, rows: Mapping[str, int], *, dynamic_inputs: bool = False
-) -> None:
-    """Raise UsageError, on every rank, if an enabled quantizer has no usable scale.
-
-    Args:
-        model: this rank's part, calibrated.
-        rows: how many rows each quantizer saw (:func:`calibration.watching`).
-        dynamic_inputs: the recipe has no calibration, so inputs without a stored maximum take
-            their own; weights never do.
-    """
-    broken = []
-    for name, quantizer in probe.enabled(model):
-        problem = ""
-        if probe.needs_amax(quantizer) and ("weight_quantizer" in name or not dynamic_inputs):
-            problem = _scale_problem(getattr(quantizer, "_amax", None))
-        if rows.get(name, 1) == 0:
-            # A place for a fallback: an expert that no token chose could take its siblings'.
-            idle = "no calibration token chose this expert" if "experts" in name else ""
-            problem = idle or "the layer's forward pass does not use it"
-        if problem:
-            broken.append(f"{_global_name(model, name)} ({problem})")
-    found = [each for part in from_all_ranks(broken) for each in part]
-    if found:
-        found = list(dict.fromkeys(found))
-        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        raise UsageError(
-            f"{len(found)} quantizers without a usable scale",
-            ", ".join(found[:_SHOWN]) + more,
-            "give calibration data that reaches these layers (--calib-size, "
-            "--calib-dataset-path-or-name), or leave them out in a recipe",
-        )
-
-
-def _scale_problem(amax: torch.Tensor | None) -> str:
-    if amax is None:
-        return "it saw no data"
-    highest, lowest = float(amax.float().max()), float(amax.float().min())
-    if not (math.isfinite(highest) and math.isfinite(lowest)):
-        return f"its maximum is {highest}"
-    # One channel or block may be all zeros, such as padding of the vocabulary.
-    return "" if highest > 0 and lowest >= 0 else f"its maximum is {highest:g}"
-
-
-def _refuse_missed(names: list[str]) -> None:
-    if names:
-        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        raise UsageError(
-            f"{len(names)} weights that the recipe matches",
-            f"ModelOpt placed no quantizer there: {', '.join(names[:_SHOWN])}{more}",
-            "build the model with ModelOpt's layer spec (no --export-default-te-spec), or leave "
-            "these layers out in a recipe",
-        )
+        if not fnmatch.fnmatch(f"{name}.weight_quantizer", pattern):
+            continue
+        if entry.get("enable", True) is not False:
+            reason = ""
+        elif pattern in QKV_PATTERNS:
+            reason = "--disable-qkv-quant"
+        else:
+            reason = nothing if pattern == "*" else f"the recipe leaves {pattern} plain"
+    return reason
 
 
 def _count(model: torch.nn.Module) -> dict[str, int]:
-    kinds = {
-        "weight_quantizer": "weight",
-        "input_quantizer": "input",
-        "output_quantizer": "output",
-        "k_bmm_quantizer": "KV cache",
-        "v_bmm_quantizer": "KV cache",
-    }
+    """Enabled quantizers of each kind."""
     counts: Counter[str] = Counter()
-    for name, _ in probe.enabled(model):
+    for name, _ in quantizers.enabled(model):
         # Some weights have two quantizers in a row, "weight_quantizer.0" and ".1": count one.
-        parent, _, own = name.rpartition(".")
-        if own.isdecimal():
-            if own != "0":
-                continue
-            own = parent.rpartition(".")[2]
-        counts[kinds.get(own, own.removesuffix("_quantizer"))] += 1
+        own = name.removesuffix(".0").rpartition(".")[2]
+        if not own.isdecimal():
+            counts[_KINDS.get(own, own.removesuffix("_quantizer"))] += 1
     return dict(counts)
 
 
-def _unused(model: torch.nn.Module, entries: Iterable[Mapping[str, Any]]) -> list[str]:
+def _unused(model: torch.nn.Module, entries: Sequence[Config]) -> list[str]:
     """Patterns that switch something on and match no quantizer of this rank."""
-    names = probe.names(model)
+    kinds = (TensorQuantizer, SequentialQuantizer)
+    names = [name for name, module in model.named_modules() if isinstance(module, kinds)]
     patterns = [each["quantizer_name"] for each in entries if each.get("enable", True) is not False]
     return [each for each in dict.fromkeys(patterns) if not fnmatch.filter(names, each)]
 
 
-def _global_name(model: torch.nn.Module, name: str) -> str:
+def global_name(model: torch.nn.Module, name: str) -> str:
     """Replace the layer's place on this pipeline stage by its number in the model, from 0."""
     parts = name.split(".")
     if len(parts) > 2 and parts[:2] == ["decoder", "layers"] and parts[2].isdecimal():
@@ -207,11 +257,15 @@ def _global_name(model: torch.nn.Module, name: str) -> str:
     return ".".join(parts)
 
 
-def _numel(weight: Any) -> int:
-    """Parameters of a weight, also where it is already packed."""
-    shape = getattr(weight, "metadata", {}).get("shape", weight.shape)
-    return math.prod(shape)
+def _size(parameter: Any) -> int:
+    """Elements over all tensor-parallel ranks, also of a weight that is packed."""
+    shape = getattr(parameter, "metadata", {}).get("shape", parameter.shape)
+    is_shard = getattr(parameter, "tensor_model_parallel", False)
+    ranks = parallel_state.get_tensor_model_parallel_world_size() if is_shard else 1
+    return math.prod(shape) * ranks
 
 
-def _is_scale(name: str) -> bool:
-    return "quantizer" in name
+def first_names(names: Sequence[str]) -> str:
+    """A few of them, and how many more there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -16,8 +16,10 @@ from post_training.config.options import StageOptions
 from post_training.data.options import CalibrationOptions
 from post_training.inference.smoke_generation import SmokeOptions
 from post_training.models.architecture import Architecture
-from post_training.quantization import formats, recipes
-from post_training.quantization.formats import Format
+from post_training.quantization import recipes
+from post_training.quantization.formats import exportable
+from post_training.quantization.formats import registry as formats
+from post_training.quantization.formats.base import NO_KV_CACHE, Format
 from post_training.quantization.recipes import Recipe
 
 Choice = Format | Recipe | str
@@ -63,7 +65,9 @@ class QuantizeOptions(StageOptions):
         metavar="FILE", help="recipe file of ModelOpt, or a built-in one's name"
     )
     export_kv_cache_quant: str = flag(
-        "none", choices=tuple(formats.KV_CACHE), help="quantize keys and values too (%(default)s)"
+        NO_KV_CACHE,
+        choices=tuple(formats.KV_CACHES),
+        help="quantize keys and values too (%(default)s)",
     )
     weight_only: bool = flag(False, help="leave the linear layers' inputs in 16 bits")
     disable_qkv_quant: bool = flag(
@@ -113,14 +117,14 @@ def chosen(options: QuantizeOptions) -> Choice:
     name = name or formats.DEFAULT
     if name == formats.AUTO:
         return formats.AUTO
-    return recipes.find(name) if formats.is_recipe(name) else formats.find(name)
+    # Megatron-LM's script tells a recipe file from a name by this rule.
+    is_recipe = "/" in name or name.endswith((".yaml", ".yml"))
+    return recipes.find(name) if is_recipe else formats.find(name)
 
 
 def is_search(choice: Choice) -> bool:
     """Whether each layer's format is to be searched."""
-    return isinstance(choice, str) or (
-        isinstance(choice, Recipe) and choice.kind == "auto_quantize"
-    )
+    return choice == formats.AUTO or (isinstance(choice, Recipe) and choice.kind == "auto_quantize")
 
 
 def name_of(choice: Choice) -> str:
@@ -145,14 +149,7 @@ def check(options: QuantizeOptions, choice: Choice, architecture: Architecture |
     if isinstance(choice, Format):
         _check_format(options, choice)
         if architecture is not None:
-            _check_blocks(options, choice, architecture)
-        experts = architecture is None or architecture.value("num_moe_experts")
-        if choice.layers == "experts" and not experts:
-            raise UsageError(
-                f"--export-quant-cfg {options.export_quant_cfg}",
-                "it quantizes experts, and the model has none",
-                "NVFP4_MLP_ONLY_CFG quantizes the MLP of a dense model",
-            )
+            _check_layers(options, choice, architecture)
     if choice == formats.AUTO:
         _check_search(options)
     stages = options.parallel.pipeline
@@ -166,12 +163,9 @@ def check(options: QuantizeOptions, choice: Choice, architecture: Architecture |
 
 def _check_format(options: QuantizeOptions, choice: Format) -> None:
     """Refuse what cannot be exported, or not be saved, before the work."""
-    found = formats.verdict(
-        choice, weight_only=options.weight_only, kv_cache=options.export_kv_cache_quant
-    )
     what = f"--export-quant-cfg {options.export_quant_cfg or choice.name}"
     what += " --weight-only" if options.weight_only else ""
-    if options.export_kv_cache_quant != "none":
+    if options.export_kv_cache_quant != NO_KV_CACHE:
         what += f" --export-kv-cache-quant {options.export_kv_cache_quant}"
     if choice.broken:
         raise UsageError(
@@ -179,16 +173,14 @@ def _check_format(options: QuantizeOptions, choice: Format) -> None:
         )
     if choice.kv == "nvfp4_rotate" and options.allow_unexportable:
         _require_hadamard(what)
+    found = exportable.verdict(
+        choice, weight_only=options.weight_only, kv_cache=options.export_kv_cache_quant
+    )
     if not found.exportable and not options.allow_unexportable:
-        raise formats.unexportable(what, found)
-    weight = choice.linear.weight if choice.linear else ""
-    if options.parallel.tensor > 1 and weight in formats.STATIC_BLOCKS:
-        raise UsageError(
-            f"{what} with TP={options.parallel.tensor}",
-            "ModelOpt cannot save stored block scales that are split over ranks",
-            "set TP=1; PP may be larger",
-        )
-    replicas = options.parallel.data
+        raise exportable.unexportable(what, found)
+    ranks, replicas = options.parallel.tensor, options.parallel.data
+    if ranks > 1 and choice.linear and formats.WEIGHTS[choice.linear.weight].stored_block_scales:
+        raise exportable.unsavable(what, ranks)
     if choice.method == "local_hessian" and replicas > 1:
         raise UsageError(
             f"{what} with DP={replicas}",
@@ -197,27 +189,33 @@ def _check_format(options: QuantizeOptions, choice: Format) -> None:
         )
 
 
-def _check_blocks(options: QuantizeOptions, choice: Format, architecture: Architecture) -> None:
-    """Refuse blocks that do not fit into a row of a weight as one rank holds it."""
-    size = formats.BLOCK_SIZES.get(choice.linear.weight if choice.linear else "", 1)
+def _check_layers(options: QuantizeOptions, choice: Format, architecture: Architecture) -> None:
+    """Refuse layers that the model lacks, and blocks that do not fit into a rank's rows."""
+    what = f"--export-quant-cfg {options.export_quant_cfg or choice.name}"
     values, ranks = architecture.resolved(), options.parallel.tensor
+    size = formats.WEIGHTS[choice.linear.weight].block_size if choice.linear else 1
     heads = values["num_attention_heads"] * values["kv_channels"]
+    experts = (values["moe_ffn_hidden_size"] or 0) if values["num_moe_experts"] else 0
     inputs = {
         "hidden size": values["hidden_size"],
         "heads x head size": 0 if architecture.multi_latent_attention else heads // ranks,
         "FFN size": values["ffn_hidden_size"] // ranks,
-        "experts' FFN size": (values["moe_ffn_hidden_size"] or 0) // options.parallel.expert_tensor
-        if values["num_moe_experts"]
-        else 0,
+        "experts' FFN size": experts // options.parallel.expert_tensor,
     }
     wrong = [f"{name} {count}" for name, count in inputs.items() if count % size]
     if wrong:
         per_rank = f" (at TP={ranks})" if ranks > 1 else ""
         raise UsageError(
-            f"--export-quant-cfg {options.export_quant_cfg or choice.name}",
+            what,
             f"{size} inputs share a scale, which does not divide {', '.join(wrong)}{per_rank}",
             "choose a format without blocks, such as FP8_DEFAULT_CFG"
             + (", or a smaller TP" if ranks > 1 else ""),
+        )
+    if choice.layers == "experts" and not values["num_moe_experts"]:
+        raise UsageError(
+            what,
+            "it quantizes experts, and the model has none",
+            "NVFP4_MLP_ONLY_CFG quantizes the MLP of a dense model",
         )
 
 
@@ -234,11 +232,11 @@ def _check_search(options: QuantizeOptions) -> None:
     names, bits = options.auto.auto_quantize_formats, options.auto.auto_quantize_bits
     rows = [formats.find(name, "--auto-quantize-formats") for name in names.split(",")]
     linears = [row.linear for row in rows if row.linear is not None]
-    kv = formats.KV_CACHE[options.export_kv_cache_quant][1]
-    found = formats.judge(linears, kv, attention=any(row.attention for row in rows))
+    attention = any(row.attention for row in rows)
+    found = exportable.judge(linears, options.export_kv_cache_quant, attention=attention)
     if not found.exportable and not options.allow_unexportable:
-        raise formats.unexportable(f"--auto-quantize-formats {names}", found)
-    least = min((formats.WEIGHT_BITS[linear.weight] for linear in linears), default=16.0)
+        raise exportable.unexportable(f"--auto-quantize-formats {names}", found)
+    least = min((formats.WEIGHTS[linear.weight].bits for linear in linears), default=16.0)
     if not least <= bits <= 16:
         raise UsageError(
             f"--auto-quantize-bits {bits}",

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from post_training.quantization import auto, calibration, coverage, formats, quantizers
-from post_training.quantization.formats import Format, Verdict
+import modelopt.torch.quantization as mtq
+from megatron.core.transformer import MegatronModule
+from modelopt.torch.opt.conversion import apply_mode
+from modelopt.torch.quantization.mode import QuantizeModeRegistry
+
+from post_training.common.quiet import quiet
+from post_training.distributed.collectives import from_all_ranks
+from post_training.quantization import auto, calibration, coverage, quantizers
+from post_training.quantization.calibration import Calibration
+from post_training.quantization.configuration import Config, configuration, method_of
+from post_training.quantization.coverage import Coverage
+from post_training.quantization.formats.base import Format
+from post_training.quantization.formats.exportable import Verdict
 from post_training.quantization.options import Choice, QuantizeOptions, is_search
 from post_training.quantization.recipes import Recipe
-
-if TYPE_CHECKING:
-    from megatron.core.transformer import MegatronModule
-
-    from post_training.quantization.calibration import Calibration
-    from post_training.quantization.coverage_report import Coverage
-    from post_training.quantization.quantizers import Config
 
 logger = logging.getLogger("post_training")
 
@@ -57,19 +60,19 @@ def quantize(
     """
     search = None
     if isinstance(choice, str) or is_search(choice):
-        config, search = search_formats(model, options, choice, data)
-        reached = coverage.survey(model, None)
-        found = quantizers.judge_model(model)
+        config, search = auto.search(model, options, choice, data)
+        calibration.check_scales(model, data.probe(model))
     else:
         config = with_format(model, options, choice, data)
-        reached = coverage.survey(model, config)
-        found = quantizers.judge_model(model, quantizers.method_of(config))
+    reached = coverage.survey(model, None if search else config)
+    found = quantizers.judge_model(
+        model, method_of(config), required=not options.allow_unexportable
+    )
     if not found.exportable:
-        if not options.allow_unexportable:
-            raise formats.unexportable("the quantized model", found)
         logger.warning("export will refuse this checkpoint: %s", found.reason)
     if options.packed:
-        quantizers.compress(model)
+        with quiet(stdout=True):
+            mtq.compress(model)
     return PtqResult(config, reached, found, search)
 
 
@@ -77,51 +80,31 @@ def with_format(
     model: MegatronModule, options: QuantizeOptions, choice: Format | Recipe, data: Calibration
 ) -> Config:
     """Quantize by one configuration and calibrate. Returns the configuration."""
-    config = quantizers.configuration(
-        choice,
-        weight_only=options.weight_only,
-        disable_qkv=options.disable_qkv_quant,
-        kv_cache=options.export_kv_cache_quant,
-    )
-    if options.sync_expert_weight_amax:
-        config["algorithm"] = quantizers.with_option(
-            config["algorithm"], "sync_expert_weight_amax", True
-        )
-    quantizers.insert(model, config)
+    config = configuration(options, choice)
+    method = method_of(config)
+    with quiet(stdout=True):
+        # Not mtq.quantize: it checks that a weight quantizer is enabled on its own rank, and would
+        # leave the others waiting. The survey asks all of them.
+        apply_mode(model, [("quantize", {**config, "algorithm": None})], QuantizeModeRegistry)
+        mtq.calibrate(model, None)
     coverage.survey(model, config)
-    if not options.allow_unexportable:
-        quantizers.require_exportable(model, quantizers.method_of(config))
+    quantizers.judge_model(model, method, required=not options.allow_unexportable)
     quantizers.require_savable(model)
     with calibration.watching(model) as seen:
-        quantizers.calibrate(model, config, data if quantizers.needs_data(model, config) else None)
-    rows = data.probe(model, seen)
-    coverage.check_scales(model, rows, dynamic_inputs=not quantizers.method_of(config))
+        forward_loop = data if _needs_data(model, method) else None
+        if method:
+            with quiet(stdout=True):
+                mtq.calibrate(model, config["algorithm"], forward_loop=forward_loop)
+    calibration.check_scales(model, data.probe(model, seen), dynamic_inputs=not method)
     return config
 
 
-def search_formats(
-    model: MegatronModule, options: QuantizeOptions, choice: Choice, data: Calibration
-) -> tuple[Config, dict[str, Any]]:
-    """Search a format for each layer. Returns the KV configuration and what was found."""
-    wanted = options.auto
-    kept = Path(wanted.auto_quantize_checkpoint) if wanted.auto_quantize_checkpoint else None
-    cache = formats.KV_CACHE[options.export_kv_cache_quant][0]
-    kv_entries = quantizers.cache_entries(cache) if cache else []
-    if isinstance(choice, Recipe):
-        search, of_recipe = auto.from_recipe(choice, kept)
-        kv_entries = kv_entries or of_recipe or []
-    else:
-        qkv = tuple(pattern.removesuffix(".*") for pattern in quantizers.QKV_PATTERNS)
-        search = auto.AutoQuantizeSearch(
-            bits=wanted.auto_quantize_bits,
-            formats=tuple(wanted.auto_quantize_formats.split(",")),
-            method=wanted.auto_quantize_method,
-            score_size=wanted.auto_quantize_score_size,
-            checkpoint=kept,
-            disabled=qkv if options.disable_qkv_quant else (),
-        )
-    found = auto.run(model, search, data, kv_entries)
-    if options.weight_only:
-        quantizers.disable_inputs(model)
-    coverage.check_scales(model, data.probe(model))
-    return {"quant_cfg": kv_entries, "algorithm": "auto_quantize"}, found
+def _needs_data(model: MegatronModule, method: str) -> bool:
+    """Whether calibration looks at data; the same answer on all ranks."""
+    if method != "max":
+        return bool(method)
+    wanted = any(
+        quantizers.needs_amax(quantizer) and "weight_quantizer" not in name
+        for name, quantizer in quantizers.enabled(model)
+    )
+    return any(from_all_ranks(wanted))

@@ -21,7 +21,7 @@ class Recipe:
     kind: str
 
 
-def find(name: str, option: str = "--recipe") -> Recipe:
+def find(name: str) -> Recipe:
     """The recipe that a path, or the name of a built-in one, means.
 
     A built-in is named by its path in the package ``modelopt_recipes``, or by its stem if it is
@@ -30,34 +30,16 @@ def find(name: str, option: str = "--recipe") -> Recipe:
     Raises:
         UsageError: if there is none, it is not YAML, or it is not about quantization.
     """
-    builtin = root()
-    candidates = [Path(name), builtin / name]
-    candidates += [builtin / "general" / kind / name for kind in ("ptq", "auto_quantize")]
-    for candidate in list(candidates):
-        candidates.append(candidate.with_name(candidate.name + ".yaml"))
-    path = next((each for each in candidates if each.is_file()), None)
-    if path is None:
-        known = [
-            str(each.relative_to(builtin)) for each in sorted(builtin.glob("general/*/*.yaml"))
-        ]
-        stems = [Path(each).stem for each in known]
-        raise UsageError(
-            f"{option} {name}",
-            "there is no such file, and no built-in recipe of this name",
-            suggest(Path(name).stem, stems) or f"for instance {', '.join(stems[:3])}",
-        )
+    path = _path(name)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         kind = content["metadata"]["recipe_type"]
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"{option} {path}",
-            f"it is not YAML: {' '.join(str(error).split())}",
-            "correct the file",
-        ) from error
+        cause = f"it is not YAML: {' '.join(str(error).split())}"
+        raise UsageError(f"--recipe {path}", cause, "correct the file") from error
     except (TypeError, KeyError) as error:
         raise UsageError(
-            f"{option} {path}",
+            f"--recipe {path}",
             "it has no metadata.recipe_type",
             "start from a recipe of the package modelopt_recipes, such as general/ptq/"
             "fp8_default-kv_fp8.yaml",
@@ -65,15 +47,14 @@ def find(name: str, option: str = "--recipe") -> Recipe:
     section = {"ptq": "quantize", "auto_quantize": "auto_quantize"}.get(kind)
     if section is None or section not in content:
         raise UsageError(
-            f"{option} {path}",
+            f"--recipe {path}",
             f"its recipe_type is {kind}" + (f" and it has no {section}" if section else ""),
             "give a recipe of type ptq or auto_quantize with its section of the same name",
         )
     return Recipe(path, kind)
 
 
-def root() -> Path:
-    """Folder of the recipes that come with ModelOpt."""
+def _path(name: str) -> Path:
     found = importlib.util.find_spec("modelopt_recipes")
     if found is None or not found.submodule_search_locations:
         raise UsageError(
@@ -81,7 +62,18 @@ def root() -> Path:
             "it is not installed; it comes with nvidia-modelopt",
             "python -m post_training.doctor shows what is missing",
         )
-    return Path(next(iter(found.submodule_search_locations)))
+    builtin = Path(found.submodule_search_locations[0])
+    folders = (Path(), builtin, builtin / "general/ptq", builtin / "general/auto_quantize")
+    candidates = [folder / (name + suffix) for suffix in ("", ".yaml") for folder in folders]
+    path = next((each for each in candidates if each.is_file()), None)
+    if path is None:
+        stems = [each.stem for each in sorted(builtin.glob("general/*/*.yaml"))]
+        raise UsageError(
+            f"--recipe {name}",
+            "there is no such file, and no built-in recipe of this name",
+            suggest(Path(name).stem, stems) or f"for instance {', '.join(stems[:3])}",
+        )
+    return path
 
 
 def load(recipe: Recipe) -> Any:

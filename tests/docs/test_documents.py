@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import documents
+import formats_table
 import pytest
 import tools
 
@@ -100,13 +101,11 @@ def test_commands_that_cannot_run_here_pass_their_checks(tmp_path):
 
 
 def test_the_formats_table_is_the_codes():
-    from post_training.quantization import formats
-
     shown = re.search(
         r"<!-- formats: .*?-->\n(.*?)\n<!-- end of formats -->", TEXTS["docs/formats.md"], re.DOTALL
     )
     assert shown is not None
-    assert shown[1].strip() == formats.markdown_table().strip()
+    assert shown[1].strip() == formats_table.markdown_table().strip()
 
 
 def test_every_conf_is_listed():

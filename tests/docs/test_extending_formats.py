@@ -78,9 +78,8 @@ def check(root, source, tmp_path, *flags):
 
 
 def test_the_format_and_the_engine_are_in_the_table(extended):
-    code = "from post_training.quantization import formats; print(formats.markdown_table())"
-    lines = python(extended, "-c", code).stdout.splitlines()
-    assert "| `INT6_WEIGHT_ONLY` | `int6` | int6: 8 | 16-bit | all | INT6 |" in lines
+    lines = python(extended, "tests/helpers/formats_table.py").stdout.splitlines()
+    assert "| `INT6_DEFAULT_CFG` | `int6` | int6: 8 | 16-bit | all | INT6 |" in lines
     assert "| INT6 | Example | Hopper; weights alone on Ampere, Ada (Example) |" in lines
     assert any(line.startswith("| FP8 | vLLM, ") and ", Example |" in line for line in lines)
 

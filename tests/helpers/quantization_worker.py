@@ -18,8 +18,9 @@ from post_training.checkpoints.source import find_source
 from post_training.cli.stage import make_plan, open_session
 from post_training.common.errors import UsageError
 from post_training.config import arguments
-from post_training.quantization import formats, recipes
 from post_training.quantization import options as quantization_options
+from post_training.quantization import recipes
+from post_training.quantization.formats import registry as formats
 from post_training.quantization.options import QuantizeOptions
 
 
@@ -66,6 +67,7 @@ class Model:
 def every_format(build: Model) -> dict[str, Any]:
     """Each name of the table, on the plain model."""
     from post_training.quantization import coverage, quantizers
+    from post_training.quantization.configuration import method_of
 
     plain = build.logits(build.plain())
     results = {}
@@ -78,7 +80,7 @@ def every_format(build: Model) -> dict[str, Any]:
             continue
         model, config = build.quantized(row)
         logits = build.logits(model)
-        found = quantizers.judge_model(model, quantizers.method_of(config))
+        found = quantizers.judge_model(model, method_of(config))
         reached = coverage.survey(model, config)
         results[name] = {
             "finite": bool(logits.isfinite().all()),

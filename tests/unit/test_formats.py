@@ -5,14 +5,17 @@ import sys
 import time
 from types import SimpleNamespace
 
+import formats_table
 import pytest
 import tools
 
 from post_training.common.errors import UsageError
-from post_training.quantization import formats, recipes
+from post_training.quantization import recipes
 from post_training.quantization.engines import registry as engines
 from post_training.quantization.engines.base import GENERATIONS
-from post_training.quantization.formats import Linear
+from post_training.quantization.formats import exportable
+from post_training.quantization.formats import registry as formats
+from post_training.quantization.formats.base import Linear
 
 MODELOPT = """
 import json
@@ -112,18 +115,18 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", EXPORTED)
 def test_formats_that_engines_read_are_exportable(name):
-    assert formats.verdict(formats.FORMATS[name]).quant_algo == EXPORTED[name]
+    assert exportable.verdict(formats.FORMATS[name]).quant_algo == EXPORTED[name]
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_formats_that_no_engine_would_read_correctly_are_refused_with_the_reason(name):
-    found = formats.verdict(formats.FORMATS[name])
+    found = exportable.verdict(formats.FORMATS[name])
     assert not found.exportable
     assert REFUSED[name] in found.reason
 
 
 def test_every_exportable_algorithm_has_engines_and_gpus():
-    found = [formats.verdict(row) for row in formats.FORMATS.values()]
+    found = [exportable.verdict(row) for row in formats.FORMATS.values()]
     algorithms = {each.quant_algo for each in found if each.exportable}
     assert algorithms | {"MIXED_PRECISION"} == set(engines.algorithms())
     for algorithm in algorithms:
@@ -134,25 +137,25 @@ def test_every_exportable_algorithm_has_engines_and_gpus():
 
 def test_weight_only_changes_the_verdict():
     fp8, nvfp4 = formats.FORMATS["FP8_DEFAULT_CFG"], formats.FORMATS["NVFP4_DEFAULT_CFG"]
-    refused = formats.verdict(fp8, weight_only=True)
+    refused = exportable.verdict(fp8, weight_only=True)
     assert not refused.exportable
     assert "input scale" in refused.reason
-    assert formats.verdict(nvfp4, weight_only=True).quant_algo == "W4A16_NVFP4"
+    assert exportable.verdict(nvfp4, weight_only=True).quant_algo == "W4A16_NVFP4"
 
 
 def test_the_kv_cache_changes_the_verdict():
     fp8 = formats.FORMATS["FP8_DEFAULT_CFG"]
-    assert formats.verdict(fp8, kv_cache="fp8").kv_cache_quant_algo == "FP8"
-    assert formats.verdict(fp8, kv_cache="nvfp4").kv_cache_quant_algo == "NVFP4"
+    assert exportable.verdict(fp8, kv_cache="fp8").kv_cache_quant_algo == "FP8"
+    assert exportable.verdict(fp8, kv_cache="nvfp4").kv_cache_quant_algo == "NVFP4"
     for cache in ("fp8_affine", "nvfp4_affine", "nvfp4_rotate"):
-        assert not formats.verdict(fp8, kv_cache=cache).exportable
+        assert not exportable.verdict(fp8, kv_cache=cache).exportable
 
 
 def test_only_formats_that_vllm_mixes_are_exportable_together():
     fp8, nvfp4 = Linear("fp8", "fp8"), Linear("nvfp4", "nvfp4")
-    assert formats.judge([fp8, nvfp4]).quant_algo == "MIXED_PRECISION"
-    assert not formats.judge([fp8, Linear("mxfp8", "mxfp8")]).exportable
-    assert formats.judge([]).exportable
+    assert exportable.judge([fp8, nvfp4]).quant_algo == "MIXED_PRECISION"
+    assert not exportable.judge([fp8, Linear("mxfp8", "mxfp8")]).exportable
+    assert exportable.judge([]).exportable
 
 
 @pytest.mark.parametrize(
@@ -227,7 +230,7 @@ def test_an_unknown_recipe_gets_the_nearest_ones():
 
 
 def test_the_markdown_table_has_a_line_for_each_format_and_algorithm():
-    table = formats.markdown_table()
+    table = formats_table.markdown_table()
     for name in [*(f"`{name}`" for name in formats.FORMATS), *engines.algorithms()]:
         assert f"| {name} |" in table
     widths = {line.count("|") for line in table.splitlines() if line.startswith("| `")}
@@ -236,8 +239,10 @@ def test_the_markdown_table_has_a_line_for_each_format_and_algorithm():
 
 def test_the_table_is_read_without_torch_or_modelopt():
     code = (
-        "import sys; from post_training.quantization import formats, options, recipes\n"
-        "formats.markdown_table(); recipes.find('fp8_default-kv_fp8')\n"
+        "import sys; from post_training.quantization import options, recipes\n"
+        "from post_training.quantization.formats import exportable, registry\n"
+        "for row in registry.FORMATS.values(): exportable.verdict(row)\n"
+        "recipes.find('fp8_default-kv_fp8')\n"
         "assert not {'torch', 'modelopt', 'megatron'} & set(sys.modules)"
     )
     started = time.monotonic()

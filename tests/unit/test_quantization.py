@@ -7,7 +7,8 @@ import tools
 import torch
 
 from post_training.models.families.base import TINY_SIZES
-from post_training.quantization import formats
+from post_training.quantization.formats import exportable
+from post_training.quantization.formats import registry as formats
 
 LAYERS = 2
 CANNOT_RUN = {
@@ -50,11 +51,11 @@ def test_format_quantizes_the_model_as_the_table_says(every_format, name):
     found, row = every_format[name], formats.FORMATS[name]
     assert found["finite"]
     assert 0.001 < found["change"] < 0.9
-    assert found["exportable"] == formats.verdict(row).exportable
-    assert found["quant_algo"] == formats.verdict(row).quant_algo
+    assert found["exportable"] == exportable.verdict(row).exportable
+    assert found["quant_algo"] == exportable.verdict(row).quant_algo
     if row.linear is not None:
         assert found["forms"] == [str(row.linear)]
-        assert found["bits"] == formats.WEIGHT_BITS[row.linear.weight]
+        assert found["bits"] == formats.WEIGHTS[row.linear.weight].bits
 
 
 @pytest.mark.parametrize("name", CANNOT_RUN)

@@ -10,9 +10,8 @@ from post_training.export.decoders.base import Decoder, Read, require_dtype, req
 def decode(read: Read, module: str, stored: torch.Tensor) -> torch.Tensor:
     require_dtype(module, stored, torch.float8_e4m3fn)
     scale = read(f"{module}.weight_scale").float()
-    if scale.numel() == 1:
-        return stored.float() * scale.reshape(())
-    require_shape(module, scale.flatten(), (stored.shape[0],))
+    if scale.numel() > 1:
+        require_shape(module, scale.flatten(), (stored.shape[0],))
     return stored.float() * scale.reshape(-1, 1)
 
 

@@ -7,12 +7,17 @@ their scales are found (``NVFP4_AWQ_CLIP_CFG``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-PRE_QUANT_SCALE = "pre_quant_scale"
-LOW_RANK = "low_rank"
+# What is done to a linear layer beside rounding, and why no export has it.
+PRE_QUANT_SCALE = (
+    "inputs are multiplied by a factor per channel (pre_quant_scale), which ModelOpt's exporter "
+    "for Megatron drops or refuses"
+)
+LOW_RANK = "a low-rank product is added to each linear layer, which no engine computes"
 # ModelOpt's algorithms that add something to a linear layer, and what.
 EXTRA_OF_METHOD = {
     "smoothquant": PRE_QUANT_SCALE,
@@ -20,6 +25,8 @@ EXTRA_OF_METHOD = {
     "awq_full": PRE_QUANT_SCALE,
     "svdquant": LOW_RANK,
 }
+# Value of --export-kv-cache-quant that leaves keys and values in 16 bits.
+NO_KV_CACHE = "none"
 
 
 @dataclass(frozen=True)
@@ -28,8 +35,12 @@ class NumberFormat:
 
     Attributes:
         name: in ``Linear``, messages and the table.
-        is_used_by: whether a ModelOpt ``TensorQuantizer`` rounds to this format, judged by its
-            ``num_bits``, ``block_sizes`` and ``axis``; None where ``parts`` decides.
+        num_bits: of ModelOpt's quantizers of this format: of an integer, or of exponent and
+            mantissa; None where ``parts`` decides.
+        scale: what has a scale of its own: ``tensor``, ``channel`` (of the output), ``token``
+            (found at run time) or ``block``.
+        blocks: what the quantizers' ``block_sizes`` have to say: the inputs of a row in a block
+            (-1), ``type`` ...; scales that are not rounded have no ``scale_bits``.
         parts: names of the number formats that a ``SequentialQuantizer`` applies one after the
             other; empty for a single quantizer.
         bits: stored per weight, scales included: n weights that share a scale add its bits / n.
@@ -43,7 +54,9 @@ class NumberFormat:
     """
 
     name: str
-    is_used_by: Callable[[Any], bool] | None = None
+    num_bits: int | tuple[int, int] | None = None
+    scale: str = "tensor"
+    blocks: Mapping[Any, Any] = field(default_factory=dict)
     parts: tuple[str, ...] = ()
     bits: float = 16.0
     block_size: int = 1
@@ -51,6 +64,18 @@ class NumberFormat:
     stored_block_scales: bool = False
     exported_as: Mapping[str, str] = field(default_factory=dict)
     refused: str = ""
+
+    def is_used_by(self, quantizer: Any) -> bool:
+        """Whether a ModelOpt ``TensorQuantizer`` rounds to this format."""
+        blocks = dict(quantizer.block_sizes or {})
+        if quantizer.num_bits != self.num_bits:
+            return False
+        if self.scale == "token":
+            return getattr(quantizer, "_dynamic", False) and blocks.get(-1) is None
+        if self.scale == "block":
+            wanted = {"scale_bits": None, **self.blocks}
+            return bool(blocks) and all(blocks.get(key) == wanted[key] for key in wanted)
+        return not blocks and (quantizer.axis is not None) == (self.scale == "channel")
 
 
 @dataclass(frozen=True)
@@ -60,8 +85,7 @@ class Linear:
     Attributes:
         weight: number format of the weights.
         input: number format of the layer's input; empty if it stays in 16 bits.
-        extra: ``pre_quant_scale`` where inputs are multiplied by a factor per channel first,
-            ``low_rank`` where a low-rank product is added, ``""`` otherwise.
+        extra: what else is done to them: :data:`PRE_QUANT_SCALE`, :data:`LOW_RANK` or nothing.
     """
 
     weight: str
@@ -70,34 +94,19 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Whether an engine can load the export.
-
-    Attributes:
-        exportable: whether this repository writes it so that engines read it correctly.
-        quant_algo: the name in ``hf_quant_config.json``; empty if there is none.
-        reason: why it is not exportable; empty otherwise.
-        kv_cache_quant_algo: the name for keys and values; empty if they are not quantized.
-    """
-
-    exportable: bool
-    quant_algo: str = ""
-    reason: str = ""
-    kv_cache_quant_algo: str = ""
-
-
-@dataclass(frozen=True)
 class Format:
     """What ``--export-quant-cfg`` can name.
 
     Attributes:
         name: in ModelOpt's ``quantization.config.choices``, or our own.
-        spellings: other names; the first is the short name.
-        linear: how linear layers are quantized; None where only keys and values are.
+        weight: number format of the linear layers' weights; empty where only keys and values are
+            quantized.
+        input: number format of their inputs; empty: 16 bits.
         method: ModelOpt's algorithm that finds the scales: ``max``, ``mse``, ``awq_lite``, ...;
             empty where none is needed.
+        alias: a further short name; empty if there is none.
         layers: which linear layers; never the output layer and routers, except ``every``.
-        kv: number format of keys and values, a ``KvCache.name``; empty if they stay in 16 bits.
+        kv: number format of keys and values, a ``KvCache.name``.
         attention: whether the products inside attention are quantized too.
         broken: why it cannot run on a Megatron model at all; empty if it can.
         quant_cfg: ModelOpt's entries for the quantizers to enable; its own list of layers that are
@@ -105,14 +114,27 @@ class Format:
     """
 
     name: str
-    spellings: tuple[str, ...]
-    linear: Linear | None
+    weight: str = ""
+    input: str = ""
     method: str = "max"
+    alias: str = ""
     layers: str = "all"
-    kv: str = ""
+    kv: str = NO_KV_CACHE
     attention: bool = False
     broken: str = ""
     quant_cfg: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def linear(self) -> Linear | None:
+        """How linear layers are quantized; None where they are not."""
+        extra = EXTRA_OF_METHOD.get(self.method, "")
+        return Linear(self.weight, self.input, extra) if self.weight else None
+
+    @property
+    def spellings(self) -> list[str]:
+        """Other names, the short one first: ``nvfp4`` for ``NVFP4_DEFAULT_CFG``."""
+        short = re.sub("(_default)?_(cfg|config)$", "", self.name.lower())
+        return [name for name in (short, self.alias) if name] if self.weight else []
 
 
 @dataclass(frozen=True)
@@ -121,7 +143,7 @@ class KvCache:
 
     Attributes:
         name: what ``--export-kv-cache-quant`` takes.
-        config: ModelOpt's configuration.
+        config: ModelOpt's configuration; empty for none.
         exported_as: ``kv_cache_quant_algo``; empty if no engine reads it.
         refused: why no engine does; empty otherwise.
     """
@@ -148,23 +170,3 @@ class FormatFamily:
     weights: tuple[NumberFormat, ...] = ()
     inputs: tuple[NumberFormat, ...] = ()
     kv_caches: tuple[KvCache, ...] = ()
-
-
-def linear_format(
-    name: str, spellings: str, weight: str, inputs: str = "", method: str = "max", **more: Any
-) -> Format:
-    """A format of linear layers.
-
-    Args:
-        spellings: separated by blanks.
-        weight: number format of the weights.
-        inputs: number format of the inputs; empty: 16 bits.
-        more: further fields of :class:`Format`.
-    """
-    linear = Linear(weight, inputs, EXTRA_OF_METHOD.get(method, ""))
-    return Format(name, tuple(spellings.split()), linear, method, **more)
-
-
-def block_sizes(quantizer: Any) -> dict[Any, Any]:
-    """A quantizer's ``block_sizes``: last dimension -1 -> size, ``type``, ``scale_bits``."""
-    return dict(quantizer.block_sizes or {})

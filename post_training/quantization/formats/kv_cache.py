@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from post_training.quantization.formats.base import Format, FormatFamily, KvCache
+from post_training.quantization.formats.base import NO_KV_CACHE, Format, FormatFamily, KvCache
 
-NONE = "none"
 _NO_ZERO_POINTS = "engines read no zero points of keys and values"
 _KV_CACHES = (
     KvCache("fp8", "FP8_KV_CFG", exported_as="FP8"),
@@ -15,6 +14,6 @@ _KV_CACHES = (
 )
 
 KEYS_AND_VALUES = FormatFamily(
-    kv_caches=_KV_CACHES,
-    formats=tuple(Format(each.config, (), None, kv=each.name) for each in _KV_CACHES),
+    kv_caches=(KvCache(NO_KV_CACHE, ""), *_KV_CACHES),
+    formats=tuple(Format(each.config, kv=each.name) for each in _KV_CACHES),
 )

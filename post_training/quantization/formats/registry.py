@@ -55,11 +55,6 @@ def find(name: str, option: str = "--export-quant-cfg") -> Format:
     return row
 
 
-def is_recipe(name: str) -> bool:
-    """Whether a positional name means a recipe file, by the rule of Megatron-LM's script."""
-    return "/" in name or name.endswith((".yaml", ".yml"))
-
-
 def number_format(quantizer: Any, *, is_input: bool = False) -> NumberFormat | None:
     """The number format that a ModelOpt ``TensorQuantizer`` rounds to; None if none matches.
 
@@ -67,4 +62,4 @@ def number_format(quantizer: Any, *, is_input: bool = False) -> NumberFormat | N
         is_input: of a layer's input, which may have formats that no weight has.
     """
     candidates = (*INPUTS.values(), *WEIGHTS.values()) if is_input else WEIGHTS.values()
-    return next((row for row in candidates if row.is_used_by and row.is_used_by(quantizer)), None)
+    return next((row for row in candidates if row.is_used_by(quantizer)), None)
