@@ -94,7 +94,7 @@ class Folder:
         for name in self.index:
             if name not in self.expected:
                 found += self._scale_problems(name, modules)
-        return [*found, *self._configuration_problems(modules), *self._kv_problems()]
+        return [*found, *self._configuration_problems(modules)]
 
     def bits_per_weight(self) -> float:
         """Stored bits of all tensors, scales included, per parameter of the architecture."""
@@ -180,6 +180,14 @@ class Folder:
                 yield f"{name} is not finite and positive"
 
     def _configuration_problems(self, modules: set[str]) -> Iterable[str]:
+        kv_scales = sum(name.endswith(_KV_SCALES) for name in self.index)
+        layers = self.config["num_hidden_layers"]
+        kv_algorithm = self.quantization.get("kv_cache_quant_algo")
+        if kv_scales != (2 * layers if kv_algorithm else 0):
+            yield (
+                f"{kv_scales} key and value scales for {layers} layers "
+                f"with kv_cache_quant_algo {kv_algorithm}"
+            )
         declared = self.config.get("quantization_config")
         has_scales = any(name.endswith(".weight_scale") for name in self.index)
         if not self.quantization:
@@ -201,16 +209,6 @@ class Folder:
             covered = module not in listed if listed is not None else self._is_excluded(module)
             if is_linear and not covered and f"{module}.weight_scale" not in self.index:
                 yield f"{module} is plain, but the configuration does not exclude it"
-
-    def _kv_problems(self) -> Iterable[str]:
-        found = sum(name.endswith(_KV_SCALES) for name in self.index)
-        layers = self.config["num_hidden_layers"]
-        algorithm = self.quantization.get("kv_cache_quant_algo")
-        if found != (2 * layers if algorithm else 0):
-            yield (
-                f"{found} key and value scales for {layers} layers "
-                f"with kv_cache_quant_algo {algorithm}"
-            )
 
 
 def compare(

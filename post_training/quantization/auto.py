@@ -6,7 +6,6 @@ format by construction. Every stage of a pipeline would search alone: PP=1 is re
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import modelopt.torch.quantization as mtq
@@ -107,24 +106,24 @@ def _of_recipe(recipe: Recipe) -> tuple[dict[str, Any], int, list[Config]]:
         "disabled_layers": [*_NEVER, *content.disabled_layers],
     }
     if content.candidate_formats:
-        arguments["quantization_formats"] = _dumped(content.candidate_formats)
+        arguments["quantization_formats"] = list(map(_dump, content.candidate_formats))
     if loaded.quantize is not None:
-        [arguments["fixed_quantization_config"]] = _dumped([loaded.quantize])
+        arguments["fixed_quantization_config"] = _dump(loaded.quantize)
     if content.module_search_spaces:
         arguments["module_search_spaces"] = [
             {
                 "module_name_patterns": list(space.module_name_patterns),
-                "quantization_formats": _dumped(space.candidate_formats),
+                "quantization_formats": list(map(_dump, space.candidate_formats)),
                 "allow_no_quant": space.allow_no_quant,
             }
             for space in content.module_search_spaces
         ]
-    cache = content.kv_cache
-    return arguments, content.score_size, _dumped([cache])[0]["quant_cfg"] if cache else []
+    kv_entries = _dump(content.kv_cache)["quant_cfg"] if content.kv_cache else []
+    return arguments, content.score_size, kv_entries
 
 
-def _dumped(configurations: Iterable[QuantizeConfig]) -> list[Config]:
-    return [each.model_dump(exclude_unset=True) for each in configurations]
+def _dump(configuration: QuantizeConfig) -> Config:
+    return configuration.model_dump(exclude_unset=True)
 
 
 def _record_all_off(core: torch.nn.Module) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -16,8 +15,6 @@ from post_training.quantization.formats import registry as formats
 from post_training.quantization.formats.base import Format
 from post_training.quantization.options import QuantizeOptions
 from post_training.quantization.recipes import Recipe
-
-logger = logging.getLogger(__name__)
 
 Config = dict[str, Any]
 
@@ -92,7 +89,6 @@ def _with_megatron_names(entries: list[Config]) -> Iterator[Config]:
             translated = pattern.sub(ours, name)
             if translated not in given:
                 given.add(translated)
-                logger.debug("recipe: %s also stands for %s", name, translated)
                 yield {**copy.deepcopy(entry), "quantizer_name": translated}
 
 

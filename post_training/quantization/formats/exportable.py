@@ -63,7 +63,7 @@ def judge(linears: Iterable[Linear], kv: str = NO_KV_CACHE, *, attention: bool =
     if len(algorithms) > 1 and not engines.mixable(algorithms):
         mixture = ", ".join(sorted(algorithms))
         return Verdict(reason=f"{engines.ENGINES[0].name} does not mix {mixture}")
-    name = MIXED if len(algorithms) > 1 else "".join(algorithms)
+    name = MIXED if len(algorithms) > 1 else next(iter(algorithms), "")
     return Verdict(name, kv_cache_quant_algo=cache.exported_as)
 
 
