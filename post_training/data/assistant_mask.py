@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from post_training.common.errors import UsageError
 from post_training.data import document_formats
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 # Letters that no template treats specially and that no text is likely to contain.
 _MARKER = "zqAnswer{}Xqz"
 _THINK, _END_THINK = "<think>", "</think>"
-# Fields of a turn that the model generates.
-_WRITTEN = ("reasoning_content", "content")
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,15 @@ class Tokens:
     mask: list[bool]
 
 
+class _Part(NamedTuple):
+    """A generated field of a turn, and the marker that stands for what follows its thoughts."""
+
+    turn: int
+    marker: str
+    thinks: bool
+    answer: str
+
+
 def tokenize(document: Document, tokenizer: PreTrainedTokenizerBase, option: str) -> Tokens:
     """Tokens and mask of a conversation.
 
@@ -44,13 +52,21 @@ def tokenize(document: Document, tokenizer: PreTrainedTokenizerBase, option: str
             or a template that puts no answer into its text.
     """
     require_answers(document, option)
-    if "{% generation" in _template(tokenizer) or "{%- generation" in _template(tokenizer):
-        found = _by_template(document, tokenizer)
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    if "{% generation" in template or "{%- generation" in template:
+        encoded: Any = tokenizer.apply_chat_template(
+            list(document.messages),
+            tools=list(document.tools) or None,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        mask = [bool(each) for each in encoded["assistant_masks"]]
+        found = Tokens(list(encoded["input_ids"]), mask)
     else:
         text = document_formats.render(document, tokenizer, option)
-        spans = answer_spans(document, text, tokenizer, option)
-        special = not document_formats.has_template(tokenizer)
-        found = _tokens(text, spans, tokenizer, special)
+        spans = _answer_spans(document, text, tokenizer, option)
+        found = _tokens(text, spans, tokenizer, special=not template)
     if not any(found.mask):
         raise UsageError(
             f"{option} {document.place}",
@@ -68,61 +84,13 @@ def require_answers(document: Document, option: str) -> None:
             "it is plain text: no part of it is an answer to train on",
             'give conversations: {"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}',
         )
-    if not any(_is_answer(message) for message in document.messages):
+    if not any(_written(message) for message in document.messages):
         roles = ", ".join(message["role"] for message in document.messages)
         raise UsageError(
             f"{option} {document.place}",
             f"its loss mask is empty: no assistant turn has text (roles: {roles})",
             "give each conversation an answer; generate.sh lets the target write them",
         )
-
-
-def answer_spans(
-    document: Document, text: str, tokenizer: PreTrainedTokenizerBase, option: str
-) -> list[tuple[int, int]]:
-    """Begin and end of each answer in ``text``, the rendered ``document``, in characters."""
-    marked, count = [], 0
-    thinking: dict[int, bool] = {}
-    groups: list[list[int]] = []  # markers of one turn; the text between them is generated too
-    for message in document.messages:
-        changed = dict(message)
-        if _is_answer(message):
-            groups.append([])
-            for name in _WRITTEN:
-                if str(message.get(name) or "").strip():
-                    # Templates treat an answer with reasoning differently: keep it.
-                    changed[name] = _thoughts(str(message[name])) + _MARKER.format(count)
-                    thinking[count] = bool(_thoughts(str(message[name])))
-                    groups[-1].append(count)
-                    count += 1
-        marked.append(changed)
-    outline = document_formats.render(replace(document, messages=tuple(marked)), tokenizer, option)
-    present = [i for i in range(count) if _MARKER.format(i) in outline]
-    originals = [
-        str(message[name]).removeprefix(_thoughts(str(message[name])))
-        for message in document.messages
-        if _is_answer(message)
-        for name in _WRITTEN
-        if str(message.get(name) or "").strip()
-    ]
-    located = _locate(text, _split(outline, present), [originals[i] for i in present])
-    if located is None:
-        raise UsageError(
-            f"{option} {document.place}",
-            "the chat template's own text depends on the answers, so they cannot be told apart",
-            "mark them in the template with {% generation %}",
-        )
-    spans = dict(zip(present, located, strict=True))
-    joined: list[tuple[int, int]] = []
-    for group in groups:
-        found = [spans[i] for i in group if i in spans]
-        if found:
-            before = joined[-1][1] if joined else 0
-            # Reasoning that the template kept belongs to the answer.
-            thought = text.rfind(_THINK, before, found[0][0]) if thinking[group[0]] else -1
-            start = thought if thought >= 0 else found[0][0]
-            joined.append((start, _with_end_token(text, found[-1][1], tokenizer)))
-    return joined
 
 
 def show(tokens: Tokens, tokenizer: PreTrainedTokenizerBase, color: bool) -> str:
@@ -138,27 +106,53 @@ def show(tokens: Tokens, tokenizer: PreTrainedTokenizerBase, color: bool) -> str
     return "".join(parts)
 
 
-def _thoughts(content: str) -> str:
-    """The reasoning at the beginning of a turn's content, tags included."""
-    return content[: content.rfind(_END_THINK) + len(_END_THINK)] if _END_THINK in content else ""
+def _written(message: dict[str, Any]) -> dict[str, str]:
+    """The fields of a turn that the model generates and that have text, in order."""
+    if message["role"] != "assistant":
+        return {}
+    fields = {name: str(message.get(name) or "") for name in ("reasoning_content", "content")}
+    return {name: text for name, text in fields.items() if text.strip()}
 
 
-def _is_answer(message: dict[str, Any]) -> bool:
-    written = any(str(message.get(name) or "").strip() for name in _WRITTEN)
-    return message["role"] == "assistant" and written
-
-
-def _template(tokenizer: Any) -> str:
-    return str(getattr(tokenizer, "chat_template", None) or "")
-
-
-def _split(outline: str, present: Sequence[int]) -> list[str]:
-    """The template's text before, between and after the markers with these numbers."""
-    pieces = []
-    for i in present:
-        before, _, outline = outline.partition(_MARKER.format(i))
+def _answer_spans(
+    document: Document, text: str, tokenizer: PreTrainedTokenizerBase, option: str
+) -> list[tuple[int, int]]:
+    """Begin and end of each answer in ``text``, the rendered ``document``, in characters."""
+    marked: list[dict[str, Any]] = []
+    parts: list[_Part] = []
+    for turn, message in enumerate(document.messages):
+        changed = {}
+        for name, content in _written(message).items():
+            # Templates treat an answer with reasoning differently: keep it.
+            thoughts, tag, answer = content.rpartition(_END_THINK)
+            parts.append(_Part(turn, _MARKER.format(len(parts)), bool(tag), answer))
+            changed[name] = thoughts + tag + parts[-1].marker
+        marked.append({**message, **changed})
+    outline = document_formats.render(replace(document, messages=tuple(marked)), tokenizer, option)
+    present = [part for part in parts if part.marker in outline]
+    pieces = []  # the template's text before each marker
+    for part in present:
+        before, _, outline = outline.partition(part.marker)
         pieces.append(before)
-    return [*pieces, outline]
+    located = _locate(text, [*pieces, outline], [part.answer for part in present])
+    if located is None:
+        raise UsageError(
+            f"{option} {document.place}",
+            "the chat template's own text depends on the answers, so they cannot be told apart",
+            "mark them in the template with {% generation %}",
+        )
+    joined: list[tuple[int, int]] = []
+    # What a template writes between the fields of one turn is generated too.
+    for _, group in groupby(zip(present, located, strict=True), lambda each: each[0].turn):
+        fields = list(group)
+        first, (start, _) = fields[0]
+        _, (_, end) = fields[-1]
+        if first.thinks:
+            # Reasoning that the template kept belongs to the answer.
+            thought = text.rfind(_THINK, joined[-1][1] if joined else 0, start)
+            start = thought if thought >= 0 else start
+        joined.append((start, _with_end_token(text, end, tokenizer)))
+    return joined
 
 
 def _locate(
@@ -203,12 +197,10 @@ def _tokens(text: str, spans: Sequence[tuple[int, int]], tokenizer: Any, special
     encoded = tokenizer(
         text, add_special_tokens=special, return_offsets_mapping=True, verbose=False
     )
-    mask, index = [], 0
-    for start, end in encoded["offset_mapping"]:
-        while index < len(spans) and spans[index][1] <= start:
-            index += 1
-        inside = index < len(spans) and end > spans[index][0] and end > start
-        mask.append(inside)
+    answered = bytearray(len(text))
+    for start, end in spans:
+        answered[start:end] = b"\1" * (end - start)
+    mask = [any(answered[start:end]) for start, end in encoded["offset_mapping"]]
     return Tokens(list(encoded["input_ids"]), mask)
 
 
@@ -228,14 +220,3 @@ def _by_pieces(
                 mask += [inside] * len(new)
         position = end
     return Tokens(ids, mask)
-
-
-def _by_template(document: Document, tokenizer: Any) -> Tokens:
-    encoded = tokenizer.apply_chat_template(
-        list(document.messages),
-        tools=list(document.tools) or None,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-    )
-    return Tokens(list(encoded["input_ids"]), [bool(each) for each in encoded["assistant_masks"]])

@@ -8,7 +8,7 @@ points in pruning) and no document is cut by characters.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,17 +57,13 @@ class CalibrationData:
         )
         return "; ".join((text, *self.notes))
 
-    def share(self, rank: int, size: int) -> torch.Tensor:
-        """Sequences of one data-parallel rank, int64 [about n / size, s].
+    def batches(self, batch_size: int, rank: int = 0, size: int = 1) -> Iterator[torch.Tensor]:
+        """Batches of one data-parallel rank, int64 [at most ``batch_size``, s], in order.
 
         Every sequence belongs to exactly one rank, and counts differ by at most one; with fewer
         sequences than ranks the last ranks get none.
         """
-        return self.input_ids[rank::size]
-
-    def batches(self, batch_size: int, rank: int = 0, size: int = 1) -> Iterator[torch.Tensor]:
-        """Batches of one rank's share, int64 [at most ``batch_size``, s], in order."""
-        yield from self.share(rank, size).split(batch_size)
+        yield from self.input_ids[rank::size].split(batch_size)
 
 
 def load_calibration_data(
@@ -78,7 +74,6 @@ def load_calibration_data(
     *,
     random_offset: bool = False,
     seed: int = 1234,
-    option: str = sources.CALIBRATION,
 ) -> CalibrationData:
     """Read ``source`` until ``calib_size`` sequences are full; deterministic.
 
@@ -90,71 +85,52 @@ def load_calibration_data(
         random_offset: start each document at a random position (seeded), so that calibration
             does not see only beginnings.
         seed: of those positions.
-        option: the flag that named the source, for errors.
 
     Raises:
         UsageError: nothing to read, malformed content, or a hub that cannot be reached.
     """
-    for name, value in (("--calib-size", calib_size), ("sequence length", sequence_length)):
-        if value < 1:
-            raise UsageError(f"{name} {value}", "it is not positive", "give 1 or more")
-    used_template: set[bool] = set()
     generator = random.Random(seed) if random_offset else None
-
-    def token_streams() -> Iterator[Iterator[list[int]]]:
-        for document in sources.read_documents(source, option):
-            if document.messages:
-                used_template.add(document_formats.has_template(tokenizer))
-            yield tokens(document, tokenizer, option, generator)
-
-    needed = calib_size * sequence_length
-    joined, documents = _concatenate(token_streams(), needed, tokenizer.eos_token_id)
+    needed, eos = calib_size * sequence_length, tokenizer.eos_token_id
+    joined: list[int] = []
+    starts: list[int] = []  # of documents in ``joined``
+    has_chat = False
+    for document in sources.read_documents(source):
+        has_chat |= bool(document.messages)
+        pieces = filter(None, tokens(document, tokenizer, sources.CALIBRATION, generator))
+        for number, piece in enumerate(pieces):
+            if number == 0:
+                if joined and eos is not None and joined[-1] != eos:
+                    joined.append(eos)
+                starts.append(len(joined))
+            joined += piece
+            if len(joined) >= needed:
+                break
+        if len(joined) >= needed:
+            break
     if not joined:
         raise UsageError(
-            f"{option} {source}", "it holds no text", "give a file with at least one document"
+            f"{sources.CALIBRATION} {source}",
+            "it holds no text",
+            "give a file with at least one document",
         )
     notes = []
     if len(joined) < needed:
         notes.append(f"{calib_size:,} sequences were asked for and the data ended before")
-    if False in used_template:
+    if has_chat and not document_formats.has_template(tokenizer):
         notes.append("the tokenizer has no chat template: turns are joined by blank lines")
-    if tokenizer.eos_token_id is None:
+    if eos is None:
         notes.append("the tokenizer has no end-of-text token: documents follow each other directly")
-    full = len(joined) // sequence_length
+    full = min(len(joined) // sequence_length, calib_size)
     if full == 0:
-        rows = [joined]
         notes.append(f"the only sequence is shorter than {sequence_length:,} tokens")
     else:
-        rows = [joined[i * sequence_length : (i + 1) * sequence_length] for i in range(full)]
-        # Documents that lie entirely in the unused remainder do not count.
-        documents = [start for start in documents if start < full * sequence_length]
-    input_ids = torch.tensor(rows, dtype=torch.long)
+        del joined[full * sequence_length :]
+    input_ids = torch.tensor(joined, dtype=torch.long).view(max(1, full), -1)
+    # Documents that lie entirely in the unused remainder do not count.
+    documents = sum(start < len(joined) for start in starts)
     return CalibrationData(
-        input_ids, len(documents), input_ids.numel(), source, calib_size, tuple(notes)
+        input_ids, documents, input_ids.numel(), source, calib_size, tuple(notes)
     )
-
-
-def _concatenate(
-    streams: Iterable[Iterator[list[int]]], needed: int, eos: int | None
-) -> tuple[list[int], list[int]]:
-    """Join documents' tokens with ``eos`` between; the first ``needed`` tokens, and each start."""
-    tokens: list[int] = []
-    starts: list[int] = []
-    for stream in streams:
-        start = len(tokens)
-        if tokens and eos is not None and tokens[-1] != eos:
-            start += 1
-        for piece in stream:
-            if piece and len(tokens) < start:
-                tokens.append(eos)  # type: ignore[arg-type]  # not None where start moved
-            tokens.extend(piece)
-            if len(tokens) >= needed:
-                break
-        if len(tokens) > start:
-            starts.append(start)
-        if len(tokens) >= needed:
-            break
-    return tokens[:needed], [start for start in starts if start < needed]
 
 
 def tokens(
@@ -176,11 +152,6 @@ def tokens(
     special = not (document.messages and document_formats.has_template(tokenizer))
     if generator is not None:
         text, special = _from_random_place(text, generator, special)
-    yield from _tokenize(text, tokenizer, special)
-
-
-def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase, special: bool) -> Iterator[list[int]]:
-    """Token ids of one document in pieces; ``special`` adds the tokenizer's special tokens."""
     if not text.strip():
         return
     start = 0

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from post_training.common.errors import UsageError
-from post_training.data import assistant_mask, document_formats, packed_data, records, sources
-from post_training.data.packed_data import Packed
+from post_training.data import assistant_mask, packing, sources
 from post_training.data.packing import PackedConversations, Packer
 from post_training.data.sources import DATASET, TextSource
 
@@ -25,7 +24,6 @@ PARTS = ("train", "valid", "test")
 _HELD_OUT = {49: "valid", 99: "test"}
 PROMPTS = "prompts.json"  # of held-out conversations, to measure acceptance with
 _MOST_PROMPTS = 64
-_CHECKED = 5_000  # rows that a check reads, well under a second
 
 
 def check(source: TextSource) -> None:
@@ -34,15 +32,7 @@ def check(source: TextSource) -> None:
     Raises:
         UsageError: naming file and line.
     """
-    sources.require(source)
-    for path, option in source.local:
-        count = 0
-        for file in records.list_files(Path(path).expanduser(), option):
-            for row in islice(records.read(file, option), _CHECKED - count):
-                assistant_mask.require_answers(document_formats.document_of(row, option), option)
-                count += 1
-        if not count:
-            raise UsageError(f"{option} {path}", "it holds no rows", "give a file with data")
+    sources.check(source, assistant_mask.require_answers)
 
 
 def prepare(
@@ -66,20 +56,16 @@ def prepare(
     Raises:
         UsageError: on every rank, for data that cannot be trained on.
     """
-    target = folder / packed_data.fingerprint(source, tokenizer, length, rows)
-    parts, content = packed_data.prepare(
+    target = folder / packing.fingerprint(source, tokenizer, length, rows)
+    parts, content = packing.prepare(
         target, lambda: _pack(source, tokenizer, length, rows, show_progress), PARTS
     )
     return parts, {**content, "prompts": str(target / PROMPTS)}
 
 
 def _pack(
-    source: TextSource,
-    tokenizer: Any,
-    length: int,
-    rows: int,
-    show_progress: bool,
-) -> Packed:
+    source: TextSource, tokenizer: Any, length: int, rows: int, show_progress: bool
+) -> packing.Packed:
     packers = {part: Packer(length) for part in PARTS}
     train = packers["train"]
     conversations = answers = tokens = 0
@@ -90,8 +76,9 @@ def _pack(
             before = len(train.full)
             part = _HELD_OUT.get(conversations % 100, "train")
             packers[part].add(found)
-            if part == "valid" and len(prompts) < _MOST_PROMPTS and found.mask.index(True) > 0:
-                prompts.append(found.ids[: min(found.mask.index(True), length)])
+            prompt = found.ids[: min(found.mask.index(True), length)]
+            if part == "valid" and len(prompts) < _MOST_PROMPTS and prompt:
+                prompts.append(prompt)
             conversations += 1
             tokens += len(found.ids)
             answers += sum(found.mask)
@@ -110,7 +97,6 @@ def _pack(
             else "it holds no conversation",
             "raise --seq-length, or give conversations with shorter prompts",
         )
-    parts = {name: packer.arrays() for name, packer in packers.items()}
     description = {
         "source": source.describe(),
         "conversations": conversations,
@@ -119,11 +105,12 @@ def _pack(
         "sequences": len(train.full),
         "held_out_sequences": len(packers["valid"].full),
         "sequence_length": length,
-        "filled": round(sum(len(r[0]) for r in train.full) / (len(train.full) * length), 4),
+        "filled": round(sum(len(row.ids) for row in train.full) / (len(train.full) * length), 4),
         "cut": sum(packer.cut for packer in packers.values()),
         "left_out": sum(packer.dropped for packer in packers.values()),
     }
-    return Packed(parts, description, {PROMPTS: prompts})
+    parts = {name: packer.arrays() for name, packer in packers.items()}
+    return parts, description, {PROMPTS: prompts}
 
 
 def describe(content: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ imports torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,11 +20,10 @@ from post_training.common.errors import UsageError, suggest
 from post_training.data import records
 from post_training.data.records import Row
 
-_ROWS_CHECKED = 20_000  # about a second of JSONL; later rows are checked when they are read
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_ROWS_CHECKED = 20_000  # about a second of JSONL; later rows are checked when they are read
 TEXT_KEYS = ("text", "article", "content", "document")
 CHAT_KEYS = ("messages", "conversations", "conversation")
 PAIR_KEYS = (
@@ -64,12 +63,12 @@ class Document:
     tools: tuple[dict[str, Any], ...] = ()
 
 
-def document_of(row: Row, option: str) -> Document:
-    """Interpret ``row`` by the names of its columns.
+# Given a document and the option that named its source, raises UsageError.
+Check = Callable[[Document, str], None]
 
-    Args:
-        row: a record and its place.
-        option: the flag that named the data, for errors.
+
+def document_of(row: Row, option: str) -> Document:
+    """Interpret ``row`` by the names of its columns; errors name ``option``.
 
     Raises:
         UsageError: no known column, an unknown role, or content that is not text.
@@ -86,21 +85,23 @@ def document_of(row: Row, option: str) -> Document:
             return Document(row.place, text=values[key])
     for question, answer in PAIR_KEYS:
         if isinstance(values.get(question), str) and isinstance(values.get(answer), str):
-            return Document(row.place, messages=_pair(values, question, answer))
+            asked = values[question]
+            # Alpaca's layout: the instruction, a blank line, what it applies to.
+            if question == "instruction" and values.get("input"):
+                asked = f"{asked}\n\n{values['input']}"
+            return Document(
+                row.place,
+                messages=(
+                    {"role": "user", "content": asked},
+                    {"role": "assistant", "content": values[answer]},
+                ),
+            )
     raise UsageError(
         f"{option} {row.place}",
         f"no column of a known layout holds text; columns: {', '.join(values) or 'none'}",
         f"give a text column ({', '.join(TEXT_KEYS)}), a conversation ({', '.join(CHAT_KEYS)}), "
         f"or a pair such as {PAIR_KEYS[0][0]} and {PAIR_KEYS[0][1]}",
     )
-
-
-def _pair(values: Mapping[str, Any], question: str, answer: str) -> tuple[dict[str, Any], ...]:
-    asked = values[question]
-    # Alpaca's layout: the instruction, a blank line, what it applies to.
-    if question == "instruction" and values.get("input"):
-        asked = f"{asked}\n\n{values['input']}"
-    return ({"role": "user", "content": asked}, {"role": "assistant", "content": values[answer]})
 
 
 def _messages(turns: Any, place: str, option: str) -> tuple[dict[str, Any], ...]:
@@ -212,19 +213,23 @@ def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def check(source: str, option: str) -> None:
+def check(source: str, option: str, also: Check | None = None) -> None:
     """Check the first rows of local data: JSONL, parquet, CSV or text. Hub names pass.
+
+    Args:
+        also: a further check of each document.
 
     Raises:
         UsageError: if it is missing, empty, malformed, or its rows lack the known fields.
     """
     if not records.is_local(source):
         return
-    path = Path(source).expanduser()
-    count = 0
-    for file in records.list_files(path, option):
-        for row in islice(records.read(file, option), _ROWS_CHECKED - count):
-            document_of(row, option)
-            count += 1
-    if not count:
+    empty = True
+    for row in islice(records.local_rows(source, option), _ROWS_CHECKED):
+        empty = False
+        document = document_of(row, option)
+        if also is not None:
+            also(document, option)
+    if empty:
+        path = Path(source).expanduser()
         raise UsageError(f"{option} {path}", "it holds no rows", "give a file with data")

@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from post_training.config.checks import at_least
 from post_training.config.flags import flag
 from post_training.data import document_formats
-from post_training.data.sources import TextSource
+from post_training.data.sources import CALIBRATION, TextSource
 
 if TYPE_CHECKING:
     from post_training.data.calibration_data import CalibrationData
     from post_training.models.architecture import Architecture
 
 logger = logging.getLogger("post_training")
-
-OPTION = "--calib-dataset-path-or-name"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +44,7 @@ class CalibrationOptions:
 
 def check(options: CalibrationOptions) -> None:
     """Raise UsageError for data that cannot be read."""
-    document_formats.check(options.calib_dataset_path_or_name, OPTION)
+    document_formats.check(options.calib_dataset_path_or_name, CALIBRATION)
 
 
 def load(
@@ -72,8 +70,6 @@ def load(
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingTextOptions:
-    """Flags that name the text or conversations to train on."""
-
     TITLE: ClassVar[str] = "data"
 
     finetune_hf_dataset: str | None = flag(
@@ -89,13 +85,8 @@ class TrainingTextOptions:
     )
 
     def source(self, given: Container[str]) -> TextSource:
-        """The source that the flags name; local files replace the default data set.
-
-        Args:
-            given: names of the flags that were given.
-        """
+        """The source that the flags name; files replace a data set that is not ``given``."""
         files = self.finetune_data_files or ()
-        dataset = self.finetune_hf_dataset or ""
-        if files and "finetune_hf_dataset" not in given:
-            dataset = ""
-        return TextSource(dataset, files, self.finetune_data_split)
+        use_dataset = not files or "finetune_hf_dataset" in given
+        dataset = self.finetune_hf_dataset if use_dataset else None
+        return TextSource(dataset or "", files, self.finetune_data_split)

@@ -1,23 +1,39 @@
-"""Whole conversations packed into sequences of one length, and read back from disk. No torch.
+"""Training sequences: whole conversations packed into one length, and kept beside the checkpoints.
 
 The rest of a sequence is padding with a loss mask of 0. A conversation longer than a sequence is
 truncated. Conversations in one sequence attend to each other, as in Megatron-LM's packing.
+
+Every source of training data packs through :func:`prepare`: rank 0 reads and packs, unless an
+earlier run did, and every rank maps the files, so that a resumed run reads the same data.
+No torch before that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from post_training.common import files
+from post_training.data import records
 from post_training.data.assistant_mask import Tokens
+from post_training.data.sources import TextSource
 
 if TYPE_CHECKING:
     import numpy
     import torch
 
+    # Token ids int32 [n, s], and a mask uint8 [n, s] that is 1 where a token counts in the loss.
+    type Arrays = tuple[numpy.ndarray[Any, Any], numpy.ndarray[Any, Any]]
+    # Sequences by part, their description, and further JSON files to keep, by name.
+    type Packed = tuple[Mapping[str, Arrays], dict[str, Any], dict[str, Any]]
+
 PAD = 0
 _OPEN = 64  # sequences that are filled at the same time
+_DESCRIPTION = "data.json"
 
 
 class Packer:
@@ -25,10 +41,10 @@ class Packer:
 
     def __init__(self, length: int) -> None:
         self.length = length
-        self.full: list[tuple[list[int], list[bool]]] = []
+        self.full: list[Tokens] = []
         self.cut = 0
         self.dropped = 0
-        self._open: list[tuple[list[int], list[bool]]] = []
+        self._open: list[Tokens] = []
 
     def add(self, tokens: Tokens) -> None:
         """Put a conversation into the fullest open sequence that has room for it."""
@@ -38,37 +54,37 @@ class Packer:
         if not any(mask[2:]):  # no position predicts the first two tokens
             self.dropped += 1
             return
-        fitting = [row for row in self._open if len(row[0]) + len(ids) <= self.length]
+        fitting = [row for row in self._open if len(row.ids) + len(ids) <= self.length]
         if fitting:
-            row = max(fitting, key=lambda each: len(each[0]))
-            row[0].extend(ids)
-            row[1].extend(mask)
+            row = max(fitting, key=lambda each: len(each.ids))
         else:
-            row = (list(ids), list(mask))
+            row = Tokens([], [])
             self._open.append(row)
-        if len(row[0]) == self.length:
+        row.ids.extend(ids)
+        row.mask.extend(mask)
+        if len(row.ids) == self.length:
             self._close(row)
         elif len(self._open) > _OPEN:
-            self._close(max(self._open, key=lambda each: len(each[0])))
+            self._close(max(self._open, key=lambda each: len(each.ids)))
 
-    def finish(self) -> None:
-        """Close all open sequences."""
-        while self._open:
-            self._close(self._open[0])
-
-    def _close(self, row: tuple[list[int], list[bool]]) -> None:
+    def _close(self, row: Tokens) -> None:
         self._open = [each for each in self._open if each is not row]
         self.full.append(row)
 
-    def arrays(self) -> tuple[numpy.ndarray[Any, Any], numpy.ndarray[Any, Any]]:
-        """Token ids int32 [n, length] and mask uint8 [n, length], padded at the end."""
+    def finish(self) -> None:
+        """Close all open sequences."""
+        self.full += self._open
+        self._open = []
+
+    def arrays(self) -> Arrays:
+        """The full sequences, padded at the end."""
         import numpy
 
         ids = numpy.full((len(self.full), self.length), PAD, dtype=numpy.int32)
         mask = numpy.zeros((len(self.full), self.length), dtype=numpy.uint8)
-        for i, (row, flags) in enumerate(self.full):
-            ids[i, : len(row)] = row
-            mask[i, : len(flags)] = flags
+        for i, row in enumerate(self.full):
+            ids[i, : len(row.ids)] = row.ids
+            mask[i, : len(row.mask)] = row.mask
         return ids, mask
 
 
@@ -97,6 +113,60 @@ class PackedConversations:
             "loss_mask": torch.from_numpy(self.mask[chosen].copy()),
         }
 
-    def tokens(self) -> tuple[numpy.ndarray[Any, Any], numpy.ndarray[Any, Any]]:
+    def tokens(self) -> Arrays:
         """All token ids and masks, [n, s] each."""
         return self.ids, self.mask
+
+
+def fingerprint(source: TextSource, tokenizer: Any, length: int, rows: int) -> str:
+    """Hash of everything that decides the packed sequences."""
+    entries: list[Any] = [source.dataset, source.files, source.split, length]
+    entries.append(None if source.local else rows)
+    for path, option in source.local:
+        for file in records.list_files(Path(path).expanduser(), option):
+            status = file.stat()
+            entries.append([str(file), status.st_size, status.st_mtime_ns])
+    entries.append(str(getattr(tokenizer, "chat_template", None)))
+    entries.append([len(tokenizer), tokenizer("Hello, world! 12345")["input_ids"]])
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]
+
+
+def prepare(
+    target: Path, pack: Callable[[], Packed], parts: Sequence[str]
+) -> tuple[dict[str, PackedConversations], dict[str, Any]]:
+    """Sequences by part, and their description; a collective call.
+
+    Args:
+        target: folder of the packed data; a file system that all ranks see.
+        pack: reads and packs; called on rank 0 unless ``target`` is there.
+        parts: those that ``pack`` makes.
+
+    Raises:
+        UsageError: on every rank, what ``pack`` raises.
+    """
+    import numpy
+
+    from post_training.distributed import collectives
+
+    def make() -> None:
+        if (target / _DESCRIPTION).is_file():
+            return
+        packed, description, others = pack()
+        work = files.begin(target)
+        for name, (ids, mask) in packed.items():
+            numpy.save(work / f"{name}_ids.npy", ids)
+            numpy.save(work / f"{name}_mask.npy", mask)
+        for name, content in {**others, _DESCRIPTION: description}.items():
+            files.write_json(work / name, content)
+        files.publish(target)
+
+    def mapped(name: str) -> numpy.ndarray[Any, Any]:
+        found: numpy.ndarray[Any, Any] = numpy.load(target / f"{name}.npy", mmap_mode="r")
+        return found
+
+    collectives.on_first_rank(make)
+    content = files.read_json_object(target / _DESCRIPTION, "packed data", "delete its folder")
+    sequences = {
+        part: PackedConversations(mapped(f"{part}_ids"), mapped(f"{part}_mask")) for part in parts
+    }
+    return sequences, content

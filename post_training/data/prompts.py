@@ -108,9 +108,6 @@ def load(
 
 def _rows(source: str, option: str, split: str | None) -> Iterator[Row]:
     if not records.is_local(source):
-        if split is None:
-            splits = records.hub_splits(source, option)
-            split = "train" if "train" in splits else splits[0]
         yield from records.hub_rows(source, option, split=split)
         return
     for path in records.list_files(Path(source).expanduser(), option):

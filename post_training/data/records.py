@@ -77,6 +77,16 @@ def list_files(path: Path, option: str) -> list[Path]:
     return found
 
 
+def local_rows(source: str, option: str) -> Iterator[Row]:
+    """Rows of a file, or of all files of a folder.
+
+    Raises:
+        UsageError: as :func:`list_files` and :func:`read`.
+    """
+    for path in list_files(Path(source).expanduser(), option):
+        yield from read(path, option)
+
+
 def read(path: Path, option: str) -> Iterator[Row]:
     """Rows of one file, read lazily. A ``.txt`` file is one row with the key ``text``.
 
@@ -184,15 +194,22 @@ def _text(path: Path, option: str) -> Iterator[Row]:
 
 
 def hub_rows(
-    name: str, option: str, *, configuration: str | None = None, split: str, stream: bool = True
+    name: str,
+    option: str,
+    *,
+    configuration: str | None = None,
+    files: Sequence[str] = (),
+    split: str | None = None,
+    stream: bool = True,
 ) -> Iterator[Row]:
-    """Rows of one split of a data set on the hub.
+    """Rows of one split of a data set on the hub, or of some of its files.
 
     Args:
         name: ``org/name``.
         option: the flag that named it, for errors.
         configuration: the data set's configuration (subset), where it has several.
-        split: such as ``train``.
+        files: paths in the data set.
+        split: by default ``train``, else the data set's first.
         stream: read rows lazily instead of downloading the split first.
 
     Raises:
@@ -200,40 +217,23 @@ def hub_rows(
     """
     import datasets
 
-    require_hub(name, option)
+    _require_hub(name, option)
     try:
-        rows = datasets.load_dataset(name, configuration, split=split, streaming=stream)
+        if files:
+            split = "train"
+        elif split is None:
+            splits = datasets.get_dataset_split_names(name)
+            split = "train" if "train" in splits else splits[0]
+        rows = datasets.load_dataset(
+            name, configuration, data_files=list(files) or None, split=split, streaming=stream
+        )
         for number, values in enumerate(rows, start=1):
-            yield Row(f"{name} ({split}), row {number}", dict(values))
+            yield Row(f"{name} ({', '.join(files) or split}), row {number}", dict(values))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise _hub_error(name, option, first_line(error)) from error
 
 
-def hub_files(name: str, option: str, paths: Sequence[str]) -> Iterator[Row]:
-    """Rows of some files of a data set on the hub. Raises UsageError as :func:`hub_rows`."""
-    import datasets
-
-    require_hub(name, option)
-    try:
-        rows = datasets.load_dataset(name, data_files=list(paths), split="train", streaming=True)
-        for number, values in enumerate(rows, start=1):
-            yield Row(f"{name} ({', '.join(paths)}), row {number}", dict(values))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise _hub_error(name, option, first_line(error)) from error
-
-
-def hub_splits(name: str, option: str, configuration: str | None = None) -> list[str]:
-    """Names of the splits of a data set on the hub. Raises UsageError as :func:`hub_rows`."""
-    import datasets
-
-    require_hub(name, option)
-    try:
-        return list(datasets.get_dataset_split_names(name, configuration))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise _hub_error(name, option, first_line(error)) from error
-
-
-def require_hub(name: str, option: str) -> None:
+def _require_hub(name: str, option: str) -> None:
     """Fail at once if the hub's host has no address and the data set was never downloaded.
 
     The hub's client retries for 23 s before it fails. Behind a proxy, the proxy resolves names.

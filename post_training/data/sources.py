@@ -6,7 +6,7 @@ Calibration reads documents of one source (:func:`read_documents`); training rea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import Any
 
 from post_training.common.errors import UsageError
 from post_training.data import document_formats, records
-from post_training.data.document_formats import Document
+from post_training.data.document_formats import Document, document_of
+from post_training.data.records import Row
 
 CALIBRATION = "--calib-dataset-path-or-name"
 DATASET, FILES = "--finetune-hf-dataset", "--finetune-data-files"
@@ -24,10 +25,8 @@ DATASET, FILES = "--finetune-hf-dataset", "--finetune-data-files"
 class TextSource:
     """Where text or conversations to train on come from.
 
-    Attributes:
-        dataset: hub name, local file or folder; may be empty if there are files.
-        files: local files, or files of the hub's data set.
-        split: of the hub's data set.
+    ``dataset`` is a name on the hub, a file or a folder, or empty if there are local ``files``;
+    the files may also be those of the hub's data set. ``split`` is the hub's.
     """
 
     dataset: str
@@ -44,30 +43,35 @@ class TextSource:
         return []
 
     def describe(self) -> str:
-        """Paths, or the name on the hub."""
+        """For the log: the paths, or the name on the hub."""
         return ", ".join(path for path, _ in self.local) or self.dataset
 
 
-def require(source: TextSource) -> None:
-    """Raise UsageError unless ``source`` names something."""
+def check(source: TextSource, also: document_formats.Check | None = None) -> None:
+    """Check that ``source`` names something, and the first rows of local data.
+
+    Args:
+        also: a further check of each document, given the option that named its source.
+
+    Raises:
+        UsageError: naming file and line.
+    """
     if not source.dataset and not source.files:
         raise UsageError(
             DATASET, "no data to train on is given", f"{DATASET} NAME_OR_PATH, or {FILES} FILE"
         )
+    for path, option in source.local:
+        document_formats.check(path, option, also)
 
 
 def documents(source: TextSource) -> Iterator[tuple[Document, str]]:
     """Documents with the option that named their source, read lazily."""
-    if source.local:
-        for path, option in source.local:
-            yield from ((each, option) for each in read_documents(path, option))
-        return
-    if source.files:
-        rows = records.hub_files(source.dataset, DATASET, source.files)
-        yield from ((document_formats.document_of(row, DATASET), DATASET) for row in rows)
-        return
-    for row in records.hub_rows(source.dataset, DATASET, split=source.split):
-        yield document_formats.document_of(row, DATASET), DATASET
+    for path, option in source.local:
+        yield from ((each, option) for each in read_documents(path, option))
+    if not source.local:
+        split = None if source.files else source.split
+        rows = records.hub_rows(source.dataset, DATASET, files=source.files, split=split)
+        yield from ((document_of(row, DATASET), DATASET) for row in rows)
 
 
 def read_documents(source: str, option: str = CALIBRATION) -> Iterator[Document]:
@@ -87,14 +91,13 @@ def read_documents(source: str, option: str = CALIBRATION) -> Iterator[Document]
     """
     if records.is_local(source):
         paths = records.list_files(Path(source).expanduser(), option)
-        return _take_turns([_from_file(path, option) for path in paths])
+        return _take_turns([_interpreted(records.read(path, option), option) for path in paths])
     names = [name.strip() for name in source.split(",") if name.strip()]
-    streams = [stream for name in names for stream in _hub_streams(name, option)]
-    return _take_turns(streams)
+    return _take_turns([stream for name in names for stream in _hub_streams(name, option)])
 
 
-def _from_file(path: Path, option: str) -> Iterator[Document]:
-    return (document_formats.document_of(row, option) for row in records.read(path, option))
+def _interpreted(rows: Iterator[Row], option: str) -> Iterator[Document]:
+    return (document_of(row, option) for row in rows)
 
 
 def _hub_streams(name: str, option: str) -> list[Iterator[Document]]:
@@ -108,34 +111,21 @@ def _hub_streams(name: str, option: str) -> list[Iterator[Document]]:
     by_path = {preset["config"]["path"].lower(): preset for preset in presets.values()}
     preset = presets.get(name.lower()) or by_path.get(name.lower())
     if preset is None:
-        splits = records.hub_splits(name, option)
-        split = "train" if "train" in splits else splits[0]
-        rows = records.hub_rows(name, option, split=split)
-        return [(document_formats.document_of(row, option) for row in rows)]
+        return [_interpreted(records.hub_rows(name, option), option)]
     location = preset["config"]
-    # Fail here rather than in the first stream: the error then names the preset.
-    records.require_hub(location["path"], option)
-    return [
-        _preset_documents(
-            preset,
-            records.hub_rows(
-                location["path"], option, configuration=location.get("name"), split=split
-            ),
-            option,
+    streams = []
+    for split in location["split"]:
+        rows = records.hub_rows(
+            location["path"], option, configuration=location.get("name"), split=split
         )
-        for split in location["split"]
-    ]
+        # ModelOpt knows its presets' columns; conversations still go through the chat template.
+        chat = "chat_key" in preset
+        streams.append(_interpreted(rows, option) if chat else _texts(rows, preset["preprocess"]))
+    return streams
 
 
-def _preset_documents(
-    preset: dict[str, Any], rows: Iterator[records.Row], option: str
-) -> Iterator[Document]:
-    """ModelOpt knows its presets' columns; conversations still go through the chat template."""
-    for row in rows:
-        if "chat_key" in preset:
-            yield document_formats.document_of(row, option)
-        else:
-            yield Document(row.place, text=preset["preprocess"](row.values))
+def _texts(rows: Iterator[Row], text_of: Callable[[dict[str, Any]], str]) -> Iterator[Document]:
+    return (Document(row.place, text=text_of(row.values)) for row in rows)
 
 
 def _take_turns(streams: list[Iterator[Document]]) -> Iterator[Document]:

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from post_training.common.errors import UsageError
-from post_training.data import conversation_data, document_formats, packed_data, sources
-from post_training.data.packed_data import Packed
+from post_training.data import conversation_data, packing, sources
 from post_training.data.packing import PackedConversations
 from post_training.data.sources import DATASET, TextSource
 
@@ -27,14 +26,8 @@ _TENTH = 10
 
 
 def check(source: TextSource) -> None:
-    """Check the first rows of local data. No torch.
-
-    Raises:
-        UsageError: naming file and line.
-    """
-    sources.require(source)
-    for path, option in source.local:
-        document_formats.check(path, option)
+    """Check the first rows of local data; errors name file and line. No torch."""
+    sources.check(source)
 
 
 def prepare(
@@ -49,14 +42,14 @@ def prepare(
 
     Args and result as :func:`conversation_data.prepare`; every token of the mask is 1.
     """
-    return packed_data.prepare(
-        folder / f"{packed_data.fingerprint(source, tokenizer, length, rows)}-text",
+    return packing.prepare(
+        folder / f"{packing.fingerprint(source, tokenizer, length, rows)}-text",
         lambda: _pack(source, tokenizer, length, rows, show_progress),
         PARTS,
     )
 
 
-def sequences(
+def _sequences(
     source: TextSource, tokenizer: PreTrainedTokenizerBase, length: int
 ) -> Iterator[list[int]]:
     """Sequences of exactly ``length`` tokens, the end-of-text token between documents."""
@@ -76,13 +69,13 @@ def sequences(
 
 def _pack(
     source: TextSource, tokenizer: Any, length: int, rows: int, show_progress: bool
-) -> Packed:
+) -> packing.Packed:
     import numpy
 
     train: list[Any] = []
     valid: list[Any] = []
     with tqdm(total=rows, desc="packing", unit=" sequences", disable=not show_progress) as bar:
-        for number, row in enumerate(sequences(source, tokenizer, length)):
+        for number, row in enumerate(_sequences(source, tokenizer, length)):
             chosen = valid if number % _HELD_OUT == _HELD_OUT - 1 else train
             chosen.append(numpy.array(row, dtype=numpy.int32))
             bar.update(chosen is train)
@@ -107,7 +100,7 @@ def _pack(
         "sequence_length": length,
         "tokens": (len(train) + len(valid)) * length,
     }
-    return Packed(parts, description)
+    return parts, description, {}
 
 
 def describe(content: dict[str, Any]) -> str:

@@ -7,11 +7,14 @@ that position, and returns only the letters' logits. The common prefix of a subj
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import batched, takewhile
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from post_training.common.errors import UsageError
 from post_training.evaluation import mmlu_prompts
@@ -50,10 +53,10 @@ class Result:
 
     def letters(self) -> dict[str, str]:
         """Chosen letters of each subject in a row, such as ``ABDC``, to compare two runs."""
-        found: dict[str, str] = {}
+        found: defaultdict[str, str] = defaultdict(str)
         for question, chosen in zip(self.questions, self.predictions, strict=True):
-            found[question.subject] = found.get(question.subject, "") + LETTERS[chosen]
-        return found
+            found[question.subject] += LETTERS[chosen]
+        return dict(found)
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,6 @@ def evaluate(
     few_shots: int = 0,
     fraction: float = 1.0,
     batch_size: int = 1,
-    share_prefix: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> Result:
     """Ask the questions; a collective call over all ranks, with the same result on each.
@@ -87,17 +89,18 @@ def evaluate(
         few_shots: solved examples before each question.
         fraction: of each subject's questions, the first ones.
         batch_size: questions at a time.
-        share_prefix: compute the common prefix of a subject's prompts once.
         progress: called with the number of questions done after each batch of this rank.
 
     Raises:
         UsageError: if the tokenizer does not write the letters as single different tokens.
     """
     questions = mmlu_prompts.select(benchmark.test, fraction)
-    sequences = tokenize(questions, tokenizer, benchmark, few_shots)
     letters = answer_tokens(tokenizer, max(len(q.choices) for q in questions))
-    sequences = [[*tokens, *letters.bridge] for tokens in sequences]
-    share_prefix = share_prefix and generation.supports_prefix(model)
+    sequences = [
+        [*tokens, *letters.bridge]
+        for tokens in _tokenize(questions, tokenizer, benchmark, few_shots)
+    ]
+    share_prefix = generation.supports_prefix(model)
     batches = list(_batches(questions, sequences, batch_size, share_prefix))
     rank, size, group = generation.data_parallel()
     # Prediction and tie of each question; the other ranks' questions stay 0 here.
@@ -112,14 +115,11 @@ def evaluate(
             prefix = generation.prefill_prefix(model, tokens[0][: batch.shared])
             prefix_of = batch.subject
             computed += batch.shared
-        rest = [each[batch.shared :] for each in tokens]
-        lengths = [len(each) for each in rest]
-        padded = torch.zeros(len(rest), max(lengths), dtype=torch.long)
-        for row, each in zip(padded, rest, strict=True):
-            row[: len(each)] = torch.tensor(each)
+        rest = [torch.tensor(each[batch.shared :]) for each in tokens]
+        padded = pad_sequence(rest, batch_first=True)
         computed += padded.numel()
         logits = generation.last_logits(
-            model, padded, lengths, letters.ids, prefix=prefix if batch.shared else None
+            model, padded, list(map(len, rest)), letters.ids, prefix if batch.shared else None
         )
         for index, row in zip(batch.indices, logits, strict=True):
             outcome[index] = _choose(row[: len(questions[index].choices)])
@@ -148,7 +148,7 @@ def _choose(logits: torch.Tensor) -> torch.Tensor:
     return torch.stack([best, tie.long()])
 
 
-def tokenize(
+def _tokenize(
     questions: Sequence[Question],
     tokenizer: PreTrainedTokenizerBase,
     benchmark: Benchmark,
@@ -211,11 +211,8 @@ def shared_length(sequences: Sequence[list[int]]) -> int:
     if not sequences:
         return 0
     # In lexicographic order, what the first and the last share, all share.
-    first, last = min(sequences), max(sequences)
-    for position, (one, other) in enumerate(zip(first, last, strict=False)):
-        if one != other:
-            return position
-    return min(len(first), len(last))
+    pairs = zip(min(sequences), max(sequences), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _batches(
@@ -225,16 +222,14 @@ def _batches(
     share_prefix: bool,
 ) -> Iterator[_Batch]:
     """Batches sorted by length, longest first, so that running out of memory shows at once."""
-    groups: dict[str, list[int]] = {}
+    groups: defaultdict[str, list[int]] = defaultdict(list)
     for index, question in enumerate(questions):
-        groups.setdefault(question.subject, []).append(index)
+        groups[question.subject].append(index)
     separate: list[int] = []
     for subject, indices in groups.items():
         # One token must be left: the output layer needs a position.
-        shared = min(
-            shared_length([sequences[i] for i in indices]),
-            min(len(sequences[i]) for i in indices) - 1,
-        )
+        asked = [sequences[i] for i in indices]
+        shared = min(shared_length(asked), min(map(len, asked)) - 1)
         if share_prefix and shared >= _SHORTEST_PREFIX and len(indices) > 1:
             for part in _by_length(indices, sequences, batch_size):
                 yield _Batch(part, shared, subject)
@@ -248,5 +243,4 @@ def _by_length(
     indices: Sequence[int], sequences: Sequence[list[int]], batch_size: int
 ) -> Iterator[list[int]]:
     ordered = sorted(indices, key=lambda i: len(sequences[i]), reverse=True)
-    for start in range(0, len(ordered), batch_size):
-        yield ordered[start : start + batch_size]
+    return map(list, batched(ordered, batch_size))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,9 +47,13 @@ def load(source: str, few_shots: int = 0, option: str = OPTION) -> Benchmark:
     if records.is_local(source):
         splits = _local(Path(source).expanduser(), option)
     else:
-        splits = {"test": _questions(_hub(source, "test", option), option)}
-        if few_shots:
-            splits["dev"] = _questions(_hub(source, "dev", option), option)
+        splits = {
+            split: _questions(
+                records.hub_rows(source, option, configuration="all", split=split, stream=False),
+                option,
+            )
+            for split in (("test", "dev") if few_shots else ("test",))
+        }
     benchmark = Benchmark(_by_subject(splits["test"]), _by_subject(splits.get("dev", [])))
     if not benchmark.test:
         raise UsageError(f"{option} {source}", "it holds no question", "give a test split")
@@ -63,14 +68,10 @@ def load(source: str, few_shots: int = 0, option: str = OPTION) -> Benchmark:
     return benchmark
 
 
-def _hub(name: str, split: str, option: str) -> Iterator[Row]:
-    return records.hub_rows(name, option, configuration="all", split=split, stream=False)
-
-
 def _by_subject(questions: Iterable[Question]) -> dict[str, list[Question]]:
-    groups: dict[str, list[Question]] = {}
+    groups: defaultdict[str, list[Question]] = defaultdict(list)
     for question in questions:
-        groups.setdefault(question.subject, []).append(question)
+        groups[question.subject].append(question)
     return dict(sorted(groups.items()))
 
 
@@ -86,10 +87,9 @@ def _local(path: Path, option: str) -> dict[str, list[Question]]:
         return splits
     (path,) = records.list_files(path, option)
     rows = list(records.read(path, option))
-    marked = any("split" in row.values for row in rows)
-    if marked:
+    if any("split" in row.values for row in rows):
         return {
-            split: _questions((row for row in rows if row.values.get("split") == split), option)
+            split: _questions([row for row in rows if row.values.get("split") == split], option)
             for split in ("test", "dev")
         }
     splits = {"test": _questions(rows, option)}
@@ -139,9 +139,9 @@ def _questions(rows: Iterable[Row], option: str) -> list[Question]:
 def _question(row: Row, option: str) -> Question:
     values = row.values
     choices = _choices(values)
-    missing = [key for key in ("question", "subject", "answer") if values.get(key) is None]
-    if choices is None:
-        missing.append("choices")
+    found = {**values, "choices": choices}
+    columns = ("question", "subject", "answer", "choices")
+    missing = [key for key in columns if found.get(key) is None]
     if missing or choices is None:
         raise UsageError(
             f"{option} {row.place}",

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,29 +46,19 @@ class Question:
     answer: int
 
 
-def header(subject: str) -> str:
-    """First line of a prompt; underscores of the subject become blanks."""
-    name = subject.replace("_", " ")
-    return f"The following are multiple choice questions (with answers) about {name}.\n\n"
-
-
-def body(question: Question) -> str:
-    """Question and choices up to ``Answer:``, which the model continues with a letter."""
-    lines = [question.question]
-    lines += [
-        f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=False)
-    ]
-    return "\n".join([*lines, "Answer:"])
-
-
-def example(question: Question) -> str:
-    """A solved question, as few-shot examples are written."""
-    return f"{body(question)} {LETTERS[question.answer]}\n\n"
-
-
 def prompt(question: Question, examples: Sequence[Question] = ()) -> str:
     """Header of the subject, the solved ``examples`` in order, then the question."""
-    return header(question.subject) + "".join(map(example, examples)) + body(question)
+    subject = question.subject.replace("_", " ")
+    header = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+    solved = [f"{_body(each)} {LETTERS[each.answer]}\n\n" for each in examples]
+    return "".join([header, *solved, _body(question)])
+
+
+def _body(question: Question) -> str:
+    """Question and choices up to ``Answer:``, which the model continues with a letter."""
+    lettered = zip(LETTERS, question.choices, strict=False)
+    choices = [f"{letter}. {choice}" for letter, choice in lettered]
+    return "\n".join([question.question, *choices, "Answer:"])
 
 
 def select(test: Mapping[str, Sequence[Question]], fraction: float = 1.0) -> list[Question]:
@@ -106,16 +97,10 @@ class Count:
     def accuracy(self) -> float:
         return self.correct / self.total if self.total else math.nan
 
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval."""
-        return wilson_interval(self.correct, self.total)
-
     def to_json(self) -> dict[str, Any]:
-        low, high = self.interval
         return {
             "accuracy": self.accuracy,
-            "interval_95": [low, high],
+            "interval_95": list(wilson_interval(self.correct, self.total)),
             "correct": self.correct,
             "total": self.total,
         }
@@ -147,15 +132,11 @@ class Score:
 
 
 def score(questions: Sequence[Question], predictions: Iterable[int]) -> Score:
-    """Compare predicted choices with the right ones.
-
-    Args:
-        questions: what was asked.
-        predictions: index of the chosen answer for each question, in the same order.
-    """
-    counts: dict[str, list[int]] = {}
-    for question, chosen in zip(questions, predictions, strict=True):
-        entry = counts.setdefault(question.subject, [0, 0])
-        entry[0] += chosen == question.answer
-        entry[1] += 1
-    return Score({name: Count(*entry) for name, entry in sorted(counts.items())})
+    """Compare the indices of the predicted choices with the right ones, in the same order."""
+    total = Counter(question.subject for question in questions)
+    correct = Counter(
+        question.subject
+        for question, chosen in zip(questions, predictions, strict=True)
+        if chosen == question.answer
+    )
+    return Score({name: Count(correct[name], total[name]) for name in sorted(total)})

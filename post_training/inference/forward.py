@@ -43,7 +43,10 @@ def run(
     from megatron.core import parallel_state
     from megatron.core.inference.utils import InferenceMode
 
-    _check(core)
+    if core.config.sequence_parallel or core.config.context_parallel_size > 1:
+        raise ValueError(
+            "inference needs a model built with sequence_parallel=False and context_parallel_size=1"
+        )
     if core.training:
         core.eval()
     batch, length = input_ids.shape
@@ -61,19 +64,16 @@ def run(
         hidden, *collected = received.split(width, dim=-1)
         core.set_input_tensor(hidden.contiguous())
     mask = None
-    hooks: list[contextlib.AbstractContextManager[None]] = []
-    if core.post_process and positions is not None:
-        hooks.append(_output_at(core, positions))
-    if offset and length > 1:
-        mask = causal_mask(offset, length, input_ids.device)
-        hooks.append(attention_mask_type(core.decoder.layers, "arbitrary"))
     with contextlib.ExitStack() as stack:
         auxiliary = stack.enter_context(auxiliary_states(core))
         if labels is None:
             # In this mode logits are always whole; the cross entropy takes them split.
             stack.enter_context(InferenceMode.active())
-        for hook in hooks:
-            stack.enter_context(hook)
+        if core.post_process and positions is not None:
+            stack.enter_context(_output_at(core, positions))
+        if offset and length > 1:
+            mask = causal_mask(offset, length, input_ids.device)
+            stack.enter_context(attention_mask_type(core.decoder.layers, "arbitrary"))
         output = _target(core)(
             input_ids,
             position_ids.expand(batch, -1),
@@ -136,7 +136,10 @@ def whole_sequences(core: Any) -> Iterator[None]:
     configuration in the model, of which a draft has its own.
     """
     names = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
-    owners = [*core.modules(), *{id(c): c for c in map(_config, core.modules())}.values()]
+    configs = {
+        id(found): found for each in core.modules() if (found := getattr(each, "config", None))
+    }
+    owners = [*core.modules(), *configs.values()]
     changed = [
         (each, name) for each in owners for name in names if getattr(each, name, False) is True
     ]
@@ -147,10 +150,6 @@ def whole_sequences(core: Any) -> Iterator[None]:
     finally:
         for each, name in changed:
             setattr(each, name, True)
-
-
-def _config(module: torch.nn.Module) -> Any:
-    return getattr(module, "config", None)
 
 
 def _earlier_features(core: Any) -> int:
@@ -238,13 +237,6 @@ def from_last_stage(
         group=parallel_state.get_pipeline_model_parallel_group(),
     )
     return tensor
-
-
-def _check(core: Any) -> None:
-    if core.config.sequence_parallel or core.config.context_parallel_size > 1:
-        raise ValueError(
-            "inference needs a model built with sequence_parallel=False and context_parallel_size=1"
-        )
 
 
 def device_of(core: torch.nn.Module) -> torch.device:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from post_training.inference import forward
 from post_training.inference.sampling import greedy
@@ -66,11 +67,9 @@ def last_logits(
 
 @dataclass(frozen=True)
 class Prefix:
-    """Keys and values of tokens that several sequences begin with.
+    """Keys and values of ``length`` tokens that several sequences begin with.
 
-    Attributes:
-        length: number of tokens p.
-        layers: layer number -> keys and values, [p, 1, groups, dim] each, of this rank.
+    ``layers``: layer number -> keys and values, [length, 1, groups, dim] each, of this rank.
     """
 
     length: int
@@ -80,16 +79,14 @@ class Prefix:
         """A cache for ``batch`` sequences of ``length`` further tokens, holding the prefix."""
         context = forward.new_context(batch, self.length + length)
         for layer, pair in self.layers.items():
-            context.key_value_memory_dict[layer] = tuple(
-                self._expanded(tensor, batch, length) for tensor in pair
-            )
+            memories = []
+            for tensor in pair:
+                memory = tensor.new_empty(self.length + length, batch, *tensor.shape[2:])
+                memory[: self.length] = tensor
+                memories.append(memory)
+            context.key_value_memory_dict[layer] = tuple(memories)
         context.sequence_len_offset = self.length
         return context
-
-    def _expanded(self, tensor: torch.Tensor, batch: int, length: int) -> torch.Tensor:
-        memory = tensor.new_empty(self.length + length, batch, *tensor.shape[2:])
-        memory[: self.length] = tensor
-        return memory
 
 
 def supports_prefix(model: torch.nn.Module) -> bool:
@@ -214,10 +211,9 @@ class _Batch:
         self.limits = limits
         self.eos_ids = eos_ids
         total = max(self.lengths[index] + limits[index] for index in group)
-        self.tokens = torch.zeros(len(group), total, dtype=torch.long)
-        for row, index in zip(self.tokens, group, strict=True):
-            row[: len(prompts[index])] = torch.tensor(list(prompts[index]))
-        self.tokens = self.tokens.to(forward.device_of(core))
+        tokens = pad_sequence([torch.tensor(prompts[index]) for index in group], batch_first=True)
+        tokens = torch.nn.functional.pad(tokens, (0, total - tokens.shape[1]))
+        self.tokens = tokens.to(forward.device_of(core))
         self.context = forward.new_context(len(group), total) if use_cache else None
 
     def run(self, choose: Choose, vocab_size: int | None) -> None:
@@ -274,14 +270,9 @@ def data_parallel() -> tuple[int, int, Any]:
     """
     from megatron.core import parallel_state as state
 
-    if state.get_expert_model_parallel_world_size() > 1:
-        return (
-            state.get_expert_data_parallel_rank(),
-            state.get_expert_data_parallel_world_size(),
-            state.get_expert_data_parallel_group(),
-        )
-    return (
-        state.get_data_parallel_rank(),
-        state.get_data_parallel_world_size(),
-        state.get_data_parallel_group(),
+    group = (
+        state.get_expert_data_parallel_group()
+        if state.get_expert_model_parallel_world_size() > 1
+        else state.get_data_parallel_group()
     )
+    return torch.distributed.get_rank(group), torch.distributed.get_world_size(group), group

@@ -52,16 +52,11 @@ class PromptOptions:
     @property
     def template_options(self) -> dict[str, Any]:
         """``--chat-template-options`` as a dictionary."""
-        options: dict[str, Any] = json.loads(self.chat_template_options)
-        return options
+        return dict(json.loads(self.chat_template_options))
 
 
 def check(options: PromptOptions) -> None:
-    """Read the first rows of local prompts.
-
-    Raises:
-        UsageError: as :func:`load`.
-    """
+    """Read the first rows of local prompts. Raises UsageError as :func:`load`."""
     if options.prompts_path and records.is_local(options.prompts_path):
         limit = min(options.prompts_limit or _ROWS_CHECKED, _ROWS_CHECKED)
         prompts.load(options.prompts_path, OPTION, limit=limit)

@@ -43,15 +43,11 @@ class Sampler:
     def __call__(
         self, logits: torch.Tensor, sequences: Sequence[int], positions: Sequence[int]
     ) -> torch.Tensor:
-        """One token for each row.
+        """One token for each row: float32 [b, vocabulary] -> int64 [b].
 
         Args:
-            logits: float32 [b, vocabulary].
             sequences: index into ``names`` of each row.
             positions: number of tokens that each row has generated already.
-
-        Returns:
-            int64 [b].
         """
         probabilities, order = filtered(
             logits / self.temperature, top_k=self.top_k, top_p=self.top_p
