@@ -16,10 +16,10 @@ and exits with code 75.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from post_training.checkpoints import loading
+from post_training.checkpoints import loading, torch_dist
 from post_training.checkpoints.source import Source, fetch_source, size_estimate
 from post_training.cli.stage import Stage, run
 from post_training.common import manifest, outputs
@@ -88,10 +88,9 @@ def check(options: DistillOptions) -> Plan:
         options.training, options, options.seq_length or SEQUENCE_LENGTH
     )
     config = distillation_options.read(options.distillation.export_kd_cfg)
-    of_teacher = distillation_options.teacher_options(
+    of_teacher, teacher = distillation_options.find_teacher(
         options, options.distillation.export_kd_teacher_load
     )
-    teacher = distillation_options.find_teacher(of_teacher)
     start = training_run.find_start(options)
     distillation_options.check_pair(config, start.source, teacher, options.parallel.pipeline)
     for source in (start.source, teacher):
@@ -125,12 +124,12 @@ def distill(plan: Plan, session: Session) -> TrainingResult:
     metrics = {
         "parameters": parameters,
         "teacher_parameters": count_parameters(teacher),
-        "distillation": config.to_json(),
+        "distillation": asdict(config),
     }
     exit_if_asked(session)
     model = conversion.attach(student, teacher, config, options.seed)
     if plan.start.resumes:
-        conversion.load_projection(model, plan.start.folder)
+        torch_dist.load(model, plan.start.folder, only=conversion.LOSS_MODULES)
     inputs = this.inputs(
         manifest.describe_input("teacher", teacher_source.location),
         {"role": "data", "path": plan.text.describe()},

@@ -29,13 +29,13 @@ from post_training.evaluation import options as mmlu_options
 from post_training.evaluation.mmlu_data import Benchmark
 from post_training.inference import smoke_generation
 from post_training.models import builder, families, parallel_check
-from post_training.pruning import export_config, report, search
 from post_training.pruning import options as pruning_options
+from post_training.pruning import report, search
 from post_training.pruning.options import PruneOptions
 from post_training.pruning.report import ModelScores
 from post_training.pruning.score_cache import ScoreCache
 from post_training.pruning.search import SizeSearch
-from post_training.pruning.space import PruningSpace, pruned_architecture
+from post_training.pruning.space import PruningSpace, check_sizes, pruned_architecture
 
 if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
@@ -89,7 +89,7 @@ def check(options: PruneOptions) -> Plan:
         parallel_check.check(source.described, options.parallel)
         space = pruning_options.space(options, source.described)
         if not isinstance(target, SizeSearch):
-            export_config.check(target, space.dimensions)
+            check_sizes(target, space.dimensions)
         cache = pruning_options.cache(options, source)
         if cache is not None:
             cache.described()
@@ -116,27 +116,28 @@ def prune(plan: Plan, session: Session) -> Pruned:
     if isinstance(target, SizeSearch):
         search.check_reachable(original, transformer, space.dimensions, target)
     else:
-        target = export_config.check(target, space.dimensions)
+        target = check_sizes(target, space.dimensions)
     folder = loading.local_huggingface(source, options)
     scorer = Scorer(options, session, source, plan.benchmark)
     model = loading.load(source, options, session, layer_spec="transformer_engine")
     whole = search.size(original, transformer, options.memory)
     before = scorer.of(model, original, search.counted(model, whole))
-    task = minitron.PruningTask(
+    result = minitron.prune(
+        model,
         target,
         space,
-        search.acceptance(original, transformer, space.dimensions, target),
+        acceptable=search.acceptance(original, transformer, space.dimensions, target),
         calibrate=scorer.calibration,
         describe_calibration=scorer.calibration.to_json,
         score=scorer.score,
         cache=plan.cache or pruning_options.cache(options, source),
+        show_progress=session.show_progress,
     )
-    result = minitron.prune(model, task, show_progress=session.show_progress)
     architecture = pruned_architecture(original, result.config, result.kept_layers)
     small = search.size(architecture, model.config, options.memory)
     after = scorer.of(model, architecture, search.counted(model, small))
     sizes = [
-        search.size(original, transformer, options.memory, **each.config)
+        search.size(original, transformer, options.memory, **each.ss_config)
         for each in result.candidates
     ]
     manifest = record.of_run(

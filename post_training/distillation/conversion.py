@@ -7,14 +7,12 @@ stage by stage beside the student; its hidden states travel in the same tensors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from post_training.checkpoints import torch_dist
 from post_training.common.errors import UsageError, suggest
 from post_training.common.quiet import quiet
 from post_training.distillation.options import OPTION, DistillConfig
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
 
     from post_training.training.options import TrainingOptions
-
 
 # Where ModelOpt keeps losses that have weights: the projection from the student's hidden size to
 # the teacher's. They are trained and saved with a run, and are no part of the student.
@@ -50,14 +47,7 @@ def attach(
     import modelopt.torch.distill as mtd
     from modelopt.torch.distill.plugins import megatron as plugin
 
-    settings = plugin.DistillationConfig(
-        intermediate_layer_pairs=[tuple(pair) for pair in config.intermediate_layer_pairs],
-        logit_layers=config.logit_layers,
-        skip_lm_loss=config.skip_lm_loss,
-        kd_loss_scale=config.kd_loss_scale,
-        logit_kl_temperature=config.logit_kl_temperature,
-        logit_kl_topk=config.logit_kl_topk,
-    )
+    settings = plugin.DistillationConfig(**vars(config))
 
     def not_connected(reason: str) -> UsageError:
         return UsageError(
@@ -72,22 +62,20 @@ def attach(
         # ModelOpt warns of what is known: default settings, and full hidden states under TP.
         with quiet("modelopt.torch.distill.plugins.megatron"):
             plugin.setup_distillation_config(settings, student.config, teacher.config)
-        _require_layers(student, teacher, settings.criterion or {})
-    _to_device(settings.criterion, next(student.parameters()))
-    _correct_gradients(settings.criterion)
-    model = mtd.convert(
-        student,
-        mode=[
-            (
-                "kd_loss",
-                {
-                    "teacher_model": teacher,
-                    "criterion": settings.criterion,
-                    "loss_balancer": settings.loss_balancer,
-                },
-            )
-        ],
-    )
+        criterion = settings.criterion or {}
+        for student_layer, teacher_layer in criterion:
+            _require_layer(student, student_layer, "student")
+            _require_layer(teacher, teacher_layer, "teacher")
+    like = next(student.parameters())
+    for loss in criterion.values():
+        loss.to(device=like.device, dtype=like.dtype)
+    _correct_gradients(criterion.values())
+    mode = {
+        "teacher_model": teacher,
+        "criterion": settings.criterion,
+        "loss_balancer": settings.loss_balancer,
+    }
+    model = mtd.convert(student, mode=[("kd_loss", mode)])
     plugin.adjust_distillation_model_for_mcore(model, settings)
     model.compute_language_model_loss = partial(_cross_entropy, model.compute_language_model_loss)
     return model
@@ -103,24 +91,16 @@ def _cross_entropy(compute: Any, labels: torch.Tensor, logits: torch.Tensor) -> 
     return found
 
 
-def _require_layers(student: Any, teacher: Any, criterion: Mapping[tuple[str, str], Any]) -> None:
-    for pair in criterion:
-        for name, model, whose in zip(pair, (student, teacher), ("student", "teacher"),
-                                      strict=True):  # fmt: skip
-            try:
-                model.get_submodule(name)
-            except AttributeError:
-                known = [each for each, _ in model.named_modules() if each.count(".") <= 3]
-                hint = suggest(name, known)
-                raise AttributeError(f"the {whose} has no {name}. {hint}".strip()) from None
+def _require_layer(model: torch.nn.Module, name: str, whose: str) -> None:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        known = [each for each, _ in model.named_modules() if each.count(".") <= 3]
+        hint = suggest(name, known)
+        raise AttributeError(f"the {whose} has no {name}. {hint}".strip()) from None
 
 
-def _to_device(criterion: Any, like: torch.Tensor) -> None:
-    for loss in (criterion or {}).values():
-        loss.to(device=like.device, dtype=like.dtype)
-
-
-def _correct_gradients(criterion: Any) -> None:
+def _correct_gradients(losses: Iterable[torch.nn.Module]) -> None:
     """Make the gradient of the top-k loss that of one rank where logits are split over several.
 
     Each rank computes the whole loss from gathered logits, and the gathering's backward pass adds
@@ -135,14 +115,9 @@ def _correct_gradients(criterion: Any) -> None:
         if output[0].requires_grad:
             output[0].register_hook(lambda gradient: gradient / ranks)
 
-    for loss in (criterion or {}).values():
+    for loss in losses:
         if ranks > 1 and isinstance(loss, TopKLogitsKLLoss):
             loss.register_forward_hook(divide)
-
-
-def load_projection(model: MegatronModule, folder: Path) -> None:
-    """Restore the losses' own weights of a run that is resumed; a collective call."""
-    torch_dist.load(model, folder, only=LOSS_MODULES)
 
 
 def task(model: Any, config: DistillConfig, options: TrainingOptions) -> Task:
@@ -161,26 +136,19 @@ def task(model: Any, config: DistillConfig, options: TrainingOptions) -> Task:
         decoder_seq_length=None,
     )
     return Task(
-        forward_step=partial(forward_step, config=config),
+        forward_step=_forward_step,
         metric_names=tuple(names),
-        set_mode=_train,
+        set_mode=lambda model: model.train(),
         adjust_tensor_shapes=adjust,
     )
 
 
-def _train(model: Any) -> None:
-    model.train()
-
-
-def forward_step(
-    model: Any, batch: Mapping[str, Any], config: DistillConfig
-) -> tuple[torch.Tensor, LossFunction]:
+def _forward_step(model: Any, batch: Mapping[str, Any]) -> tuple[torch.Tensor, LossFunction]:
     """One micro batch through this pipeline stage, teacher and student.
 
     Args:
         model: of this rank, in megatron-core's DDP or not.
         batch: ``input_ids`` int64 [b, s], ``loss_mask`` [b, s] (1 where a token counts).
-        config: what is compared.
     """
     core = forward.unwrap(model)
     tokens = batch["input_ids"]
@@ -196,8 +164,11 @@ def forward_step(
         found = core.compute_kd_loss(
             student_loss=own, loss_reduction_fn=partial(_weighted_sum, weight=weight)
         )
-        values = {"logits": found["logits_loss"], "intermediate": found["intermediate_loss"]}
-        values["cross_entropy"] = own
+        values = {
+            "logits": found["logits_loss"],
+            "intermediate": found["intermediate_loss"],
+            "cross_entropy": own,
+        }
         metrics = {
             name: torch.stack([value.detach().float(), count]) for name, value in values.items()
         }

@@ -16,21 +16,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import yaml
 
-from post_training.checkpoints.source import find_source
+from post_training.checkpoints.source import Source, find_source
 from post_training.common import inputs
 from post_training.common.errors import UsageError, suggest
 from post_training.config.flags import flag
 from post_training.config.options import StageOptions
-
-if TYPE_CHECKING:
-    from post_training.checkpoints.source import Source
-    from post_training.models.architecture import Architecture
 
 OPTION, TEACHER = "--export-kd-cfg", "--export-kd-teacher-load"
 LOSSES = ("cosine", "mse")
@@ -47,9 +43,6 @@ class DistillConfig:
     kd_loss_scale: float = 1.0
     logit_kl_temperature: float = 1.0
     logit_kl_topk: int | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,14 +71,12 @@ def read(path: str | None) -> DistillConfig:
     """
     if path is None:
         return DistillConfig()
-
     what = f"{OPTION} {path}"
     try:
         content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(what, f"it cannot be read: {error.strerror}", "name a YAML file") from (
-            error
-        )
+        cause = f"it cannot be read: {error.strerror}"
+        raise UsageError(what, cause, "name a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = getattr(error, "problem_mark", None)
         line = f" in line {where.line + 1}" if where else ""
@@ -94,28 +85,26 @@ def read(path: str | None) -> DistillConfig:
         return DistillConfig()
     if not isinstance(content, Mapping):
         raise UsageError(what, f"it is a {type(content).__name__}", "write `field: value` lines")
-    known = {each.name for each in fields(DistillConfig)}
+    values = asdict(DistillConfig())
     for name in content:
-        if name not in known:
-            hint = suggest(str(name), known) or f"known are {', '.join(sorted(known))}"
+        if name not in values:
+            hint = suggest(str(name), values) or f"known are {', '.join(sorted(values))}"
             raise UsageError(f"{what}: {name}", "unknown field", hint)
-    values = dict(content)
-    _check_pairs(what, values)
+    values |= content
+    _check_layers(what, values["logit_layers"], values["intermediate_layer_pairs"] or [])
     _check_numbers(what, values)
+    values["logit_layers"] = tuple(values["logit_layers"])
+    pairs = values["intermediate_layer_pairs"] or []
+    values["intermediate_layer_pairs"] = tuple(tuple(pair) for pair in pairs)
     return DistillConfig(**values)
 
 
-def _check_pairs(what: str, values: dict[str, Any]) -> None:
-    layers = values.get("logit_layers", ["output_layer", "output_layer"])
+def _check_layers(what: str, layers: Any, pairs: Any) -> None:
     if not _is_names(layers) or len(layers) != 2:
-        raise UsageError(
-            f"{what}: logit_layers = {layers!r}",
-            "it is no pair of names",
-            "[output_layer, output_layer]",
-        )
-    pairs = values.get("intermediate_layer_pairs") or []
+        shown = f"{what}: logit_layers = {layers!r}"
+        raise UsageError(shown, "it is no pair of names", "[output_layer, output_layer]")
     example = "[[decoder.layers.3.input_layernorm, decoder.layers.5.input_layernorm]]"
-    if not isinstance(pairs, list):
+    if not isinstance(pairs, list | tuple):
         raise UsageError(f"{what}: intermediate_layer_pairs", "it is no list", example)
     for pair in pairs:
         shown = f"{what}: intermediate_layer_pairs {pair!r}"
@@ -124,8 +113,6 @@ def _check_pairs(what: str, values: dict[str, Any]) -> None:
         if len(pair) == 3 and pair[2] not in LOSSES:
             hint = suggest(pair[2], LOSSES) or f"use one of {', '.join(LOSSES)}"
             raise UsageError(shown, f"unknown loss {pair[2]}", hint)
-    values["logit_layers"] = tuple(layers)
-    values["intermediate_layer_pairs"] = tuple(tuple(pair) for pair in pairs)
 
 
 def _is_names(value: Any) -> bool:
@@ -134,19 +121,27 @@ def _is_names(value: Any) -> bool:
 
 def _check_numbers(what: str, values: Mapping[str, Any]) -> None:
     for name in ("kd_loss_scale", "logit_kl_temperature", "logit_kl_topk"):
-        value = values.get(name)
-        if value is None and (name not in values or name == "logit_kl_topk"):
+        value = values[name]
+        whole = name == "logit_kl_topk"
+        if whole and value is None:
             continue
-        kinds = (int,) if name == "logit_kl_topk" else (int, float)
+        kinds = int if whole else (int, float)
         if not isinstance(value, kinds) or isinstance(value, bool) or value <= 0:
             raise UsageError(f"{what}: {name} = {value!r}", "not a positive number", "e.g. 1")
-    if not isinstance(values.get("skip_lm_loss", True), bool):
+    if not isinstance(values["skip_lm_loss"], bool):
         shown = f"{what}: skip_lm_loss = {values['skip_lm_loss']!r}"
         raise UsageError(shown, "neither true nor false", "true or false")
 
 
-def teacher_options[Options: StageOptions](options: Options, location: str | None) -> Options:
-    """``options`` with the teacher at ``location`` in place of the model."""
+def find_teacher[Options: StageOptions](
+    options: Options, location: str | None
+) -> tuple[Options, Source]:
+    """``options`` with the teacher at ``location`` in place of the model, and the teacher; no
+    torch, no network.
+
+    Raises:
+        UsageError: as :func:`find_source`, in the teacher's name.
+    """
     if not location:
         raise UsageError(
             f"{TEACHER} (not given)",
@@ -154,8 +149,14 @@ def teacher_options[Options: StageOptions](options: Options, location: str | Non
             f"set TEACHER_CKPT or {TEACHER} to the model before pruning or quantizing",
         )
     if (Path(location) / "config.json").is_file() or inputs.is_hub_name(location):
-        return replace(options, load=None, pretrained_model_path=location)
-    return replace(options, load=location)
+        options = replace(options, load=None, pretrained_model_path=location)
+    else:
+        options = replace(options, load=location)
+    try:
+        return options, find_source(options)
+    except UsageError as error:
+        what = re.sub(r"--load|--pretrained-model-path", TEACHER, error.what)
+        raise UsageError(what, error.cause, error.remedy) from error
 
 
 def check_pair(config: DistillConfig, student: Source, teacher: Source, stages: int) -> None:
@@ -191,39 +192,23 @@ def check_pair(config: DistillConfig, student: Source, teacher: Source, stages: 
             f"the vocabulary has {mine.vocab_size} tokens",
             "a smaller number, or leave it out",
         )
-    for pair in config.intermediate_layer_pairs:
-        for name, whose, architecture in zip(pair, ("student", "teacher"), (mine, theirs),
-                                             strict=False):  # fmt: skip
-            _check_layer(name, whose, architecture, stages)
+    for student_layer, teacher_layer, *_ in config.intermediate_layer_pairs:
+        _check_layer(student_layer, "student", mine.value("num_layers"), stages)
+        _check_layer(teacher_layer, "teacher", theirs.value("num_layers"), stages)
 
 
-def _check_layer(name: str, whose: str, architecture: Architecture, stages: int) -> None:
+def _check_layer(name: str, whose: str, layers: int, stages: int) -> None:
     found = _LAYER.match(name)
     if not found:
         return
-    layers = architecture.value("num_layers")
-    what = f"{OPTION}: intermediate_layer_pairs {name}"
-    if int(found[1]) >= layers:
-        raise UsageError(
-            what, f"the {whose} has {layers} layers, counted from 0", f"at most {layers - 1}"
-        )
+    what, number = f"{OPTION}: intermediate_layer_pairs {name}", int(found[1])
+    if number >= layers:
+        cause = f"the {whose} has {layers} layers, counted from 0"
+        raise UsageError(what, cause, f"at most {layers - 1}")
     first = layers - layers // stages
-    if int(found[1]) < first:
+    if number < first:
         raise UsageError(
             f"{what}, PP={stages}",
             "ModelOpt compares intermediate layers on the last pipeline stage only",
             f"name layers from {first} on, or lower PP",
         )
-
-
-def find_teacher(options: StageOptions) -> Source:
-    """The teacher, from :func:`teacher_options`; no torch, no network.
-
-    Raises:
-        UsageError: as :func:`find_source`, in the teacher's name.
-    """
-    try:
-        return find_source(options)
-    except UsageError as error:
-        what = re.sub(r"--load|--pretrained-model-path", TEACHER, error.what)
-        raise UsageError(what, error.cause, error.remedy) from error

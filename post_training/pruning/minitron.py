@@ -16,6 +16,7 @@ import modelopt.torch.nas as mtn
 import torch
 from modelopt.torch.opt.conversion import ModeloptStateManager
 from modelopt.torch.prune.plugins.mcore_minitron import (
+    CandidateSubnet,
     MCoreMinitronSearcher,
     get_mcore_minitron_config,
 )
@@ -30,16 +31,6 @@ from post_training.pruning.space import PruningSpace
 if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
 
-_MEMORY = "memory_mb"  # ModelOpt's constraint, in MiB
-
-
-@dataclass(frozen=True)
-class CandidateScore:
-    """An architecture that a search tried: hyper-parameters by name, and how good it is."""
-
-    config: dict[str, int]
-    score: float
-
 
 @dataclass(frozen=True)
 class PruningResult:
@@ -49,7 +40,7 @@ class PruningResult:
         config: hyper-parameters by name with their new values.
         kept_layers: numbers of the layers that are left, from 1 as before pruning, ascending.
         layer_scores: importance by layer number.
-        candidates: of a search, the best one first.
+        candidates: of a search, those that were scored, the best one first.
         fitting: number of architectures within the limits.
         calibrated: whether scores were collected now, rather than taken from the cache.
     """
@@ -57,16 +48,27 @@ class PruningResult:
     config: dict[str, int]
     kept_layers: list[int]
     layer_scores: dict[int, float]
-    candidates: list[CandidateScore]
+    candidates: list[CandidateSubnet]
     fitting: int
     calibrated: bool
 
 
-@dataclass(frozen=True)
-class PruningTask:
-    """What to prune a model to, and how its parts and the candidates are ranked.
+def prune(
+    model: MegatronModule,
+    target: Mapping[str, int] | SizeSearch,
+    space: PruningSpace,
+    *,
+    acceptable: Callable[[Mapping[str, Any]], bool],
+    calibrate: Callable[[torch.nn.Module], None],
+    describe_calibration: Callable[[], Mapping[str, Any]],
+    score: Callable[[torch.nn.Module], float] | None = None,
+    cache: ScoreCache | None = None,
+    show_progress: bool = False,
+) -> PruningResult:
+    """Prune ``model`` in place; a collective call.
 
-    Attributes:
+    Args:
+        model: built with the Transformer Engine layer spec at TP=1.
         target: new values by hyper-parameter, only those that change, or a search.
         space: what may be pruned of the model.
         acceptable: whether a candidate, given by all its hyper-parameters, may be chosen.
@@ -74,63 +76,31 @@ class PruningTask:
         describe_calibration: of the data that ``calibrate`` ran, for the cache.
         score: of a candidate, larger is better; needed for a search.
         cache: where scores are kept.
-    """
-
-    target: Mapping[str, int] | SizeSearch
-    space: PruningSpace
-    acceptable: Callable[[Mapping[str, Any]], bool]
-    calibrate: Callable[[torch.nn.Module], None]
-    describe_calibration: Callable[[], Mapping[str, Any]]
-    score: Callable[[torch.nn.Module], float] | None = None
-    cache: ScoreCache | None = None
-
-
-def prune(
-    model: MegatronModule, task: PruningTask, *, show_progress: bool = False
-) -> PruningResult:
-    """Prune ``model`` in place; a collective call.
-
-    Args:
-        model: built with the Transformer Engine layer spec at TP=1.
         show_progress: let ModelOpt draw its progress bars on this rank.
     """
-    target, granularity = task.target, task.space.granularity
     steps = get_mcore_minitron_config(
-        hidden_size_divisor=granularity.hidden_size,
-        ffn_hidden_size_divisor=granularity.ffn_hidden_size,
-        num_layers_divisor=granularity.num_layers,
-        num_moe_experts_divisor=granularity.num_moe_experts,
-        mamba_head_dim_divisor=granularity.mamba_head_dim,
+        **{f"{name}_divisor": step for name, step in space.steps.items()}
     )
     layers = model.config.num_layers
-    calibrated = False
-
-    def collect(dynamic: torch.nn.Module) -> None:
-        nonlocal calibrated
-        calibrated = True
-        task.calibrate(dynamic)
-
-    config: dict[str, Any] = {"forward_loop": collect}
+    config: dict[str, Any] = {"forward_loop": calibrate}
     if isinstance(target, SizeSearch):
         config |= {
-            "score_func": task.score,
+            "score_func": score,
             "max_width_pruning": target.max_width,
             "max_depth_pruning": target.max_depth,
-            "hparams_to_skip": [
-                name for name in target.skip if task.space.dimensions[name].original
-            ],
+            "hparams_to_skip": [name for name in target.skip if space.dimensions[name].original],
             "top_k": target.top_k,
-            "candidate_filter": task.acceptable,
+            "candidate_filter": acceptable,
             "seq_length": target.memory.sequence_length,
             "batch_size": target.memory.batch_size,
         }
         constraints: dict[str, Any] = {n: float(v) for n, v in target.limits.items()}
         if "memory" in constraints:
-            constraints[_MEMORY] = constraints.pop("memory") / MEBIBYTE
+            constraints["memory_mb"] = constraints.pop("memory") / MEBIBYTE
     else:
         constraints = {"export_config": dict(target)}
     searcher = _Searcher()
-    searcher.cache, searcher.describe_calibration = task.cache, task.describe_calibration
+    searcher.cache, searcher.describe_calibration = cache, describe_calibration
     with quiet(stdout=True, stderr=not show_progress):
         dynamic = mtn.convert(model, [("mcore_minitron", steps)], registry=PruneModeRegistry)
         searcher.search(dynamic, constraints, None, config)
@@ -138,28 +108,21 @@ def prune(
     # The architecture says all there is to say about the pruned model; a state of ModelOpt's
     # would only be restored, without effect, by every later stage.
     ModeloptStateManager.remove_state(pruned)
-    state = searcher.state_dict()
-    chosen = dict(state["best"]["ss_config"] if isinstance(target, SizeSearch) else target)
-    fitting = _candidates(state["all_candidates_per_constraint"], constraints)
+    chosen = dict(searcher.best["ss_config"] if isinstance(target, SizeSearch) else target)
+    fitting: list[CandidateSubnet] = []
+    for limits, candidates in searcher.all_candidates_per_constraint.items():
+        if dict(limits) == constraints:
+            fitting = candidates
     scored = [each for each in fitting if each.score is not None]
-    scored.sort(key=lambda each: each.score, reverse=True)
-    ranked = state["sorted_layers"] or range(1, layers + 1)
+    ranked = searcher.sorted_layers or list(range(1, layers + 1))
     return PruningResult(
         config=chosen,
-        kept_layers=sorted(list(ranked)[: chosen.get("num_layers", layers)]),
-        layer_scores={number: float(value) for number, value in state["layer_scores"].items()},
-        candidates=[CandidateScore(dict(each.ss_config), float(each.score)) for each in scored],
+        kept_layers=sorted(ranked[: chosen.get("num_layers", layers)]),
+        layer_scores={number: float(value) for number, value in searcher.layer_scores.items()},
+        candidates=sorted(scored, key=lambda each: each.score, reverse=True),
         fitting=len(fitting),
-        calibrated=calibrated,
+        calibrated=not searcher.reused,
     )
-
-
-def _candidates(found: Mapping[Any, Any], limits: Mapping[str, float]) -> list[Any]:
-    """Those that meet ``limits`` (ModelOpt's constraints), the largest first."""
-    for key, candidates in found.items():
-        if dict(key) == dict(limits):
-            return list(candidates)
-    return []
 
 
 class _Searcher(MCoreMinitronSearcher):
@@ -167,21 +130,20 @@ class _Searcher(MCoreMinitronSearcher):
 
     cache: ScoreCache | None = None
     describe_calibration: Callable[[], Mapping[str, Any]] = dict
-    calibrated_on: Mapping[str, Any] | None = None
+    reused = False  # whether the scores are the cache's
 
     def load_search_checkpoint(self, strict: bool = True) -> bool:
-        if self.cache is None:
-            return False
         device = next(self.model.parameters()).device
-        state = self.cache.read(distributed.rank(), device)
-        if state is None:
+        found = self.cache.read(distributed.rank(), device) if self.cache else None
+        if found is None:
             return False
+        state, calibration = found
         for key, default in self.default_state_dict.items():
             setattr(self, key, state.get(key, default))
-        self.calibrated_on = (self.cache.described() or {})["calibration"]
+        self.describe_calibration = lambda: calibration
+        self.reused = True
         return True
 
     def save_search_checkpoint(self, verbose: bool = False) -> None:
         if self.cache is not None:
-            described = self.calibrated_on or self.describe_calibration()
-            self.cache.write(self.state_dict(), distributed.rank(), described)
+            self.cache.write(self.state_dict(), distributed.rank(), self.describe_calibration())

@@ -17,10 +17,9 @@ from post_training.config.options import StageOptions
 from post_training.data.options import CalibrationOptions
 from post_training.evaluation.options import MmluOptions
 from post_training.inference.smoke_generation import SmokeOptions
-from post_training.pruning import export_config
 from post_training.pruning.score_cache import ScoreCache
 from post_training.pruning.search import Memory, SizeSearch
-from post_training.pruning.space import MEANINGS, Granularity, PruningSpace
+from post_training.pruning.space import MEANINGS, STEPS, PruningSpace, read_sizes
 
 if TYPE_CHECKING:
     from post_training.checkpoints.source import Source
@@ -36,7 +35,6 @@ _TARGETS = {
     "prune_target_active_params": _UNITS,
     "prune_target_memory": _BYTE_UNITS,
 }
-_DIVISORS = ("hidden_size", "ffn_hidden_size", "num_layers", "num_moe_experts", "mamba_head_dim")
 
 
 def _below_one(option: str, value: float) -> None:
@@ -57,8 +55,7 @@ def _divisor(name: str) -> Any:
     return flag(
         metavar="N",
         check=at_least(1),
-        help=f"step of the allowed {MEANINGS[name]} "
-        f"({getattr(Granularity, name)}, less for small models)",
+        help=f"step of the allowed {MEANINGS[name]} ({STEPS[name]}, less for small models)",
     )
 
 
@@ -169,7 +166,7 @@ def target(options: PruneOptions) -> dict[str, Any] | SizeSearch:
                 "sizes are either named or searched for",
                 "give one of them",
             )
-        return export_config.read(options.prune_export_config)
+        return read_sizes(options.prune_export_config)
     if not given:
         raise UsageError(
             "what to prune (not given)",
@@ -183,13 +180,14 @@ def target(options: PruneOptions) -> dict[str, Any] | SizeSearch:
             "a search scores its candidates, by perplexity or on --mmlu-dataset",
             "leave it out, or give --mmlu-dataset",
         )
+    limits = {
+        name.removeprefix("prune_target_"): _quantity(
+            option, getattr(options, name), _TARGETS[name]
+        )
+        for option, name in given.items()
+    }
     return SizeSearch(
-        {
-            name.removeprefix("prune_target_"): quantity(
-                option, getattr(options, name), _TARGETS[name]
-            )
-            for option, name in given.items()
-        },
+        limits,
         options.prune_max_width_pruning,
         options.prune_max_depth_pruning,
         options.prune_top_k,
@@ -198,7 +196,7 @@ def target(options: PruneOptions) -> dict[str, Any] | SizeSearch:
     )
 
 
-def quantity(option: str, text: str, units: Mapping[str, float]) -> float:
+def _quantity(option: str, text: str, units: Mapping[str, float]) -> float:
     """A number with one of ``units``: ``6e9``, ``6B``, ``12 GiB``."""
     found = re.fullmatch(r"([0-9.]+(?:e[+]?[0-9]+)?)\s*([a-z]*)", text.strip().lower())
     known = ", ".join(name.upper() for name in units if name)
@@ -213,7 +211,7 @@ def quantity(option: str, text: str, units: Mapping[str, float]) -> float:
 
 def space(options: PruneOptions, architecture: Architecture) -> PruningSpace:
     """What may be pruned of this model, in steps as given or as they fit it."""
-    steps = {name: getattr(options, f"prune_{name}_divisor") for name in _DIVISORS}
+    steps = {name: getattr(options, f"prune_{name}_divisor") for name in STEPS}
     return PruningSpace.of(architecture, steps)
 
 
@@ -226,13 +224,6 @@ def cache(options: PruneOptions, source: Source) -> ScoreCache | None:
     search = {name: getattr(options, name) for name in names if name not in apart}
     search |= {n: getattr(options.mmlu, n) for n in ("mmlu_dataset", "fraction", "few_shots")}
     sizes = options.parallel
-    return ScoreCache(
-        Path(options.prune_intermediate_ckpt),
-        manifest.describe_input("model", source.location),
-        {
-            "pipeline": sizes.pipeline,
-            "first_layers": sizes.first_layers,
-            "last_layers": sizes.last_layers,
-        },
-        search,
-    )
+    layout = {n: getattr(sizes, n) for n in ("pipeline", "first_layers", "last_layers")}
+    model = manifest.describe_input("model", source.location)
+    return ScoreCache(Path(options.prune_intermediate_ckpt), model, layout, search)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,36 +58,12 @@ def metrics(
         "before": before.to_json(),
         "after": after.to_json(),
         "candidates": [
-            {"config": each.config, "score": each.score, **size.to_json()}
+            {"config": dict(each.ss_config), "score": each.score, **size.to_json()}
             for each, size in zip(result.candidates, candidate_sizes, strict=True)
         ],
         "candidates_within_limits": result.fitting,
         "calibration": dict(calibration) if result.calibrated else None,
     }
-
-
-def show_candidates(candidates: Sequence[Mapping[str, Any]], fitting: int, scored_by: str) -> None:
-    """Print the table of the candidates that were scored, the best first."""
-    from rich.table import Table
-
-    title = f"candidates: {len(candidates)} scored of {fitting} within the limits"
-    table = Table(title=title, title_justify="left", title_style="bold")
-    names = list(candidates[0]["config"])
-    table.add_column("")
-    for name in names:
-        table.add_column(MEANINGS[name], justify="right")
-    for name in ("params", "memory", scored_by):
-        table.add_column(name, justify="right", no_wrap=name != scored_by)
-    for number, each in enumerate(candidates, start=1):
-        table.add_row(
-            str(number),
-            *(f"{each['config'][name]:,}" for name in names),
-            f"{each['parameters']:,}",
-            report.number_of_bytes(each["weight_bytes"] + each["cache_bytes"]),
-            f"{each['score']:.4f}",
-            style="bold" if number == 1 else None,
-        )
-    _print(table)
 
 
 def show(
@@ -102,37 +78,13 @@ def show(
     Args:
         content: of ``run.json``.
     """
-    from rich.table import Table
+    from rich.console import Console
 
-    found, memory = content["metrics"], options.memory
+    console, found = Console(stderr=True), content["metrics"]
     if found["candidates"]:
         scored_by = "MMLU accuracy" if options.mmlu.mmlu_dataset else "log-likelihood"
-        show_candidates(found["candidates"], found["candidates_within_limits"], scored_by)
-    table = Table(title="pruned", title_justify="left", title_style="bold")
-    table.add_column("", style="cyan", no_wrap=True)
-    for name in ("before", "after", "left"):
-        table.add_column(name, justify="right", no_wrap=True)
-    old, new = before.architecture.resolved(), after.architecture.resolved()
-    for name, text in MEANINGS.items():
-        if new.get(name) and (name in found["pruned"] or name in ("num_layers", "hidden_size")):
-            _row(table, text, old[name], new[name])
-    _row(table, "parameters", before.size.parameters, after.size.parameters)
-    if before.size.active != before.size.parameters:
-        _row(table, "parameters used for a token", before.size.active, after.size.active)
-    cache = f"cache of {memory.batch_size} x {memory.sequence_length:,} tokens"
-    for text, mine, theirs in (
-        ("weights in 16 bits", before.size.weights, after.size.weights),
-        (cache, before.size.cache, after.size.cache),
-    ):
-        shown = report.number_of_bytes(mine), report.number_of_bytes(theirs)
-        table.add_row(text, *shown, f"{theirs / mine:.1%}")
-    if before.loss is not None and after.loss is not None:
-        perplexities = [f"{math.exp(min(x, 700)):,.2f}" for x in (before.loss, after.loss)]
-        table.add_row("perplexity of the calibration text", *perplexities)
-    if before.accuracy is not None and after.accuracy is not None:
-        left = f"{after.accuracy / before.accuracy:.1%}" if before.accuracy else ""
-        table.add_row("MMLU accuracy", f"{before.accuracy:.4f}", f"{after.accuracy:.4f}", left)
-    _print(table)
+        console.print(_candidates(found, scored_by))
+    console.print(_before_and_after(options, found["pruned"], before, after))
     scores, calibration = f"kept in {options.prune_intermediate_ckpt}", found["calibration"]
     if calibration is not None:
         scores = (
@@ -154,8 +106,61 @@ def show(
     )
 
 
-def _row(table: Table, text: str, before: int, after: int) -> None:
-    table.add_row(text, f"{before:,}", f"{after:,}", f"{after / before:.1%}")
+def _candidates(found: Mapping[str, Any], scored_by: str) -> Table:
+    """The candidates that were scored, the best first."""
+    from rich.table import Table
+
+    candidates, fitting = found["candidates"], found["candidates_within_limits"]
+    title = f"candidates: {len(candidates)} scored of {fitting} within the limits"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    names = list(candidates[0]["config"])
+    table.add_column("")
+    for name in names:
+        table.add_column(MEANINGS[name], justify="right")
+    for name in ("params", "memory", scored_by):
+        table.add_column(name, justify="right", no_wrap=name != scored_by)
+    for number, each in enumerate(candidates, start=1):
+        table.add_row(
+            str(number),
+            *(f"{each['config'][name]:,}" for name in names),
+            f"{each['parameters']:,}",
+            report.number_of_bytes(each["weight_bytes"] + each["cache_bytes"]),
+            f"{each['score']:.4f}",
+            style="bold" if number == 1 else None,
+        )
+    return table
+
+
+def _before_and_after(
+    options: PruneOptions, pruned: Mapping[str, int], before: ModelScores, after: ModelScores
+) -> Table:
+    from rich.table import Table
+
+    table = Table(title="pruned", title_justify="left", title_style="bold")
+    table.add_column("", style="cyan", no_wrap=True)
+    for name in ("before", "after", "left"):
+        table.add_column(name, justify="right", no_wrap=True)
+
+    def row(text: str, old: float, new: float, shown: Callable[[float], str]) -> None:
+        table.add_row(text, shown(old), shown(new), f"{new / old:.1%}" if old else "")
+
+    old, new = before.architecture.resolved(), after.architecture.resolved()
+    for name, text in MEANINGS.items():
+        if new.get(name) and (name in pruned or name in ("num_layers", "hidden_size")):
+            row(text, old[name], new[name], "{:,}".format)
+    small, large, memory = after.size, before.size, options.memory
+    row("parameters", large.parameters, small.parameters, "{:,}".format)
+    if large.active != large.parameters:
+        row("parameters used for a token", large.active, small.active, "{:,}".format)
+    row("weights in 16 bits", large.weights, small.weights, report.number_of_bytes)
+    cache = f"cache of {memory.batch_size} x {memory.sequence_length:,} tokens"
+    row(cache, large.cache, small.cache, report.number_of_bytes)
+    if before.loss is not None and after.loss is not None:
+        perplexities = [f"{math.exp(min(x, 700)):,.2f}" for x in (before.loss, after.loss)]
+        table.add_row("perplexity of the calibration text", *perplexities)
+    if before.accuracy is not None and after.accuracy is not None:
+        row("MMLU accuracy", before.accuracy, after.accuracy, "{:.4f}".format)
+    return table
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -167,9 +172,3 @@ def _ranges(numbers: list[int]) -> str:
         else:
             found.append([number])
     return ", ".join("-".join(map(str, each)) for each in found)
-
-
-def _print(table: Table) -> None:
-    from rich.console import Console
-
-    Console(stderr=True).print(table)

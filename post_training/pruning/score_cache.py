@@ -51,17 +51,17 @@ class ScoreCache:
         path = self.folder / _DESCRIPTION
         if not path.is_file():
             return None
-        remedy = "delete the folder, or name another"
-        content = files.read_json_object(path, OPTION, remedy)
-        theirs = {name: content.get(name) for name in ("format", "layout")}
-        mine = {"format": _FORMAT, "layout": dict(self.layout)}
-        if _identity(content.get("model", {})) != _identity(self.model):
+        content = files.read_json_object(path, OPTION, "delete the folder, or name another")
+        model = content.get("model", {})
+        if _identity(model) != _identity(self.model):
             raise UsageError(
                 what,
-                f"its scores are of the model {content.get('model', {}).get('path')} as it was "
-                f"then, not of {self.model['path']} as it is now",
+                f"its scores are of the model {model.get('path')} as it was then, not of "
+                f"{self.model['path']} as it is now",
                 "name another folder, or delete this one to calibrate again",
             )
+        theirs = {name: content.get(name) for name in ("format", "layout")}
+        mine = {"format": _FORMAT, "layout": self.layout}
         if theirs != mine:
             raise UsageError(
                 what,
@@ -70,8 +70,9 @@ class ScoreCache:
             )
         return content
 
-    def read(self, rank: int, device: Any) -> dict[str, Any] | None:
-        """ModelOpt's search state of this rank, or None where some rank has none; collective.
+    def read(self, rank: int, device: Any) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """ModelOpt's search state of this rank and a description of the text that the scores are
+        of, or None where some rank has no scores; a collective call.
 
         Candidates found under other settings of the search are left out.
         """
@@ -86,15 +87,13 @@ class ScoreCache:
             return None
         text = content["calibration"]
         logger.info(
-            "importance scores of %s are used again, no calibration; they are of %s sequences of "
-            "%s tokens of %s",
-            self.folder,
-            *(text[name] for name in ("sequences", "sequence_length", "source")),
+            f"importance scores of {self.folder} are used again, no calibration; they are of "
+            f"{text['sequences']} sequences of {text['sequence_length']} tokens of {text['source']}"
         )
         state: dict[str, Any] = safe_load(path, map_location=device)
-        if content["search"] != dict(self.search):
+        if content["search"] != self.search:
             state["all_candidates_per_constraint"] = {}
-        return state
+        return state, text
 
     def write(self, state: Mapping[str, Any], rank: int, calibration: Mapping[str, Any]) -> None:
         """Save this rank's search state, and, once every rank's is there, what they are of."""
@@ -108,19 +107,15 @@ class ScoreCache:
         safe_save(dict(state), work)
         work.replace(self._file(rank))
         torch.distributed.barrier()
-        on_first_rank(
-            lambda: files.write_json(
-                self.folder / _DESCRIPTION,
-                {
-                    "format": _FORMAT,
-                    "model": dict(self.model),
-                    "layout": dict(self.layout),
-                    "calibration": dict(calibration),
-                    "search": dict(self.search),
-                    "versions": manifest.versions(),
-                },
-            )
-        )
+        content = {
+            "format": _FORMAT,
+            "model": self.model,
+            "layout": self.layout,
+            "calibration": calibration,
+            "search": self.search,
+            "versions": manifest.versions(),
+        }
+        on_first_rank(lambda: files.write_json(self.folder / _DESCRIPTION, content))
 
     def _file(self, rank: int) -> Path:
         return self.folder / f"rank{rank}.pth"  # ModelOpt's own name for it

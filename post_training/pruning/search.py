@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from post_training.common.errors import UsageError
@@ -27,7 +27,7 @@ _WEIGHT_BYTES = 2
 
 @dataclass(frozen=True)
 class Memory:
-    """What inference memory is counted for: 16-bit weights and the cache of these tokens."""
+    """What memory is counted for: 16-bit weights and the cache of these tokens."""
 
     sequence_length: int = 4096
     batch_size: int = 1
@@ -51,16 +51,7 @@ class SizeSearch:
     max_depth: float = 0.2
     top_k: int = 10
     skip: tuple[str, ...] = ()
-    memory: Memory = field(default_factory=Memory)
-
-    def spaces(self, allowed: Mapping[str, Dimension]) -> dict[str, tuple[int, ...]]:
-        """The values that are tried of each hyper-parameter (as ModelOpt chooses them)."""
-        found = {}
-        for name, each in allowed.items():
-            share = self.max_depth if name == "num_layers" else self.max_width
-            if len(each.choices) > 1 and name not in self.skip:
-                found[name] = each.choices[int((1 - share) * len(each.choices)) :]
-        return found
+    memory: Memory = Memory()
 
 
 @dataclass(frozen=True)
@@ -75,6 +66,17 @@ class Size:
     @property
     def memory(self) -> int:
         return self.weights + self.cache
+
+    def __str__(self) -> str:
+        return (
+            f"params = {self.parameters:,}, active_params = {self.active:,}, "
+            f"memory = {self.memory:,} bytes"
+        )
+
+    def meets(self, limits: Mapping[str, float]) -> bool:
+        """Whether it is within every limit of a search."""
+        values = {"params": self.parameters, "active_params": self.active, "memory": self.memory}
+        return all(values[name] <= limit for name, limit in limits.items())
 
     def to_json(self) -> dict[str, int]:
         return {
@@ -91,12 +93,12 @@ def size(
     """What a model takes, with ``changes`` to its hyper-parameters; computed, not measured."""
     from modelopt.torch.nas.plugins import megatron_model_stats as stats
 
+    values = {**architecture.resolved(), **changes}
     described = (
         architecture.vocab_size,
         architecture.share_embeddings_and_output_weights,
         architecture.hybrid_layer_pattern,
     )
-    values = {**architecture.resolved(), **changes}
     total, active = stats.mcore_param_count(config, *described, **changes)
     weights, cached, state, _ = stats.mcore_memory_footprint_mb(
         config,
@@ -126,10 +128,8 @@ def counted(model: MegatronModule, computed: Size) -> Size:
     actual = stats.mcore_param_count_live(model)
     if actual != computed.parameters:
         logger.warning(
-            "%s parameters were computed for this architecture, it has %s: a search may miss its "
-            "target by as much",
-            f"{computed.parameters:,}",
-            f"{actual:,}",
+            f"{computed.parameters:,} parameters were computed for this architecture, it has "
+            f"{actual:,}: a search may miss its target by as much"
         )
     more = actual - computed.parameters
     return replace(
@@ -140,12 +140,6 @@ def counted(model: MegatronModule, computed: Size) -> Size:
     )
 
 
-def within(found: Size, limits: Mapping[str, float]) -> bool:
-    """Whether a size meets every limit of a search."""
-    values = {"params": found.parameters, "active_params": found.active, "memory": found.memory}
-    return all(values[name] <= limit for name, limit in limits.items())
-
-
 def check_reachable(
     architecture: Architecture,
     config: TransformerConfig,
@@ -153,33 +147,27 @@ def check_reachable(
     search: SizeSearch,
 ) -> None:
     """Raise UsageError if the limits are met already, or by no architecture of the search."""
-    smallest = {name: choices[0] for name, choices in search.spaces(allowed).items()}
-    if architecture.hybrid_layer_pattern:
-        smallest.pop("num_layers", None)  # its size depends on which layers go
+    smallest = {}
+    for name, each in allowed.items():
+        share = search.max_depth if name == "num_layers" else search.max_width
+        # A hybrid model's size depends on which layers go.
+        undecided = name == "num_layers" and architecture.hybrid_layer_pattern
+        if len(each.choices) > 1 and name not in search.skip and not undecided:
+            smallest[name] = each.choices[int((1 - share) * len(each.choices))]
     least = size(architecture, config, search.memory, **smallest)
     whole = size(architecture, config, search.memory)
-    wanted = ", ".join(f"{name} <= {limit:,.0f}" for name, limit in search.limits.items())
-    if within(whole, search.limits):
+    limits = ", ".join(f"{name} <= {limit:,.0f}" for name, limit in search.limits.items())
+    what = f"the target {limits}"
+    if whole.meets(search.limits):
+        raise UsageError(what, f"the model meets it already: {whole}", "give a smaller target")
+    if not least.meets(search.limits):
         raise UsageError(
-            f"the target {wanted}",
-            f"the model meets it already: {_shown(whole)}",
-            "give a smaller target",
-        )
-    if not within(least, search.limits):
-        raise UsageError(
-            f"the target {wanted}",
-            f"the smallest architecture of the search has {_shown(least)}: {smallest}",
+            what,
+            f"the smallest architecture of the search has {least}: {smallest}",
             f"give a larger target, raise --prune-max-width-pruning {search.max_width} or "
             f"--prune-max-depth-pruning {search.max_depth}, or name the widths with "
             "--prune-export-config",
         )
-
-
-def _shown(found: Size) -> str:
-    return (
-        f"params = {found.parameters:,}, active_params = {found.active:,}, "
-        f"memory = {found.memory:,} bytes"
-    )
 
 
 def acceptance(
@@ -199,6 +187,6 @@ def acceptance(
             return False
         if not isinstance(target, SizeSearch) or architecture.hybrid_layer_pattern:
             return True
-        return within(size(architecture, config, target.memory, **found), target.limits)
+        return size(architecture, config, target.memory, **found).meets(target.limits)
 
     return accept

@@ -1,6 +1,6 @@
 """What pruning may cut: each hyper-parameter's allowed values, and the architecture that results.
 
-ModelOpt's Minitron cuts widths in steps (``granularity``) and whole layers. Everything here follows
+ModelOpt's Minitron cuts widths in steps (its granularity) and whole layers. Everything here follows
 from the architecture alone, so that a width that does not fit is refused before anything is loaded.
 Nothing here imports torch.
 """
@@ -12,9 +12,10 @@ import importlib.util
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from post_training.common.errors import UsageError
+from post_training.common.errors import UsageError, suggest
 from post_training.models.architecture import Architecture
 
 OPTION = "--prune-export-config"
@@ -31,47 +32,21 @@ MEANINGS = {
     "mamba_num_heads": "Mamba heads",
     "mamba_head_dim": "Mamba head size",
 }
+# ModelOpt's steps (``get_mcore_minitron_config``), which fit tensor cores: allowed are multiples,
+# and the original value. All FFN sizes have the same.
+STEPS = {
+    "hidden_size": 256,
+    "ffn_hidden_size": 512,
+    "num_layers": 2,
+    "num_moe_experts": 8,
+    "mamba_head_dim": 8,
+}
 _FFN_SIZES = ("ffn_hidden_size", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
 # Fields with one entry a layer that ModelOpt cuts to the kept layers when they are lists
 # (mcore_minitron.py, _PER_LAYER_CONFIG_PATTERNS).
 _CUT_BY_LAYER = ("linear_attention_freq", "moe_layer_freq")
 # Fields whose every-n-th-layer meaning shifts when a layer in front is dropped.
 _BY_LAYER_NUMBER = (*_CUT_BY_LAYER, "no_rope_freq", "window_attn_skip_freq")
-
-
-@dataclass(frozen=True)
-class Granularity:
-    """Steps of the widths and of the depth: allowed are multiples, and the original value.
-
-    The defaults are ModelOpt's (``get_mcore_minitron_config``), which fit tensor cores.
-    """
-
-    hidden_size: int = 256
-    ffn_hidden_size: int = 512
-    num_layers: int = 2
-    num_moe_experts: int = 8
-    mamba_head_dim: int = 8
-
-    @classmethod
-    def of(cls, architecture: Architecture, chosen: Mapping[str, int | None]) -> Granularity:
-        """``chosen``, by field; where it is None, ModelOpt's step, or a smaller one for a model
-        of which that step would leave less than two widths: the largest power of two that leaves
-        four."""
-        values = architecture.resolved()
-        sizes = {
-            "hidden_size": values["hidden_size"],
-            "ffn_hidden_size": min(values[name] for name in _FFN_SIZES if values[name]),
-            "num_moe_experts": values["num_moe_experts"],
-        }
-        steps = dataclasses.asdict(cls())
-        for name, size in sizes.items():
-            if size and size < 2 * steps[name]:
-                steps[name] = 1 << max(0, (size // 4).bit_length() - 1)
-        return cls(**steps | {name: step for name, step in chosen.items() if step})
-
-    def step(self, name: str) -> int:
-        """The step of a hyper-parameter; every FFN size has the same."""
-        return int(getattr(self, "ffn_hidden_size" if name in _FFN_SIZES else name, 1))
 
 
 @dataclass(frozen=True)
@@ -95,8 +70,6 @@ class Dimension:
         what = f"{OPTION} {self.name} = {json.dumps(value)}"
         if not isinstance(value, int) or isinstance(value, bool):
             raise UsageError(what, "it is not a whole number", "give a whole number")
-        if value == self.original:
-            return
         if self.original is None:
             raise UsageError(what, self.rule, f"leave {self.name} out")
         if value in self.choices:
@@ -106,65 +79,71 @@ class Dimension:
             cause = f"the model has {self.original}, and pruning only removes"
         elif value < 1:
             cause = "it is not positive"
-        raise UsageError(what, cause, f"use {_join(nearest_values(value, self.choices))}")
+        below = [choice for choice in reversed(self.choices) if choice < value]
+        above = [choice for choice in self.choices if choice > value]
+        nearest = [below[0], above[0]] if below and above else (below or above)[:2]
+        raise UsageError(what, cause, f"use {' or '.join(map(str, nearest))}")
 
 
 @dataclass(frozen=True)
 class PruningSpace:
-    """What may be pruned of a model: the steps of its sizes, and the values that they allow.
+    """What may be pruned of a model.
 
     Attributes:
-        granularity: the steps.
-        dimensions: by name, every key of ``MEANINGS``.
+        steps: of the sizes, with the keys of ``STEPS``.
+        dimensions: the values that they allow, with the keys of ``MEANINGS``.
     """
 
-    granularity: Granularity
+    steps: Mapping[str, int]
     dimensions: Mapping[str, Dimension]
 
     @classmethod
-    def of(cls, architecture: Architecture, steps: Mapping[str, int | None]) -> PruningSpace:
-        """Of this model, with ``steps`` as :meth:`Granularity.of` takes them."""
-        granularity = Granularity.of(architecture, steps)
-        return cls(granularity, _dimensions(architecture, granularity))
+    def of(cls, architecture: Architecture, chosen: Mapping[str, int | None]) -> PruningSpace:
+        """Of this model, with the ``chosen`` steps; where one is None, what fits the model."""
+        values = architecture.resolved()
+        steps = _fitting_steps(values) | {name: step for name, step in chosen.items() if step}
+        return cls(steps, {name: _dimension(name, values, steps) for name in MEANINGS})
 
 
-def _dimensions(architecture: Architecture, granularity: Granularity) -> dict[str, Dimension]:
-    """Every hyper-parameter of ``MEANINGS`` as this model has it."""
-    values = architecture.resolved()
-    found = {}
-    for name in MEANINGS:
-        absent = _absent(name, values)
-        original = values.get(name)
-        if absent or original is None:
-            found[name] = Dimension(name, None, (), absent or "the model does not have it")
-            continue
-        step, rule = _step(name, values, granularity)
-        choices = [step * i for i in range(1, original // step + 1)] if step else []
-        if name == "num_moe_experts":
-            choices = [n for n in choices if n >= values["moe_router_topk"]]
-        choices = [*choices, original] if original not in choices else choices
-        found[name] = Dimension(name, original, tuple(choices), rule)
-    return found
-
-
-def _step(name: str, values: Mapping[str, Any], granularity: Granularity) -> tuple[int, str]:
-    """Step of the allowed values, 0 for none but the original, and the rule in words."""
-    fixed = {
-        "num_query_groups": "ModelOpt prunes the heads of each query group and keeps all groups",
-        "num_attention_heads": "ModelOpt does not prune the heads of this attention",
-        "num_layers": "the layers follow a pattern by their number, which dropping would shift",
+def _fitting_steps(values: Mapping[str, Any]) -> dict[str, int]:
+    """ModelOpt's steps; where one would leave less than two widths, the largest power of two that
+    leaves four."""
+    steps = dict(STEPS)
+    sizes = {
+        "hidden_size": values["hidden_size"],
+        "ffn_hidden_size": min(values[name] for name in _FFN_SIZES if values[name]),
+        "num_moe_experts": values["num_moe_experts"],
     }
+    for name, size in sizes.items():
+        if size and size < 2 * steps[name]:
+            steps[name] = 1 << max(0, (size // 4).bit_length() - 1)
+    return steps
+
+
+def _dimension(name: str, values: Mapping[str, Any], steps: Mapping[str, int]) -> Dimension:
+    absent, original = _absent(name, values), values.get(name)
+    if absent or original is None:
+        return Dimension(name, None, (), absent or "the model does not have it")
+    step, rule = _step(name, values, steps)
+    choices = set(range(step, original + 1, step)) if step else set()
+    if name == "num_moe_experts":
+        choices = {count for count in choices if count >= values["moe_router_topk"]}
+    return Dimension(name, original, tuple(sorted({*choices, original})), rule)
+
+
+def _step(name: str, values: Mapping[str, Any], steps: Mapping[str, int]) -> tuple[int, str]:
+    """Step of the allowed values, 0 for none but the original, and the rule in words."""
     if name == "num_query_groups":
-        return 0, fixed[name]
+        return 0, "ModelOpt prunes the heads of each query group and keeps all groups"
     if name == "num_attention_heads":
         if values["multi_latent_attention"] or values["attention_output_gate"]:
-            return 0, fixed[name]
+            return 0, "ModelOpt does not prune the heads of this attention"
         return _multiples(values["num_query_groups"], "heads are cut alike in every query group")
     if name == "mamba_num_heads":
         return _multiples(values["mamba_num_groups"], "heads are cut alike in every group")
     if name == "num_layers" and _has_shifting_pattern(values):
-        return 0, fixed[name]
-    step = granularity.step(name)
+        return 0, "the layers follow a pattern by their number, which dropping would shift"
+    step = steps["ffn_hidden_size" if name in _FFN_SIZES else name]
     if name == "num_moe_experts" and values["moe_router_num_groups"]:
         groups = values["moe_router_num_groups"]
         return _multiples(max(step, groups), "the router divides experts into groups")
@@ -178,27 +157,22 @@ def _multiples(step: int, why: str) -> tuple[int, str]:
 
 def _absent(name: str, values: Mapping[str, Any]) -> str:
     """Why a model does not have this hyper-parameter; empty if it has."""
+    pattern, experts = values["hybrid_layer_pattern"] or "", values["num_moe_experts"]
     if name.startswith("mamba"):
         if importlib.util.find_spec("mamba_ssm") is None:
             return "Mamba layers need the package mamba_ssm, which is not installed"
-        if "M" not in (values["hybrid_layer_pattern"] or ""):
+        if "M" not in pattern:
             return "the model has no Mamba layers"
-    experts = values["num_moe_experts"]
     if "moe" in name and not experts:
         return "the model has no experts"
     if name == "moe_shared_expert_intermediate_size" and not values[name]:
         return "the model has no shared experts"
-    if name == "ffn_hidden_size" and experts and not _has_dense_layers(values):
-        return "every layer has experts and none a dense FFN"
+    if name == "ffn_hidden_size" and experts:
+        frequency = values["moe_layer_freq"]
+        dense = 0 in frequency if isinstance(frequency, list) else frequency > 1
+        if not ("-" in pattern if pattern else dense):
+            return "every layer has experts and none a dense FFN"
     return ""
-
-
-def _has_dense_layers(values: Mapping[str, Any]) -> bool:
-    pattern = values["hybrid_layer_pattern"]
-    if pattern:
-        return "-" in pattern
-    frequency = values["moe_layer_freq"]
-    return 0 in frequency if isinstance(frequency, list) else frequency > 1
 
 
 def _has_shifting_pattern(values: Mapping[str, Any]) -> bool:
@@ -213,13 +187,62 @@ def _has_shifting_pattern(values: Mapping[str, Any]) -> bool:
     return False
 
 
-def nearest_values(value: int, choices: Iterable[int], count: int = 2) -> list[int]:
-    """The allowed values around ``value``: the next smaller ones, then the next larger."""
-    below = sorted((n for n in choices if n < value), reverse=True)
-    above = sorted(n for n in choices if n > value)
-    if below and above:
-        return [below[0], above[0]]
-    return (below or above)[:count]
+def read_sizes(text: str) -> dict[str, Any]:
+    """The JSON object of --prune-export-config: the text itself, or the file that it names.
+
+    Raises:
+        UsageError: if it is not JSON or no object, or a key is unknown; the nearest are named.
+    """
+    shown = f"{OPTION} {text}"
+    example = f"""{OPTION} '{{"hidden_size": 3072, "num_layers": 32}}'"""
+    if not text.lstrip().startswith("{"):
+        path = Path(text).expanduser()
+        if not path.is_file():
+            cause = "it is neither a JSON object nor a file"
+            raise UsageError(shown, cause, f"quote it: {example}")
+        text = path.read_text(encoding="utf-8")
+    try:
+        content = json.loads(text, object_pairs_hook=_without_repetition)
+    except ValueError as error:
+        raise UsageError(shown, f"it is not JSON: {error}", f"quote it: {example}") from error
+    if not isinstance(content, dict):
+        raise UsageError(shown, "it is not a JSON object", f"write {example}")
+    for key in content:
+        if key not in MEANINGS:
+            hint = suggest(key, MEANINGS) or f"known are {', '.join(MEANINGS)}"
+            raise UsageError(f"{OPTION} {key}", "unknown hyper-parameter", hint)
+    return content
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key is given twice")
+    return found
+
+
+def check_sizes(content: Mapping[str, Any], allowed: Mapping[str, Dimension]) -> dict[str, int]:
+    """The values that change something.
+
+    Raises:
+        UsageError: unless every value is allowed and something is pruned.
+    """
+    for name, value in content.items():
+        allowed[name].check(value)
+    # Widths that stay as they are would be sorted for nothing.
+    changed = {name: value for name, value in content.items() if value != allowed[name].original}
+    if changed:
+        return changed
+    example = f"another model than this: no value of {OPTION} is smaller"
+    names = ("ffn_hidden_size", "moe_ffn_hidden_size", "hidden_size", "num_layers")
+    prunable = [allowed[name] for name in names if len(allowed[name].choices) > 1]
+    if prunable:
+        example = f"""{OPTION} '{{"{prunable[0].name}": {prunable[0].choices[-2]}}}'"""
+    raise UsageError(
+        f"{OPTION} {json.dumps(dict(content))}",
+        "it leaves everything as it is",
+        f"give smaller values, e.g. {example}",
+    )
 
 
 def pruned_architecture(
@@ -249,7 +272,3 @@ def pruned_architecture(
         layers = pattern.split("/")[0].replace("|", "")
         pattern = "".join(layers[i] for i in kept)
     return dataclasses.replace(original, transformer=transformer, hybrid_layer_pattern=pattern)
-
-
-def _join(values: Iterable[int]) -> str:
-    return " or ".join(map(str, values))

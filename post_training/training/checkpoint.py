@@ -59,10 +59,11 @@ class Progress:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True)
 class TrainingCheckpoints:
     """Saves and restores the iterations of one run; every method is a collective call.
 
-    Args:
+    Attributes:
         folder: of the run (``--save``).
         record: the manifest for a number of iterations and the metrics known then; hashes of the
             files are added.
@@ -70,17 +71,10 @@ class TrainingCheckpoints:
         keep: iterations to keep; the newest always stays.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        record: Callable[[int, Mapping[str, float]], Manifest],
-        small_files: SmallFiles | None = None,
-        keep: int = 2,
-    ) -> None:
-        self.folder = folder
-        self.keep = keep
-        self._record = record
-        self._small_files = small_files
+    folder: Path
+    record: Callable[[int, Mapping[str, float]], Manifest]
+    small_files: SmallFiles
+    keep: int
 
     def save(
         self,
@@ -97,7 +91,7 @@ class TrainingCheckpoints:
         from post_training.distributed import collectives
 
         target = self.folder / f"iter_{progress.iteration:07d}"
-        record = self._record(progress.iteration, metrics)
+        record = self.record(progress.iteration, metrics)
         if "SLURM_JOB_ID" in os.environ:
             record.extra[JOB] = os.environ["SLURM_JOB_ID"]
         work = collectives.on_first_rank(lambda: files.begin(target))
@@ -106,7 +100,7 @@ class TrainingCheckpoints:
             "args": torch_dist.megatron_lm_arguments(record.architecture, model),
             "checkpoint_version": torch_dist.CHECKPOINT_VERSION,
             "iteration": progress.iteration,
-            "world": training_state.world(),
+            "world": torch.distributed.get_world_size(),
             _PROGRESS: vars(progress),
             "model": tensors,
             "optimizer": training_state.optimizer_state(
@@ -126,7 +120,10 @@ class TrainingCheckpoints:
         torch.distributed.barrier()
 
         def finish() -> dict[str, Any]:
-            self._carry_small_files()
+            small_files = self.folder / torch_dist.HUGGINGFACE
+            if not small_files.exists():
+                self.small_files.copy_to(files.begin(small_files))
+                files.publish(small_files)
             files.publish(target)
             content = record.write(self.folder, parts=(target.name, torch_dist.HUGGINGFACE))
             files.write_text(self.folder / torch_dist.TRACKER, str(progress.iteration))
@@ -159,7 +156,7 @@ class TrainingCheckpoints:
         layout = common["args"]
         now = (model.config.tensor_model_parallel_size, model.config.pipeline_model_parallel_size)
         before = (layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size)
-        same_layout = now == before and common["world"] == training_state.world()
+        same_layout = now == before and common["world"] == torch.distributed.get_world_size()
         if same_layout:
             wanted["rng_state"] = training_state.sharded_random_state()
         state = dist_checkpointing.load(wanted, str(weights))
@@ -171,21 +168,15 @@ class TrainingCheckpoints:
         torch.distributed.barrier()
         return progress
 
-    def _carry_small_files(self) -> None:
-        target = self.folder / torch_dist.HUGGINGFACE
-        if self._small_files is not None and not target.exists():
-            self._small_files.copy_to(files.begin(target))
-            files.publish(target)
-
     def _remove_old(self, newest: int) -> None:
         """Keep the newest iterations; later ones are of a run that this one replaces."""
-        numbers = sorted(
-            int(path.name.removeprefix("iter_"))
+        saved = {
+            int(path.name.removeprefix("iter_")): path
             for path in self.folder.glob("iter_*")
             if path.is_dir() and path.name.removeprefix("iter_").isdecimal()
-        )
-        kept = [number for number in numbers if number <= newest][-self.keep :]
-        for number in set(numbers) - set(kept):
-            shutil.rmtree(self.folder / f"iter_{number:07d}")
+        }
+        kept = sorted(number for number in saved if number <= newest)[-self.keep :]
+        for number in saved.keys() - set(kept):
+            shutil.rmtree(saved[number])
         for path in self.folder.glob("iter_*.incomplete"):
             shutil.rmtree(path)

@@ -63,7 +63,7 @@ class Metrics:
         total: int,
         *,
         show_progress: bool = False,
-        tensorboard: Path | None = None,
+        tensorboard: str | None = None,
         title: str = "training",
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -72,12 +72,10 @@ class Metrics:
         self.folder = folder
         self.title = title
         self.lines = [line for line in read(folder) if line["iteration"] <= iteration]
-        text = "".join(json.dumps(line) + "\n" for line in self.lines)
-        files.write_text(folder / FILE, text)
+        files.write_text(folder / FILE, "".join(json.dumps(line) + "\n" for line in self.lines))
         self._stream = (folder / FILE).open("a", encoding="utf-8")
-        self._writer = SummaryWriter(
-            str(tensorboard or folder / "tensorboard"), purge_step=iteration + 1
-        )
+        board = tensorboard or str(folder / "tensorboard")
+        self._writer = SummaryWriter(board, purge_step=iteration + 1)
         self._bar = tqdm(
             total=total, initial=iteration, desc=title, unit="it", disable=not show_progress
         )
@@ -101,13 +99,13 @@ class Metrics:
         if self._show_progress and kind == "train":
             self._bar.set_postfix_str(f"loss {values['loss']:.4f}")
             return
-        speed = values.get("tokens_per_second")
-        speed_text = f"  {speed:,.0f} tokens/s" if speed else ""
-        where = f"{kind} {iteration:,}/{self._total:,}"
+        if values.get("tokens_per_second"):
+            text += f"  {values['tokens_per_second']:,.0f} tokens/s"
+        text = f"{kind} {iteration:,}/{self._total:,}: {text}"
         if self._show_progress:
-            self._bar.write(f"[{self.title}] {where}: {text}{speed_text}")
+            self._bar.write(f"[{self.title}] {text}")
         else:
-            logger.info("%s: %s%s", where, text, speed_text)
+            logger.info("%s", text)
 
     def close(self) -> None:
         """End the files and draw the curves."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from post_training.common.errors import UsageError
@@ -183,7 +183,7 @@ def decide(flags: TrainingFlags, options: StageOptions, seq_length: int) -> Trai
         "dtype": options.precision,
         "seed": options.seed,
     }
-    return TrainingOptions(**{**{f.name: getattr(flags, f.name) for f in fields(flags)}, **decided})
+    return TrainingOptions(**vars(flags) | decided)
 
 
 def _iterations(flags: TrainingFlags, options: StageOptions, batch: int) -> int:

@@ -5,11 +5,11 @@ Sums are float64 [1 + metrics, 2]: for the loss and each metric of the task its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from post_training.training.options import TrainingOptions
-from post_training.training.sampler import Batches, Order, Samples
+from post_training.training.sampler import Order, Samples, micro_batches
 from post_training.training.task import Loss, Task
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ class Passes:
 
     Args:
         ddp: this rank's part of the model, in megatron-core's DDP.
-        forward_backward: megatron-core's schedule for the pipeline.
         task: what is trained.
         options: of the run.
         session: the process's.
@@ -32,27 +31,24 @@ class Passes:
     def __init__(
         self,
         ddp: Any,
-        forward_backward: Callable[..., Any],
         task: Task,
         options: TrainingOptions,
         session: Session,
     ) -> None:
         self.names = ("loss", *task.metric_names)
         self._ddp = ddp
-        self._forward_backward = forward_backward
         self._task = task
         self._options = options
         self._session = session
 
-    def batches(self, data: Samples, start: int, shuffle: bool) -> Iterable[Mapping[str, Any]]:
+    def batches(self, data: Samples, start: int, shuffle: bool) -> Iterator[Any]:
         """This rank's micro batches of ``data``, from sample number ``start`` on."""
         from megatron.core import parallel_state
 
-        return Batches(
+        return micro_batches(
             data,
             Order(len(data), self._options.seed, shuffle),
             start=start,
-            global_batch=self._options.global_batch_size,
             micro_batch=self._options.micro_batch_size,
             rank=parallel_state.get_data_parallel_rank(),
             ranks=parallel_state.get_data_parallel_world_size(),
@@ -62,13 +58,14 @@ class Passes:
     def run(self, batches: Iterator[Any], sums: torch.Tensor, forward_only: bool) -> None:
         """Forward (and backward) over the micro batches of an iteration; adds to ``sums``."""
         from megatron.core import parallel_state
+        from megatron.core.pipeline_parallel import get_forward_backward_func
 
         options = self._options
         ranks = parallel_state.get_data_parallel_world_size()
         more = {}
         if self._task.adjust_tensor_shapes is not None and self._session.parallel.pipeline > 1:
             more["adjust_tensor_shapes_fn"] = self._task.adjust_tensor_shapes
-        found: list[Loss] = self._forward_backward(
+        found: list[Loss] = get_forward_backward_func()(
             forward_step_func=self._forward_step,
             data_iterator=batches,
             model=[self._ddp],
@@ -99,8 +96,7 @@ class Passes:
         """Zeros."""
         import torch
 
-        shape = (len(self.names), 2)
-        return torch.zeros(shape, dtype=torch.float64, device=self._session.device)
+        return torch.zeros(len(self.names), 2, dtype=torch.float64, device=self._session.device)
 
     def reduce(self, sums: torch.Tensor, extra: torch.Tensor | None = None) -> torch.Tensor:
         """Sums over all ranks, in place; with ``extra`` rows a new tensor [1 + metrics + n, 2]."""

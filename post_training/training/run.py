@@ -17,6 +17,7 @@ from post_training.checkpoints.huggingface import SmallFiles
 from post_training.checkpoints.source import Source, fetch_source, find_source
 from post_training.common import report
 from post_training.common.errors import UsageError
+from post_training.common.manifest import Manifest
 from post_training.config import checks
 from post_training.config.options import StageOptions
 from post_training.data import text_data
@@ -25,17 +26,15 @@ from post_training.models import parallel_check
 from post_training.training import run_folder
 from post_training.training.checkpoint import TrainingCheckpoints
 from post_training.training.options import EXIT_UNFINISHED, TrainingOptions
+from post_training.training.sampler import Samples
 from post_training.training.setup import exit_if_asked
-from post_training.training.trainer import Trainer
+from post_training.training.task import Task
+from post_training.training.trainer import Trainer, TrainingResult
 
 if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
 
-    from post_training.common.manifest import Manifest
     from post_training.distributed.session import Session
-    from post_training.training.sampler import Samples
-    from post_training.training.task import Task
-    from post_training.training.trainer import TrainingResult
 
 logger = logging.getLogger("post_training")
 
@@ -175,12 +174,8 @@ class Run:
             record: the manifests.
             evaluate: further metrics at each evaluation, from the iteration.
         """
-        checkpoints = TrainingCheckpoints(
-            self.start.folder,
-            record,
-            self.small_files,
-            self.training.keep_checkpoints,
-        )
+        keep = self.training.keep_checkpoints
+        checkpoints = TrainingCheckpoints(self.start.folder, record, self.small_files, keep)
         trainer = Trainer(
             model,
             task,
@@ -210,17 +205,14 @@ class Record:
     def __call__(self, iteration: int, metrics: Mapping[str, float]) -> Manifest:
         run = self.run
         more_metrics, entries = self.describe(iteration)
+        complete = iteration >= run.training.train_iters
         return record.of_run(
             run.options,
             run.session,
             run.source,
             inputs=self.inputs,
             metrics={**more_metrics, **metrics},
-            extra={
-                **run.source.carried(),
-                **entries,
-                "complete": iteration >= run.training.train_iters,
-            },
+            extra={**run.source.carried(), **entries, "complete": complete},
         )
 
 

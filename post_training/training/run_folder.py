@@ -61,28 +61,23 @@ def check_folder(
     outputs.writable(folder / torch_dist.TRACKER, f"output {folder}")
     if not folder.is_dir() or overwrite:
         return
+    what, content = f"output folder {folder}", manifest.read(folder) or {}
+    made_by = content.get("stage")
     if last_iteration(folder):
-        content = manifest.read(folder) or {}
-        if content.get("stage") != stage:
+        if made_by != stage:
             raise UsageError(
-                f"output folder {folder}",
-                f"it holds a training run of {content.get('stage')}, not of {stage}",
+                what,
+                f"it holds a training run of {made_by}, not of {stage}",
                 "name another folder in MLM_MODEL_SAVE",
             )
         if model is not None:
             _require_same_start(folder, content, model)
         return
-    content = manifest.read(folder) or {}
-    if start is not None and content.get("stage") == start:
-        return
-    foreign = [
-        path.name
-        for path in sorted(folder.iterdir())
-        if path.name not in _OWN and not path.name.startswith(("iter_", "."))
-    ]
-    if foreign:
+    names = sorted(path.name for path in folder.iterdir())
+    foreign = [name for name in names if name not in _OWN and not name.startswith(("iter_", "."))]
+    if foreign and (start is None or made_by != start):
         raise UsageError(
-            f"output folder {folder}",
+            what,
             f"it is not empty and holds no training run ({', '.join(foreign[:3])})",
             "delete it, name another in MLM_MODEL_SAVE, or give --overwrite",
         )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -49,61 +50,34 @@ class Order:
         return int(self._permutation[place])
 
 
-class Batches:
-    """Micro batches of one data-parallel rank, on the device, read ahead by a thread.
+def micro_batches(
+    samples: Samples,
+    order: Order,
+    *,
+    start: int,
+    micro_batch: int,
+    rank: int,
+    ranks: int,
+    device: torch.device,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Micro batches of one data-parallel rank, on the device, read ahead by a thread, without end.
+
+    Micro batch ``m`` of an iteration holds the samples from ``m x micro_batch x ranks`` on; within
+    them each rank has ``micro_batch`` in its turn.
 
     Args:
         samples: the data.
         order: of the samples.
         start: samples that are consumed already.
-        global_batch: samples an iteration over all ranks.
         micro_batch: samples of one call to the model.
         rank, ranks: place among the data-parallel ranks.
         device: where the batches go.
     """
-
-    def __init__(
-        self,
-        samples: Samples,
-        order: Order,
-        *,
-        start: int,
-        global_batch: int,
-        micro_batch: int,
-        rank: int,
-        ranks: int,
-        device: torch.device,
-    ) -> None:
-        self._samples = samples
-        self._order = order
-        self._start = start
-        self._step = (global_batch, micro_batch, rank, ranks)
-        self._device = device
-
-    def indices(self) -> Iterator[list[int]]:
-        """Indices of this rank's micro batches, without end.
-
-        Micro batch ``m`` of an iteration holds the samples from ``m x micro_batch x ranks`` on;
-        within them each rank has ``micro_batch`` in its turn.
-        """
-        global_batch, micro_batch, rank, ranks = self._step
-        first = self._start
+    firsts = itertools.count(start + rank * micro_batch, micro_batch * ranks)
+    indices = ([order[number] for number in range(first, first + micro_batch)] for first in firsts)
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="data") as pool:
+        ahead = pool.submit(samples.batch, next(indices))
         while True:
-            for each in range(first, first + global_batch, micro_batch * ranks):
-                begin = each + rank * micro_batch
-                yield [self._order[number] for number in range(begin, begin + micro_batch)]
-            first += global_batch
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        indices = self.indices()
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="data") as pool:
-            ahead: Future[Mapping[str, torch.Tensor]] = pool.submit(
-                self._samples.batch, next(indices)
-            )
-            while True:
-                batch = ahead.result()
-                ahead = pool.submit(self._samples.batch, next(indices))
-                yield {
-                    name: tensor.to(self._device, non_blocking=True)
-                    for name, tensor in batch.items()
-                }
+            batch = ahead.result()
+            ahead = pool.submit(samples.batch, next(indices))
+            yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -4,9 +4,7 @@ megatron-core's DDP, distributed optimizer, schedule and pipeline."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from post_training.distributed import signals
 from post_training.training.options import EXIT_UNFINISHED, TrainingOptions
@@ -41,25 +39,13 @@ def exit_if_asked(session: Session) -> None:
     sys.exit(EXIT_UNFINISHED)
 
 
-@dataclass(frozen=True)
-class Parts:
-    """The model in DDP, its optimizer and schedule, and the function that runs micro batches."""
-
-    ddp: DistributedDataParallel
-    optimizer: MegatronOptimizer
-    scheduler: OptimizerParamScheduler
-    forward_backward: Callable[..., Any]
-
-
-def build(model: MegatronModule, options: TrainingOptions) -> Parts:
-    """The parts for a model, whose configuration learns of them.
+def build(
+    model: MegatronModule, options: TrainingOptions
+) -> tuple[DistributedDataParallel, MegatronOptimizer, OptimizerParamScheduler]:
+    """The model in DDP, its optimizer and schedule; its configuration learns of them.
 
     Gradients are summed in float32 and divided by the tokens of the whole iteration, over ranks and
     micro batches; the optimizer's state and the float32 weights are split over data parallelism.
-
-    Args:
-        model: this rank's part; parameters with ``requires_grad`` are trained.
-        options: of the run.
     """
     from megatron.core.distributed import (
         DistributedDataParallel,
@@ -68,7 +54,6 @@ def build(model: MegatronModule, options: TrainingOptions) -> Parts:
     )
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-    from megatron.core.pipeline_parallel import get_forward_backward_func
 
     config = model.config
     config.calculate_per_token_loss = True
@@ -111,4 +96,4 @@ def build(model: MegatronModule, options: TrainingOptions) -> Parts:
     config.grad_scale_func = optimizer.scale_loss
     config.finalize_model_grads_func = finalize_model_grads
     config.no_sync_func = ddp.no_sync
-    return Parts(ddp, optimizer, scheduler, get_forward_backward_func())
+    return ddp, optimizer, scheduler

@@ -36,12 +36,10 @@ def optimizer_state(
         )
     from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 
-    groups = [
-        {**{name: value for name, value in group.items() if name != "params"}, "step": step}
-        for group in _parts(optimizer)[0].optimizer.state_dict()["param_groups"]
-    ]
-    if not HAVE_APEX_OR_TE:
-        groups = [{**group, "step": float(step)} for group in groups]
+    groups = _parts(optimizer)[0].optimizer.state_dict()["param_groups"]
+    for group in groups:
+        del group["params"]
+        group["step"] = step if HAVE_APEX_OR_TE else float(step)
     return {
         "optimizer": {"param_groups": groups},
         "param_state": {},
@@ -83,13 +81,6 @@ def _trains_something(optimizer: Any) -> bool:
     return any(group["params"] for group in optimizer.param_groups)
 
 
-def world() -> int:
-    """Processes altogether."""
-    import torch
-
-    return torch.distributed.get_world_size()
-
-
 def sharded_random_state() -> Any:
     """This rank's random states, as one object of its place among all ranks."""
     import numpy
@@ -105,8 +96,8 @@ def sharded_random_state() -> Any:
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
-    rank = torch.distributed.get_rank()
-    return ShardedObject("rng_state", state, (world(),), (rank,), replica_id=0)
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return ShardedObject("rng_state", state, (ranks,), (rank,), replica_id=0)
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:

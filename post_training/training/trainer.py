@@ -20,12 +20,11 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from post_training.common.errors import UsageError
 from post_training.distributed import placement, signals
-from post_training.training import setup as training_setup
+from post_training.training import setup
 from post_training.training.checkpoint import Progress, TrainingCheckpoints
 from post_training.training.metrics import Metrics
 from post_training.training.options import TrainingOptions
@@ -83,13 +82,13 @@ class Trainer:
         self.checkpoints = checkpoints
         self._evaluate_more = evaluate
         task.set_mode(model)
-        parts = training_setup.build(model, options)
-        self.ddp, self.optimizer, self._scheduler = parts.ddp, parts.optimizer, parts.scheduler
-        self._passes = Passes(parts.ddp, parts.forward_backward, task, options, session)
-        self.progress = Progress(options=options.decides_results())
+        self.ddp, self.optimizer, self._scheduler = setup.build(model, options)
+        self._passes = Passes(self.ddp, task, options, session)
+        self.progress = Progress()
         if resume:
             self.progress = checkpoints.load(model, self.optimizer)
             self._log_differences()
+        self.progress = replace(self.progress, options=options.decides_results())
         self._scheduler.step(self.progress.iteration)
         # What is known last of each metric; evaluations' names begin with eval_.
         self.metrics: dict[str, float] = {}
@@ -104,17 +103,14 @@ class Trainer:
         Raises:
             UsageError: if the loss is no longer finite; the last checkpoint stays.
         """
-        first = self.progress.iteration
         metrics = None
         if self.session.is_main:
-            folder = self.checkpoints.folder / FOLDER
-            board = self.options.tensorboard_dir
             metrics = Metrics(
-                folder,
-                first,
+                self.checkpoints.folder / FOLDER,
+                self.progress.iteration,
                 self.options.train_iters,
                 show_progress=self.session.show_progress,
-                tensorboard=Path(board) if board else None,
+                tensorboard=self.options.tensorboard_dir,
                 title=self.session.stage,
             )
         try:
@@ -125,29 +121,24 @@ class Trainer:
                 metrics.close()
 
     def _loop(
-        self,
-        data: Samples,
-        valid: Samples | None,
-        metrics: Metrics | None,
+        self, data: Samples, valid: Samples | None, metrics: Metrics | None
     ) -> TrainingResult:
         options = self.options
-        batches = iter(self._passes.batches(data, self.progress.samples, shuffle=True))
+        batches = self._passes.batches(data, self.progress.samples, shuffle=True)
         started, begun = time.monotonic(), self.progress.seconds
-        logged, logged_at = time.monotonic(), self.progress.iteration
-        saved = self.progress.iteration
+        iteration = logged_at = self.progress.iteration
+        logged = started
         content = None
-        iteration = self.progress.iteration
         while iteration < options.train_iters:
             asked = signals.asked_to_end() or self._is_late(started)
             grad_norm, lr, stop = self._step(batches, asked)
             iteration += 1
             now = time.monotonic()
-            self.progress = Progress(
-                iteration,
-                self.progress.samples + options.global_batch_size,
-                None,
-                options.decides_results(),
-                begun + now - started,
+            self.progress = replace(
+                self.progress,
+                iteration=iteration,
+                samples=self.progress.samples + options.global_batch_size,
+                seconds=begun + now - started,
             )
             if metrics is not None:
                 metrics.advance()
@@ -170,7 +161,7 @@ class Trainer:
                 logged, logged_at = time.monotonic(), iteration
             if iteration % options.eval_interval == 0 or at_end:
                 before = time.monotonic()
-                values = self.evaluate(valid, iteration)
+                values = self._evaluate(valid, iteration)
                 self.metrics |= {f"eval_{name}": value for name, value in values.items()}
                 if metrics is not None and values:
                     metrics.log("eval", iteration, self.progress.samples, values)
@@ -180,15 +171,12 @@ class Trainer:
             if iteration % options.save_interval == 0 or at_end or stop:
                 before = time.monotonic()
                 content = self._save()
-                saved = iteration
                 logged += time.monotonic() - before
             if stop:
                 break
-        if saved != iteration:
-            content = self._save()
         return TrainingResult(iteration, iteration >= options.train_iters, self.metrics, content)
 
-    def evaluate(self, valid: Samples | None, iteration: int) -> dict[str, float]:
+    def _evaluate(self, valid: Samples | None, iteration: int) -> dict[str, float]:
         """Averages over the first ``eval_iters`` global batches of ``valid``, and further metrics.
 
         The model stays in the mode it is trained in: megatron-core's attention chooses its mask by
@@ -200,7 +188,7 @@ class Trainer:
         if valid is not None and self.options.eval_iters and len(valid):
             sums = self._passes.new_sums()
             count = -(-len(valid) // self.options.global_batch_size)
-            batches = iter(self._passes.batches(valid, 0, shuffle=False))
+            batches = self._passes.batches(valid, 0, shuffle=False)
             with torch.no_grad():
                 for _ in range(min(self.options.eval_iters, count)):
                     self._passes.run(batches, sums, forward_only=True)
@@ -224,8 +212,7 @@ class Trainer:
         extra = sums.new_tensor([[float(stop), 0.0]])
         everything = self._passes.reduce(sums, extra)
         self._window += everything[: len(sums)]
-        values = sums.new_tensor([float(grad_norm or 0.0), lr])
-        grad_norm, lr = self._passes.largest(values)
+        grad_norm, lr = self._passes.largest(sums.new_tensor([float(grad_norm or 0.0), lr]))
         return grad_norm, lr, bool(everything[-1, 0] > 0)
 
     def _save(self) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from post_training.config import arguments
 from post_training.config.options import StageOptions
 from post_training.models.architecture import Architecture
 from post_training.models.builder import BuildOptions, build, transformer_config
-from post_training.pruning import export_config, search
-from post_training.pruning.space import PruningSpace, pruned_architecture
+from post_training.pruning import search
+from post_training.pruning.space import PruningSpace, check_sizes, pruned_architecture
 
 MIXTURE = {
     "num_moe_experts": 8,
@@ -61,7 +61,7 @@ def run(folder: Path) -> dict[str, object]:
     options = BuildOptions(dtype="fp32", layer_spec="transformer_engine")
     space = PruningSpace.of(original, {"hidden_size": 16})
     allowed = space.dimensions
-    sizes = export_config.check(SIZES, allowed)
+    sizes = check_sizes(SIZES, allowed)
     config = transformer_config(original, options)
 
     def refusal(parameters: float) -> str:
@@ -75,14 +75,14 @@ def run(folder: Path) -> dict[str, object]:
     model = build(original, options)
     fill(model)
     ids = torch.arange(96).reshape(3, 32) % VOCABULARY
-    task = minitron.PruningTask(
+    result = minitron.prune(
+        model,
         sizes,
         space,
-        search.acceptance(original, config, allowed, sizes),
+        acceptable=search.acceptance(original, config, allowed, sizes),
         calibrate=lambda dynamic: prefill_logits(dynamic, ids),
         describe_calibration=dict,
     )
-    result = minitron.prune(model, task)
     after = pruned_architecture(original, result.config, result.kept_layers)
     logits = prefill_logits(model, ids)
     computed = search.size(after, model.config, search.Memory())

@@ -24,7 +24,7 @@ from post_training.training import metrics as training_metrics
 from post_training.training import options as training_options
 from post_training.training import run_folder
 from post_training.training.options import TrainingFlags, TrainingOptions
-from post_training.training.sampler import Batches, Order
+from post_training.training.sampler import Order, micro_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +53,8 @@ def batches(start: int, ranks: int, micro: int, count: int) -> list[list[int]]:
     """Sample numbers of each iteration of 4, whatever the ranks."""
     iterations = [[] for _ in range(count)]
     for rank in range(ranks):
-        made = iter(
-            Batches(Numbers(), Order(10, seed=5), start=start, global_batch=4, micro_batch=micro,
-                    rank=rank, ranks=ranks, device=torch.device("cpu"))
-        )  # fmt: skip
+        made = micro_batches(Numbers(), Order(10, seed=5), start=start, micro_batch=micro,
+                             rank=rank, ranks=ranks, device=torch.device("cpu"))  # fmt: skip
         for iteration in iterations:
             for _ in range(4 // (micro * ranks)):
                 iteration += next(made)["n"].tolist()
