@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import safe_open
+
 from post_training.common.errors import UsageError
 
 if TYPE_CHECKING:
@@ -84,8 +86,6 @@ def _bad_values(tensor: torch.Tensor) -> torch.Tensor:
 
 def _describe_source(folder: Path) -> str | None:
     """The same for a Hugging Face folder, one tensor in memory at a time."""
-    from safetensors import safe_open
-
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as shard:
             for name in shard.keys():  # noqa: SIM118

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import io
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -118,8 +119,6 @@ def _load(file: Any, **options: Any) -> Any:
 
 
 def _loads(data: Any, **options: Any) -> Any:
-    import io
-
     return _Unpickler(io.BytesIO(data), **options).load()
 
 
