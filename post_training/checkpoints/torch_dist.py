@@ -22,6 +22,7 @@ from post_training.checkpoints.huggingface import SmallFiles
 from post_training.checkpoints.megatron_arguments import (
     megatron_lm_arguments as megatron_lm_arguments,  # training/checkpoint.py takes it from here
 )
+from post_training.checkpoints.unpickling import only_known_classes
 from post_training.common import files, threads
 from post_training.common.errors import UsageError
 from post_training.common.manifest import Manifest
@@ -169,16 +170,18 @@ def load(model: MegatronModule, folder: Path, *, only: str = "") -> None:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.fill_(1)
-        restore_sharded_modelopt_state([model], str(weights))
+        with only_known_classes(f"checkpoint {folder}"):
+            restore_sharded_modelopt_state([model], str(weights))
     if only:
         tensors = _part_of(model, only, weights)
     else:
         tensors = model.sharded_state_dict(metadata=metadata(weights))
     wanted = {"model": tensors}
     try:
-        state, missing, unexpected = dist_checkpointing.load(
-            wanted, str(weights), strict=StrictHandling.RETURN_ALL
-        )
+        with only_known_classes(f"checkpoint {folder}"):
+            state, missing, unexpected = dist_checkpointing.load(
+                wanted, str(weights), strict=StrictHandling.RETURN_ALL
+            )
     except dist_checkpointing.core.CheckpointingException as error:
         raise UsageError(
             f"checkpoint {folder}",
@@ -242,7 +245,8 @@ def _part_of(model: MegatronModule, name: str, weights: Path) -> dict[str, Any]:
 def _names(weights: Path) -> Iterable[str]:
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
-    return FileSystemReader(str(weights)).read_metadata().state_dict_metadata
+    with only_known_classes(f"checkpoint {weights}"):
+        return FileSystemReader(str(weights)).read_metadata().state_dict_metadata
 
 
 def is_quantized(folder: Path) -> bool:
@@ -269,7 +273,8 @@ def metadata(weights: Path | None = None) -> dict[str, Any]:
 
     content = dict(CONTENT)
     if weights is not None:
-        content = dist_checkpointing.load_content_metadata(str(weights)) or {}
+        with only_known_classes(f"checkpoint {weights}"):
+            content = dist_checkpointing.load_content_metadata(str(weights)) or {}
     return {
         **content,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),

@@ -25,7 +25,7 @@ _HASH_BLOCK = 1 << 22
 
 def incomplete(target: Path) -> Path:
     """Name under which the output ``target`` is written until it is complete."""
-    return _sibling(target, ".incomplete")
+    return sibling(target, ".incomplete")
 
 
 def begin(target: Path) -> Path:
@@ -166,10 +166,11 @@ def size_of(folder: Path) -> int:
 
 
 def _previous(target: Path) -> Path:
-    return _sibling(target, ".previous")
+    return sibling(target, ".previous")
 
 
-def _sibling(target: Path, ending: str) -> Path:
+def sibling(target: Path, ending: str) -> Path:
+    """The path beside ``target`` whose name has ``ending`` appended."""
     # "." and "/" have no name, which with_name refuses.
     target = target if target.name else target.absolute()
     return target.parent / f"{target.name}{ending}"

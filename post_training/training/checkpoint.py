@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from post_training.checkpoints import torch_dist
 from post_training.checkpoints.huggingface import SmallFiles
+from post_training.checkpoints.unpickling import only_known_classes
 from post_training.common import files
 from post_training.common.manifest import Manifest
 from post_training.distributed import signals
@@ -142,7 +143,8 @@ class TrainingCheckpoints:
 
         weights = torch_dist.iteration_folder(self.folder)
         tensors = model.sharded_state_dict(metadata=torch_dist.metadata(weights))
-        common = dist_checkpointing.load_common_state_dict(str(weights))
+        with only_known_classes(f"checkpoint {weights}"):
+            common = dist_checkpointing.load_common_state_dict(str(weights))
         progress = Progress(**common[_PROGRESS])
         wanted: dict[str, Any] = {
             "optimizer": training_state.optimizer_state(
@@ -159,7 +161,8 @@ class TrainingCheckpoints:
         same_layout = now == before and common["world"] == torch.distributed.get_world_size()
         if same_layout:
             wanted["rng_state"] = training_state.sharded_random_state()
-        state = dist_checkpointing.load(wanted, str(weights))
+        with only_known_classes(f"checkpoint {weights}"):
+            state = dist_checkpointing.load(wanted, str(weights))
         training_state.restore_optimizer(optimizer, state["optimizer"])
         if same_layout:
             training_state.set_random_state(state["rng_state"])

@@ -1,0 +1,132 @@
+"""Loading checkpoints without running what a stranger has put into them.
+
+``torch_dist`` checkpoints hold pickles: ``.metadata``, the byte entries of ``*.distcp`` files
+(arguments, random states, optimizer settings, ``_extra_state``), ``modelopt_state``, and
+``common.pt`` of older ones. Python's ``pickle`` calls whatever a file names. Inside
+:func:`only_known_classes` it constructs the classes that such files consist of and refuses all
+others by name; nothing of a refused file has been called by then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import io
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+from post_training.common.errors import UsageError
+
+# Plain data, and what rebuilds tensors and arrays from bytes. Each is harmless with any arguments;
+# torch's _load_from_bytes unpickles again, with the same restriction.
+_KNOWN = {
+    "_codecs": {"encode"},
+    "_io": {"BytesIO"},
+    "argparse": {"Namespace"},
+    "builtins": {"bytearray", "complex", "frozenset", "range", "set", "slice"},
+    "collections": {"OrderedDict", "defaultdict", "deque"},
+    "datetime": {"date", "datetime", "timedelta", "timezone"},
+    "io": {"BytesIO"},
+    "numpy": {"dtype", "ndarray"},
+    "numpy._core.multiarray": {"_reconstruct", "scalar"},
+    "numpy.core.multiarray": {"_reconstruct", "scalar"},
+    "pathlib": {"Path", "PosixPath", "PurePath", "PurePosixPath"},
+    "torch": {"Size", "Tensor", "device"},
+    "torch._utils": {
+        "_rebuild_parameter",
+        "_rebuild_parameter_with_state",
+        "_rebuild_tensor",
+        "_rebuild_tensor_v2",
+        "_rebuild_tensor_v3",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.nn.parameter": {"Parameter"},
+    "torch.serialization": {"_get_layout"},
+    "torch.storage": {"TypedStorage", "UntypedStorage", "_load_from_bytes"},
+    "types": {"SimpleNamespace"},
+}
+
+
+class UnknownClass(pickle.UnpicklingError):
+    """A pickle names a class or function that checkpoints have no use for."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _KNOWN.get(module, ()):
+            return super().find_class(module, name)
+        if module.partition(".")[0] in ("megatron", "torch", "modelopt"):
+            # Importing a module of an installed package runs none of the file's code.
+            found = super().find_class(module, name)
+            if _is_harmless(found):
+                return found
+        raise UnknownClass(f"{module}.{name}")
+
+
+def _is_harmless(found: Any) -> bool:
+    """Whether it is an enum, a dtype, a storage, or registered with torch as safe to unpickle."""
+    import torch
+
+    if isinstance(found, torch.dtype):
+        return True
+    if isinstance(found, type) and issubclass(found, enum.Enum | torch.storage._LegacyStorage):
+        return True
+    registered = torch.serialization.get_safe_globals()
+    return any((each[0] if isinstance(each, tuple) else each) is found for each in registered)
+
+
+@contextlib.contextmanager
+def only_known_classes(what: str) -> Iterator[None]:
+    """Restrict every unpickling of this process, those of torch and megatron-core included.
+
+    Args:
+        what: is being loaded, in the message (``checkpoint <path>``).
+
+    Raises:
+        UsageError: if a file names anything else; on every rank of a collective load.
+    """
+    own = {"Unpickler": _Unpickler, "load": _load, "loads": _loads}
+    before = {name: getattr(pickle, name) for name in own}
+    vars(pickle).update(own)
+    try:
+        yield
+    except Exception as error:
+        unknown = _unknown_class(error)
+        if unknown is None:
+            raise
+        raise UsageError(
+            what,
+            f"it names {unknown}, which no checkpoint needs: loading it could run any code",
+            "do not use this file; get the checkpoint from its author again",
+        ) from None
+    finally:
+        vars(pickle).update(before)
+
+
+def _load(file: Any, **options: Any) -> Any:
+    return _Unpickler(file, **options).load()
+
+
+def _loads(data: Any, **options: Any) -> Any:
+    return _Unpickler(io.BytesIO(data), **options).load()
+
+
+def _unknown_class(error: BaseException) -> UnknownClass | None:
+    """The refusal behind an error; torch wraps the errors of all ranks into one of its own."""
+    if isinstance(error, UnknownClass):
+        return error
+    behind = [error.__cause__, error.__context__]
+    behind += [failure[0] for failure in getattr(error, "failures", {}).values()]
+    found = (_unknown_class(each) for each in behind if each is not None)
+    return next((each for each in found if each is not None), None)
