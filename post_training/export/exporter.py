@@ -24,7 +24,7 @@ from post_training.common.quiet import quiet
 from post_training.distributed.collectives import on_first_rank
 from post_training.export.shards import ShardWriter, Tensors, join_shards
 from post_training.export.streaming_exporter import StreamingExporter
-from post_training.models import families
+from post_training.models.families import registry as families
 
 QUANT_CONFIG = "hf_quant_config.json"
 
@@ -67,9 +67,8 @@ class Exporter:
         quantization = self.quantization_config()
 
         def write_small_files() -> None:
-            huggingface.copy_small_files(
-                self.source, folder, python_files=self._arguments["trust_remote_code"]
-            )
+            python_files = self._arguments["trust_remote_code"]
+            huggingface.SmallFiles(self.source, python_files).copy_to(folder)
             files.write_json(folder / "config.json", self._config(quantization))
             if quantization is not None:
                 files.write_json(folder / QUANT_CONFIG, quantization)

@@ -14,7 +14,7 @@ import speed
 import torch
 
 from benchmarks.random_model import CHAT_TEMPLATE, byte_tokenizer
-from post_training.models import families
+from post_training.models.families import registry as families
 
 ROOT = Path(__file__).resolve().parents[2]
 # Parallel layouts: processes and flags. The tiny models have six layers, so 4 + 2 is uneven.
