@@ -24,7 +24,6 @@ class StageOptions:
         given: what the command line (the conf's flags included) really gave, by name; ``run.json``
             records it as the configuration.
         ignored_flags: given flags of Megatron-LM that mean nothing here.
-        parallel: sizes of the parallel groups.
         precision: ``fp32``, ``fp16`` or ``bf16``.
         build: how the model is built, but for what a stage and a checkpoint decide.
         sequence_parallel: split activations over the tensor-parallel ranks too.
