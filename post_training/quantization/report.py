@@ -60,7 +60,7 @@ def show(
             f"{used['tokens']:,} tokens{speed}",
             "exports as": exported + (f"; keys and values {kv}" if kv else ""),
             "checkpoint": f"{save} ({report.size(save)})",
-            "layout saved": report.layout(options.parallel) + ", loads at any",
+            "layout saved": f"{options.parallel}, loads at any",
             **report.cost(content),
         },
         next_step=f"MLM_MODEL_CKPT={save} bash mmlu.sh <conf>, then bash export.sh <conf>",
