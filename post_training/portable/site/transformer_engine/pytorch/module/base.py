@@ -1,26 +1,12 @@
-"""What all modules share: extra state, initialisation of parameters."""
+"""What all modules share."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-__all__ = ["TransformerEngineBaseModule", "get_dummy_wgrad"]
-
 Device = torch.device | str | int
-
-
-def get_dummy_wgrad(shape: list[int], dtype: torch.dtype, zero: bool = False) -> torch.Tensor:
-    """A gradient that only triggers hooks, where the true one was added to ``main_grad``.
-
-    tensor_parallel/layers.py:57 imports it too and calls it (:701, :713) where gradients are
-    accumulated in one kernel.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 class TransformerEngineBaseModule(torch.nn.Module):
@@ -52,36 +38,3 @@ def call(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     if torch.is_grad_enabled():
         return function.apply(*arguments)
     return function.forward(None, *arguments)
-
-
-def fill(
-    parameter: torch.nn.Parameter,
-    init_method: Callable[[torch.Tensor], Any] | None,
-    get_rng_state_tracker: Callable[[], Any] | None,
-    rng_tracker_name: str | None,
-) -> None:
-    """Initialise ``parameter`` in place, with the tracker's state if there is one."""
-    if parameter.is_meta:
-        return
-    context: Any = contextlib.nullcontext()
-    if get_rng_state_tracker is not None:
-        tracker = get_rng_state_tracker()
-        context = tracker.fork(rng_tracker_name) if rng_tracker_name else tracker.fork()
-    with torch.no_grad(), context:
-        (init_method or _default_init)(parameter)
-
-
-def _default_init(weight: torch.Tensor) -> None:
-    torch.nn.init.normal_(weight, mean=0.0, std=0.023)
-
-
-def mark(
-    parameter: torch.nn.Parameter, parallel: bool, dimension: int, sequence_parallel: bool
-) -> None:
-    """Set the attributes by which megatron-core knows how a parameter is split."""
-    vars(parameter).update(
-        tensor_model_parallel=parallel,
-        partition_dim=dimension,
-        partition_stride=1,
-        sequence_parallel=sequence_parallel,
-    )

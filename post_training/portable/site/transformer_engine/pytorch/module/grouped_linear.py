@@ -7,22 +7,13 @@ plugin finds :class:`_GroupedLinear` here, looks for ``inp`` in its signature an
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from transformer_engine.pytorch.module.base import (
-    Device,
-    TransformerEngineBaseModule,
-    call,
-    fill,
-    mark,
-)
-from transformer_engine.pytorch.module.linear import weight_gradient
-
-__all__ = ["GroupedLinear"]
+from transformer_engine.pytorch.module.base import call
+from transformer_engine.pytorch.module.linear import LinearBase
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -30,11 +21,7 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        inp: torch.Tensor,
-        m_splits: list[int],
-        fuse_wgrad_accumulation: bool,
-        *weights_and_biases: Any,
+        ctx: Any, inp: torch.Tensor, m_splits: list[int], *weights_and_biases: Any
     ) -> torch.Tensor:
         """[sum(m_splits), in] to [sum(m_splits), out]; ``ctx`` is None where no gradient is
         wanted. The weights come first, then as many biases, None where there are none."""
@@ -45,31 +32,28 @@ class _GroupedLinear(torch.autograd.Function):
         if ctx is not None:
             ctx.save_for_backward(inp, *weights)
             ctx.m_splits = m_splits
-            ctx.fuse = fuse_wgrad_accumulation
-            ctx.parameters = weights
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         inp, *weights = ctx.saved_tensors
-        count = len(weights)
+        needs_inp, _, *needs = ctx.needs_input_grad
+        needs_weights, needs_biases = needs[: len(weights)], needs[len(weights) :]
         parts = grads[0].split(ctx.m_splits)
         inp_gradient = None
-        if ctx.needs_input_grad[0]:
+        if needs_inp:
             inp_gradient = torch.cat([g @ w for g, w in zip(parts, weights, strict=True)])
-        gradients: list[torch.Tensor | None] = []
-        needed = ctx.needs_input_grad[3:]
-        for index, (rows, grad) in enumerate(zip(inp.split(ctx.m_splits), parts, strict=True)):
-            gradient = None
-            if needed[index]:
-                gradient = weight_gradient(ctx.parameters[index], grad.t() @ rows, ctx.fuse)
-            gradients.append(gradient)
-        for index, grad in enumerate(parts):
-            gradients.append(grad.sum(0) if needed[count + index] else None)
-        return inp_gradient, None, None, *gradients
+        of_weights = [
+            grad.t() @ rows if need else None
+            for rows, grad, need in zip(inp.split(ctx.m_splits), parts, needs_weights, strict=True)
+        ]
+        of_biases = [
+            grad.sum(0) if need else None for grad, need in zip(parts, needs_biases, strict=True)
+        ]
+        return inp_gradient, None, *of_weights, *of_biases
 
 
-class GroupedLinear(TransformerEngineBaseModule):
+class GroupedLinear(LinearBase):
     """``num_gemms`` linear layers with parameters ``weight0``.. [out, in] and ``bias0``.. [out].
 
     extensions/transformer_engine.py:2466 reads the attributes ``fp8*`` when it splits the extra
@@ -79,54 +63,18 @@ class GroupedLinear(TransformerEngineBaseModule):
     fp8 = False
     fp8_calibration = False
 
-    def __init__(
-        self,
-        num_gemms: int,
-        in_features: int,
-        out_features: int,
-        fuse_wgrad_accumulation: bool = False,
-        tp_size: int = 1,
-        get_rng_state_tracker: Callable[[], Any] | None = None,
-        rng_tracker_name: str | None = None,
-        init_method: Callable[[torch.Tensor], Any] | None = None,
-        bias: bool = True,
-        return_bias: bool = False,
-        params_dtype: torch.dtype | None = None,
-        parallel_mode: str | None = None,
-        device: Device = "cpu",
-        **ignored: Any,
-    ) -> None:
-        """As :class:`Linear`, for experts: megatron-core does their communication itself.
+    def __init__(self, num_gemms: int, in_features: int, out_features: int, **options: Any) -> None:
+        """As :class:`LinearBase`, for experts: megatron-core does their communication itself.
 
         Raises:
             NotImplementedError: for ``tp_size`` above 1.
         """
-        super().__init__()
-        if tp_size > 1:
+        if options.get("tp_size", 1) > 1:
             raise NotImplementedError("GroupedLinear of the stand-in has no tensor parallelism")
-        self.fp8_meta = {"fp8_checkpoint": False}
+        suffixes = [str(index) for index in range(num_gemms)]
+        super().__init__(in_features, out_features, suffixes=suffixes, **options)
         self.num_gemms = num_gemms
-        self.in_features = in_features
-        self.out_features = out_features
-        self.tp_size = tp_size
-        self.fuse_wgrad_accumulation = fuse_wgrad_accumulation
-        self.use_bias = bias
-        self.return_bias = return_bias
-        self.apply_bias = bias and not return_bias
-        # Always so here; extensions/transformer_engine.py:3571 insists on the attribute.
-        self.save_original_input = True
-        for index in range(num_gemms):
-            weight = torch.nn.Parameter(
-                torch.empty(out_features, in_features, dtype=params_dtype, device=device)
-            )
-            fill(weight, init_method, get_rng_state_tracker, rng_tracker_name)
-            mark(weight, parallel_mode is not None, 1 if parallel_mode == "row" else 0, False)
-            self.register_parameter(f"weight{index}", weight)
-            if bias:
-                zeros = torch.zeros(out_features, dtype=params_dtype, device=device)
-                parameter = torch.nn.Parameter(zeros)
-                mark(parameter, parallel_mode == "column", 0, False)
-                self.register_parameter(f"bias{index}", parameter)
+        self.fp8_meta = {"fp8_checkpoint": False}
 
     def init_fp8_metadata(self, num_gemms: int = 1) -> None:
         """There is no FP8 state to initialise."""
@@ -141,7 +89,7 @@ class GroupedLinear(TransformerEngineBaseModule):
         if isinstance(m_splits, torch.Tensor):
             m_splits = m_splits.tolist()
         weights = [getattr(self, f"weight{index}") for index in range(self.num_gemms)]
-        biases = [getattr(self, f"bias{index}", None) for index in range(self.num_gemms)]
+        biases = [getattr(self, f"bias{index}") for index in range(self.num_gemms)]
         applied = biases if self.apply_bias else [None] * self.num_gemms
-        out = call(_GroupedLinear, inp, m_splits, self.fuse_wgrad_accumulation, *weights, *applied)
+        out = call(_GroupedLinear, inp, m_splits, *weights, *applied)
         return (out, biases) if self.return_bias else out

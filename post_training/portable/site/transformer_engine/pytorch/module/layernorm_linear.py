@@ -12,17 +12,37 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 
 from transformer_engine.pytorch.module.base import call
-from transformer_engine.pytorch.module.linear import (
-    Linear,
-    Parallelism,
-    general_gemm,
-    weight_gradient,
-)
+from transformer_engine.pytorch.module.linear import Linear, Parallelism
 from transformer_engine.pytorch.module.norms import norm_parameter, normalize
 
-__all__ = ["LayerNormLinear"]
+
+def general_gemm(
+    A: torch.Tensor,  # noqa: N803 -- names of the real package
+    B: torch.Tensor,  # noqa: N803
+    layout: str = "TN",
+    bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor]:
+    """A product in column-major terms, as cuBLAS sees it: ``op(B) @ op(A)``, in a tuple.
+
+    ModelOpt replaces it to quantize ``B`` (forward) or ``A`` (gradient of the weight): hence the
+    form. It is not offered as ``cpp_extensions.general_gemm``, without which megatron-core's router
+    multiplies in the router's precision itself (transformer/moe/moe_utils.py:1326).
+
+    Args:
+        A, B: see ``layout``.
+        layout: "TN" is ``B @ A.T`` (forward: A = weight [out, in], B = input [..., in]), "NN" is
+            ``B @ A`` (gradient of the input) and "NT" is ``B.T @ A`` (gradient of the weight,
+            leading dimensions flattened).
+        bias: [out], added with "TN".
+    """
+    if layout == "TN":
+        return (F.linear(B, A, bias),)
+    if layout == "NN":
+        return (B.matmul(A),)
+    return (B.flatten(0, -2).t().matmul(A.flatten(0, -2)),)
 
 
 class _LayerNormLinear(torch.autograd.Function):
@@ -38,7 +58,6 @@ class _LayerNormLinear(torch.autograd.Function):
         bias: torch.Tensor | None,
         norm: tuple[str, float, bool],
         parallelism: Parallelism,
-        fuse_wgrad_accumulation: bool,
         return_layernorm_output: bool,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """[..., in] to [..., out], or (that, normalized [..., in]) on request.
@@ -52,57 +71,33 @@ class _LayerNormLinear(torch.autograd.Function):
             ctx.save_for_backward(inp, ln_weight, ln_bias, weight)
             ctx.norm = norm
             ctx.parallelism = parallelism
-            ctx.fuse = fuse_wgrad_accumulation
-            ctx.parameter = weight
         return (out, normalized) if return_layernorm_output else out
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        inp, ln_weight, ln_bias, weight = ctx.saved_tensors
-        parallelism: Parallelism = ctx.parallelism
-        needs_inp, needs_ln_weight, needs_ln_bias, needs_weight, needs_bias = ctx.needs_input_grad[
-            :5
-        ]
+        *normed, weight = ctx.saved_tensors
+        needs_weight, needs_bias = ctx.needs_input_grad[3:5]
         grad = grads[0]
         leaves = [
-            each.detach().requires_grad_(needed)
-            for each, needed in (
-                (inp, needs_inp),
-                (ln_weight, needs_ln_weight),
-                (ln_bias, needs_ln_bias),
-            )
-            if each is not None
+            None if each is None else each.detach().requires_grad_(needed)
+            for each, needed in zip(normed, ctx.needs_input_grad[:3], strict=True)
         ]
         with torch.enable_grad():
-            norm_bias = leaves[2] if ln_bias is not None else None
-            normalized = normalize(leaves[0], leaves[1], norm_bias, *ctx.norm)
+            normalized = normalize(*leaves, *ctx.norm)
         product = general_gemm(weight, grad, layout="NN")[0]
-        product = parallelism.reduced_gradient(product)
+        product = ctx.parallelism.reduced_gradient(product)
         if len(grads) > 1:
             product = product + grads[1]
-        gradient = None
+        weight_gradient = None
         if needs_weight:
-            gathered = parallelism.gathered_input(normalized.detach())
-            gradient = weight_gradient(
-                ctx.parameter, general_gemm(gathered, grad, layout="NT")[0], ctx.fuse
-            )
-        wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        found = iter(torch.autograd.grad(normalized, wanted, product) if wanted else ())
-        inp_gradient = next(found) if needs_inp else None
-        ln_weight_gradient = next(found) if needs_ln_weight else None
-        ln_bias_gradient = next(found) if needs_ln_bias else None
+            gathered = ctx.parallelism.gathered_input(normalized.detach())
+            weight_gradient = general_gemm(gathered, grad, layout="NT")[0]
+        wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+        if wanted:
+            torch.autograd.backward(normalized, product, inputs=wanted)
+        of_norm = [None if leaf is None else leaf.grad for leaf in leaves]
         bias_gradient = grad.flatten(0, -2).sum(0) if needs_bias else None
-        return (
-            inp_gradient,
-            ln_weight_gradient,
-            ln_bias_gradient,
-            gradient,
-            bias_gradient,
-            None,
-            None,
-            None,
-            None,
-        )
+        return *of_norm, weight_gradient, bias_gradient, None, None, None
 
 
 class LayerNormLinear(Linear):
@@ -155,7 +150,6 @@ class LayerNormLinear(Linear):
             self.bias if self.apply_bias else None,
             (self.normalization, self.eps, self.zero_centered_gamma),
             Parallelism(self.parallel_mode, self.sequence_parallel, self.tp_group),
-            self.fuse_wgrad_accumulation,
             self.return_layernorm_output,
         )
         if self.return_layernorm_output:

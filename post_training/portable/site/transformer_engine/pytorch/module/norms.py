@@ -17,8 +17,6 @@ import torch.nn.functional as F  # noqa: N812
 
 from transformer_engine.pytorch.module.base import Device, TransformerEngineBaseModule
 
-__all__ = ["LayerNorm", "RMSNorm", "norm_parameter", "normalize"]
-
 
 def normalize(
     inp: torch.Tensor,
