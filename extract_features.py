@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("post_training")
 
-SEQUENCE_LENGTH = 2048
 DATA = ".data"  # packed tokens, removed at the end
 
 
@@ -79,9 +78,7 @@ class Plan:
 def check(options: ExtractOptions) -> Plan:
     folder = Path(required("--output-dir", options.output_dir))
     source = find_source(options)
-    length = options.seq_length or SEQUENCE_LENGTH
-    if source.described and not options.seq_length:
-        length = min(length, source.described.max_position_embeddings)
+    length = draft_options.sequence_length(options, source.described)
     at_least(1)("--seq-length", length)
     if options.shard_size % options.micro_batch_size:
         raise UsageError(
@@ -150,7 +147,7 @@ def extract_features(plan: Plan, session: Session) -> dict[str, Any]:
         # The hooks on the auxiliary layers come with a draft; its weights do not matter.
         algorithm.attach(model, draft, options.seed)
     model.eval()
-    shards = features.plan_shards(features.counts(data, options.num_samples), options.shard_size)
+    shards = extraction.plan_shards(data, options.num_samples, options.shard_size)
     work = extraction.Extraction(model, algorithm, data, folder, options.micro_batch_size, session)
     work.announce(shards, plan.seq_length, draft, options.precision)
     work.write(shards)

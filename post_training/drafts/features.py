@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,60 +40,8 @@ STAGE = "extract_features"
 _SAME_STATES = {"fp32": 1e-3, "bf16": 5e-2}
 
 
-@dataclass(frozen=True)
-class Shard:
-    """A file of features: its part, its name in the folder, the sequences of the part in it."""
-
-    part: str
-    file: str
-    rows: list[int]
-
-
-def plan_shards(counts: Mapping[str, int], size: int) -> list[Shard]:
-    """Files of at most ``size`` sequences, for the number of sequences of each part."""
-    return [
-        Shard(
-            part,
-            f"{part}/shard-{first // size:05d}.safetensors",
-            list(range(first, min(first + size, count))),
-        )
-        for part, count in counts.items()
-        for first in range(0, count, size)
-    ]
-
-
-def counts(data: Mapping[str, Sized], samples: int) -> dict[str, int]:
-    """Sequences to take of each part: 98, 1 and 1 % of ``samples``, at least one, if there are."""
-    held_out = max(1, samples // 100)
-    most = {"train": max(1, samples - 2 * held_out), "valid": held_out, "test": held_out}
-    return {part: min(len(data[part]), limit) for part, limit in most.items()}
-
-
-def write_shard(path: Path, parts: Sequence[Mapping[str, torch.Tensor] | None]) -> None:
-    """Write a shard under another name and rename it: it is whole, or not there."""
-    import torch
-    from safetensors.torch import save_file
-
-    found = [part for part in parts if part is not None]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = path.with_name(f".{path.name}.incomplete")
-    save_file({name: torch.cat([part[name] for part in found]) for name in found[0]}, work)
-    work.replace(path)
-
-
-def bytes_per_token(hidden_size: int, states: int, dtype: str) -> int:
-    """Disk that a token takes: its hidden state, ``states`` auxiliary ones, its id and mask."""
-    width = 4 if dtype == "fp32" else 2
-    return hidden_size * (1 + states) * width + 5
-
-
 def identity(source: Source, draft: Draft, dtype: str) -> dict[str, Any]:
-    """What decides the features of a model, as far as it is known without its weights.
-
-    Args:
-        draft: whose auxiliary layers are read.
-        dtype: ``fp32``, ``fp16`` or ``bf16``.
-    """
+    """What decides the features of a model, as far as it is known without its weights."""
     quantization = (source.manifest or {}).get("quantization") or {}
     return {
         "architecture": source.architecture.to_json(),
@@ -112,16 +60,20 @@ class Stored:
 
     @property
     def sequence_length(self) -> int:
-        """Tokens of each sequence."""
         return int(self.recorded["sequence_length"])
 
     def parts(self) -> dict[str, Features]:
         """The sequences by the name of their part."""
-        parts: dict[str, list[tuple[Path, int]]] = {name: [] for name in conversation_data.PARTS}
-        for entry in self.recorded["shards"]:
-            part = entry["file"].split("/")[0]
-            parts[part].append((self.folder / entry["file"], entry["sequences"]))
-        return {name: Features(tuple(shards)) for name, shards in parts.items()}
+        return {
+            part: Features(
+                tuple(
+                    (self.folder / entry["file"], entry["sequences"])
+                    for entry in self.recorded["shards"]
+                    if entry["file"].startswith(f"{part}/")
+                )
+            )
+            for part in conversation_data.PARTS
+        }
 
     def prompts(self) -> list[list[int]]:
         """Token ids of held-out prompts."""
@@ -167,17 +119,11 @@ def check_length(stored: Stored, seq_length: int | None) -> None:
 
 def check_model(stored: Stored, source: Source, draft: Draft, dtype: str) -> None:
     """Raise UsageError unless the features are of this model, in this precision."""
-    recorded = stored.recorded
-    now = identity(source, draft, dtype)
-    wrong = [
-        f"{d.name} is {d.theirs!r} there and {d.mine!r} here"
-        for d in source.architecture.differences(Architecture.from_json(recorded["architecture"]))
-    ]
-    wrong += [
-        f"{name} is {recorded.get(name)!r} there and {now[name]!r} here"
-        for name in ("aux_hidden_state_layer_ids", "quantization", "dtype")
-        if recorded.get(name) != now[name]
-    ]
+    then, now = stored.recorded, identity(source, draft, dtype)
+    theirs = Architecture.from_json(then["architecture"])
+    values = [(d.name, d.theirs, d.mine) for d in source.architecture.differences(theirs)]
+    values += [(name, then.get(name), now[name]) for name in now if name != "architecture"]
+    wrong = [f"{name} is {a!r} there and {b!r} here" for name, a, b in values if a != b]
     if wrong:
         raise UsageError(
             f"{OPTION} {stored.folder}",
@@ -266,11 +212,10 @@ def require_same_model(core: Any, stored: Stored, draft: Draft, dtype: str) -> N
     if not (core.pre_process and core.post_process and len(core.decoder.layers)):
         return
     batch = stored.parts()["train"].batch([0])
-    device = next(core.parameters()).device
-    states = registry.find(draft.algorithm).features(core, batch["input_ids"].to(device))
+    kept = batch["hidden_states"].transpose(0, 1).to(next(core.parameters()).device)
+    states = registry.find(draft.algorithm).features(core, batch["input_ids"].to(kept.device))
     if states is None:
         return
-    kept = batch["hidden_states"].transpose(0, 1).to(device)
     difference = float((states[0] - kept).float().norm() / kept.float().norm())
     if not math.isfinite(difference) or difference > _SAME_STATES[dtype]:
         raise UsageError(

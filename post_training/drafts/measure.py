@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from tqdm import tqdm
 
 from post_training.checkpoints.source import Source
@@ -20,8 +21,7 @@ from post_training.config.options import StageOptions
 from post_training.data.prompts import Prompts
 from post_training.distributed.collectives import from_all_ranks
 from post_training.distributed.session import Session
-from post_training.drafts.acceptance import matching
-from post_training.drafts.answers import AnswerPair, TokenizedPrompt
+from post_training.drafts.acceptance import AnswerPair, TokenizedPrompt, matching
 from post_training.drafts.eagle3 import decoding
 from post_training.drafts.eagle3.decoding import Decoded, GreedyChoice
 from post_training.drafts.record import draft_of
@@ -35,51 +35,6 @@ logger = logging.getLogger("post_training")
 _WARM_UP_TOKENS = 4
 
 
-@dataclass(frozen=True)
-class Decoders:
-    """Both ways of decoding one sequence with the same model; each method is a collective call.
-
-    Attributes:
-        model: a drafted model that ``decoding.can_verify``.
-        eos_ids: tokens that end an answer.
-        steps: draft tokens proposed to each verification.
-        vocab_size: choose among the first tokens only, where the output layer is padded.
-    """
-
-    model: torch.nn.Module
-    eos_ids: Sequence[int]
-    steps: int
-    vocab_size: int
-
-    def plain(
-        self, prompt: list[int], max_new_tokens: int, choose: generation.Choose = greedy
-    ) -> list[int]:
-        """New tokens, one pass each."""
-        [tokens] = generation.generate(
-            self.model,
-            [prompt],
-            max_new_tokens,
-            self.eos_ids,
-            vocab_size=self.vocab_size,
-            choose=choose,
-        )
-        return tokens
-
-    def speculative(
-        self, prompt: list[int], max_new_tokens: int, watch: list[GreedyChoice] | None = None
-    ) -> Decoded:
-        """The same through the draft."""
-        return decoding.decode(
-            self.model,
-            prompt,
-            max_new_tokens,
-            self.eos_ids,
-            steps=self.steps,
-            vocab_size=self.vocab_size,
-            watch=watch,
-        )
-
-
 def load_drafted_speaker(
     source: Source, options: StageOptions, session: Session, **answering: Any
 ) -> Speaker:
@@ -89,7 +44,7 @@ def load_drafted_speaker(
         UsageError: if its attention is of a kind that cannot verify several tokens at a time.
     """
     speaker = dialogues.load_speaker(source, options, session, **answering)
-    if not decoding.can_verify(speaker.model):
+    if not generation.supports_prefix(speaker.model):
         raise UsageError(
             f"--load {options.load}",
             "its attention has a window, chunks or a state, of which several tokens after a cache "
@@ -113,14 +68,13 @@ def first_turns(read: Prompts, speaker: Speaker, steps: int) -> list[TokenizedPr
         UsageError: if none is left.
     """
     longest, context = speaker.max_new_tokens, speaker.context_length
-    found, too_long = [], 0
+    found = []
     for dialogue in read.dialogues:
         first = dialogue.first_turn()
         prompt = speaker.prompt(first, first.messages)
-        if len(prompt) + longest + steps > context:
-            too_long += 1
-        else:
+        if len(prompt) + longest + steps <= context:
             found.append(TokenizedPrompt(dialogue.id, prompt, dialogue.category))
+    too_long = len(read.dialogues) - len(found)
     if too_long:
         logger.warning("%d prompts leave no room for --osl %d and are left out", too_long, longest)
     if not found:
@@ -136,17 +90,16 @@ def answer_all(
     session: Session, speaker: Speaker, questions: Sequence[TokenizedPrompt], steps: int
 ) -> list[AnswerPair]:
     """Every question's answers, in order, on every rank; replicas share the questions."""
-    from megatron.core import parallel_state
-
-    decoders = Decoders(speaker.model, speaker.eos_ids, steps, len(speaker.tokenizer))
     rank, replicas, _ = generation.data_parallel()
+    mine = questions[rank::replicas]
+    if mine:
+        # The first passes fill caches and compile kernels: they belong to neither time.
+        _answer_twice(replace(speaker, max_new_tokens=_WARM_UP_TOKENS), mine[0], steps)
+    found = []
     with tqdm(total=len(questions), unit="answer", disable=not session.show_progress) as bar:
-        found = answer(
-            decoders,
-            questions[rank::replicas],
-            speaker.max_new_tokens,
-            progress=lambda: bar.update(replicas),
-        )
+        for question in mine:
+            found.append(_answer_twice(speaker, question, steps))
+            bar.update(replicas)
     # One rank of each replica reports: one that has the logits.
     reports = parallel_state.get_tensor_model_parallel_rank() == 0
     reports &= parallel_state.is_pipeline_last_stage()
@@ -155,49 +108,50 @@ def answer_all(
     return [shares[number % replicas][number // replicas] for number in range(len(questions))]
 
 
-def answer(
-    decoders: Decoders,
-    questions: Sequence[TokenizedPrompt],
-    max_new_tokens: int,
-    progress: Callable[[], Any] = lambda: None,
-) -> list[AnswerPair]:
-    """Answer ``questions`` twice each; a collective call of one replica.
-
-    Differences are known on the last pipeline stage only, where the logits are.
-    """
-    if questions:
-        # The first passes fill caches and compile kernels: they belong to neither time.
-        decoders.plain(questions[0].prompt, _WARM_UP_TOKENS)
-        decoders.speculative(questions[0].prompt, _WARM_UP_TOKENS)
-    found = []
-    for question in questions:
-        begun = _now()
-        plain = decoders.plain(question.prompt, max_new_tokens)
-        between = _now()
-        drafted = decoders.speculative(question.prompt, max_new_tokens)
-        ended = _now()
-        differs = None
-        if drafted.tokens != plain:
-            at = matching(drafted.tokens, plain)
-            differs = difference(decoders, question.prompt, max_new_tokens, at)
-        found.append(
-            AnswerPair(
-                question,
-                plain,
-                drafted.tokens,
-                drafted.accepted,
-                between - begun,
-                ended - between,
-                differs,
-            )
-        )
-        progress()
-    return found
+def _answer_twice(speaker: Speaker, question: TokenizedPrompt, steps: int) -> AnswerPair:
+    """The answers to a question; the difference is known on the last pipeline stage only."""
+    begun = _now()
+    plain = _plain(speaker, question.prompt)
+    between = _now()
+    drafted = _speculative(speaker, question.prompt, steps)
+    ended = _now()
+    difference = None
+    if drafted.tokens != plain:
+        at = matching(drafted.tokens, plain)
+        difference = _difference(speaker, question.prompt, steps, at)
+    times = (between - begun, ended - between)
+    return AnswerPair(question, plain, drafted.tokens, drafted.accepted, *times, difference)
 
 
-def difference(
-    decoders: Decoders, prompt: list[int], max_new_tokens: int, at: int
-) -> dict[str, Any] | None:
+def _plain(speaker: Speaker, prompt: list[int], choose: generation.Choose = greedy) -> list[int]:
+    """New tokens, one pass each."""
+    [tokens] = generation.generate(
+        speaker.model,
+        [prompt],
+        speaker.max_new_tokens,
+        speaker.eos_ids,
+        vocab_size=len(speaker.tokenizer),
+        choose=choose,
+    )
+    return tokens
+
+
+def _speculative(
+    speaker: Speaker, prompt: list[int], steps: int, watch: list[GreedyChoice] | None = None
+) -> Decoded:
+    """The same through the draft."""
+    return decoding.decode(
+        speaker.model,
+        prompt,
+        speaker.max_new_tokens,
+        speaker.eos_ids,
+        steps=steps,
+        vocab_size=len(speaker.tokenizer),
+        watch=watch,
+    )
+
+
+def _difference(speaker: Speaker, prompt: list[int], steps: int, at: int) -> dict[str, Any] | None:
     """The first different token, number ``at``, with what each way of decoding saw there.
 
     Both are repeated with their choices recorded. ``rounding`` says whether the two best logits
@@ -205,14 +159,14 @@ def difference(
     pass over several tokens at once adds in another order than one over a single token.
     """
     seen: list[GreedyChoice] = []
-    decoders.speculative(prompt, max_new_tokens, watch=seen)
+    _speculative(speaker, prompt, steps, watch=seen)
     chosen: list[GreedyChoice] = []
 
     def choose(logits: torch.Tensor, _rows: Any, _positions: Any) -> torch.Tensor:
         chosen.append(GreedyChoice.of(logits[0]))
         return greedy(logits)
 
-    decoders.plain(prompt, max_new_tokens, choose)
+    _plain(speaker, prompt, choose)
     if not chosen:
         return None
     if at >= min(len(seen), len(chosen)):
@@ -220,7 +174,7 @@ def difference(
     both = (chosen[at], seen[at])
     gap = min(choice.logit - choice.second_logit for choice in both)
     size = max(abs(choice.logit) for choice in both)
-    precision = torch.finfo(forward.dtype_of(forward.unwrap(decoders.model))).eps
+    precision = torch.finfo(forward.dtype_of(forward.unwrap(speaker.model))).eps
     return {
         "position": at,
         "plain": both[0]._asdict(),
