@@ -73,8 +73,7 @@ def check(options: Eagle3Options) -> Plan:
     stored = None
     length = draft_options.sequence_length(options, source.described)
     if options.offline_distillation_data:
-        stored = features.find(options.offline_distillation_data)
-        features.check_length(stored, options.seq_length)
+        stored = features.find(options.offline_distillation_data, options.seq_length)
         length = stored.sequence_length
     training = training_options.decide(options.training, options, length)
     training_run.check_model(source, options, length)

@@ -71,8 +71,7 @@ class ValidateOptions(StageOptions):
 
 @dataclass(frozen=True)
 class Plan:
-    """``saved`` is the ground truth to compare with, and to take prompts from if ``prompts`` is
-    None."""
+    """``saved`` is the ground truth to compare with; without ``prompts`` its own are asked."""
 
     options: ValidateOptions
     source: Source
@@ -134,13 +133,7 @@ def validate(plan: Plan, session: Session) -> dict[str, Any]:
     pairs = measure.answer_all(session, speaker, asked, options.steps)
     acceptance = summarize(pairs, options.steps)
     draft = draft_of(source)
-    settings = ground_truth.settings(
-        asked,
-        source=origin,
-        steps=options.steps,
-        max_new_tokens=options.osl,
-        ignore_eos=options.ignore_eos,
-    )
+    settings = ground_truth.settings(asked, origin, options.steps, options.osl, options.ignore_eos)
     found: dict[str, Any] = {
         "settings": settings,
         "acceptance": acceptance,

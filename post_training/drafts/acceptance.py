@@ -28,7 +28,6 @@ class AnswerPair:
     """The answer to one prompt, decoded plainly and speculatively.
 
     Attributes:
-        question: what was asked.
         plain: tokens of greedy decoding.
         speculative: tokens of speculative decoding; the same, or something is wrong.
         accepted: draft tokens that each verification accepted.
@@ -68,25 +67,8 @@ class Acceptance:
         """Mean tokens that a verification emits: 1 to k + 1; None without any verification."""
         return 1 + sum(self.flat) / len(self.flat) if self.flat else None
 
-    @property
-    def rate(self) -> float | None:
-        """Share of the proposed draft tokens that was accepted."""
-        return None if self.length is None else (self.length - 1) / self.steps
-
-    def by_position(self) -> list[float]:
-        """For each draft position 1 to k: the share of verifications that accepted it."""
-        flat = self.flat
-        return [
-            sum(count >= position for count in flat) / max(1, len(flat))
-            for position in range(1, self.steps + 1)
-        ]
-
-    def histogram(self) -> list[int]:
-        """Verifications that emitted 1, 2, ... k + 1 tokens."""
-        return [self.flat.count(accepted) for accepted in range(self.steps + 1)]
-
-    def interval(self, confidence: float = 0.95) -> tuple[float, float] | None:
-        """Confidence interval of :attr:`length`; None with fewer than two answers.
+    def interval(self) -> tuple[float, float] | None:
+        """95 % confidence interval of :attr:`length`; None with fewer than two answers.
 
         Verifications of one answer are correlated, so answers are the samples: the length
         is a ratio of two sums over them, and its variance that of the ratio estimator (Cochran,
@@ -102,20 +84,25 @@ class Acceptance:
         count = len(answers)
         variance = count / (count - 1) * sum(each**2 for each in residuals)
         error = math.sqrt(variance) / len(self.flat)
-        half = float(stdtrit(count - 1, 0.5 + confidence / 2)) * error
+        half = float(stdtrit(count - 1, 0.975)) * error
         return max(1.0, self.length - half), min(self.steps + 1.0, self.length + half)
 
     def to_json(self) -> dict[str, Any]:
-        """For a report."""
-        interval = self.interval()
+        """For a report: rates are shares of the proposed draft tokens, at each position 1 to k too.
+
+        The histogram counts verifications that emitted 1, 2, ... k + 1 tokens.
+        """
+        flat, length, interval = self.flat, self.length, self.interval()
+        positions = range(1, self.steps + 1)
+        at_least = [sum(count >= position for count in flat) for position in positions]
         return {
             "answers": len(self.accepted),
-            "verifications": len(self.flat),
-            "acceptance_length": _rounded(self.length),
-            "interval_95": [_rounded(each) for each in interval] if interval else None,
-            "acceptance_rate": _rounded(self.rate),
-            "acceptance_rate_by_position": [_rounded(each) for each in self.by_position()],
-            "histogram": self.histogram(),
+            "verifications": len(flat),
+            "acceptance_length": None if length is None else round(length, 5),
+            "interval_95": [round(each, 5) for each in interval] if interval else None,
+            "acceptance_rate": None if length is None else round((length - 1) / self.steps, 5),
+            "acceptance_rate_by_position": [round(n / max(1, len(flat)), 5) for n in at_least],
+            "histogram": [flat.count(accepted) for accepted in range(self.steps + 1)],
         }
 
 
@@ -154,7 +141,3 @@ def matching(proposed: Iterable[int], chosen: Iterable[int]) -> int:
             break
         count += 1
     return count
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 5)

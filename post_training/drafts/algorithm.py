@@ -30,18 +30,10 @@ class DraftAlgorithm(ABC):
     module: ClassVar[str]
 
     @abstractmethod
-    def plan(
-        self,
-        architecture: Architecture,
-        overrides: Mapping[str, Any] | None = None,
-        *,
-        dtype: str,
-        mix_hidden_states: bool,
-        ttt_steps: int,
-        offline: bool,
-        option: str,
-    ) -> Draft:
-        """The draft for the target of this architecture, ``overrides`` last; no torch.
+    def configuration(
+        self, architecture: Architecture, overrides: Mapping[str, Any], dtype: str, option: str
+    ) -> dict[str, Any]:
+        """The configuration of a draft for this target, ``overrides`` last; no torch.
 
         Raises:
             UsageError: for values that cannot work; ``option`` names the overrides.
@@ -59,9 +51,7 @@ class DraftAlgorithm(ABC):
     def set_vocabulary(self, model: Any, counts: numpy.ndarray[Any, Any]) -> float:
         """Let the draft propose the most frequent tokens; returns the part of counts they cover.
 
-        Args:
-            model: its draft's vocabulary is smaller than the target's.
-            counts: int64 [vocabulary], how often each token is wanted.
+        ``counts`` are int64 [vocabulary]; the draft's vocabulary is smaller than the target's.
         """
 
     @abstractmethod
@@ -83,9 +73,5 @@ class DraftAlgorithm(ABC):
     ) -> Callable[[int], dict[str, float]] | None:
         """What an evaluation measures by decoding; None where the model cannot verify.
 
-        Args:
-            model: with its draft.
-            prompts: token ids.
-            tokens: to decode for each.
-            tokenizer: of the target, for its end token and the size of its vocabulary.
+        Decodes ``tokens`` for each of the prompts; the tokenizer is the target's.
         """

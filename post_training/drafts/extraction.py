@@ -1,4 +1,4 @@
-"""Writing the features of a model: where they may go, what it takes, the shards to write.
+"""Writing the features of a model: what it takes, and the shards that are still to write.
 
 The files are those that :mod:`post_training.drafts.features` describes and reads.
 """
@@ -10,50 +10,20 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from megatron.core import parallel_state
+from safetensors.torch import save_file
 from tqdm import tqdm
 
-from post_training.common import files, manifest, outputs
-from post_training.common.errors import UsageError
+from post_training.common import outputs
 from post_training.data.packing import PackedConversations
+from post_training.distributed.session import Session
 from post_training.drafts.algorithm import DraftAlgorithm
 from post_training.drafts.eagle3.draft import Draft
 
-if TYPE_CHECKING:
-    import torch
-
-    from post_training.distributed.session import Session
-
 logger = logging.getLogger("post_training")
-
-SETTINGS = "settings.json"  # what must not change between the runs of an extraction
-
-
-def check_folder(folder: Path, settings: Mapping[str, Any] | None) -> None:
-    """Raise UsageError unless a folder is empty or holds an unfinished extraction like this one.
-
-    ``settings`` are None where they are not known yet.
-    """
-    what = f"--output-dir {folder}"
-    content = manifest.read(folder)
-    if content is not None:
-        raise UsageError(
-            what,
-            f"it holds the output of {content.get('stage')}, finished {content.get('finished')}",
-            "name another folder, or give --overwrite",
-        )
-    before = files.read_json(folder / SETTINGS)
-    if before is None and any(folder.iterdir()):
-        raise UsageError(what, "it is not empty and no extraction", "name another folder")
-    if before is not None and settings is not None:
-        changed = [name for name in settings if settings[name] != before.get(name)]
-        if changed:
-            raise UsageError(
-                what,
-                f"an extraction with another {', '.join(changed)} was started there",
-                "use the same settings, name another folder, or give --overwrite",
-            )
 
 
 @dataclass(frozen=True)
@@ -83,15 +53,9 @@ def plan_shards(data: Mapping[str, PackedConversations], samples: int, size: int
 
 @dataclass(frozen=True)
 class Extraction:
-    """One run of extract_features.py.
+    """One run of extract_features.py: of ``data`` by part, ``batch`` sequences at a time.
 
-    Attributes:
-        model: this rank's part, with a draft attached.
-        algorithm: of the draft.
-        data: packed conversations by part.
-        folder: where the shards go.
-        batch: sequences that a rank computes at a time.
-        session: the process's.
+    ``model`` is this rank's part, with a draft of ``algorithm`` attached.
     """
 
     model: Any
@@ -130,8 +94,6 @@ class Extraction:
 
     def write(self, shards: Sequence[Shard]) -> None:
         """Write what is missing, shards in turn over the data-parallel ranks; a collective call."""
-        from megatron.core import parallel_state
-
         todo = self._missing(shards)
         rank = parallel_state.get_data_parallel_rank()
         ranks = parallel_state.get_data_parallel_world_size()
@@ -168,9 +130,6 @@ class Extraction:
 
 def _write_shard(path: Path, parts: Sequence[Mapping[str, torch.Tensor]]) -> None:
     """Write a shard under another name and rename it: it is whole, or not there."""
-    import torch
-    from safetensors.torch import save_file
-
     if not parts:
         return
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,13 +30,9 @@ _COMPARED = {
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """What an earlier measurement kept.
+    """What an earlier measurement kept: its prompts, :func:`settings` and figures.
 
-    Attributes:
-        settings: see :func:`settings`.
-        answers: greedy answer by the row's identity and prompt.
-        acceptance_length: of the draft then; None without any verification.
-        questions: the prompts.
+    ``answers`` has the greedy answer by the row's identity and prompt.
     """
 
     settings: dict[str, Any]
@@ -46,12 +42,7 @@ class GroundTruth:
 
 
 def settings(
-    questions: Iterable[TokenizedPrompt],
-    *,
-    source: str,
-    steps: int,
-    max_new_tokens: int,
-    ignore_eos: bool,
+    questions: Iterable[TokenizedPrompt], source: str, steps: int, osl: int, ignore_eos: bool
 ) -> dict[str, Any]:
     """What must be the same for two measurements to compare."""
     keys = "".join(map(_key, questions))
@@ -59,7 +50,7 @@ def settings(
         "prompts": source,
         "prompts_sha256": hashlib.sha256(keys.encode()).hexdigest(),
         "steps": steps,
-        "osl": max_new_tokens,
+        "osl": osl,
         "ignore_eos": ignore_eos,
         "temperature": 0.0,  # decoding is greedy here
     }
@@ -122,13 +113,9 @@ def read(path: Path) -> GroundTruth:
 def compare(
     saved: GroundTruth, pairs: Sequence[AnswerPair], now: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """This run's greedy answers against the saved ones.
+    """This run's greedy answers and settings against the saved ones, for the report.
 
-    Args:
-        now: this run's :func:`settings`.
-
-    Returns:
-        For the report; ``differing_settings`` has a sentence for each setting that differs.
+    ``differing_settings`` has a sentence for each setting that differs.
     """
     both = [
         (saved.answers[_key(each.question)], each.plain)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from post_training.distributed.collectives import from_all_ranks
 from post_training.distributed.session import Session
 from post_training.drafts.acceptance import AnswerPair, TokenizedPrompt, matching
 from post_training.drafts.eagle3 import decoding
-from post_training.drafts.eagle3.decoding import Decoded, GreedyChoice
+from post_training.drafts.eagle3.decoding import GreedyChoice
 from post_training.drafts.record import draft_of
 from post_training.inference import dialogues, forward, generation
 from post_training.inference.dialogues import Speaker
@@ -58,11 +59,9 @@ def load_drafted_speaker(
 
 
 def first_turns(read: Prompts, speaker: Speaker, steps: int) -> list[TokenizedPrompt]:
-    """The first turn of each dialogue, as tokens; those without room for an answer are left out.
+    """The first turn of each dialogue, as tokens.
 
-    Args:
-        speaker: with the longest answer and the context.
-        steps: draft tokens proposed at a time, which need room too.
+    Those without room for an answer and ``steps`` proposed tokens are left out.
 
     Raises:
         UsageError: if none is left.
@@ -110,48 +109,26 @@ def answer_all(
 
 def _answer_twice(speaker: Speaker, question: TokenizedPrompt, steps: int) -> AnswerPair:
     """The answers to a question; the difference is known on the last pipeline stage only."""
+    model, prompt, longest = speaker.model, question.prompt, speaker.max_new_tokens
+    ends, size = speaker.eos_ids, len(speaker.tokenizer)
+    plainly = partial(generation.generate, model, [prompt], longest, ends, vocab_size=size)
+    by_draft = partial(decoding.decode, model, prompt, longest, ends, steps=steps, vocab_size=size)
     begun = _now()
-    plain = _plain(speaker, question.prompt)
+    [plain] = plainly()
     between = _now()
-    drafted = _speculative(speaker, question.prompt, steps)
+    drafted = by_draft()
     ended = _now()
     difference = None
     if drafted.tokens != plain:
-        at = matching(drafted.tokens, plain)
-        difference = _difference(speaker, question.prompt, steps, at)
+        dtype = forward.dtype_of(forward.unwrap(model))
+        difference = _difference(plainly, by_draft, matching(drafted.tokens, plain), dtype)
     times = (between - begun, ended - between)
     return AnswerPair(question, plain, drafted.tokens, drafted.accepted, *times, difference)
 
 
-def _plain(speaker: Speaker, prompt: list[int], choose: generation.Choose = greedy) -> list[int]:
-    """New tokens, one pass each."""
-    [tokens] = generation.generate(
-        speaker.model,
-        [prompt],
-        speaker.max_new_tokens,
-        speaker.eos_ids,
-        vocab_size=len(speaker.tokenizer),
-        choose=choose,
-    )
-    return tokens
-
-
-def _speculative(
-    speaker: Speaker, prompt: list[int], steps: int, watch: list[GreedyChoice] | None = None
-) -> Decoded:
-    """The same through the draft."""
-    return decoding.decode(
-        speaker.model,
-        prompt,
-        speaker.max_new_tokens,
-        speaker.eos_ids,
-        steps=steps,
-        vocab_size=len(speaker.tokenizer),
-        watch=watch,
-    )
-
-
-def _difference(speaker: Speaker, prompt: list[int], steps: int, at: int) -> dict[str, Any] | None:
+def _difference(
+    plainly: Callable[..., Any], by_draft: Callable[..., Any], at: int, dtype: torch.dtype
+) -> dict[str, Any] | None:
     """The first different token, number ``at``, with what each way of decoding saw there.
 
     Both are repeated with their choices recorded. ``rounding`` says whether the two best logits
@@ -159,14 +136,14 @@ def _difference(speaker: Speaker, prompt: list[int], steps: int, at: int) -> dic
     pass over several tokens at once adds in another order than one over a single token.
     """
     seen: list[GreedyChoice] = []
-    _speculative(speaker, prompt, steps, watch=seen)
+    by_draft(watch=seen)
     chosen: list[GreedyChoice] = []
 
     def choose(logits: torch.Tensor, _rows: Any, _positions: Any) -> torch.Tensor:
         chosen.append(GreedyChoice.of(logits[0]))
         return greedy(logits)
 
-    _plain(speaker, prompt, choose)
+    plainly(choose=choose)
     if not chosen:
         return None
     if at >= min(len(seen), len(chosen)):
@@ -174,12 +151,11 @@ def _difference(speaker: Speaker, prompt: list[int], steps: int, at: int) -> dic
     both = (chosen[at], seen[at])
     gap = min(choice.logit - choice.second_logit for choice in both)
     size = max(abs(choice.logit) for choice in both)
-    precision = torch.finfo(forward.dtype_of(forward.unwrap(speaker.model))).eps
     return {
         "position": at,
         "plain": both[0]._asdict(),
         "speculative": both[1]._asdict(),
-        "rounding": gap <= max(4 * precision, 1e-5) * size,
+        "rounding": gap <= max(4 * torch.finfo(dtype).eps, 1e-5) * size,
     }
 
 

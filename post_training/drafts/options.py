@@ -119,8 +119,8 @@ def plan(
     """The draft that the flags describe, for this target.
 
     Raises:
-        UsageError: as :meth:`post_training.drafts.algorithm.DraftAlgorithm.plan`, or if tensor
-            parallelism does not divide the draft.
+        UsageError: if they contradict each other, describe a draft that cannot work, or one that
+            tensor parallelism does not divide.
     """
     overrides: dict[str, Any] = {}
     option = "--eagle-config"
@@ -137,24 +137,20 @@ def plan(
             raise UsageError(
                 what, f"{option} says {overrides['draft_vocab_size']}", "give one of them"
             )
-    made = registry.find(algorithm).plan(
-        architecture,
-        overrides,
-        dtype=options.precision,
-        mix_hidden_states=wanted.mix_hidden_states,
-        ttt_steps=wanted.ttt_steps,
-        offline=offline,
-        option=option,
+    config = registry.find(algorithm).configuration(
+        architecture, overrides, options.precision, option
     )
     ranks = options.parallel.tensor
     for name in _DIVIDED:
-        if made.config[name] % ranks:
+        if config[name] % ranks:
             raise UsageError(
                 f"TP={ranks}",
-                f"it does not divide the draft's {name}, {made.config[name]}",
+                f"it does not divide the draft's {name}, {config[name]}",
                 f"choose a multiple of {ranks} (--eagle-config), or another TP",
             )
-    return made
+    layers = list(config["eagle_aux_hidden_state_layer_ids"])
+    mixes, steps = wanted.mix_hidden_states, wanted.ttt_steps
+    return Draft(algorithm, config, layers, mixes, steps, offline)
 
 
 def trained(

@@ -111,12 +111,7 @@ def _described(
 def prepare(model: Any, draft: Draft, source: Source, train: Any, seed: int) -> DraftAlgorithm:
     """Attach the draft where the source has none, choose its vocabulary, freeze its target.
 
-    Args:
-        model: this rank's part, in place.
-        draft: to train.
-        source: of the model.
-        train: the samples, whose answers decide the vocabulary of a new draft.
-        seed: of a new draft.
+    The answers of the samples ``train`` decide the vocabulary of a new draft.
     """
     algorithm = registry.find(draft.algorithm)
     if draft_of(source) is None:

@@ -39,7 +39,6 @@ from post_training.common.quiet import quiet
 from post_training.config.options import StageOptions
 from post_training.distributed.collectives import first_failure, on_first_rank
 from post_training.distributed.session import Session
-from post_training.drafts.eagle3 import attach
 from post_training.drafts.eagle3.draft import LLAMA3, require_exportable
 from post_training.drafts.record import draft_of
 from post_training.export import eagle3_readback, folder
@@ -64,13 +63,9 @@ def write(
     *,
     max_shard_bytes: int,
 ) -> dict[str, Any]:
-    """Write the draft of ``model`` into the working folder of ``target`` and verify it.
+    """Write a draft into the working folder of ``target`` and verify it. Returns the metrics.
 
-    Args:
-        model: this rank's part, tensor-parallel size 1.
-
-    Returns:
-        The metrics.
+    ``model`` is this rank's part, at tensor-parallel size 1.
 
     Raises:
         UsageError: if the draft has no form that engines read, or what was written is not it.
@@ -82,7 +77,8 @@ def write(
     _require_form(core)
     configuration = loading.local_huggingface(source, options)
     target_config = huggingface.read_config(configuration)
-    config = config_json(core, target_config, source.architecture.max_position_embeddings)
+    longest = source.architecture.max_position_embeddings
+    config = config_json(core.eagle_config, target_config, longest)
     work = folder.begin(target)
     writer = ShardWriter(work, f"rank{torch.distributed.get_rank():05d}", max_shard_bytes)
     writer.add(_tensors(core, configuration, options.trust_remote_code))
@@ -108,17 +104,15 @@ def write(
 def _require_form(core: Any) -> None:
     """Raise UsageError, on every rank, for a draft without a form that engines read."""
     config = core.eagle_config
-    form = ("use_last_layernorm", "use_input_layernorm_in_first_layer")
-    require_exportable(
-        {
-            "num_hidden_layers": config.num_layers,
-            "mlp_bias": config.add_bias_linear,
-            "eagle_aux_hidden_state_layer_ids": config.eagle_aux_hidden_state_layer_ids,
-            **{name: getattr(config, name) for name in form},
-        },
-        "the draft",
+    same = (
+        "eagle_aux_hidden_state_layer_ids",
+        "use_last_layernorm",
+        "use_input_layernorm_in_first_layer",
     )
-    module = attach.draft_module(core)
+    named = {name: getattr(config, name) for name in same}
+    named |= {"num_hidden_layers": config.num_layers, "mlp_bias": config.add_bias_linear}
+    require_exportable(named, "the draft")
+    module = core.eagle_module
     problem = None
     if module is not None:
         quantized = [
@@ -143,7 +137,7 @@ def _require_form(core: Any) -> None:
 
 def _tensors(core: Any, configuration: Path, trust_remote_code: bool) -> Tensors:
     """The draft by ModelOpt's rules, with ``d2t`` and a head; nothing on earlier stages."""
-    module = attach.draft_module(core)
+    module = core.eagle_module
     if module is None:
         return {}
     # ModelOpt announces on stdout that an EAGLE-3 layer is twice as wide as others.
@@ -168,7 +162,7 @@ def reference(core: Any) -> Iterator[tuple[str, torch.Tensor]]:
     megatron-core keeps queries, keys and values in one matrix, group by group: the queries of
     a group, its key, its value. Gate and up projection are one above the other.
     """
-    module = attach.draft_module(core)
+    module = core.eagle_module
     if module is None:
         return
     [layer] = module.decoder.layers
@@ -203,11 +197,8 @@ def _target_head(core: Any) -> torch.Tensor:
     return fake_quantized(core.output_layer)
 
 
-def config_json(
-    core: Any, target: Mapping[str, Any], max_position_embeddings: int
-) -> dict[str, Any]:
-    """Content of the draft's ``config.json``; ``target`` is that of its target."""
-    config = core.eagle_config
+def config_json(config: Any, target: Mapping[str, Any], longest: int) -> dict[str, Any]:
+    """Content of ``config.json``, from ``eagle_config``, the target's content and longest text."""
     layers = list(config.eagle_aux_hidden_state_layer_ids)
     scaling = None
     if config.rope_scaling:
@@ -225,7 +216,7 @@ def config_json(
         "rms_norm_eps": config.layernorm_epsilon,
         "rope_theta": float(config.rotary_base),
         "rope_scaling": scaling,
-        "max_position_embeddings": max_position_embeddings,
+        "max_position_embeddings": longest,
         "attention_bias": False,
         "mlp_bias": False,
         "attention_dropout": 0.0,
@@ -233,9 +224,7 @@ def config_json(
         "vocab_size": config.vocab_size,
         "draft_vocab_size": config.draft_vocab_size,
         "tie_word_embeddings": False,
-        "bos_token_id": target.get("bos_token_id"),
-        "eos_token_id": target.get("eos_token_id"),
-        "pad_token_id": target.get("pad_token_id"),
+        **{name: target.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         "use_cache": True,
         "torch_dtype": str(config.params_dtype).removeprefix("torch."),
         "transformers_version": transformers.__version__,

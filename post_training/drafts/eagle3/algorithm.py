@@ -22,7 +22,7 @@ _EVALUATED_STEPS = 3
 class Eagle3(DraftAlgorithm):
     name: ClassVar[str] = draft_config.ALGORITHM
     module: ClassVar[str] = draft_config.MODULE
-    plan = staticmethod(draft_config.plan)
+    configuration = staticmethod(draft_config.configuration)
 
     def attach(self, model: Any, draft: Draft, seed: int) -> None:
         from post_training.drafts.eagle3 import attach
@@ -36,9 +36,19 @@ class Eagle3(DraftAlgorithm):
             parameter.requires_grad_(name.startswith(f"{self.module}."))
 
     def set_vocabulary(self, model: Any, counts: numpy.ndarray[Any, Any]) -> float:
-        from post_training.drafts.eagle3 import attach
+        import numpy
+        import torch
 
-        return attach.set_vocabulary(model, counts)
+        from post_training.inference import forward
+
+        core = forward.unwrap(model)
+        size = core.eagle_config.draft_vocab_size
+        # By falling frequency, then by number; tokens that never occur fill up what is left.
+        chosen = numpy.sort(numpy.argsort(-counts, kind="stable")[:size])
+        if core.eagle_module is not None:
+            # ModelOpt leaves zeros, which stand for the first tokens of the vocabulary.
+            core.eagle_module.d2t.copy_(torch.from_numpy(chosen - numpy.arange(size)))
+        return float(counts[chosen].sum() / max(1, counts.sum()))
 
     def task(self, model: Any, draft: Draft) -> Task:
         from post_training.drafts.eagle3 import task

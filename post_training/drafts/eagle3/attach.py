@@ -3,7 +3,7 @@
 Loading a drafted checkpoint (``loading.load``, at any TP and PP) attaches the draft before the
 weights are read, from ModelOpt's state in it. Then
 
-- ``model.eagle_module`` is the draft, on the last pipeline stage only (:func:`draft_module`);
+- ``model.eagle_module`` is the draft, on the last pipeline stage, and None on the others;
 - ``model.eagle_module.d2t`` maps a draft token ``t`` to the target's ``t + d2t[t]``: int64 [draft
   vocabulary], there only if the draft's vocabulary is smaller than the target's;
 - ``model.eagle_config.eagle_aux_hidden_state_layer_ids`` are the auxiliary layers: ``i`` stands
@@ -19,12 +19,11 @@ from __future__ import annotations
 from typing import Any
 
 import modelopt.torch.speculative as mtsp
-import numpy
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from post_training.drafts.eagle3.draft import MODULE, TARGETS, Draft
+from post_training.drafts.eagle3.draft import TARGETS, Draft
 from post_training.inference import forward
 
 # An export writes the longest text; ModelOpt has no use for it, and knows the target's sizes.
@@ -40,10 +39,10 @@ def attach(model: Any, draft: Draft, seed: int) -> None:
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     mtsp.convert(model, [("eagle", _modelopt_config(draft))])
-    _share_embedding(model)
-    module = draft_module(model)
-    if module is not None:
-        _initialize(module, draft, seed)
+    core = forward.unwrap(model)
+    _share_embedding(core)
+    if core.eagle_module is not None:
+        _initialize(core.eagle_module, draft, seed)
     model.eval()
 
 
@@ -59,25 +58,6 @@ def _share_embedding(core: Any) -> None:
     group = parallel_state.get_embedding_group()
     first = torch.distributed.get_process_group_ranks(group)[0]
     torch.distributed.broadcast(core.embedding.word_embeddings.weight.data, first, group=group)
-
-
-def draft_module(model: Any) -> Any | None:
-    """The draft (ModelOpt's ``EagleModule``) of this rank's model; None on earlier stages."""
-    return getattr(forward.unwrap(model), MODULE, None)
-
-
-def set_vocabulary(model: Any, counts: numpy.ndarray[Any, Any]) -> float:
-    """Let the draft propose the most frequent tokens; returns the part of all counts they cover.
-
-    ModelOpt leaves ``d2t`` at zero, which stands for the first tokens of the vocabulary.
-    """
-    core = forward.unwrap(model)
-    size = core.eagle_config.draft_vocab_size
-    # By falling frequency, then by number; tokens that never occur fill up what is left.
-    chosen = numpy.sort(numpy.argsort(-counts, kind="stable")[:size])
-    if core.eagle_module is not None:
-        core.eagle_module.d2t.copy_(torch.from_numpy(chosen - numpy.arange(size)))
-    return float(counts[chosen].sum() / max(1, counts.sum()))
 
 
 def _modelopt_config(draft: Draft) -> dict[str, Any]:

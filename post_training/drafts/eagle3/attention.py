@@ -95,7 +95,9 @@ def _over_steps(
         return torch.zeros_like(query)
     # Of each step what the queries see: row by row, of the first one also all rows before.
     seen = [each[m][:, :, m : m + rows] for each in (keys, values) for m in range(len(keys))]
-    tensors = [F.pad(t, (0, -size % _HEAD_MULTIPLE)) for t in (query[:, :, later:], *seen)]
+    tensors = [query[:, :, later:], *seen]
+    if size % _HEAD_MULTIPLE:
+        tensors = [F.pad(each, (0, -size % _HEAD_MULTIPLE)) for each in tensors]
     result: torch.Tensor = _OverSteps.apply(1.0 / math.sqrt(size), *tensors)
     return F.pad(result[..., :size], (0, 0, later, 0))
 
@@ -122,21 +124,24 @@ class _OverSteps(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, *both, result, merged = ctx.saved_tensors
         query, gradient, scale = query.contiguous(), gradients[0].contiguous(), ctx.scale
+        groups = both[0].shape[1]
+
+        def of_groups(each: torch.Tensor) -> torch.Tensor:
+            """Query heads share the keys of a group: their gradients add up."""
+            return each.unflatten(1, (groups, -1)).sum(2).to(query.dtype)
+
         keys, values = _of_heads(query, both)
         whole_row = (query, next(keys), next(values), result, merged)
-        of_query, *first = _backward(gradient, *whole_row, scale, ctx.kernel)
-        of_query, of_keys, of_values = of_query.float(), [first[0]], [first[1]]
+        of_query, of_key, of_value = _backward(gradient, *whole_row, scale, ctx.kernel)
+        of_query, of_keys, of_values = of_query.float(), [of_groups(of_key)], [of_groups(of_value)]
         delta = (gradient.float() * result).sum(-1)
         for key, value in zip(keys, values, strict=True):
             weight = (_scores(query, key, scale) - merged).exp()
             score = scale * weight * ((gradient.float() * value).sum(-1) - delta)
             of_query += score.unsqueeze(-1) * key
-            of_keys.append(score.unsqueeze(-1) * query)
-            of_values.append(weight.unsqueeze(-1) * gradient)
-        # Query heads share the keys of a group.
-        groups = both[0].shape[1]
-        of_both = [each.unflatten(1, (groups, -1)).sum(2) for each in (*of_keys, *of_values)]
-        return (None, *(each.to(query.dtype) for each in (of_query, *of_both)))
+            of_keys.append(of_groups(score.unsqueeze(-1) * query))
+            of_values.append(of_groups(weight.unsqueeze(-1) * gradient))
+        return (None, of_query.to(query.dtype), *of_keys, *of_values)
 
 
 def _of_heads(
@@ -171,18 +176,14 @@ def _forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor, list[Any]]:
     """Causal attention: output, logarithm of the normaliser [b, h, s], and the kernel's state."""
-    tensors, aten = (query, key, value), torch.ops.aten
-    if query.device.type == "cpu":
-        output, normaliser, *state = aten._scaled_dot_product_flash_attention_for_cpu(
-            *tensors, 0.0, True, scale=scale
-        )
-    elif _has_flash(query):
-        output, normaliser, *state = aten._scaled_dot_product_flash_attention(
-            *tensors, 0.0, True, scale=scale
-        )
+    aten, on_cpu = torch.ops.aten, query.device.type == "cpu"
+    if on_cpu or _has_flash(query):
+        flash = aten._scaled_dot_product_flash_attention
+        kernel = aten._scaled_dot_product_flash_attention_for_cpu if on_cpu else flash
+        output, normaliser, *state = kernel(query, key, value, 0.0, True, scale=scale)
     else:
         output, normaliser, *state = aten._scaled_dot_product_efficient_attention(
-            *tensors, None, True, 0.0, True, scale=scale
+            query, key, value, None, True, 0.0, True, scale=scale
         )
     return output, normaliser[..., : query.shape[2]], state
 

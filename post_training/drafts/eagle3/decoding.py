@@ -67,8 +67,8 @@ def decode(
     Args:
         model: a drafted model that ``generation.supports_prefix``, built without sequence and
             context parallelism.
-        prompt: token ids, at least one.
-        max_new_tokens: most tokens to add, at least 1.
+        prompt: at least one token.
+        max_new_tokens: at least 1.
         eos_ids: tokens that end the answer.
         steps: draft tokens to propose to each verification, at least 1.
         vocab_size: choose among the first tokens only, where the output layer is padded.
@@ -201,14 +201,9 @@ class CachedDraft:
         return mixed
 
     def run(self, ids: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The draft's layers after its cache.
+        """The draft's layers after its cache, for ids [1, n] and hidden states [n, 1, hidden].
 
-        Args:
-            ids: int64 [1, n].
-            hidden: [n, 1, hidden].
-
-        Returns:
-            Outputs for the head, and for the next step (before the last norm): [n, 1, hidden] each.
+        Returns outputs for the head, and for the next step (before the last norm), like ``hidden``.
         """
         offset, length = int(self.context.sequence_len_offset), ids.shape[1]
         positions = torch.arange(offset, offset + length, device=self.device).unsqueeze(0)
@@ -218,16 +213,11 @@ class CachedDraft:
             kind = "no_mask"
         elif offset:
             kind, mask = "arbitrary", forward.causal_mask(offset, length, self.device)
-        with (
-            InferenceMode.active(),
-            forward.attention_mask_type(self.module.decoder.layers, kind),
-        ):
+        layers = self.module.decoder.layers
+        with InferenceMode.active(), forward.attention_mask_type(layers, kind):
+            embedded = self.core.embedding(input_ids=ids, position_ids=positions).to(self.dtype)
             output, following = self.module(
-                self.core.embedding(input_ids=ids, position_ids=positions).to(self.dtype),
-                hidden,
-                mask,
-                self.rotary,
-                inference_context=self.context,
+                embedded, hidden, mask, self.rotary, inference_context=self.context
             )
         self.context.sequence_len_offset += length
         self.context.enable_decode_mode()

@@ -23,7 +23,6 @@ ALGORITHM = "eagle3"
 MODULE = "eagle_module"  # the draft in a model; the names of its tensors begin with it
 TARGETS = ("hidden_size", "vocab_size")  # sizes that are the target's
 DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-AUXILIARY_LAYERS = 3  # vLLM and SGLang build `fc` for three
 
 # Keys whose other values ModelOpt's draft for megatron-core ignores, or that are not EAGLE-3.
 _ONLY: dict[str, Any] = {
@@ -58,11 +57,10 @@ class Draft:
     """A draft as ``run.json`` records it under ``draft``.
 
     Attributes:
-        algorithm: ``eagle3``.
-        config: resolved configuration, see :func:`plan`.
+        algorithm: its name in the registry.
+        config: resolved configuration, see :func:`configuration`.
         aux_hidden_state_layer_ids: layers of the target, from 0, whose output the draft reads.
-        mix_hidden_states: whether training mixes the states of earlier steps in (see ModelOpt's
-            ``eagle_mix_hidden_states``).
+        mix_hidden_states: whether training mixes in states of earlier steps (ModelOpt's flag).
         ttt_steps: steps of training-time test.
         offline: whether the checkpoint leaves out the target's layers (``--export-offline-model``).
         trained: training iterations so far.
@@ -91,23 +89,13 @@ class Draft:
         return cls(**{name: value for name, value in content.items() if name in known})
 
 
-def plan(
+def configuration(
     architecture: Architecture,
     overrides: Mapping[str, Any] | None = None,
-    *,
     dtype: str = "bf16",
-    mix_hidden_states: bool = False,
-    ttt_steps: int = 3,
-    offline: bool = False,
     option: str = "--eagle-config",
-) -> Draft:
-    """The draft for a target: everything follows the target, ``overrides`` last.
-
-    Args:
-        architecture: the target's.
-        overrides: content of ``--eagle-config``.
-        dtype: ``bf16``, ``fp16`` or ``fp32``.
-        option: what to call the overrides in a message.
+) -> dict[str, Any]:
+    """The configuration of a draft: everything follows the target, ``overrides`` last.
 
     Raises:
         UsageError: for an unknown key, a value of the wrong type, or one that cannot work.
@@ -161,8 +149,7 @@ def plan(
     if "rope_theta" in given and "rope_scaling" not in given:
         config["rope_scaling"] = {**scaling, "rope_theta": config["rope_theta"]}
     _check_values(config, target, option)
-    layers = list(config["eagle_aux_hidden_state_layer_ids"])
-    return Draft(ALGORITHM, config, layers, mix_hidden_states, ttt_steps, offline)
+    return config
 
 
 def aux_layer_ids(num_layers: int) -> list[int]:
@@ -237,10 +224,8 @@ def require_exportable(config: Mapping[str, Any], what: str) -> None:
     norm = "use_input_layernorm_in_first_layer"
     needed = {
         "num_hidden_layers": (config["num_hidden_layers"] == 1, "engines load one layer"),
-        layers: (
-            len(config[layers]) == AUXILIARY_LAYERS,
-            f"vLLM and SGLang read {AUXILIARY_LAYERS} auxiliary layers",
-        ),
+        # They build `fc` for three.
+        layers: (len(config[layers]) == 3, "vLLM and SGLang read 3 auxiliary layers"),
         "use_last_layernorm": (config["use_last_layernorm"], "engines apply a last norm"),
         norm: (config[norm], "engines apply a norm to the features"),
         "mlp_bias": (not config["mlp_bias"], "SGLang loads no biases"),

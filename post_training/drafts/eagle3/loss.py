@@ -11,14 +11,17 @@ cross entropies (Hsu et al. 2024, arXiv:2410.10989), but by PyTorch's own operat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 
-# Logits of one chunk on a rank: 1.5 * 2^26 floats are 400 MB, and three such tensors are held.
+# Logits of one chunk on a rank: 1.5 * 2^26 floats are 400 MB; three or four such tensors are held.
 CHUNK_ELEMENTS = 3 << 25
 # The target's logits are kept for all steps up to this size on a rank, and else computed again.
 KEPT_BYTES = 4 << 30
@@ -63,34 +66,19 @@ class Teacher:
         return log_softmax(logits).exp_(), self._argmax[start]
 
 
-def weighted_loss(
-    student: Callable[[torch.Tensor], torch.Tensor],
-    parameters: Sequence[torch.nn.Parameter],
-    hidden: torch.Tensor,
-    teacher: Teacher,
-    weight: torch.Tensor,
-    spans: list[tuple[int, int]],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weighted sum of the positions' losses, and that of right guesses.
+class WeightedLoss(torch.autograd.Function):
+    """The weighted sum of the positions' losses, and that of right guesses: two float32 scalars.
+
+    A guess is right if the draft's argmax is the target's. Gradients are made in the forward pass.
 
     Args:
         student: from hidden states [n, b, h] to this rank's part of the logits.
-        parameters: what ``student`` is to be trained in, if anything.
-        hidden: the draft's last states [s, b, h].
         teacher: the target's distributions for the same positions.
         weight: of each position, float32 [s, b].
         spans: chunks that cover 0 .. s.
-
-    Returns:
-        Two float32 scalars; a guess is right if the draft's argmax is the target's.
+        hidden: the draft's last states [s, b, h].
+        parameters: what ``student`` is to be trained in, if anything.
     """
-    trained = [each for each in parameters if each.requires_grad and torch.is_grad_enabled()]
-    loss, right = _WeightedLoss.apply(student, teacher, weight, spans, hidden, *trained)
-    return loss, right
-
-
-class _WeightedLoss(torch.autograd.Function):
-    """The sum over all chunks; its gradients are made in the forward pass."""
 
     @staticmethod
     def forward(
@@ -111,7 +99,9 @@ class _WeightedLoss(torch.autograd.Function):
             with torch.set_grad_enabled(trains):
                 states = hidden[start:stop].detach().requires_grad_(trains)
                 logits = student(states)
-                loss = _cross_entropy(logits, probabilities, weight[start:stop])
+                rows = torch.linalg.vecdot(probabilities, log_softmax(logits))
+                # Over all ranks; each gets its part's gradient.
+                loss = reduce_from_tensor_model_parallel_region(-(rows * weight[start:stop]).sum())
             del probabilities
             if trains:
                 found = torch.autograd.grad(loss, (states, *parameters))
@@ -129,40 +119,17 @@ class _WeightedLoss(torch.autograd.Function):
         return (None, None, None, None, *(incoming[0] * each for each in ctx.saved_tensors))
 
 
-def _cross_entropy(
-    logits: torch.Tensor, probabilities: torch.Tensor, weight: torch.Tensor
-) -> torch.Tensor:
-    """-sum(w p log softmax(x)) of this chunk, over all ranks; each gets its part's gradient."""
-    rows = torch.linalg.vecdot(probabilities, log_softmax(logits))
-    loss: torch.Tensor = reduce_from_tensor_model_parallel_region(-(rows * weight).sum())
-    return loss
-
-
 def log_softmax(logits: torch.Tensor) -> torch.Tensor:
     """This rank's part of the logarithm of the softmax over all ranks, in float32."""
     if parallel_state.get_tensor_model_parallel_world_size() == 1:
         return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-    result: torch.Tensor = _SplitLogSoftmax.apply(logits)
-    return result
-
-
-class _SplitLogSoftmax(torch.autograd.Function):
-    """Along the last dimension, which is split over the tensor-parallel ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor) -> torch.Tensor:
-        result = logits.to(torch.float32, copy=True)
-        result -= _reduce(result.max(dim=-1).values, torch.distributed.ReduceOp.MAX).unsqueeze(-1)
-        result -= _reduce(result.exp().sum(-1)).log_().unsqueeze(-1)
-        ctx.save_for_backward(result)
-        ctx.dtype = logits.dtype
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        (result,) = ctx.saved_tensors
-        total = _reduce(gradients[0].sum(-1)).unsqueeze(-1)
-        return torch.addcmul(gradients[0], result.exp(), total, value=-1.0).to(ctx.dtype)
+    logits = logits.float()
+    largest = _reduce(logits.detach().amax(dim=-1), torch.distributed.ReduceOp.MAX)
+    shifted = logits - largest.unsqueeze(-1)
+    total = reduce_from_tensor_model_parallel_region(shifted.exp().sum(-1))
+    # Every rank's part depends on the total: the copy sums their gradients.
+    normaliser: torch.Tensor = copy_to_tensor_model_parallel_region(total.log())
+    return shifted - normaliser.unsqueeze(-1)
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
@@ -176,7 +143,7 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
     return _reduce(index, torch.distributed.ReduceOp.MIN)
 
 
-def _reduce(tensor: torch.Tensor, operation: Any = torch.distributed.ReduceOp.SUM) -> torch.Tensor:
+def _reduce(tensor: torch.Tensor, operation: Any) -> torch.Tensor:
     """``tensor``, reduced in place over the tensor-parallel ranks."""
     group = parallel_state.get_tensor_model_parallel_group()
     torch.distributed.all_reduce(tensor, op=operation, group=group)

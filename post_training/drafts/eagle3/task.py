@@ -174,8 +174,8 @@ def _losses(
             output, made = draft(embeddings, states, None, rotary_pos_emb=rotary)
             counted = weight.clone()
             counted[:step] = 0.0
-            loss, right = draft_loss.weighted_loss(
-                student, trained, _all_rows(core, output)[:rows], teacher, counted, spans
+            loss, right = draft_loss.WeightedLoss.apply(
+                student, teacher, counted, spans, _all_rows(core, output)[:rows], *trained
             )
             count = counted.sum()
             total = total + core.eagle_loss_decay_factor**step * loss
@@ -205,20 +205,17 @@ def _mix(core: Any, states: torch.Tensor, made: torch.Tensor, step: int) -> torc
 
 def _all_rows(core: Any, states: torch.Tensor) -> torch.Tensor:
     """Of the whole sequence, [s, b, h]. Ranks must use them alike; each gets its own gradient."""
-    if not core.config.sequence_parallel:
-        return states
-    found: torch.Tensor = tensor_parallel.gather_from_sequence_parallel_region(
-        states, tensor_parallel_output_grad=False
-    )
-    return found
+    if core.config.sequence_parallel:
+        gather = tensor_parallel.gather_from_sequence_parallel_region
+        states = gather(states, tensor_parallel_output_grad=False)
+    return states
 
 
 def _own_rows(core: Any, states: torch.Tensor) -> torch.Tensor:
     """This rank's rows of the whole sequence: [s, b, h] to [s / TP, b, h]."""
-    if not core.config.sequence_parallel:
-        return states
-    found: torch.Tensor = tensor_parallel.scatter_to_sequence_parallel_region(states)
-    return found
+    if core.config.sequence_parallel:
+        states = tensor_parallel.scatter_to_sequence_parallel_region(states)
+    return states
 
 
 def _target_output(core: Any) -> Callable[[torch.Tensor], torch.Tensor]:
