@@ -34,6 +34,15 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     return (yield)
 
 
+@pytest.fixture(autouse=True)
+def _own_variables() -> Generator[None]:
+    """What a test, or the code it calls, sets in the environment reaches no other test."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture
 def environment(tmp_path):
     """A user's environment: nothing of the interface set, this Python, a work folder."""

@@ -19,7 +19,8 @@ from typing import Any
 from post_training.common.errors import UsageError
 
 # Plain data, and what rebuilds tensors and arrays from bytes. Each is harmless with any arguments;
-# torch's _load_from_bytes unpickles again, with the same restriction.
+# torch's _load_from_bytes unpickles again, with the same restriction, and megatron-core's, which
+# takes its place and its name in pickles once megatron-core is imported, with torch's own.
 _KNOWN = {
     "_codecs": {"encode"},
     "_io": {"BytesIO"},
@@ -28,6 +29,7 @@ _KNOWN = {
     "collections": {"OrderedDict", "defaultdict", "deque"},
     "datetime": {"date", "datetime", "timedelta", "timezone"},
     "io": {"BytesIO"},
+    "megatron.core.safe_globals": {"safe_load_from_bytes"},
     "numpy": {"dtype", "ndarray"},
     "numpy._core.multiarray": {"_reconstruct", "scalar"},
     "numpy.core.multiarray": {"_reconstruct", "scalar"},

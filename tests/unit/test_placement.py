@@ -14,6 +14,7 @@ import tools
 from post_training.common.errors import UsageError
 from post_training.distributed import placement
 
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 STEP = {
     "SLURM_JOB_ID": "1234",
     "SLURM_STEP_ID": "2",
@@ -25,23 +26,17 @@ STEP = {
 
 
 @pytest.fixture
-def variables(monkeypatch):
+def variables():
     """Sets the process's variables to these and nothing of torchrun's or SLURM's besides."""
 
     def put(**values: str) -> None:
         for name in list(os.environ):
-            if name.startswith(("SLURM", "MASTER_", "MLM_")) or name in ("RANK", "WORLD_SIZE"):
-                monkeypatch.delenv(name)
-        monkeypatch.delenv("LOCAL_RANK", raising=False)
-        for name, value in values.items():
-            monkeypatch.setenv(name, value)
+            if name.startswith(("SLURM", "MASTER_", "MLM_")) or name in TORCHRUN:
+                del os.environ[name]
+        os.environ.update(values)
 
-    before = dict(os.environ)
     put()
-    yield put
-    # What the code under test set must not reach other tests.
-    os.environ.clear()
-    os.environ.update(before)
+    return put
 
 
 def test_torchruns_variables_win(variables):
