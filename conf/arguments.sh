@@ -103,7 +103,10 @@ read_loosely() {
 
 # choose_python: the interpreter that runs the stages.
 choose_python() {
-  [[ -n "${PYTHON:-}" ]] && return
+  if [[ -n "${PYTHON:-}" ]]; then
+    type -P "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON" "there is no such program" "unset PYTHON"
+    return
+  fi
   local candidate
   for candidate in "${VIRTUAL_ENV:-}" "${CONDA_PREFIX:-}" "${MLM_VENV:-$SCRIPT_DIR/.venv}"; do
     [[ -n "$candidate" && -x "$candidate/bin/python" ]] || continue
@@ -199,8 +202,8 @@ count_processes() {
   done
   ETP=${ETP:-$TP}
   for name in TP PP CP EP ETP DP; do
-    [[ "${!name}" =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name}" \
-      "a parallel size is a whole number, at least 1; DP may also be all" "$name=1"
+    [[ "${!name}" =~ ^[1-9][0-9]{0,4}$ ]] || fail "$name=${!name}" \
+      "a parallel size is a whole number from 1 to 99999; DP may also be all" "$name=1"
   done
   local dense=$((TP * CP)) experts=$((EP * ETP)) larger
   larger=$((dense > experts ? dense : experts))
@@ -244,9 +247,9 @@ visible_gpus() {
 find_nodes() {
   local step=${SLURM_STEP_ID:+${SLURM_STEP_NUM_NODES:-}} name
   NNODES=${NNODES:-${PET_NNODES:-${step:-1}}}
-  [[ "$NNODES" =~ ^[1-9][0-9]*$ ]] ||
-    fail "NNODES=$NNODES" "it is not a whole number, at least 1" "NNODES=1"
-  [[ "${GPUS_PER_NODE:-0}" =~ ^[0-9]+$ ]] ||
+  [[ "$NNODES" =~ ^[1-9][0-9]{0,4}$ ]] ||
+    fail "NNODES=$NNODES" "it is not a whole number from 1 to 99999" "NNODES=1"
+  [[ "${GPUS_PER_NODE:-0}" =~ ^[0-9]{1,3}$ ]] ||
     fail "GPUS_PER_NODE=$GPUS_PER_NODE" "it is not a whole number" "GPUS_PER_NODE=8"
 }
 

@@ -14,6 +14,7 @@ A checkpoint can be loaded at other tensor- and pipeline-parallel sizes than it 
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,10 +94,6 @@ def save(
     Returns:
         The manifest's content.
     """
-    import torch
-    from megatron.core import dist_checkpointing
-    from modelopt.torch.opt.plugins import save_sharded_modelopt_state
-
     from post_training.distributed import collectives
 
     if small_files is not None:
@@ -114,15 +111,7 @@ def save(
         "iteration": 0,
         "model": model.sharded_state_dict(metadata=metadata()),
     }
-    dist_checkpointing.save(
-        state,
-        str(work / RELEASE),
-        sharded_strategy=save_strategy(model),
-        content_metadata=dict(CONTENT),
-    )
-    if has_modelopt_state(model):
-        save_sharded_modelopt_state([model], str(work / RELEASE))
-    torch.distributed.barrier()
+    write(state, work / RELEASE, model)
 
     def finish() -> dict[str, Any]:
         if write_huggingface is not None:
@@ -136,14 +125,36 @@ def save(
     return collectives.on_first_rank(finish)
 
 
-def save_strategy(model: MegatronModule) -> Any:
-    """Several files for a large model, each written, and later hashed, by a thread of its own."""
-    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+def write(state: dict[str, Any], weights: Path, model: MegatronModule) -> None:
+    """Write a sharded state dict, and the ModelOpt state of ``model``; a collective call.
 
+    Args:
+        state: what megatron-core's ``dist_checkpointing.save`` takes.
+        weights: an empty folder.
+        model: this rank's part. A large one is written to several files, each written, and later
+            hashed, by a thread of its own.
+    """
+    import torch
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+    from modelopt.torch.opt.plugins import save_sharded_modelopt_state
+
+    # Threads of this process answer through it. megatron-core's own, made for a writer in another
+    # process, is a process that imports everything again and outlives a killed parent.
+    filesystem_async._results_queue = queue.Queue()
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
-    return TorchDistSaveShardedStrategy(
-        thread_count=max(1, min(_MOST_FILES, size // _FILE_BYTES, threads.cores()))
+    dist_checkpointing.save(
+        state,
+        str(weights),
+        sharded_strategy=TorchDistSaveShardedStrategy(
+            thread_count=max(1, min(_MOST_FILES, size // _FILE_BYTES, threads.cores()))
+        ),
+        content_metadata=dict(CONTENT),
     )
+    if has_modelopt_state(model):
+        save_sharded_modelopt_state([model], str(weights))
+    torch.distributed.barrier()
 
 
 def load(model: MegatronModule, folder: Path, *, only: str = "") -> None:

@@ -33,10 +33,9 @@ _BYE = "bye"
 class Watch:
     """This rank's part; :meth:`leave` before a deliberate end, whatever its exit code."""
 
-    def __init__(self, rank: int, hosts: list[str], local_rank: int) -> None:
+    def __init__(self, rank: int, hosts: list[str]) -> None:
         self._rank = rank
         self._hosts = hosts
-        self._speaks = rank == 0 or local_rank == 0
         self._connections: dict[int, socket.socket] = {}
         self._left = threading.Event()
         self._missed = threading.Event()
@@ -90,7 +89,7 @@ class Watch:
         self._missed.set()
         if self._rank == 0:
             self._tell(str(rank))
-        if self._speaks:
+        if self._speaks_of(rank):
             print(
                 f"error: rank {rank} on host {self._hosts[rank]} is lost\n"
                 "  cause: its process or machine ended, or the network between it and rank 0 "
@@ -103,6 +102,12 @@ class Watch:
         if not self._left.wait(GRACE):
             signals.exit_now(EXIT_CODE)
 
+    def _speaks_of(self, lost: int) -> bool:
+        """Whether this rank is the first of its machine that is left."""
+        here = self._hosts[self._rank]
+        left = (rank for rank, host in enumerate(self._hosts) if host == here and rank != lost)
+        return self._rank == next(left)
+
     def _tell(self, line: str) -> None:
         """Send a line to every connected rank."""
         with self._lock:
@@ -111,8 +116,9 @@ class Watch:
                     connection.sendall(f"{line}\n".encode())
 
 
-def start(rank: int, world: int) -> Watch | None:
+def start(place: placement.Placement) -> Watch | None:
     """Watch over all ranks from now on; a collective call. None for a process that is alone."""
+    rank, world = place.rank, place.world
     if world == 1:
         return None
     from post_training.distributed.collectives import from_all_ranks
@@ -129,7 +135,7 @@ def start(rank: int, world: int) -> Watch | None:
         token = secrets.token_hex(16)
         mine |= {"port": listener.getsockname()[1], "token": token}
     everyone = from_all_ranks(mine)
-    watch = Watch(rank, [each["host"] for each in everyone], placement.placement().local_rank)
+    watch = Watch(rank, [each["host"] for each in everyone])
     if listener is not None:
         _in_thread(watch.serve, listener, token)
         return watch

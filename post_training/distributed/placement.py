@@ -68,7 +68,7 @@ def host() -> str:
 def join() -> Placement:
     """Set torchrun's variables for this process where they are missing; returns its place.
 
-    A process alone needs no address and takes no port: see ``session._initialize_groups``.
+    A process alone needs no address and takes no port: see ``session._join``.
 
     Raises:
         UsageError: if the first process's address is not known.

@@ -100,9 +100,10 @@ def open_session(
     try:
         with signals.prompt_exit():
             versions.check()
-            current = _start(stage, parallel, seed, timeout_minutes)
-            watch = liveness.start(current.rank, current.world)
-            yield current
+            device = _join(timeout_minutes)
+            # Before the imports, which take long enough for a rank to be lost.
+            watch = liveness.start(placement.placement())
+            yield _start(stage, parallel, device, seed, timeout_minutes)
     except UsageError as error:
         _leave(watch)
         _stop()
@@ -136,14 +137,38 @@ def _leave(watch: liveness.Watch | None) -> None:
         watch.leave()
 
 
-def _start(stage: str, parallel: Parallel, seed: int, timeout_minutes: float) -> Session:
+def _join(timeout_minutes: float) -> torch.device:
+    """Import torch, choose this process's device, and meet the other processes."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        signals.end_with_parent()  # torchrun, which may be killed alone
     place = placement.join()
     threads.configure()
     import torch
 
     device = _device()
+    # Objects and checkpoints are exchanged on the host, tensors on the device.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store = None
+    if place.world == 1:  # no port: one that was free a moment ago may be taken by now
+        store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # documented
+    torch.distributed.init_process_group(
+        backend,
+        timeout=datetime.timedelta(minutes=timeout_minutes),
+        store=store,
+        rank=place.rank,
+        world_size=place.world,
+    )
+    return device
+
+
+def _start(
+    stage: str, parallel: Parallel, device: torch.device, seed: int, timeout_minutes: float
+) -> Session:
+    import torch
+
+    place = placement.placement()
     report = _import_packages()
-    _initialize_groups(device, parallel, timeout_minutes)
+    _initialize_groups(parallel, timeout_minutes)
     _seed(seed)
     current = Session(stage, parallel, device, place.rank, place.world)
     logger.info("%s", report)
@@ -197,24 +222,9 @@ def _device() -> torch.device:
     return torch.device("cuda", index)
 
 
-def _initialize_groups(device: torch.device, parallel: Parallel, timeout_minutes: float) -> None:
-    import torch
+def _initialize_groups(parallel: Parallel, timeout_minutes: float) -> None:
     from megatron.core import parallel_state
 
-    if not torch.distributed.is_initialized():
-        # Objects and checkpoints are exchanged on the host, tensors on the device.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        place = placement.placement()
-        store = None
-        if place.world == 1:  # no port: one that was free a moment ago may be taken by now
-            store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # documented
-        torch.distributed.init_process_group(
-            backend,
-            timeout=datetime.timedelta(minutes=timeout_minutes),
-            store=store,
-            rank=place.rank,
-            world_size=place.world,
-        )
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import multiprocessing
+import ctypes
 import os
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from multiprocessing import resource_tracker
 from typing import NoReturn
 
 GRACE = 5.0
+_PR_SET_PDEATHSIG = 1  # of prctl(2)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # What a scheduler sends before a job's time is over: SIGTERM, or SIGUSR1 (sbatch --signal).
 TIME_LIMIT = (signal.SIGTERM, signal.SIGUSR1)
@@ -113,27 +113,14 @@ def _note(number: int, _frame: object) -> None:
     _received.add(number)
 
 
-@contextlib.contextmanager
-def sheltered(numbers: Iterable[int] = TIME_LIMIT) -> Iterator[None]:
-    """Processes that are started within this context never see these signals; this one still does.
-
-    SLURM sends a signal to every process of a task, and a helper would die of it: megatron-core
-    keeps one from a first save for the next.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-    # What multiprocessing starts before its first helper unblocks SIGTERM when it is done.
-    resource_tracker.ensure_running()
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def end_with_parent() -> None:
+    """Let the kernel kill this process when its parent ends, however that ends. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def exit_now(code: int) -> NoReturn:
-    """End this process at once, whatever it waits for, with its helpers, which would live on."""
-    for helper in multiprocessing.active_children():
-        helper.kill()
+    """End this process at once, whatever it waits for."""
     os._exit(code)
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from post_training.common.errors import UsageError
 from post_training.distributed.parallel import Parallel
 from post_training.models.architecture import Architecture
+
+_MOST_NAMED = 1024  # the largest size that a message proposes
 
 
 def check(architecture: Architecture, parallel: Parallel) -> None:
@@ -62,7 +66,8 @@ def layers_per_stage(layers: int, parallel: Parallel) -> list[int]:
 def _divides(name: str, size: int, counts: dict[str, int | None]) -> None:
     wrong = [f"{count} {what}" for what, count in counts.items() if count and count % size]
     if wrong:
-        good = [n for n in range(1, size) if all(c % n == 0 for c in counts.values() if c)]
+        common = math.gcd(*(count for count in counts.values() if count))
+        good = [n for n in range(1, min(size, _MOST_NAMED + 1)) if common % n == 0]
         raise UsageError(
             f"{name}={size}",
             f"it does not divide the model's {', '.join(wrong)}",

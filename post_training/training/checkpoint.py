@@ -28,7 +28,6 @@ from post_training.checkpoints.huggingface import SmallFiles
 from post_training.checkpoints.unpickling import only_known_classes
 from post_training.common import files
 from post_training.common.manifest import Manifest
-from post_training.distributed import signals
 from post_training.training import state as training_state
 from post_training.training.run_folder import JOB
 
@@ -86,8 +85,6 @@ class TrainingCheckpoints:
     ) -> dict[str, Any]:
         """Save one iteration. Returns the manifest's content."""
         import torch
-        from megatron.core import dist_checkpointing
-        from modelopt.torch.opt.plugins import save_sharded_modelopt_state
 
         from post_training.distributed import collectives
 
@@ -109,16 +106,7 @@ class TrainingCheckpoints:
             ),
             "rng_state": training_state.sharded_random_state(),
         }
-        with signals.sheltered():
-            dist_checkpointing.save(
-                state,
-                str(work),
-                sharded_strategy=torch_dist.save_strategy(model),
-                content_metadata=dict(torch_dist.CONTENT),
-            )
-            if torch_dist.has_modelopt_state(model):
-                save_sharded_modelopt_state([model], str(work))
-        torch.distributed.barrier()
+        torch_dist.write(state, work, model)
 
         def finish() -> dict[str, Any]:
             small_files = self.folder / torch_dist.HUGGINGFACE

@@ -20,7 +20,7 @@ PROGRAM = """
 import socket, sys, threading, time
 from post_training.distributed import liveness
 rank, address, port = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-watch = liveness.Watch(rank, ["first", "second", "third"], 0)
+watch = liveness.Watch(rank, sys.argv[4].split(","))
 if rank == 0:
     listener = socket.create_server((address, port))
     threading.Thread(target=watch.serve, args=(listener, "token"), daemon=True).start()
@@ -35,9 +35,15 @@ else:
 """
 
 
-def start(rank: int, port: int, address: str = "127.0.0.1", prefix: tuple[str, ...] = ()):
+def start(
+    rank: int,
+    port: int,
+    address: str = "127.0.0.1",
+    prefix: tuple[str, ...] = (),
+    hosts: str = "first,second,third",
+):
     process = subprocess.Popen(
-        [*prefix, sys.executable, "-c", PROGRAM, str(rank), address, str(port)],
+        [*prefix, sys.executable, "-c", PROGRAM, str(rank), address, str(port), hosts],
         cwd=tools.ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -78,6 +84,17 @@ def test_a_dead_rank_is_named_by_all_and_they_end(dies, host, port, ended):
             assert process.returncode == liveness.EXIT_CODE
             assert f"error: rank {dies} on host {host} is lost" in said
             assert "cause:" in said and "remedy:" in said
+
+
+@pytest.mark.parametrize(("dies", "speaks"), [(0, 1), (2, 0)])
+def test_of_one_machine_the_first_rank_left_names_the_loss(dies, speaks, port, ended):
+    ended += [start(rank, port, hosts="node,node,node") for rank in range(3)]
+    ended[dies].send_signal(signal.SIGKILL)
+    for rank, process in enumerate(ended):
+        if rank != dies:
+            process.wait(timeout=speed.scaled(liveness.GRACE + 10))
+            named = f"error: rank {dies} on host node is lost" in process.stderr.read()
+            assert named == (rank == speaks)
 
 
 def test_a_rank_that_leaves_is_not_missed(port, ended):

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
-import time
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -155,20 +153,6 @@ def test_a_deferred_signal_is_noted_and_ends_nothing():
     with pytest.raises(signals.Interrupted), signals.prompt_exit():
         os.kill(os.getpid(), signal.SIGTERM)
         signal.pause()
-
-
-def test_helpers_outlive_a_signal_that_every_process_of_a_task_gets():
-    """megatron-core keeps such a process from the first save of a run to the last."""
-    with signals.sheltered():
-        manager = multiprocessing.get_context("spawn").Manager()
-    with manager:
-        content = manager.list()
-        for number in signals.TIME_LIMIT:
-            os.kill(manager._process.pid, number)
-        time.sleep(0.2)
-        content.append("there")
-        assert list(content) == ["there"]
-        manager._process.kill()
 
 
 def test_a_run_is_resumed_with_the_model_it_started_from(tmp_path, monkeypatch):
