@@ -1,5 +1,8 @@
 """A lost rank or node ends all ranks within a minute and is named, with exit code 69.
 
+So does a rank that finds a usage error which the others do not see: its message is shown, and all
+end with code 2.
+
 Nothing else does that. If a process dies, gloo fails at once, naming an IP address and exiting with
 any code; if its machine falls silent, gloo was still waiting after three minutes (the collective's
 timeout is ten), torchrun ends the ranks of its own node only, and srun waits for ``SlurmdTimeout``.
@@ -12,6 +15,7 @@ from Python, where a busy rank looks dead.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import socket
@@ -20,6 +24,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, TextIO
 
+from post_training.common.errors import EXIT_CODE as USAGE_ERROR
 from post_training.distributed import placement, signals
 
 EXIT_CODE = 69  # EX_UNAVAILABLE of sysexits.h: another rank was lost
@@ -27,7 +32,8 @@ GRACE = 5.0  # seconds in which a rank may still fail with a message of its own
 _SETTLE = 0.5  # seconds between a failed collective and the news of which rank is lost
 _CONNECT_SECONDS = 30.0
 _OPTIONS = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 30_000}
-_BYE = "bye"
+_BYE, _FAILED = "bye", "failed "  # what a rank says last; after the second its message, as JSON
+_LONGEST_LINE = 1 << 16
 
 
 class Watch:
@@ -41,10 +47,14 @@ class Watch:
         self._missed = threading.Event()
         self._lock = threading.Lock()
 
-    def leave(self) -> None:
-        """Say goodbye: this rank ends on purpose and is not to be missed."""
+    def leave(self, failure: str = "") -> None:
+        """Say goodbye: this rank ends on purpose and is not to be missed.
+
+        Args:
+            failure: why it ends, if the others must end too.
+        """
         self._left.set()
-        self._tell(_BYE)
+        self._tell(_FAILED + json.dumps(failure) if failure else _BYE)
 
     def follows_a_loss(self, error: Exception) -> bool:
         """Whether ``error`` comes from the loss of another rank; then its traceback says nothing.
@@ -79,9 +89,21 @@ class Watch:
             self._connections[other] = connection
         said = ""
         with contextlib.suppress(OSError):
-            said = (lines or connection.makefile()).readline(64).strip()
-        if said != _BYE:
+            said = (lines or connection.makefile()).readline(_LONGEST_LINE).strip()
+        if said.startswith(_FAILED):
+            self._failed(json.loads(said.removeprefix(_FAILED)))
+        elif said != _BYE:
             self._lost(int(said) if said.isdecimal() else other)
+
+    def _failed(self, message: str) -> None:
+        """End with a rank that failed, unless this one finds the same and ends by itself."""
+        if self._left.wait(GRACE) or self._missed.is_set():
+            return
+        self._missed.set()
+        if self._rank == 0:
+            self._tell(_FAILED + json.dumps(message))
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        signals.exit_now(USAGE_ERROR)
 
     def _lost(self, rank: int) -> None:
         if self._left.is_set() or self._missed.is_set():

@@ -105,7 +105,8 @@ def open_session(
             watch = liveness.start(placement.placement())
             yield _start(stage, parallel, device, seed, timeout_minutes)
     except UsageError as error:
-        _leave(watch)
+        if watch is not None:
+            watch.leave(str(error))
         _stop()
         exit_with_usage_error(error)
     except SystemExit:

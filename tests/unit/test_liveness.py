@@ -28,8 +28,11 @@ else:
     connection = liveness.connect((address, port), "token", rank)
     threading.Thread(target=watch.follow, args=(0, connection), daemon=True).start()
 print("ready", flush=True)
-if sys.stdin.readline() == "leave\\n":
+said = sys.stdin.readline()
+if said == "leave\\n":
     watch.leave()
+elif said == "fail\\n":
+    watch.leave("what\\n  cause: why")
 else:
     time.sleep(600)
 """
@@ -102,6 +105,28 @@ def test_a_rank_that_leaves_is_not_missed(port, ended):
     for rank in (1, 0, 2):
         said = ended[rank].communicate("leave\n", timeout=speed.scaled(10))
         assert (ended[rank].returncode, said[1]) == (0, "")
+
+
+@pytest.mark.parametrize("fails", [0, 2])
+def test_a_rank_that_fails_alone_ends_the_others_with_its_message(fails, port, ended):
+    ended += [start(rank, port) for rank in range(3)]
+    ended[fails].communicate("fail\n", timeout=speed.scaled(10))
+    for rank, process in enumerate(ended):
+        if rank != fails:
+            process.wait(timeout=speed.scaled(2 * liveness.GRACE + 10))
+            assert process.returncode == 2
+            shown = process.stderr.read()
+            assert shown == ("error: what\n  cause: why\n" if rank == 0 else "")
+
+
+def test_ranks_that_fail_together_end_by_themselves(port, ended):
+    ended += [start(rank, port) for rank in range(3)]
+    for process in ended:
+        process.stdin.write("fail\n")
+        process.stdin.flush()
+    for process in ended:
+        assert process.wait(timeout=speed.scaled(10)) == 0
+        assert process.stderr.read() == ""
 
 
 @pytest.mark.slow

@@ -1,0 +1,109 @@
+"""A checkpoint that names a function to call is refused by name, and the function is not called."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import shutil
+
+import pytest
+import tools
+import torch
+
+from post_training.checkpoints import torch_dist
+from post_training.common import files, manifest
+
+
+class Payload:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A quantized checkpoint, and a training run with one iteration."""
+    folder = tmp_path_factory.mktemp("hostile")
+    tools.random_model(folder / "model", "qwen3", torch.bfloat16, num_hidden_layers=2)
+    texts = tools.write_texts(folder / "text.jsonl")
+    source = ("--pretrained-model-path", folder / "model")
+    tools.run(
+        "quantize.py", *source, "--export-quant-cfg", "FP8_DEFAULT_CFG", "--skip-generate",
+        *("--calib-dataset-path-or-name", texts, "--calib-size", 2, "--save", folder / "q"),
+        *("--calib-max-sequence-length", 64),
+    )  # fmt: skip
+    tools.run("distill.py", *training(folder, folder / "run", 1))
+    return folder
+
+
+def training(work, save, iterations):
+    return (
+        *("--pretrained-model-path", work / "model", "--teacher", work / "model", "--save", save),
+        *("--finetune-data-files", work / "text.jsonl", "--train-iters", iterations),
+        *("--seq-length", 64, "--eval-iters", 0, "--lr-decay-iters", 9),
+    )
+
+
+def poison_metadata(weights, payload):
+    (weights / ".metadata").write_bytes(pickle.dumps(payload))
+
+
+def poison_modelopt_state(weights, payload):
+    poison_metadata(weights / torch_dist.MODELOPT_STATE, payload)
+
+
+def poison_entry(name):
+    """Puts the payload in the place of a byte entry of the checkpoint, at the end of a file."""
+
+    def poison(weights, payload):
+        metadata = pickle.loads((weights / ".metadata").read_bytes())
+        entry = next(i for i in metadata.storage_data if i.fqn.startswith(name))
+        place = metadata.storage_data[entry]
+        path = weights / place.relative_path
+        stream = io.BytesIO()
+        torch.save(payload, stream)
+        place.offset, place.length = path.stat().st_size, stream.tell()
+        with path.open("ab") as file:
+            file.write(stream.getvalue())
+        (weights / ".metadata").write_bytes(pickle.dumps(metadata))
+
+    return poison
+
+
+def poison_common(weights, payload):
+    """Older checkpoints of Megatron-LM keep arguments and settings in a file of their own."""
+    torch.save(payload, weights / "common.pt")
+
+
+VECTORS = {
+    "list of tensors": ("q", poison_metadata),
+    "ModelOpt's list": ("q", poison_modelopt_state),
+    "arguments": ("q", poison_entry("common_state")),
+    "arguments in a file": ("q", poison_common),
+    "extra state of a layer": ("q", poison_entry("decoder.layers")),
+    "random state": ("run", poison_entry("rng_state")),
+    "arguments of an iteration": ("run", poison_entry("common_state")),
+}
+
+
+@pytest.mark.parametrize("vector", VECTORS)
+def test_a_payload_is_refused_and_does_not_run(work, tmp_path, vector):
+    name, poison = VECTORS[vector]
+    folder, ran = tmp_path / name, tmp_path / "ran"
+    shutil.copytree(work / name, folder)
+    poison(torch_dist.iteration_folder(folder), Payload(ran))
+    content = json.loads((folder / manifest.FILE).read_text())
+    # Whoever can change a file can change what run.json says about it.
+    content["outputs"] = files.describe_tree(folder, skip=frozenset({manifest.FILE}))
+    (folder / manifest.FILE).write_text(json.dumps(content))
+    if name == "q":
+        done = tools.run("export.py", "--load", folder, "--export-dir", tmp_path / "e", code=2)
+    else:
+        done = tools.run("distill.py", *training(work, folder, 2), code=2)
+    assert "io.open" in done.stderr and "any code" in done.stderr
+    assert not ran.exists()
