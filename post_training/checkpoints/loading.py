@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training.checkpoints import huggingface, torch_dist
+from post_training.checkpoints import finite, huggingface, torch_dist
 from post_training.checkpoints.source import Source
 from post_training.common import files
 from post_training.common.errors import UsageError
@@ -63,6 +63,7 @@ def load(
         trust_remote_code=options.trust_remote_code,
         show_progress=session.show_progress,
     )
+    finite.check_model(model, f"model {source.location}", Path(source.location))
     actual = builder.count_parameters(model)
     if actual != expected:
         raise UsageError(

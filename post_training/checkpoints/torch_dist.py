@@ -19,10 +19,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from post_training.checkpoints import finite
 from post_training.checkpoints.huggingface import SmallFiles
-from post_training.checkpoints.megatron_arguments import (
-    megatron_lm_arguments as megatron_lm_arguments,  # training/checkpoint.py takes it from here
-)
+from post_training.checkpoints.megatron_arguments import megatron_lm_arguments
 from post_training.checkpoints.unpickling import only_known_classes
 from post_training.common import files, threads
 from post_training.common.errors import UsageError
@@ -167,8 +166,8 @@ def load(model: MegatronModule, folder: Path, *, only: str = "") -> None:
             least); its ModelOpt state stays.
 
     Raises:
-        UsageError: if the checkpoint's tensors are not the model's; missing and unexpected names
-            and differing shapes are named.
+        UsageError: if the checkpoint's tensors are not the model's (missing and unexpected names
+            and differing shapes are named), or hold values that are not finite.
     """
     import torch
     from megatron.core import dist_checkpointing
@@ -214,6 +213,7 @@ def load(model: MegatronModule, folder: Path, *, only: str = "") -> None:
         )
     # A pipeline stage may have none of the tensors that ``only`` names.
     model.load_state_dict(state.get("model", {}), strict=False)
+    finite.check_model(model, f"checkpoint {folder}")
 
 
 def has_modelopt_state(model: MegatronModule) -> bool:

@@ -13,6 +13,7 @@ import contextlib
 import enum
 import io
 import pickle
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,6 +65,17 @@ class UnknownClass(pickle.UnpicklingError):
     """A pickle names a class or function that checkpoints have no use for."""
 
 
+_NAMED = re.compile(r"GLOBAL (\S+)")
+_refused: list[
+    UnknownClass
+] = []  # in the block that is open; torch hides some in errors of its own
+
+
+def _refuse(name: str) -> UnknownClass:
+    _refused.append(UnknownClass(name))
+    return _refused[-1]
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name in _KNOWN.get(module, ()):
@@ -73,7 +85,7 @@ class _Unpickler(pickle.Unpickler):
             found = super().find_class(module, name)
             if _is_harmless(found):
                 return found
-        raise UnknownClass(f"{module}.{name}")
+        raise _refuse(f"{module}.{name}")
 
 
 def _is_harmless(found: Any) -> bool:
@@ -100,11 +112,12 @@ def only_known_classes(what: str) -> Iterator[None]:
     """
     own = {"Unpickler": _Unpickler, "load": _load, "loads": _loads}
     before = {name: getattr(pickle, name) for name in own}
+    _refused.clear()
     vars(pickle).update(own)
     try:
         yield
-    except Exception as error:
-        unknown = _unknown_class(error)
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        unknown = _refused[0] if _refused else _unknown_class(error)
         if unknown is None:
             raise
         raise UsageError(
@@ -125,10 +138,12 @@ def _loads(data: Any, **options: Any) -> Any:
 
 
 def _unknown_class(error: BaseException) -> UnknownClass | None:
-    """The refusal behind an error; torch wraps the errors of all ranks into one of its own."""
+    """Another rank's refusal; torch wraps the errors of all ranks into one of its own."""
     if isinstance(error, UnknownClass):
         return error
+    if isinstance(error, pickle.UnpicklingError) and (found := _NAMED.search(str(error))):
+        return UnknownClass(found[1])  # torch.load(weights_only=True), which has a list of its own
     behind = [error.__cause__, error.__context__]
     behind += [failure[0] for failure in getattr(error, "failures", {}).values()]
-    found = (_unknown_class(each) for each in behind if each is not None)
-    return next((each for each in found if each is not None), None)
+    unknown = (_unknown_class(each) for each in behind if each is not None)
+    return next((each for each in unknown if each is not None), None)

@@ -45,6 +45,7 @@ class Watch:
         self._connections: dict[int, socket.socket] = {}
         self._left = threading.Event()
         self._missed = threading.Event()
+        self._answered = threading.Event()  # rank 0 has said its last
         self._lock = threading.Lock()
 
     def leave(self, failure: str = "") -> None:
@@ -55,6 +56,9 @@ class Watch:
         """
         self._left.set()
         self._tell(_FAILED + json.dumps(failure) if failure else _BYE)
+        if failure and self._connections and self._rank != 0:
+            # torchrun ends its other ranks when the first has ended: rank 0 has to speak before.
+            self._answered.wait(2 * GRACE)
 
     def follows_a_loss(self, error: Exception) -> bool:
         """Whether ``error`` comes from the loss of another rank; then its traceback says nothing.
@@ -90,6 +94,8 @@ class Watch:
         said = ""
         with contextlib.suppress(OSError):
             said = (lines or connection.makefile()).readline(_LONGEST_LINE).strip()
+        if other == 0:
+            self._answered.set()
         if said.startswith(_FAILED):
             self._failed(json.loads(said.removeprefix(_FAILED)))
         elif said != _BYE:

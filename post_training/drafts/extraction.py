@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from post_training.checkpoints import finite
 from post_training.common import files, manifest, outputs
 from post_training.common.errors import UsageError
 from post_training.data.packing import PackedConversations
@@ -140,6 +141,14 @@ class Extraction:
         found = self._algorithm.features(self._model, batch["input_ids"].to(self._session.device))
         if found is None:
             return None
+        names = ("the last layer's output", "the auxiliary layers' output")
+        bad = finite.describe_not_finite(zip(names, found, strict=True))
+        if bad:
+            raise UsageError(
+                f"features of sequences {rows[0]} to {rows[-1]} ({part})",
+                f"{bad}: values overflow in this precision",
+                "give --bf16 or --fp32",
+            )
         hidden, auxiliary = (each.transpose(0, 1).contiguous().cpu() for each in found)
         return {
             "input_ids": batch["input_ids"].int(),

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from post_training.common.errors import UsageError
+
 if TYPE_CHECKING:
     from megatron.core.inference.contexts import StaticInferenceContext
 
@@ -39,6 +41,9 @@ def run(
         features: on the last stage the hidden states that an attached draft is fed with are
             appended, one tensor [s, b, hidden] for each of its auxiliary layers, in order.
         labels: int64 [b, s]; the result is then the cross entropy of each, float32 [b, s].
+
+    Raises:
+        UsageError: if the result is not finite; on the last stage alone, which ends the others.
     """
     from megatron.core import parallel_state
     from megatron.core.inference.utils import InferenceMode
@@ -90,12 +95,25 @@ def run(
     if core.post_process:
         if features is not None:
             features += collected
+        _require_finite(output)
         return output
     if features is not None:
         output = torch.cat([output, *collected], dim=-1)
     following = parallel_state.get_pipeline_model_parallel_next_rank()
     torch.distributed.send(output.to(dtype).contiguous(), dst=following, group=group)
     return None
+
+
+def _require_finite(output: torch.Tensor) -> None:
+    """Of NaN logits argmax takes the first: a broken model would seem to decide."""
+    # NaN and Inf survive a sum, which needs no further memory.
+    if not output.sum(dtype=torch.float32).isfinite():
+        raise UsageError(
+            "the model's logits",
+            "they are not finite, though its weights are: values overflow in this precision",
+            "give --bf16 or --fp32; if it is in one of them already, compare the conf with the "
+            "model's config.json",
+        )
 
 
 def _target(core: Any) -> Callable[..., Any]:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training.checkpoints import torch_dist
+from post_training.checkpoints import megatron_arguments, torch_dist
 from post_training.checkpoints.huggingface import SmallFiles
 from post_training.checkpoints.unpickling import only_known_classes
 from post_training.common import files
@@ -95,7 +95,7 @@ class TrainingCheckpoints:
         work = collectives.on_first_rank(lambda: files.begin(target))
         tensors = model.sharded_state_dict(metadata=torch_dist.metadata())
         state = {
-            "args": torch_dist.megatron_lm_arguments(record.architecture, model),
+            "args": megatron_arguments.megatron_lm_arguments(record.architecture, model),
             "checkpoint_version": torch_dist.CHECKPOINT_VERSION,
             "iteration": progress.iteration,
             "world": torch.distributed.get_world_size(),

@@ -142,10 +142,12 @@ class Trainer:
             )
             if metrics is not None:
                 metrics.advance()
+            # A norm that is not finite has spoilt the weights already: they are not saved.
+            self._require_finite(grad_norm, "norm of the gradient")
             at_end = iteration == options.train_iters
             if iteration % options.log_interval == 0 or at_end:
                 values = self._passes.averages(self._window)
-                self._require_finite(values, iteration)
+                self._require_finite(values["loss"])
                 tokens = (iteration - logged_at) * options.global_batch_size * options.seq_length
                 values |= {
                     "lr": lr,
@@ -219,6 +221,7 @@ class Trainer:
         import torch
 
         window = dict(zip(self._passes.names, self._window.tolist(), strict=True))
+        self._require_finite(self._passes.averages(self._window)["loss"])
         # megatron-core compares what ranks save in common, and their clocks differ.
         seconds = self._window.new_tensor([self.progress.seconds])
         if self.session.world > 1:
@@ -242,10 +245,10 @@ class Trainer:
             return int(torch.cuda.max_memory_allocated())
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    def _require_finite(self, values: Mapping[str, float], iteration: int) -> None:
-        if not math.isfinite(values["loss"]):
+    def _require_finite(self, value: float, what: str = "loss") -> None:
+        if not math.isfinite(value):
             raise UsageError(
-                f"training iteration {iteration}: loss {values['loss']}",
+                f"training iteration {self.progress.iteration}: {what} {value}",
                 "it is no longer finite: the learning rate is too high, or the data is broken",
                 f"lower --lr (it is {self.options.lr}); the last checkpoint is untouched",
             )

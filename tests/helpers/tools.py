@@ -15,6 +15,7 @@ import torch
 import warm
 
 from benchmarks.random_model import CHAT_TEMPLATE, byte_tokenizer
+from post_training.common import files, manifest
 from post_training.models import families
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,6 +88,13 @@ def write_texts(path: Path, count: int = 60) -> Path:
     texts = [{"text": f"Fact {i}: {i} plus {i} is {2 * i}, and so on."} for i in range(count)]
     path.write_text("".join(json.dumps(each) + "\n" for each in texts))
     return path
+
+
+def describe_again(folder: Path) -> None:
+    """Let a manifest describe the files as they are now, as whoever changed them can."""
+    content = json.loads((folder / manifest.FILE).read_text())
+    content["outputs"] = files.describe_tree(folder, skip=frozenset({manifest.FILE}))
+    (folder / manifest.FILE).write_text(json.dumps(content))
 
 
 def tokens(rows: int = 2, length: int = 48) -> torch.Tensor:
