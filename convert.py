@@ -13,17 +13,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from post_training.checkpoints import folders, loading, record, torch_dist
+from post_training.checkpoints import loading, record, torch_dist
 from post_training.checkpoints.huggingface import SmallFiles
-from post_training.checkpoints.source import Source, fetch_source, find_source, size_estimate
+from post_training.checkpoints.source import (
+    Source,
+    fetch_source,
+    find_source,
+    model_config,
+    size_estimate,
+)
 from post_training.cli.stage import Stage, run
 from post_training.common import outputs, report
 from post_training.common.errors import UsageError
 from post_training.config.checks import required
 from post_training.config.flags import flag, group, spelled
 from post_training.config.options import StageOptions
+from post_training.distributed.session import Session
 from post_training.drafts import options as draft_options
 from post_training.drafts import registry
 from post_training.drafts.eagle3.draft import Draft
@@ -32,11 +39,6 @@ from post_training.drafts.record import draft_of
 from post_training.models import parallel_check
 from post_training.models.architecture import Architecture
 from post_training.models.builder import count_parameters
-
-if TYPE_CHECKING:
-    from megatron.core.transformer import MegatronModule
-
-    from post_training.distributed.session import Session
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,7 @@ def check(options: ConvertOptions) -> Plan:
         draft = plan_draft(options, source.described)
         parallel_check.check(source.described, options.parallel)
     if options.extra_model_path:
-        folders.model_folder(options.extra_model_path, weights=False)
+        model_config(options.extra_model_path, "--extra-model-path")
     outputs.check_folder(save, overwrite=options.overwrite, needed=size_estimate(source, 2))
     return Plan(options, source, save, draft)
 
@@ -130,33 +132,24 @@ def convert(plan: Plan, session: Session) -> dict[str, Any]:
     """Load the source at the requested layout and save it. Returns the manifest."""
     options = plan.options
     source = fetch_source(plan.source, options)
-    small_files = options.extra_model_path or loading.local_huggingface(source, options)
+    folder = options.extra_model_path or loading.local_huggingface(source, options)
     model = loading.load(source, options, session)
     parameters = count_parameters(model)
     metrics = {"parameters": parameters, "dtype": options.precision}
     extra = source.carried()
     draft = plan.draft or plan_draft(options, source.architecture)
     if draft is not None:
-        attach_draft(plan, model, draft)
+        algorithm = registry.find(draft.algorithm)
+        algorithm.attach(model, draft, options.seed)
+        if options.draft_model_path:
+            torch_dist.load(model, Path(options.draft_model_path), only=algorithm.module)
         extra["draft"] = draft.to_json()
         metrics["draft_parameters"] = count_parameters(model) - parameters
         if draft.offline:
             model.decoder.layers = type(model.decoder.layers)()
     manifest = record.of_run(options, session, source, metrics=metrics, extra=extra)
-    return torch_dist.save(
-        model,
-        plan.save,
-        manifest,
-        small_files=SmallFiles(small_files, options.trust_remote_code),
-    )
-
-
-def attach_draft(plan: Plan, model: MegatronModule, draft: Draft) -> None:
-    """Attach ``draft``; with its weights where ``--draft-model-path`` has them."""
-    algorithm = registry.find(draft.algorithm)
-    algorithm.attach(model, draft, plan.options.seed)
-    if plan.options.draft_model_path:
-        torch_dist.load(model, Path(plan.options.draft_model_path), only=algorithm.module)
+    small_files = SmallFiles(folder, options.trust_remote_code)
+    return torch_dist.save(model, plan.save, manifest, small_files=small_files)
 
 
 def show(plan: Plan, content: dict[str, Any], session: Session) -> None:

@@ -28,7 +28,8 @@ from post_training.data import options as calibration_options
 from post_training.evaluation import options as mmlu_options
 from post_training.evaluation.mmlu_data import Benchmark
 from post_training.inference import smoke_generation
-from post_training.models import builder, families, parallel_check
+from post_training.models import builder, parallel_check
+from post_training.models.families import registry as families
 from post_training.pruning import options as pruning_options
 from post_training.pruning import report, search
 from post_training.pruning.options import PruneOptions

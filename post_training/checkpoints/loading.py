@@ -1,4 +1,9 @@
-"""The model of a stage's source: this rank's part with its weights, tokenizer, end tokens."""
+"""The model of a stage's source: this rank's part with its weights, tokenizer, end tokens.
+
+ModelOpt's importer maps each Hugging Face architecture's tensors to megatron-core's. It is extended
+here: the names that are read are recorded, and a source with tensors that were not read is an error
+instead of a silently wrong model.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +14,24 @@ from typing import TYPE_CHECKING, Any
 
 from post_training.checkpoints import finite, huggingface, torch_dist
 from post_training.checkpoints.source import Source
-from post_training.common import files
-from post_training.common.errors import UsageError
+from post_training.common import files, safetensors_index
+from post_training.common.errors import UsageError, first_line
 from post_training.config.options import StageOptions
+from post_training.distributed.session import Session
 from post_training.models import builder
 from post_training.models.builder import BuildOptions
 
 if TYPE_CHECKING:
+    import torch
     from megatron.core.transformer import MegatronModule
 
-    from post_training.distributed.session import Session
-    from post_training.models.builder import BuildOptions
-
 logger = logging.getLogger(__name__)
+
+
+# Old Llama checkpoints carry the rotary frequencies, which every implementation recomputes.
+_RECOMPUTED = "rotary_emb.inv_freq"
+# What the importer raises for a tensor that is missing or has another shape.
+_DOES_NOT_FIT = (KeyError, ValueError, RuntimeError, AssertionError)
 
 
 def load(
@@ -36,71 +46,95 @@ def load(
 
     Args:
         source: local, from ``find_source`` or ``fetch_source``.
-        options: the stage's.
-        session: the process's.
         sequence_parallel: split activations over the tensor-parallel ranks. It saves memory in
             training; inference gains nothing and would have to pad.
         layer_spec: another than the options'.
 
-    Raises:
-        UsageError: if the weights do not fit, or the number of parameters is not the source's.
+    UsageError if the weights do not fit, or the number of parameters is not the source's.
     """
     # Features stand for the layers of a target whose checkpoint was made without them.
     offline = bool(((source.manifest or {}).get("draft") or {}).get("offline"))
-    build = build_options(source, options, sequence_parallel=sequence_parallel)
-    if layer_spec is not None:
-        build = replace(build, layer_spec=layer_spec)
+    build = replace(
+        build_options(source, options),
+        sequence_parallel=sequence_parallel,
+        layer_spec=layer_spec or options.build.layer_spec,
+    )
     model = builder.build(source.architecture, build, layers=not offline)
     if source.is_checkpoint:
         torch_dist.load(model, Path(source.location))
         logger.info("loaded checkpoint %s", source.location)
-        return model
-    expected = huggingface.load_weights(
-        model,
-        Path(source.location),
-        dtype=builder.torch_dtype(build.dtype),
-        tied_embeddings=source.architecture.share_embeddings_and_output_weights,
-        trust_remote_code=options.trust_remote_code,
-        show_progress=session.show_progress,
-    )
-    finite.check_model(model, f"model {source.location}", Path(source.location))
-    actual = builder.count_parameters(model)
-    if actual != expected:
-        raise UsageError(
-            f"model {source.location}",
-            f"it has {expected:,} parameters, the Megatron model {actual:,}",
-            "the conf does not describe this model: compare it with config.json",
-        )
-    logger.info("loaded %s: %s parameters, as in the source", source.location, f"{actual:,}")
+    else:
+        _import_weights(model, source, options, show_progress=session.show_progress)
     return model
 
 
-def build_options(
-    source: Source, options: StageOptions, *, sequence_parallel: bool = False
-) -> BuildOptions:
-    """How the model is built, as the options state."""
-    transformer_engine_keys = True
-    if source.is_checkpoint and source.manifest is None:
-        transformer_engine_keys = torch_dist.uses_transformer_engine_keys(Path(source.location))
-    return BuildOptions(
-        dtype=options.precision,
-        layer_spec=options.layer_spec,
-        transformer_engine_keys=transformer_engine_keys,
-        local_attention=options.local_attention,
-        meta_device=options.meta_device,
-        sequence_parallel=sequence_parallel,
-        first_stage_layers=options.parallel.first_layers,
-        last_stage_layers=options.parallel.last_layers,
-        overrides=options.overrides,
+def _import_weights(
+    model: MegatronModule, source: Source, options: StageOptions, *, show_progress: bool
+) -> None:
+    """Stream the weights of a Hugging Face folder into this rank's part; a collective call.
+
+    Host memory beyond the model itself: the tensors of one linear layer. Each is read (this rank's
+    slice), copied and freed before the next.
+    """
+    from modelopt.torch.export.plugins.megatron_importer import GPTModelImporter
+
+    from post_training.distributed import collectives
+
+    index = safetensors_index.read(Path(source.location))
+    names_read: set[str] = set()
+
+    class RecordingImporter(GPTModelImporter):
+        def _get_safetensor(self, key: str, parallel_config: Any = None) -> torch.Tensor:
+            if key not in index:
+                raise KeyError(f"the source has no tensor {key}")
+            names_read.add(key)
+            return super()._get_safetensor(key, parallel_config=parallel_config)
+
+    def does_not_fit(reason: str) -> UsageError:
+        return UsageError(
+            f"model {source.location}",
+            reason,
+            "the conf does not describe this model: compare it with config.json",
+        )
+
+    importer = RecordingImporter(
+        model,
+        source.location,
+        dtype=builder.torch_dtype(options.precision),
+        trust_remote_code=options.trust_remote_code,
     )
+    importer.disable_tqdm = not show_progress
+    with collectives.fail_together(
+        _DOES_NOT_FIT,
+        lambda reason: does_not_fit(f"its tensors do not fit the Megatron model: {reason}"),
+    ):
+        importer._import_state_dict()
+    sizes = {name: entry.numel for name, entry in index.items() if not name.endswith(_RECOMPUTED)}
+    if source.architecture.share_embeddings_and_output_weights:
+        sizes.pop("lm_head.weight", None)
+    leftover = sorted(sizes.keys() - set().union(*collectives.from_all_ranks(names_read)))
+    if leftover:
+        raise does_not_fit(
+            f"{len(leftover)} of its tensors have no place in the Megatron model: "
+            f"{', '.join(leftover[:5])}"
+        )
+    finite.check_model(model, f"model {source.location}", Path(source.location))
+    expected, actual = sum(sizes.values()), builder.count_parameters(model)
+    if actual != expected:
+        raise does_not_fit(f"it has {expected:,} parameters, the Megatron model {actual:,}")
+    logger.info("loaded %s: %s parameters, as in the source", source.location, f"{actual:,}")
+
+
+def build_options(source: Source, options: StageOptions) -> BuildOptions:
+    """How the model is built, as the options state and the checkpoint needs it."""
+    if not source.is_checkpoint or source.manifest is not None:
+        return options.build
+    keys = torch_dist.uses_transformer_engine_keys(Path(source.location))
+    return replace(options.build, transformer_engine_keys=keys)
 
 
 def local_huggingface(source: Source, options: StageOptions) -> Path:
-    """A local folder with the configuration and tokenizer that go with ``source``.
-
-    Raises:
-        UsageError: if it is not known or cannot be fetched.
-    """
+    """The local folder with the source's configuration and tokenizer; UsageError without one."""
     if source.huggingface is None:
         raise UsageError(
             f"checkpoint {source.location}",
@@ -113,12 +147,23 @@ def local_huggingface(source: Source, options: StageOptions) -> Path:
 
 
 def tokenizer(source: Source, options: StageOptions) -> Any:
-    """The tokenizer that ``--tokenizer-model`` names, or the source's own."""
+    """The tokenizer of ``--tokenizer-model``, or the source's own; UsageError without one."""
+    from transformers import AutoTokenizer
+
     location = options.tokenizer_model
-    if not location or not Path(location).is_dir():
+    if source.huggingface and not (location and Path(location).is_dir()):
         # A checkpoint of ours carries its tokenizer; a hub name is the conf's default.
-        location = str(local_huggingface(source, options)) if source.huggingface else location
-    return huggingface.load_tokenizer(str(location), trust_remote_code=options.trust_remote_code)
+        location = str(local_huggingface(source, options))
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(location), trust_remote_code=options.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"tokenizer {location}",
+            f"transformers cannot load it: {first_line(error)}",
+            "name a folder with tokenizer.json in TOKENIZER_MODEL",
+        ) from error
 
 
 def end_tokens(source: Source, options: StageOptions, tokenizer: Any) -> list[int]:

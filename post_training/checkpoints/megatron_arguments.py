@@ -5,7 +5,7 @@ Megatron-LM pickles its own ``argparse.Namespace`` into a checkpoint, so ours mu
 
 from __future__ import annotations
 
-import argparse
+from argparse import Namespace
 from typing import TYPE_CHECKING, Any
 
 from post_training.models.architecture import Architecture
@@ -14,13 +14,11 @@ if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
 
 
-def megatron_lm_arguments(
-    architecture: dict[str, Any], model: MegatronModule
-) -> argparse.Namespace:
+def megatron_lm_arguments(architecture: dict[str, Any], model: MegatronModule) -> Namespace:
     """The model's arguments under Megatron-LM's names."""
     described = Architecture.from_json(architecture)
     config = model.config
-    return argparse.Namespace(
+    return Namespace(
         **{
             name: value
             for name, value in described.transformer.items()

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from post_training.checkpoints.source import Source
 from post_training.common import manifest
 from post_training.common.manifest import Manifest
 from post_training.config.options import StageOptions
-
-if TYPE_CHECKING:
-    from post_training.distributed.session import Session
+from post_training.distributed.session import Session
 
 
 def of_run(
@@ -28,16 +25,13 @@ def of_run(
 ) -> Manifest:
     """The manifest of a run up to now; a collective call, since it asks all ranks for their memory.
 
-    Args:
-        architecture: of the output, where it is not the source's.
-        inputs: where they are more than the source.
-        metrics: of the stage, by name.
-        extra: further entries, such as ``quantization``.
+    ``architecture`` and ``inputs`` are given where they are not the source's; ``extra`` has further
+    entries, such as ``quantization``.
     """
     return Manifest(
         options.stage,
         dict(architecture or source.architecture.to_json()),
-        configuration={name: _json(value) for name, value in options.given.items()},
+        configuration=dict(options.given),
         inputs=[dict(each) for each in (source.inputs() if inputs is None else inputs)],
         metrics=dict(metrics or {}),
         started=session.started,
@@ -54,9 +48,7 @@ def report_of_run(
 ) -> dict[str, Any]:
     """The content of a report, for a stage that makes nothing but one; a collective call.
 
-    Args:
-        inputs: as :func:`post_training.common.manifest.describe_input` describes them.
-        found: what the stage found out, by name.
+    ``inputs`` are as ``manifest.describe_input`` describes them; ``found`` is by name.
     """
     return {
         "stage": options.stage,
@@ -74,7 +66,3 @@ def report_of_run(
         "versions": manifest.versions(),
         "git_commit": manifest.git_commit(),
     }
-
-
-def _json(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value

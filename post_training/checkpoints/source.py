@@ -6,18 +6,19 @@ the network; :func:`fetch_source` downloads a hub name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from post_training.checkpoints import folders, huggingface, torch_dist
-from post_training.common import files, manifest, safetensors_index
+from post_training.checkpoints import huggingface, torch_dist
+from post_training.common import files, inputs, manifest, safetensors_index
 from post_training.common.errors import UsageError
 from post_training.config.model_description import architecture
 from post_training.config.options import StageOptions
-from post_training.models import families, parallel_check
+from post_training.models import parallel_check
 from post_training.models.architecture import Architecture
+from post_training.models.families import registry as families
 
 
 @dataclass(frozen=True)
@@ -56,52 +57,40 @@ class Source:
 
     def pruned_from(self) -> dict[str, Any]:
         """What a manifest carries on, so that the conf of the unpruned model stays usable."""
-        return self._carried("pruned_from")
+        return self.carried(("pruned_from",))
 
-    def carried(self) -> dict[str, Any]:
+    def carried(
+        self, names: Sequence[str] = ("pruned_from", "quantization", "draft")
+    ) -> dict[str, Any]:
         """What a manifest carries on where the weights stay what they are."""
-        return self._carried("pruned_from", "quantization", "draft")
-
-    def _carried(self, *names: str) -> dict[str, Any]:
         content = self.manifest or {}
         return {name: content[name] for name in names if content.get(name)}
 
 
 def find_source(options: StageOptions) -> Source:
-    """The source that the arguments name; no torch, no network.
+    """The source that the options name; no torch, no network.
 
-    Raises:
-        UsageError: if none is named, it is not there, or the conf contradicts it.
+    UsageError if none is named, it is not there, or the conf contradicts it.
     """
     if options.load:
-        return _find_checkpoint(options)
-    if not options.pretrained_model_path:
+        return _find_checkpoint(options, options.load)
+    location = options.pretrained_model_path
+    if not location:
         raise UsageError(
             "no model to work on",
             "neither --load nor --pretrained-model-path is given",
             "set MLM_MODEL_CKPT (a Megatron checkpoint) or HF_MODEL_CKPT (a Hugging Face folder)",
         )
-    config = folders.model_source(options.pretrained_model_path)
-    if config is None:
-        reason = families.unconvertible(options.stated)
-        if reason and not options.dry_run:
-            raise UsageError(
-                f"--pretrained-model-path {options.pretrained_model_path}",
-                reason,
-                "name a Megatron checkpoint in MLM_MODEL_CKPT; --dry-run shows what would run",
-            )
-        return Source(
-            options.pretrained_model_path,
-            is_checkpoint=False,
-            described=None,
-            huggingface=options.pretrained_model_path,
+    described = None
+    if not inputs.is_hub_name(location):
+        described = architecture(options, model_folder(Path(location)))
+    elif not options.dry_run and (reason := families.unconvertible(options.stated)):
+        raise UsageError(
+            f"--pretrained-model-path {location}",
+            reason,
+            "name a Megatron checkpoint in MLM_MODEL_CKPT; --dry-run shows what would run",
         )
-    return Source(
-        options.pretrained_model_path,
-        is_checkpoint=False,
-        described=architecture(options, config),
-        huggingface=options.pretrained_model_path,
-    )
+    return Source(location, is_checkpoint=False, described=described, huggingface=location)
 
 
 def fetch_source(source: Source, options: StageOptions) -> Source:
@@ -113,12 +102,7 @@ def fetch_source(source: Source, options: StageOptions) -> Source:
     )
     described = architecture(options, huggingface.read_config(folder))
     parallel_check.check(described, options.parallel)
-    return replace(
-        source,
-        location=str(folder),
-        described=described,
-        huggingface=str(folder),
-    )
+    return replace(source, location=str(folder), described=described, huggingface=str(folder))
 
 
 def size_estimate(source: Source, bytes_per_parameter: float) -> int:
@@ -132,19 +116,22 @@ def size_estimate(source: Source, bytes_per_parameter: float) -> int:
     return int(sum(entry.numel for entry in entries) * bytes_per_parameter)
 
 
-def _find_checkpoint(options: StageOptions) -> Source:
-    location = str(options.load)
-    folder = Path(location)
-    if options.dry_run and not folder.exists():
-        # An earlier job is going to make it, of the model that the conf describes.
-        return Source(location, True, architecture(options), options.pretrained_model_path)
-    folders.checkpoint_folder(folder)
-    content = manifest.read(folder)
-    carried = folder / torch_dist.HUGGINGFACE
-    origin = str(carried) if carried.is_dir() else options.pretrained_model_path
-    if content is None:
-        # Saved by Megatron-LM: only the flags describe it.
-        return Source(location, True, architecture(options), origin)
+def _find_checkpoint(options: StageOptions, location: str) -> Source:
+    folder, origin, content = Path(location), options.pretrained_model_path, None
+    # With --dry-run an earlier job may be going to make it, of the model that the conf describes.
+    if folder.exists() or not options.dry_run:
+        checkpoint_folder(folder)
+        content = manifest.read(folder)
+    # A checkpoint of Megatron-LM has no manifest: only the flags describe it.
+    if content is not None:
+        _check_content(options, folder, content)
+    if (folder / torch_dist.HUGGINGFACE).is_dir():
+        origin = str(folder / torch_dist.HUGGINGFACE)
+    return Source(location, True, architecture(options, manifest=content), origin, content)
+
+
+def _check_content(options: StageOptions, folder: Path, content: dict[str, Any]) -> None:
+    """Raise UsageError if the checkpoint is damaged, or made for other stages than this one."""
     damaged = manifest.damaged_outputs(folder, content)
     if damaged:
         raise UsageError(
@@ -159,5 +146,49 @@ def _find_checkpoint(options: StageOptions) -> Source:
             "join it with its target: convert.sh <conf> --algorithm eagle3 --draft-model-path "
             f"{folder}",
         )
-    described = architecture(options, manifest=content)
-    return Source(location, True, described, origin, content)
+
+
+def model_config(folder: Path, option: str) -> dict[str, Any]:
+    """The ``config.json`` of the folder that ``option`` names; UsageError without one."""
+    what = f"{option} {folder}"
+    inputs.check_folder(folder, what, "name a Hugging Face folder, or a hub name such as org/name")
+    if not (folder / "config.json").is_file():
+        remedy = "name the folder of a Hugging Face model"
+        if (folder / torch_dist.TRACKER).is_file():
+            remedy = "it is a Megatron checkpoint: name it in MLM_MODEL_CKPT (--load)"
+        raise UsageError(what, "it has no config.json", remedy)
+    return huggingface.read_config(folder)
+
+
+def model_folder(folder: Path) -> dict[str, Any]:
+    """The ``config.json`` of ``--pretrained-model-path``, whose weights are checked.
+
+    UsageError if they are no safetensors, incomplete, or quantized already.
+    """
+    config = model_config(folder, "--pretrained-model-path")
+    families.refuse_quantized(config, str(folder / "config.json"))
+    quantized = folder / "hf_quant_config.json"
+    if quantized.is_file():
+        found = files.read_json_object(quantized).get("quantization", {})
+        described = {"quant_method": "modelopt", **found}
+        families.refuse_quantized({"quantization_config": described}, str(quantized))
+    if not any((folder / n).is_file() for n in (safetensors_index.INDEX, safetensors_index.SINGLE)):
+        cause = f"it has neither {safetensors_index.SINGLE} nor {safetensors_index.INDEX}"
+        remedy = "download the weights too, or name a folder that has them"
+        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        if pickled:
+            cause = f"its weights are pickled ({pickled[0]}): loading them could run any code"
+            remedy = "save the model as safetensors: transformers' save_pretrained does"
+        raise UsageError(f"--pretrained-model-path {folder}", cause, remedy)
+    safetensors_index.read(folder)
+    return config
+
+
+def checkpoint_folder(folder: Path, option: str = "--load") -> Path:
+    """The folder of a checkpoint's weights (``release``, ``iter_...``); UsageError without them."""
+    what = f"{option} {folder}"
+    inputs.check_folder(folder, what, "name the folder that a stage saved")
+    found = torch_dist.iteration_folder(folder, what)
+    if not any(found.glob("*.distcp")):
+        raise UsageError(what, f"{found} has no weights (*.distcp)", "copy or make it again")
+    return found

@@ -15,7 +15,7 @@ A checkpoint can be loaded at other tensor- and pipeline-parallel sizes than it 
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,28 +45,31 @@ TRAINING_KEYS = ("optimizer.", "rng_state", "_loss_modules.")
 CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 
 
-def iteration_folder(folder: Path) -> Path:
+def iteration_folder(folder: Path, what: str = "") -> Path:
     """The folder with the weights: ``folder`` itself, or what its tracker file names.
 
-    Raises:
-        UsageError: if there is no checkpoint there.
+    Raises a UsageError about ``what``, by default the checkpoint, if there is none.
     """
+    what = what or f"checkpoint {folder}"
     files.recover(folder)
     if (folder / "metadata.json").is_file():
         return folder
-    tracker = folder / TRACKER
-    try:
-        text = tracker.read_text(encoding="utf-8").strip()
-    except OSError as error:
+    if not (folder / TRACKER).is_file():
+        remedy = "name the folder that a stage saved, or one of its iterations"
+        if (folder / "config.json").is_file():
+            remedy = "it is a Hugging Face folder: name it in HF_MODEL_CKPT, or convert it first"
+        raise UsageError(what, f"it has neither {TRACKER} nor metadata.json", remedy)
+    text = (folder / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
+    if text != RELEASE and not text.isdecimal():
         raise UsageError(
-            f"checkpoint {folder}",
-            f"it has no {TRACKER} ({error.strerror})",
-            "name the folder that a stage saved, or convert the model first with convert.sh",
-        ) from error
+            f"{what}: {TRACKER} says {text[:40]!r}",
+            "neither 'release' nor an iteration number",
+            "write the name of an iteration that is there into it",
+        )
     name = text if text == RELEASE else f"iter_{int(text):07d}"
     if not (folder / name / "metadata.json").is_file():
         raise UsageError(
-            f"checkpoint {folder}",
+            what,
             f"its {TRACKER} says {text}, but {name}/metadata.json is missing",
             "the copy is incomplete: copy or make it again",
         )
@@ -79,24 +82,13 @@ def save(
     manifest: Manifest,
     *,
     small_files: SmallFiles | None = None,
-    write_huggingface: Callable[[Path], None] | None = None,
 ) -> dict[str, Any]:
     """Save ``model`` and its ModelOpt state to ``folder``, atomically; a collective call.
 
-    Args:
-        model: this rank's part.
-        folder: final name; a previous checkpoint there is replaced only when this one is whole.
-        manifest: completed and written as ``run.json``.
-        small_files: configuration and tokenizer that travel with the checkpoint.
-        write_huggingface: or a function that writes them into the folder it is given.
-
-    Returns:
-        The manifest's content.
+    A previous checkpoint is replaced only when this one is whole. ``manifest`` is completed and
+    written as ``run.json``. Returns its content.
     """
     from post_training.distributed import collectives
-
-    if small_files is not None:
-        write_huggingface = small_files.copy_to
 
     def begin() -> Path:
         work = files.begin(folder)
@@ -113,9 +105,9 @@ def save(
     write(state, work / RELEASE, model)
 
     def finish() -> dict[str, Any]:
-        if write_huggingface is not None:
+        if small_files is not None:
             (work / HUGGINGFACE).mkdir()
-            write_huggingface(work / HUGGINGFACE)
+            small_files.copy_to(work / HUGGINGFACE)
         files.write_text(work / TRACKER, RELEASE)
         content = manifest.write(work)
         files.publish(folder)
@@ -160,7 +152,6 @@ def load(model: MegatronModule, folder: Path, *, only: str = "") -> None:
     """Load weights, ModelOpt state first, into ``model`` (changed in place); a collective call.
 
     Args:
-        model: this rank's part.
         folder: a checkpoint folder, or one of its iterations.
         only: load this module alone, into a model that has it already (on a pipeline stage at
             least); its ModelOpt state stays.
@@ -182,15 +173,11 @@ def load(model: MegatronModule, folder: Path, *, only: str = "") -> None:
                 parameter.fill_(1)
         with only_known_classes(f"checkpoint {folder}"):
             restore_sharded_modelopt_state([model], str(weights))
-    if only:
-        tensors = _part_of(model, only, weights)
-    else:
-        tensors = model.sharded_state_dict(metadata=metadata(weights))
-    wanted = {"model": tensors}
+    tensors = _sharded_tensors(model, only, weights)
     try:
         with only_known_classes(f"checkpoint {folder}"):
             state, missing, unexpected = dist_checkpointing.load(
-                wanted, str(weights), strict=StrictHandling.RETURN_ALL
+                {"model": tensors}, str(weights), strict=StrictHandling.RETURN_ALL
             )
     except dist_checkpointing.core.CheckpointingException as error:
         raise UsageError(
@@ -198,13 +185,7 @@ def load(model: MegatronModule, folder: Path, *, only: str = "") -> None:
             f"it does not fit this model: {error}",
             "use the conf of the model that was saved",
         ) from error
-    missing, unexpected = (
-        # The state that training keeps beside the weights is not the model's.
-        {n for n in names if n.startswith(only and f"{only}.") and not n.startswith(TRAINING_KEYS)}
-        for names in (missing, unexpected)
-    )
-    missing = {name for name in missing if not name.endswith("_extra_state")}
-    unexpected = {name for name in unexpected if not name.endswith("_extra_state")}
+    missing, unexpected = _of_model(missing, only), _of_model(unexpected, only)
     if missing or unexpected:
         raise UsageError(
             f"checkpoint {folder}",
@@ -217,40 +198,36 @@ def load(model: MegatronModule, folder: Path, *, only: str = "") -> None:
 
 
 def has_modelopt_state(model: MegatronModule) -> bool:
-    """Whether ModelOpt changed the model in a way that a loader must repeat.
-
-    Quantizers and drafts are such changes; the teacher held during distillation is not.
-    """
+    """Whether a loader must repeat ModelOpt's changes: quantizers and drafts, not a teacher."""
     import modelopt.torch.opt as mto
 
-    if not mto.ModeloptStateManager.is_converted(model):
-        return False
-    return bool(mto.modelopt_state(model)["modelopt_state_dict"])
+    converted = mto.ModeloptStateManager.is_converted(model)
+    return converted and bool(mto.modelopt_state(model)["modelopt_state_dict"])
 
 
 def holds(folder: Path, name: str) -> bool:
-    """Whether a tensor's name contains ``name``; no torch.
-
-    The list of tensors is pickled, which stores names as they are.
-    """
+    """Whether a tensor's name contains ``name``; no torch, as pickled names are stored as text."""
     try:
         return name.encode() in (iteration_folder(folder) / ".metadata").read_bytes()
     except FileNotFoundError:
         return False
 
 
-def _part_of(model: MegatronModule, name: str, weights: Path) -> dict[str, Any]:
-    """Sharded tensors of one module; none on a pipeline stage without it.
+def _sharded_tensors(model: MegatronModule, only: str, weights: Path) -> dict[str, Any]:
+    """The model's, or those of one module: none on a pipeline stage without it.
 
     ModelOpt (opt/plugins/megatron.py) saves the MLPs of a quantized model, and of modules after
-    them, in two tensors each: cut them as the checkpoint has them.
+    them, in two tensors each: a module's are cut as the checkpoint has them.
     """
-    module = getattr(model, name, None)
+    cut = metadata(weights)
+    if not only:
+        return dict(model.sharded_state_dict(metadata=cut))
+    module = getattr(model, only, None)
     if module is None:
         return {}
-    halves = any(n.startswith(f"{name}.") and n.endswith("_w") for n in _names(weights))
-    chosen = {**metadata(weights), "singleton_local_shards": halves}
-    return dict(module.sharded_state_dict(prefix=f"{name}.", metadata=chosen))
+    halves = [n for n in _names(weights) if n.startswith(f"{only}.") and n.endswith("_w")]
+    cut["singleton_local_shards"] = bool(halves)
+    return dict(module.sharded_state_dict(prefix=f"{only}.", metadata=cut))
 
 
 def _names(weights: Path) -> Iterable[str]:
@@ -266,16 +243,10 @@ def is_quantized(folder: Path) -> bool:
 
 
 def uses_transformer_engine_keys(folder: Path) -> bool:
-    """Whether norms are named as in the fused Transformer Engine spec.
-
-    Megatron-LM checkpoints of unfused specs name them ``input_layernorm``; ours never do.
-    """
+    """Whether norms are named as in the fused spec; Megatron-LM's other specs name them apart."""
+    unfused = (".input_layernorm.weight", ".pre_mlp_layernorm.weight")
     names = _names(iteration_folder(folder))
-    return not any(
-        name.endswith((".input_layernorm.weight", ".pre_mlp_layernorm.weight"))
-        and "experts" not in name
-        for name in names
-    )
+    return not any(name.endswith(unfused) and "experts" not in name for name in names)
 
 
 def metadata(weights: Path | None = None) -> dict[str, Any]:
@@ -286,14 +257,18 @@ def metadata(weights: Path | None = None) -> dict[str, Any]:
     if weights is not None:
         with only_known_classes(f"checkpoint {weights}"):
             content = dist_checkpointing.load_content_metadata(str(weights)) or {}
-    return {
-        **content,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return {**content, "dp_cp_group": group}
 
 
-def _examples(names: set[str]) -> str:
-    if not names:
-        return "nothing"
-    shown = ", ".join(sorted(names)[:4])
-    return shown + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+def _of_model(names: set[str], only: str) -> list[str]:
+    """Names of tensors of the model, or of its module ``only``: not of training's own state."""
+    own = (name for name in names if name.startswith(f"{only}." if only else ""))
+    return sorted(
+        n for n in own if not n.startswith(TRAINING_KEYS) and not n.endswith("_extra_state")
+    )
+
+
+def _examples(names: list[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return (", ".join(names[:4]) or "nothing") + more

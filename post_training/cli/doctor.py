@@ -12,10 +12,11 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from post_training.common import threads, versions
+from post_training.common import inputs, threads, versions
 from post_training.common.quiet import quiet
 
 _NO_APEX = r"(Transformer Engine and )?Apex (is|are) not installed"
@@ -39,7 +40,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Everything found about this machine."""
-    findings = [_python(), *_packages()]
+    findings = [_python(), *map(_package, versions.REQUIREMENTS)]
     installed = not any(finding.fatal for finding in findings)
     if importlib.util.find_spec("torch") is not None:
         findings += _devices()
@@ -47,102 +48,81 @@ def examine() -> list[Finding]:
     if installed:
         # The table says itself that Apex, Transformer Engine or a GPU is missing.
         with quiet("torch.utils.cpp_extension", warning=_NO_APEX):
-            findings += [_transformer_engine(), _stages_import()]
-    return [*findings, _memory(), _disk(), _slurm()]
+            findings += _imports()
+    sbatch = shutil.which("sbatch") or "not found (submits to SLURM; only needed there)"
+    return [*findings, _memory(), _disk(), Finding("sbatch", sbatch)]
 
 
 def _python() -> Finding:
     running = ".".join(map(str, sys.version_info[:3]))
-    wrong = [problem for problem in versions.problems() if problem.what.startswith("Python ")]
-    if wrong:
-        return Finding("Python", f"{running}: {wrong[0].cause}", wrong[0].remedy, fatal=True)
+    for problem in versions.problems():
+        if problem.what.startswith("Python "):
+            return Finding("Python", f"{running}: {problem.cause}", problem.remedy, fatal=True)
     return Finding("Python", running)
 
 
-def _packages() -> list[Finding]:
-    findings = []
-    for requirement in versions.REQUIREMENTS:
-        version = requirement.installed()
-        if version is None:
-            finding = Finding(requirement.package, "not installed", requirement.remedy, fatal=True)
-        elif not requirement.accepts(version):
-            text = f"{version}, needed {requirement.accepted}: {requirement.reason}"
-            finding = Finding(requirement.package, text, requirement.remedy, fatal=True)
-        elif version.split("+")[0] != requirement.tested:
-            text = f"{version} (accepted; measured with {requirement.tested})"
-            finding = Finding(requirement.package, text)
-        else:
-            finding = Finding(requirement.package, version)
-        findings.append(finding)
-    return findings
+def _package(needed: versions.Requirement) -> Finding:
+    version = needed.installed()
+    if version is None:
+        return Finding(needed.package, "not installed", needed.remedy, fatal=True)
+    if not needed.accepts(version):
+        text = f"{version}, needed {needed.accepted}: {needed.reason}"
+        return Finding(needed.package, text, needed.remedy, fatal=True)
+    if version.split("+")[0] != needed.tested:
+        version += f" (accepted; measured with {needed.tested})"
+    return Finding(needed.package, version)
 
 
-def _devices() -> list[Finding]:
+def _devices() -> Iterator[Finding]:
     import torch
 
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi"):
-            return [
-                Finding(
-                    "GPU",
-                    "nvidia-smi is there, but torch sees no GPU",
-                    "install the torch build for this driver's CUDA; see nvidia-smi's first line",
-                )
-            ]
-        return [Finding("GPU", f"none; stages run on the CPU ({threads.cores()} cores)")]
-    findings = [Finding("CUDA", f"{torch.version.cuda}, NCCL {_nccl()}")]
+            yield Finding(
+                "GPU",
+                "nvidia-smi is there, but torch sees no GPU",
+                "install the torch build for this driver's CUDA; see nvidia-smi's first line",
+            )
+        else:
+            yield Finding("GPU", f"none; stages run on the CPU ({threads.cores()} cores)")
+        return
+    nccl = "not available"
+    if torch.distributed.is_nccl_available():
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    yield Finding("CUDA", f"{torch.version.cuda}, NCCL {nccl}")
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
-        findings.append(
-            Finding(
-                f"GPU {index}",
-                f"{properties.name}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free, "
-                f"compute capability {properties.major}.{properties.minor}",
-            )
+        yield Finding(
+            f"GPU {index}",
+            f"{properties.name}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free, "
+            f"compute capability {properties.major}.{properties.minor}",
         )
     if not shutil.which("nvcc") and not os.environ.get("CUDA_HOME"):
-        findings.append(
-            Finding(
-                "nvcc",
-                "not found: ModelOpt's INT8 and MX kernels are compiled at first use",
-                "install the CUDA toolkit and set CUDA_HOME; FP8 and NVFP4 run without it",
-            )
+        yield Finding(
+            "nvcc",
+            "not found: ModelOpt's INT8 and MX kernels are compiled at first use",
+            "install the CUDA toolkit and set CUDA_HOME; FP8 and NVFP4 run without it",
         )
-    return findings
 
 
-def _nccl() -> str:
-    import torch
-
-    if not torch.distributed.is_nccl_available():
-        return "not available"
-    return ".".join(map(str, torch.cuda.nccl.version()))
-
-
-def _transformer_engine() -> Finding:
+def _imports() -> Iterator[Finding]:
     from post_training import portable
 
-    return Finding("Transformer Engine", str(portable.install()))
-
-
-def _stages_import() -> Finding:
+    yield Finding("Transformer Engine", str(portable.install()))
     try:
         import modelopt.torch.export
         import modelopt.torch.quantization  # noqa: F401
     except Exception as error:
-        return Finding(
-            "imports",
-            f"{type(error).__name__}: {error}",
-            "python -m pip install --force-reinstall -r requirements.txt",
-            fatal=True,
-        )
-    return Finding("imports", "megatron-core and ModelOpt import")
+        remedy = "python -m pip install --force-reinstall -r requirements.txt"
+        yield Finding("imports", f"{type(error).__name__}: {error}", remedy, fatal=True)
+    else:
+        yield Finding("imports", "megatron-core and ModelOpt import")
 
 
 def _memory() -> Finding:
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    page = os.sysconf("SC_PAGE_SIZE")
+    available, total = os.sysconf("SC_AVPHYS_PAGES") * page, os.sysconf("SC_PHYS_PAGES") * page
     text = f"{available / 1e9:.0f} of {total / 1e9:.0f} GB free"
     if total < _SMALLEST_MEMORY:
         return Finding("memory", text, "use a machine with 4 GB or more", fatal=True)
@@ -150,19 +130,11 @@ def _memory() -> Finding:
 
 
 def _disk() -> Finding:
-    work = Path(os.environ.get("MLM_WORK_DIR") or tempfile.gettempdir())
-    while not work.exists():
-        work = work.parent
+    work = inputs.nearest_existing(Path(os.environ.get("MLM_WORK_DIR") or tempfile.gettempdir()))
     usage = shutil.disk_usage(work)
     text = f"{usage.free / 1e9:.0f} of {usage.total / 1e9:.0f} GB free under {work}"
-    if usage.free < _SMALLEST_DISK:
-        return Finding("disk", text, "set MLM_WORK_DIR to a folder on a larger disk")
-    return Finding("disk", text)
-
-
-def _slurm() -> Finding:
-    found = shutil.which("sbatch")
-    return Finding("sbatch", found or "not found (submits to SLURM; only needed there)")
+    remedy = "set MLM_WORK_DIR to a folder on a larger disk" if usage.free < _SMALLEST_DISK else ""
+    return Finding("disk", text, remedy)
 
 
 def show(findings: list[Finding]) -> None:

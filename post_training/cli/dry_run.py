@@ -17,19 +17,16 @@ from post_training.common import manifest
 from post_training.config.model_description import architecture
 from post_training.config.options import StageOptions
 from post_training.distributed.parallel import Parallel
-from post_training.models import families, parallel_check, parameter_count
+from post_training.models import parallel_check, parameter_count
 from post_training.models.architecture import Architecture
+from post_training.models.families import registry as families
 
 # Values that say nothing new when they have megatron-core's default.
 _ALWAYS = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
 
 
 def show(options: StageOptions, source: Source) -> None:
-    """Print what checked options ask for to stdout.
-
-    Raises:
-        UsageError: if the architecture is not known, or cannot be divided this way.
-    """
+    """Print what checked options ask for; UsageError for an unknown or indivisible model."""
     described = source.described or architecture(options)
     sizes = options.parallel
     parallel_check.check(described, sizes)
@@ -39,7 +36,7 @@ def show(options: StageOptions, source: Source) -> None:
         "architecture": _architecture(described),
         "parameters": f"{parameter_count.total(described):,} ({options.precision})",
         "processes": _processes(sizes),
-        **_ranks(described, sizes),
+        "per rank": _ranks(described, sizes),
         "launch line": launch_line(sizes.world),
     }
     reason = families.unconvertible(options.stated)
@@ -63,14 +60,12 @@ def launch_line(processes: int) -> str:
 def _architecture(architecture: Architecture) -> str:
     """Values by name that differ from megatron-core's defaults, and the essential ones."""
     plain = Architecture({}, 0, 0).resolved()
-    values = architecture.resolved()
     skipped = architecture.irrelevant()
-    shown = [
+    return " ".join(
         f"{name}={_short(value)}"
-        for name, value in values.items()
+        for name, value in architecture.resolved().items()
         if name in _ALWAYS or (name not in skipped and value != plain.get(name))
-    ]
-    return " ".join(shown)
+    )
 
 
 def _short(value: object) -> str:
@@ -91,18 +86,16 @@ def _processes(sizes: Parallel) -> str:
     return text
 
 
-def _ranks(architecture: Architecture, sizes: Parallel) -> dict[str, str]:
+def _ranks(architecture: Architecture, sizes: Parallel) -> str:
     """A line for each run of pipeline stages that are alike: layers, parameters of a rank."""
-    stages = parameter_count.per_stage(architecture, sizes)
     ranks = sizes.world // sizes.pipeline
     lines, first = [], 0
-    for stage, run in groupby(stages):
+    for (layers, parameters), run in groupby(parameter_count.per_stage(architecture, sizes)):
         count = len(list(run))
-        last = first + count - 1
-        name = f"stage {first}" if count == 1 else f"stages {first} to {last}"
+        name = f"stage {first}" if count == 1 else f"stages {first} to {first + count - 1}"
         lines.append(
-            f"{name}: {stage.layers} layers, {stage.parameters:,} parameters on each of "
+            f"{name}: {layers} layers, {parameters:,} parameters on each of "
             f"{ranks} rank{'' if ranks == 1 else 's'}{'' if count == 1 else ' a stage'}"
         )
         first += count
-    return {"per rank": f"\n{'':13} ".join(lines)}
+    return f"\n{'':13} ".join(lines)

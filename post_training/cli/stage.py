@@ -1,14 +1,7 @@
 """How a stage runs: parse, check, dry run, session, work, summary. No torch before the session.
 
-A stage module declares itself once and its ``main`` is one call::
-
-    STAGE = Stage("convert", ConvertOptions, check, convert, show)
-
-    def main() -> None:
-        run(STAGE)
-
 ``check`` turns options into a plan: everything that was looked up, read and decided. ``work`` gets
-that plan and the session and looks nothing up again.
+that plan and the session and looks nothing up again. ``docs/extending.md`` adds a stage.
 """
 
 from __future__ import annotations
@@ -18,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from post_training.checkpoints.source import Source
 from post_training.cli import dry_run
@@ -36,13 +29,8 @@ class Plan(Protocol):
 
     @property
     def options(self) -> StageOptions: ...
-
     @property
     def source(self) -> Source: ...
-
-
-def _success(plan: Any, result: Any) -> int:
-    return 0
 
 
 @dataclass(frozen=True)
@@ -66,7 +54,7 @@ class Stage[Options: StageOptions, P: Plan, Result]:
     check: Callable[[Options], P]
     work: Callable[[P, Session], Result]
     show: Callable[[P, Result, Session], None] | None = None
-    exit_code: Callable[[P, Result], int] = _success
+    exit_code: Callable[[P, Result], int] = lambda plan, result: 0
     saves_on_signal: bool = False
     sequence_parallel: bool = False
 
@@ -74,11 +62,7 @@ class Stage[Options: StageOptions, P: Plan, Result]:
 def make_plan[Options: StageOptions, P: Plan, Result](
     stage: Stage[Options, P, Result], argv: Sequence[str] | None = None
 ) -> P:
-    """The plan of a command line, by default this process's.
-
-    Raises:
-        UsageError: if it cannot work.
-    """
+    """The plan of a command line, by default this process's; UsageError if it cannot work."""
     options = arguments.parse(stage.name, stage.options, argv)
     model_description.check_division(options)
     plan = stage.check(options)
@@ -99,7 +83,7 @@ def run[Options: StageOptions, P: Plan, Result](
             dry_run.show(plan.options, plan.source)
     except UsageError as error:
         exit_with_usage_error(error)
-    if plan.options.dry_run or plan.options.check_only:
+    if plan.options.dry_run or plan.options.check:
         return
     with open_session(plan.options) as opened:
         if plan.options.sequence_parallel and not stage.sequence_parallel:
@@ -108,8 +92,7 @@ def run[Options: StageOptions, P: Plan, Result](
         result = stage.work(plan, opened)
         if opened.is_main and stage.show is not None:
             stage.show(plan, result, opened)
-    code = stage.exit_code(plan, result)
-    if code:
+    if code := stage.exit_code(plan, result):
         sys.exit(code)
 
 

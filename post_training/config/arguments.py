@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,92 +21,61 @@ from post_training.config.parser import make_parser
 from post_training.distributed import placement
 from post_training.distributed.parallel import Parallel
 from post_training.models import transformer_fields
-from post_training.models.architecture import MLA_FIELDS, TRANSFORMER_FIELDS
+from post_training.models.architecture import MLA_FIELDS, OWN_FIELDS, TRANSFORMER_FIELDS
+from post_training.models.builder import BuildOptions
 
 _VOCABULARY_MULTIPLE = 128  # Megatron-LM's default of --make-vocab-size-divisible-by
-# Fields that other functions of this module answer for.
-_PARALLEL_FIELDS = frozenset(
+# Fields of TransformerConfig that have options of their own.
+_APART = frozenset(
     """
     tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size
     expert_model_parallel_size expert_tensor_parallel_size sequence_parallel
-    num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage
+    bf16 fp16 params_dtype pipeline_dtype
     """.split()
-)
-_PRECISION_FIELDS = frozenset(("bf16", "fp16", "params_dtype", "pipeline_dtype"))
-_OWN_STATED = (
-    "position_embedding_type",
-    "rotary_base",
-    "rotary_percent",
-    "rope_scaling",
-    "rope_scaling_factor",
-    "max_position_embeddings",
-    "hybrid_layer_pattern",
 )
 
 
 def parse[Options: StageOptions](
-    stage: str,
-    options: type[Options],
-    argv: Sequence[str] | None = None,
-    description: str | None = None,
+    stage: str, options: type[Options], argv: Sequence[str] | None = None
 ) -> Options:
-    """The options of ``stage`` that a command line states, each flag checked by itself.
+    """The options of ``stage`` that a command line states, by default this process's.
 
-    Args:
-        stage: name of the stage, e.g. ``convert``; its ``.py`` is the program in messages.
-        options: class of the stage's options; its fields add the stage's own flags.
-        argv: the command line, by default this process's.
-        description: text above the flags in ``--help``, by default the main module's docstring.
-
-    Raises:
-        UsageError: for an unknown flag, or a value that cannot be.
+    Each flag is checked by itself; UsageError for an unknown one, or a value that cannot be.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = make_parser(
-        stage,
-        lambda parser: flags.add(parser, options, stage, getattr(options, "DEFAULTS", None)),
-        show_all="--help-all" in words,
-        description=description,
-    )
-    defaults, given = parser.split(words)
+    defaults, given = make_parser(stage, options, show_all="--help-all" in words).split(words)
     ignored = given.pop("ignored_flags", [])
-    args = argparse.Namespace(**{**defaults, **given}, explicit=given)
-    shared: dict[str, Any] = {
-        "stage": stage,
+    args = argparse.Namespace(**{**defaults, **given})
+    vocabulary_multiple = args.tensor_model_parallel_size * (
+        args.make_vocab_size_divisible_by or _VOCABULARY_MULTIPLE
+    )
+    return options(
+        stage=stage,
         # run.json records them.
-        "given": {n: str(v) if isinstance(v, Path) else v for n, v in given.items()},
-        "ignored_flags": tuple(dict.fromkeys(ignored)),
-        "load": args.load,
-        "save": args.save,
-        "overwrite": args.overwrite,
-        "pretrained_model_path": args.pretrained_model_path,
-        "tokenizer_model": args.tokenizer_model,
-        "trust_remote_code": args.trust_remote_code,
-        "seed": args.seed,
-        "distributed_timeout_minutes": args.distributed_timeout_minutes,
-        "log_level": args.log_level,
-        "check_only": args.check,
-        "dry_run": args.dry_run,
-        "parallel": _parallel(args),
-        "precision": _precision(args),
-        "layer_spec": "transformer_engine" if args.export_default_te_spec else "modelopt",
-        "local_attention": args.export_force_local_attention,
-        "meta_device": args.init_model_with_meta_device,
+        given={n: str(v) if isinstance(v, Path) else v for n, v in given.items()},
+        ignored_flags=tuple(dict.fromkeys(ignored)),
+        parallel=_parallel(args),
+        precision=_precision(args),
+        build=BuildOptions(
+            dtype=_precision(args),
+            layer_spec="transformer_engine" if args.export_default_te_spec else "modelopt",
+            local_attention=args.export_force_local_attention,
+            meta_device=args.init_model_with_meta_device,
+            overrides=_overrides(given),
+        ),
         # As Megatron-LM does: confs of large models carry the flag, also to TP=1.
-        "sequence_parallel": args.sequence_parallel and args.tensor_model_parallel_size > 1,
-        "seq_length": args.seq_length,
-        "stated": _stated(args),
-        "vocabulary_multiple": _vocabulary_multiple(args),
-        "overrides": _overrides(args),
-    }
-    return options(**{**shared, **flags.read(options, args)})
+        sequence_parallel=args.sequence_parallel and args.tensor_model_parallel_size > 1,
+        seq_length=args.seq_length,
+        stated=_stated(given, vocabulary_multiple),
+        vocabulary_multiple=vocabulary_multiple,
+        **flags.read(options, args),
+    )
 
 
 def _parallel(args: argparse.Namespace) -> Parallel:
     """The parallel sizes, for the number of processes that torchrun or SLURM started.
 
-    With ``--check`` and ``--dry-run``, which run before anything is launched, the processes are as
-    many as needed, or as the launcher is going to start.
+    Before a launch (``--check``, ``--dry-run``) they are as many as needed, or as are planned.
     """
     planned = os.environ.get("MLM_PLANNED_PROCESSES", "")
     world: int | None = int(planned) if planned.isdigit() else None
@@ -133,24 +102,16 @@ def _precision(args: argparse.Namespace) -> str:
     return "fp16" if args.fp16 else "bf16"
 
 
-def _overrides(args: argparse.Namespace) -> dict[str, Any]:
-    """Given fields of TransformerConfig that say how the model is run: fusions, recompute, ...
-
-    Parallel sizes and precision are fields of their own.
-    """
-    apart = TRANSFORMER_FIELDS | MLA_FIELDS | _PARALLEL_FIELDS | _PRECISION_FIELDS
-    apart |= {"rotary_base", "rotary_percent"}
-    return {
-        name: value
-        for name, value in args.explicit.items()
-        if name in transformer_fields.load() and name not in apart
-    }
+def _overrides(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Given fields of TransformerConfig that say how the model is run: fusions, recompute, ..."""
+    model = {*TRANSFORMER_FIELDS, *MLA_FIELDS, *OWN_FIELDS}
+    names = transformer_fields.load().keys() - model - _APART
+    return {name: value for name, value in given.items() if name in names}
 
 
-def _stated(args: argparse.Namespace) -> dict[str, Any]:
+def _stated(given: Mapping[str, Any], vocabulary_multiple: int) -> dict[str, Any]:
     """What the flags state about the model, by the flat names of ``Architecture.resolved``."""
-    given = args.explicit
-    names = TRANSFORMER_FIELDS | MLA_FIELDS | set(_OWN_STATED)
+    names = {*TRANSFORMER_FIELDS, *MLA_FIELDS, *OWN_FIELDS}
     found = {name: value for name, value in given.items() if name in names}
     if given.get("group_query_attention"):
         found.setdefault("num_query_groups", 1)  # as in Megatron-LM
@@ -162,24 +123,8 @@ def _stated(args: argparse.Namespace) -> dict[str, Any]:
         found["share_embeddings_and_output_weights"] = False
     if given.get("export_model_type", "GPTModel") != "GPTModel":
         found["model_type"] = given["export_model_type"]
-    vocabulary = _stated_vocabulary(args)
-    if vocabulary is not None:
-        found["vocab_size"] = vocabulary
-    return found
-
-
-def _stated_vocabulary(args: argparse.Namespace) -> int | None:
-    """Rows of the embedding as the flags state them; None if they do not."""
-    given = args.explicit
     if "padded_vocab_size" in given:
-        return int(args.padded_vocab_size)
-    if "vocab_size" in given:
-        if args.make_vocab_size_divisible_by:
-            return padded(args.vocab_size, _vocabulary_multiple(args))
-        return int(args.vocab_size)
-    return None
-
-
-def _vocabulary_multiple(args: argparse.Namespace) -> int:
-    multiple: int = args.make_vocab_size_divisible_by or _VOCABULARY_MULTIPLE
-    return multiple * int(args.tensor_model_parallel_size)
+        found["vocab_size"] = given["padded_vocab_size"]
+    elif "vocab_size" in given and given.get("make_vocab_size_divisible_by"):
+        found["vocab_size"] = padded(given["vocab_size"], vocabulary_multiple)
+    return found

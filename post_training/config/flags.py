@@ -2,14 +2,12 @@
 
     @dataclass(frozen=True, kw_only=True)
     class CalibrationOptions:
-        TITLE: ClassVar[str] = "calibration"
         calib_size: int = flag(1024, metavar="N", help="sequences (%(default)s)", check=at_least(1))
 
-adds ``--calib-size`` to a parser (:func:`add`) and reads its value into an instance
-(:func:`read`). The annotation decides how text is converted: ``bool`` is a switch, ``tuple[str,
-...]`` takes several words, ``X | None`` is an X that may be left out. A field made by
-:func:`group` holds the options of another such dataclass, which several stages share. Nothing here
-imports torch.
+adds ``--calib-size`` to a parser (:func:`add`) and reads its value (:func:`read`). The annotation
+decides how text is converted: ``bool`` is a switch, ``tuple[str, ...]`` takes several words, ``X |
+None`` is an X that may be left out. A field made by :func:`group` holds the options of another such
+dataclass, which several stages share. No torch.
 """
 
 from __future__ import annotations
@@ -41,7 +39,6 @@ def flag(
     """A dataclass field that is a flag.
 
     Args:
-        default: value where the flag is not given.
         help: text for ``--help``; ``%(default)s`` stands for the default.
         check: called with the flag and its value, unless that is None; raises UsageError.
         names: further spellings, such as Megatron-LM's.
@@ -61,33 +58,41 @@ def add(
     options: type,
     title: str = "",
     defaults: Mapping[str, Any] | None = None,
+    inherited: Sequence[dataclasses.Field[Any]] = (),
 ) -> None:
     """Add the flags of a dataclass, and of those that it holds, to ``parser``.
 
     Args:
         title: heading in the help; by default the class's ``TITLE``.
-        defaults: by field name, where this stage's default is another than the declared one.
+        defaults: by field name, where they are others than the declared ones or the class's own.
+        inherited: fields to leave out.
     """
-    hints = typing.get_type_hints(options)
-    heading = None
-    held = []
-    for field in dataclasses.fields(options):
+    defaults = {**getattr(options, "DEFAULTS", {}), **(defaults or {})}
+    fields = dataclasses.fields(options)
+    own = [each for each in fields if _FLAG in each.metadata and each not in inherited]
+    if own:
+        group = parser.add_argument_group(title or options.TITLE)  # type: ignore[attr-defined]
+        add_fields(group, options, own, defaults)
+    for field in fields:
         if _GROUP in field.metadata:
-            held.append(field.metadata[_GROUP])
-        elif _FLAG in field.metadata:
-            heading = heading or parser.add_argument_group(title or options.TITLE)  # type: ignore[attr-defined]
-            default = (defaults or {}).get(field.name, field.default)
-            _add_flag(heading, field, hints[field.name], default)
-    for each in held:
-        add(parser, each, defaults={**getattr(options, "DEFAULTS", {}), **(defaults or {})})
+            add(parser, field.metadata[_GROUP], defaults=defaults)
+
+
+def add_fields(
+    group: Any,
+    options: type,
+    fields: Sequence[dataclasses.Field[Any]],
+    defaults: Mapping[str, Any],
+) -> None:
+    """Add the flags of these fields of a dataclass to a group of arguments."""
+    hints = typing.get_type_hints(options)
+    for field in fields:
+        if _FLAG in field.metadata:
+            _add_flag(group, field, hints[field.name], defaults.get(field.name, field.default))
 
 
 def read(options: type, args: argparse.Namespace) -> dict[str, Any]:
-    """The values of a dataclass's flags by field name, each checked.
-
-    Raises:
-        UsageError: from a field's check.
-    """
+    """The values of a dataclass's flags by field name; UsageError from a field's check."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(options):
         if _GROUP in field.metadata:
@@ -117,10 +122,7 @@ def _add_flag(parser: Any, field: dataclasses.Field[Any], hint: Any, default: An
         kind = typing.get_args(kind)[0]
     if kind is Path:
         kind = _path_or_none
-    if typing.get_origin(kind) is not typing.Literal:
-        declared.setdefault("type", kind)
-    else:
-        declared.setdefault("choices", typing.get_args(kind))
+    declared.setdefault("type", kind)
     parser.add_argument(*names, dest=field.name, default=default, **declared)
 
 
@@ -131,7 +133,5 @@ def _path_or_none(text: str) -> Path | None:
 
 def _without_none(hint: Any) -> Any:
     """``X`` of ``X | None``."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
-        return kinds[0] if len(kinds) == 1 else hint
-    return hint
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    return kinds[0] if isinstance(hint, types.UnionType) and len(kinds) == 1 else hint

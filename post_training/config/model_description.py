@@ -9,9 +9,16 @@ from typing import Any
 from post_training.common.errors import UsageError
 from post_training.config.flags import spelled
 from post_training.config.options import StageOptions
-from post_training.models import architecture as model_architecture
-from post_training.models import families, parallel_check, tokenizer_files
-from post_training.models.architecture import MLA_FIELDS, REQUIRED, TRANSFORMER_FIELDS, Architecture
+from post_training.models import parallel_check, tokenizer_files
+from post_training.models.architecture import (
+    MLA_FIELDS,
+    REQUIRED,
+    TRANSFORMER_FIELDS,
+    Architecture,
+    same,
+    show,
+)
+from post_training.models.families import registry as families
 
 
 def architecture(
@@ -22,31 +29,34 @@ def architecture(
     """The model's architecture: from the checkpoint where there is one, else from the flags.
 
     A ``config.json`` or a manifest describes the weights, so its values are taken; a flag (the
-    conf) that contradicts it is an error. What flags leave unsaid is not a contradiction: confs of
-    Megatron-LM do not state everything (their Llama 3.2 conf leaves out the factor of its rotary
+    conf) that contradicts it is an error, unless it states the value that a pruned model had
+    before (``pruned_from`` of the manifest). What flags leave unsaid is not a contradiction: confs
+    of Megatron-LM do not state everything (their Llama 3.2 conf leaves out the factor of its rotary
     scaling).
 
-    Args:
-        options: what the flags state.
-        huggingface_config: content of the source's ``config.json``.
-        manifest: content of the Megatron checkpoint's ``run.json``.
-
-    Raises:
-        UsageError: all contradictions in one message, or the flags that are missing.
+    UsageError names all contradictions, or the flags that are missing.
     """
+    original: Mapping[str, Any] = {}
     if manifest is not None and manifest.get("architecture"):
-        return model_architecture.reconcile(options.stated, manifest, f"--load {options.load}")
-    if huggingface_config is None:
+        found = Architecture.from_json(manifest["architecture"])
+        if manifest.get("pruned_from"):
+            original = Architecture.from_json(manifest["pruned_from"]).resolved()
+        named, described = f"the checkpoint of --load {options.load}", "the checkpoint"
+        remedy = "name the conf of this model, or the checkpoint of this conf"
+    elif huggingface_config is not None:
+        found = families.from_huggingface(huggingface_config)
+        named, described = f"--pretrained-model-path {options.pretrained_model_path}", "config.json"
+        remedy = "name the conf of this model, or the folder of the conf's model"
+    else:
         return _from_flags(options)
-    found = families.from_huggingface(huggingface_config)
-    wrong = found.contradictions(options.stated)
+    wrong = [
+        each
+        for each in found.contradictions(options.stated)
+        if each.name not in original or not same(each.mine, original[each.name])
+    ]
     if wrong:
-        raise UsageError(
-            f"--pretrained-model-path {options.pretrained_model_path}",
-            f"it is not the model of the conf: "
-            f"{model_architecture.show(wrong, 'the conf', 'config.json')}",
-            "name the conf of this model, or the folder of the conf's model",
-        )
+        different = show(wrong, "the conf", described)
+        raise UsageError(named, f"it is not the model of the conf: {different}", remedy)
     return found
 
 

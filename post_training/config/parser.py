@@ -1,23 +1,25 @@
 """The parser behind every stage's command line: flags, help, and errors with nearest names.
 
-The common flags are listed here. Every field of megatron-core's configuration is a flag too
-(``flags.json``), under its own name in kebab case, as are Megatron-LM's other spellings
-(``spellings.py``); ``--help-all`` shows those. What the values mean together is in
-``arguments.py``. Nothing here imports torch.
+The common flags are listed here and in ``options.py``. Every field of megatron-core's configuration
+is a flag too (``transformer_fields.json``), under its own name in kebab case, as are Megatron-LM's
+other spellings (``megatron_spellings.py``); ``--help-all`` shows those. What the values mean
+together is in ``arguments.py``. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from post_training.common.errors import UsageError, nearest, suggest
-from post_training.config import megatron_spellings
-from post_training.config.flags import spelled as flag
+from post_training.common.errors import UsageError, suggest
+from post_training.config import flags, megatron_spellings
+from post_training.config.flags import spelled
+from post_training.config.options import StageOptions
 from post_training.models import transformer_fields
 from post_training.models.architecture import MODEL_TYPES, POSITION_EMBEDDINGS
 
@@ -49,50 +51,31 @@ class Parser(argparse.ArgumentParser):
     def split(self, words: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Parse ``words`` into (defaults of everything, values that were given), by name.
 
-        A flag that asks for help prints it and exits with code 0.
-
-        Raises:
-            UsageError: for an unknown flag, or a value that does not fit.
+        A flag that asks for help prints it and exits with code 0. UsageError for an unknown flag,
+        or a value that does not fit.
         """
         if {"-h", "--help", "--help-all"} & set(words):
             self.print_help()
             self.exit()
-        defaults: dict[str, Any] = {}
+        defaults = vars(self.parse_args([]))
         for action in self._actions:
-            value = action.default
-            if argparse.SUPPRESS not in (action.dest, value) and defaults.get(action.dest) is None:
-                # A default that is text is converted as a given value is.
-                convert = action.type if isinstance(value, str) else None
-                defaults[action.dest] = convert(value) if callable(convert) else value
             action.default = argparse.SUPPRESS
         given, unknown = self.parse_known_args(words)
+        mistaken = [word.split("=")[0] for word in unknown if word.startswith("-")]
+        if mistaken:
+            also = f" (so are {', '.join(mistaken[1:])})" if len(mistaken) > 1 else ""
+            remedy = suggest(mistaken[0], self.spelled()) or "`--help-all` lists every flag"
+            raise UsageError(mistaken[0], f"unknown flag{also}", remedy)
         if unknown:
-            self._refuse(unknown)
-        return defaults, vars(given)
-
-    def _refuse(self, unknown: Sequence[str]) -> NoReturn:
-        flags = [word.split("=")[0] for word in unknown if word.startswith("-")]
-        if not flags:
             raise UsageError(
                 f"argument {unknown[0]!r}",
                 "a value stands where a flag is expected",
                 "put the flag before it, and quote values with spaces",
             )
-        also = f" (so are {', '.join(flags[1:])})" if len(flags) > 1 else ""
-        found = nearest(flags[0], self.spelled())
-        raise UsageError(
-            flags[0],
-            f"unknown flag{also}",
-            f"Did you mean: {', '.join(found)}?" if found else "`--help-all` lists every flag",
-        )
+        return defaults, vars(given)
 
 
-def make_parser(
-    stage: str,
-    add_stage_arguments: Callable[[argparse.ArgumentParser], None],
-    show_all: bool,
-    description: str | None = None,
-) -> Parser:
+def make_parser(stage: str, options: type[StageOptions], show_all: bool) -> Parser:
     """The parser of ``stage``; ``show_all`` puts every flag into its help.
 
     The stage's own flags come first in the help, and replace common ones of the same name.
@@ -100,15 +83,15 @@ def make_parser(
     parser = Parser(
         prog=f"{stage}.py",
         usage=f"python {stage}.py [flags]",
-        description=description or getattr(sys.modules.get("__main__"), "__doc__", None),
+        description=getattr(sys.modules.get("__main__"), "__doc__", None),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         add_help=False,
     )
-    add_stage_arguments(parser)
+    flags.add(parser, options, stage, inherited=dataclasses.fields(StageOptions))
     _add_common(_Group(parser, "common flags", show=True))
     _add_model(_Group(parser, "the model (the conf sets these)", show_all))
-    _add_fields(_Group(parser, "all fields of TransformerConfig", show_all))
+    _add_transformer_fields(_Group(parser, "all fields of TransformerConfig", show_all))
     _add_spellings(_Group(parser, "Megatron-LM's spellings", show_all))
     return parser
 
@@ -121,7 +104,7 @@ class _Group:
         self.show = show
         self.taken = parser.spelled()
 
-    def add(self, *names: str, help: str, **options: Any) -> None:
+    def add_argument(self, *names: str, help: str, **options: Any) -> None:
         free = [name for name in names if name not in self.taken]
         if free:
             text = help if self.show else argparse.SUPPRESS
@@ -129,25 +112,12 @@ class _Group:
 
 
 def _add_common(group: _Group) -> None:
-    add = group.add
+    add = group.add_argument
     add("--help", "-h", action="store_true", help="show the common flags and exit")
     add("--help-all", action="store_true", help="show every flag and exit")
-    add("--check", action="store_true", help="check everything that needs no weights, and exit")
-    add("--dry-run", action="store_true", help="show model, parameters per rank, processes and "
-        "launch line, and exit; loads nothing, inputs may be missing")  # fmt: skip
-    add("--load", metavar="DIR", help="Megatron checkpoint to load")
-    add("--save", metavar="DIR", help="folder for the Megatron checkpoint")
-    add("--overwrite", action="store_true", help="replace an output that exists")
-    add("--pretrained-model-path", metavar="DIR", help="Hugging Face folder or hub name")
-    add("--tokenizer-model", metavar="DIR", help="tokenizer folder or hub name")
+    flags.add_fields(group, StageOptions, dataclasses.fields(StageOptions), {})
     add("--tokenizer-type", choices=["HuggingFaceTokenizer"], default="HuggingFaceTokenizer",
         help="the only type there is")  # fmt: skip
-    add("--trust-remote-code", action="store_true", help="run Python code that the model brings")
-    add("--seed", type=int, default=1234, metavar="N", help="default: %(default)s")
-    add("--distributed-timeout-minutes", type=int, default=10, metavar="N",
-        help="limit of a collective operation (default: %(default)s)")  # fmt: skip
-    add("--log-level", choices=["debug", "info", "warning", "error"], default="info",
-        help="default: %(default)s")  # fmt: skip
     add("--fp32", action="store_true", help="float32, whatever the conf says")
     add("--export-te-mcore-model", action="store_true", help="Transformer Engine layer spec")
     add("--export-default-te-spec", action="store_true", help="megatron-core's fused-norm spec")
@@ -156,7 +126,7 @@ def _add_common(group: _Group) -> None:
 
 
 def _add_model(group: _Group) -> None:
-    add = group.add
+    add = group.add_argument
     add("--vocab-size", type=int, metavar="N", help="rows of the embedding, before padding")
     add("--padded-vocab-size", type=int, metavar="N", help="rows of the embedding")
     add("--make-vocab-size-divisible-by", type=int, metavar="N",
@@ -178,8 +148,7 @@ class _Constants(argparse.Action):
     """A flag without a value that sets the fields of ``const``."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        for name, value in dict(self.const or {}).items():
-            setattr(namespace, name, value)
+        vars(namespace).update(self.const)
 
 
 class _Ignored(argparse.Action):
@@ -196,45 +165,38 @@ class _OneOrMore(argparse.Action):
         setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
 
 
-def _add_fields(group: _Group) -> None:
+def _add_transformer_fields(group: _Group) -> None:
     for name, entry in transformer_fields.load().items():
-        if flag(name) not in megatron_spellings.WITHOUT_MEANING:
-            _add_field(group, name, entry)
-
-
-def _add_field(group: _Group, name: str, entry: Mapping[str, Any]) -> None:
-    other = [alias for alias, target in megatron_spellings.ALIASES.items() if target == name]
-    other += entry.get("spellings", [])
-    kind, default = entry["type"], entry["default"]
-    text = entry["help"].replace("%", "%%")
-    if kind == "bool":
-        # Megatron-LM's other name of a field that is on by default switches it off.
-        on, off = [flag(name)], [flag("no-" + name)]
-        (off if default else on).extend(other)
-        group.add(*on, dest=name, action="store_true", default=default, help=text)
-        opposite = f"the opposite of {flag(name)}"
-        group.add(*off, dest=name, action="store_false", default=default, help=opposite)
-        return
-    options: dict[str, Any] = {"dest": name, "default": default}
-    if kind in ("words", "floats"):
-        options |= {"nargs": "+", "action": _OneOrMore, "metavar": "VALUE"}
-        options["type"] = float if kind == "floats" else str
-    elif kind in ("choice", "dtype"):
-        options |= {"choices": entry["choices"], "type": type(entry["choices"][0])}
-    else:
-        converters = {"int": int, "float": float, "numbers": numbers}
-        options |= {"type": converters.get(kind, str), "metavar": kind.upper()}
-    group.add(flag(name), *other, help=text, **options)
+        if spelled(name) in megatron_spellings.WITHOUT_MEANING:
+            continue
+        other = [alias for alias, target in megatron_spellings.ALIASES.items() if target == name]
+        other += entry.get("spellings", [])
+        kind, text = entry["type"], entry["help"].replace("%", "%%")
+        common = {"dest": name, "default": entry["default"]}
+        if kind == "bool":
+            # Megatron-LM's other name of a field that is on by default switches it off.
+            on, off = [spelled(name)], [spelled("no-" + name)]
+            (off if entry["default"] else on).extend(other)
+            group.add_argument(*on, action="store_true", help=text, **common)
+            opposite = f"the opposite of {spelled(name)}"
+            group.add_argument(*off, action="store_false", help=opposite, **common)
+            continue
+        options: dict[str, Any] = {"type": _TYPES.get(kind, str), "metavar": kind.upper()}
+        if kind in ("words", "floats"):
+            options |= {"nargs": "+", "action": _OneOrMore, "metavar": "VALUE"}
+        elif kind in ("choice", "dtype"):
+            options = {"choices": entry["choices"], "type": type(entry["choices"][0])}
+        group.add_argument(spelled(name), *other, help=text, **common, **options)
 
 
 def _add_spellings(group: _Group) -> None:
     for name, constants in megatron_spellings.CONSTANTS.items():
         shown = "sets " + ", ".join(f"{n} = {v}" for n, v in constants.items())
-        group.add(
+        group.add_argument(
             name, action=_Constants, nargs=0, const=constants, dest=argparse.SUPPRESS, help=shown
         )
     for name, count in megatron_spellings.WITHOUT_MEANING.items():
-        group.add(
+        group.add_argument(
             name,
             action=_Ignored,
             nargs=None if count == 1 else count,  # one value is nargs=None to argparse
@@ -251,30 +213,33 @@ def numbers(text: str) -> int | list[int]:
     read. Raises argparse.ArgumentTypeError for anything else.
     """
     try:
-        return _number_or_list(ast.parse(text.strip(), mode="eval").body)
+        node = ast.parse(text.strip(), mode="eval").body
+        is_list = isinstance(node, ast.List | ast.Tuple | ast.BinOp)
+        return _list(node) if is_list else _number(node)
     except (SyntaxError, ValueError) as error:
         raise argparse.ArgumentTypeError(
             f"{text!r} is neither a number nor a list such as 127,0 or [0]*3+[1]*58"
         ) from error
 
 
-def _number_or_list(node: ast.expr) -> int | list[int]:
-    if isinstance(node, ast.Constant) and type(node.value) is int:
-        return node.value
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        operand = _number_or_list(node.operand)
-        if isinstance(operand, int):
-            return -operand
-    if isinstance(node, ast.List | ast.Tuple):
-        items = [_number_or_list(item) for item in node.elts]
-        if all(isinstance(item, int) for item in items):
-            return [item for item in items if isinstance(item, int)]
-    if isinstance(node, ast.BinOp):
-        left, right = _number_or_list(node.left), _number_or_list(node.right)
-        if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
-            return left + right
-        if isinstance(node.op, ast.Mult) and isinstance(left, list) and isinstance(right, int):
-            if len(left) * right > 4096:
-                raise ValueError("too long")
-            return left * right
-    raise ValueError("not a number or list")
+def _number(node: ast.expr) -> int:
+    value = ast.literal_eval(node)
+    if type(value) is not int:
+        raise ValueError("not a whole number")
+    return value
+
+
+def _list(node: ast.expr) -> list[int]:
+    match node:
+        case ast.List(elts=items) | ast.Tuple(elts=items):
+            return [_number(item) for item in items]
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return _list(left) + _list(right)
+        case ast.BinOp(left=left, op=ast.Mult(), right=right):
+            numbers, times = _list(left), _number(right)
+            if len(numbers) * times <= 4096:
+                return numbers * times
+    raise ValueError("not a list of whole numbers")
+
+
+_TYPES = {"int": int, "float": float, "floats": float, "numbers": numbers}

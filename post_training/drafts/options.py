@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from post_training.checkpoints import folders
+from post_training.checkpoints.source import checkpoint_folder
 from post_training.common import manifest
 from post_training.common.errors import UsageError
 from post_training.config.checks import at_least
@@ -169,7 +169,7 @@ def trained(
         UsageError: if there is none, flags contradict it, or it was made for another target.
     """
     option = f"--draft-model-path {location}"
-    folders.checkpoint_folder(Path(location), "--draft-model-path")
+    checkpoint_folder(Path(location), "--draft-model-path")
     content = manifest.read(Path(location)) or {}
     if not content.get("draft"):
         raise UsageError(option, "its run.json records no draft", "name what eagle3.sh saved")

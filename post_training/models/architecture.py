@@ -1,9 +1,8 @@
 """What a model is: the values that decide its tensors and its forward pass.
 
-An :class:`Architecture` comes from flags (``arguments.architecture``), from the manifest of a
-checkpoint (:meth:`Architecture.from_json`) or from a Hugging Face ``config.json``
-(``families.from_huggingface``). It is plain JSON and says nothing about how the model is run:
-parallel sizes, precision and kernels are elsewhere. Nothing here imports torch.
+An :class:`Architecture` comes from flags, from the manifest of a checkpoint or from a Hugging Face
+``config.json`` (``config/model_description.py``). It is plain JSON and says nothing about how the
+model is run: parallel sizes, precision and kernels are elsewhere. No torch.
 """
 
 from __future__ import annotations
@@ -106,42 +105,32 @@ class Architecture:
         default = "mla_default" if self.multi_latent_attention else "default"
         values = {n: table[n].get(default, table[n]["default"]) for n in sorted(names)}
         values |= self.transformer
-        heads, hidden = values["num_attention_heads"], values["hidden_size"]
-        if values["num_query_groups"] is None:
-            values["num_query_groups"] = heads
-        if values["kv_channels"] is None and heads:
-            values["kv_channels"] = hidden // heads
-        if values["ffn_hidden_size"] is None:
-            values["ffn_hidden_size"] = 4 * hidden
+        hidden, heads = values["hidden_size"], values["num_attention_heads"]
+        derived = {
+            "num_query_groups": heads,
+            "kv_channels": hidden // heads if heads else None,
+            "ffn_hidden_size": 4 * hidden,
+        }
+        values |= {name: value for name, value in derived.items() if values[name] is None}
         if values["num_moe_experts"] and values["moe_ffn_hidden_size"] is None:
             values["moe_ffn_hidden_size"] = values["ffn_hidden_size"]
         return values | {n: getattr(self, n) for n in OWN_FIELDS}
 
     def differences(self, other: Architecture) -> list[Difference]:
-        """The values in which the two models differ, by name; empty for the same model.
+        """The values in which the two models differ, by name.
 
-        Values that influence neither model are not compared: the maximum length of a model with
-        rotary positions, rotary values of a model without, and the name of the Hugging Face
+        Values that influence neither are not compared, nor is the name of the Hugging Face
         architecture if one side does not know it.
         """
         mine, theirs = self.resolved(), other.resolved()
         skipped = self.irrelevant() & other.irrelevant()
         if None in (self.huggingface_architecture, other.huggingface_architecture):
             skipped |= {"huggingface_architecture"}
-        return [
-            Difference(name, mine.get(name), theirs.get(name))
-            for name in sorted(mine.keys() | theirs.keys())
-            if name not in skipped and not same(mine.get(name), theirs.get(name))
-        ]
+        return _differing(mine, theirs, (mine.keys() | theirs.keys()) - skipped)
 
     def contradictions(self, stated: Mapping[str, Any]) -> list[Difference]:
         """The values of ``stated`` (flat, by name) that this architecture does not have."""
-        values, skipped = self.resolved(), self.irrelevant()
-        return [
-            Difference(name, value, values.get(name))
-            for name, value in sorted(stated.items())
-            if name not in skipped and not same(value, values.get(name))
-        ]
+        return _differing(stated, self.resolved(), stated.keys() - self.irrelevant())
 
     def irrelevant(self) -> set[str]:
         """Names whose values do not influence this model."""
@@ -161,18 +150,13 @@ class Architecture:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Architecture:
-        """The architecture that a manifest holds.
-
-        Raises:
-            UsageError: if a value is missing, or one is there that this version does not know.
-        """
-        known = {f.name: f for f in dataclasses.fields(cls)}
-        missing = sorted(
-            n for n, f in known.items() if f.default is dataclasses.MISSING and n not in content
-        )
+        """The architecture that a manifest holds; UsageError for missing or unknown values."""
+        fields = dataclasses.fields(cls)
+        required = {each.name for each in fields if each.default is dataclasses.MISSING}
+        missing = sorted(required - content.keys())
         unknown = sorted(
-            (set(content) - set(known))
-            | (set(content.get("transformer", {})) - TRANSFORMER_FIELDS - MLA_FIELDS)
+            (content.keys() - {each.name for each in fields})
+            | (content.get("transformer", {}).keys() - TRANSFORMER_FIELDS - MLA_FIELDS)
         )
         if missing or unknown:
             raise UsageError(
@@ -186,14 +170,19 @@ class Architecture:
 OWN_FIELDS = tuple(f.name for f in dataclasses.fields(Architecture) if f.name != "transformer")
 
 
+def _differing(
+    mine: Mapping[str, Any], theirs: Mapping[str, Any], names: Iterable[str]
+) -> list[Difference]:
+    values = (Difference(name, mine.get(name), theirs.get(name)) for name in sorted(names))
+    return [each for each in values if not same(each.mine, each.theirs)]
+
+
 def same(a: Any, b: Any) -> bool:
     """Equality of JSON values; floats to 1e-9 relative, so that 1e-6 read twice is the same."""
-    if isinstance(a, bool) or isinstance(b, bool):
-        return a is b or a == b
     if isinstance(a, int | float) and isinstance(b, int | float):
         return math.isclose(a, b, rel_tol=1e-9)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+        return list(a) == list(b)
     return bool(a == b)
 
 
@@ -202,38 +191,3 @@ def show(differences: Iterable[Difference], mine: str, theirs: str) -> str:
     return "; ".join(
         f"{d.name} is {d.mine!r} in {mine} and {d.theirs!r} in {theirs}" for d in differences
     )
-
-
-def reconcile(
-    stated: Architecture | Mapping[str, Any], manifest: Mapping[str, Any], source: str = "run.json"
-) -> Architecture:
-    """The architecture of a checkpoint, checked against what the conf states about it.
-
-    ``manifest`` is the content of the checkpoint's ``run.json``: its ``architecture`` and, for a
-    pruned model, the original's under ``pruned_from``. A conf may state the original's value; the
-    checkpoint's is taken. Any other contradiction is an error.
-
-    Args:
-        stated: values by flat name, as ``arguments.stated`` gives them, or an Architecture.
-        manifest: content of a ``run.json``.
-        source: what to call the manifest in a message.
-    """
-    found = Architecture.from_json(manifest["architecture"])
-    values = stated.resolved() if isinstance(stated, Architecture) else dict(stated)
-    if isinstance(stated, Architecture) and stated.huggingface_architecture is None:
-        values.pop("huggingface_architecture")
-    original = None
-    if manifest.get("pruned_from"):
-        original = Architecture.from_json(manifest["pruned_from"]).resolved()
-    wrong = [
-        d
-        for d in found.contradictions(values)
-        if original is None or not same(d.mine, original.get(d.name))
-    ]
-    if wrong:
-        raise UsageError(
-            f"the checkpoint of {source}",
-            f"it is not the model of the conf: {show(wrong, 'the conf', 'the checkpoint')}",
-            "name the conf of this model, or the checkpoint of this conf",
-        )
-    return found

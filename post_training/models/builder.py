@@ -1,4 +1,4 @@
-"""From an :class:`~post_training.models.architecture.Architecture` to a megatron-core model.
+"""From an architecture to a megatron-core model.
 
 The only place that chooses the model class and the layer spec. Weights are not initialized: every
 stage loads them.
@@ -7,13 +7,13 @@ stage loads them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from post_training.common.errors import UsageError
-from post_training.models import families
 from post_training.models.architecture import Architecture
+from post_training.models.families import registry as families
 from post_training.models.transformer_fields import DTYPES
 
 if TYPE_CHECKING:
@@ -34,8 +34,6 @@ class BuildOptions:
         local_attention: mcore's own attention in place of Transformer Engine's.
         meta_device: build on the meta device and materialize afterwards.
         sequence_parallel: split activations over the tensor-parallel ranks between linears.
-        first_stage_layers, last_stage_layers: layers on the first and last pipeline stage, when
-            the split is uneven.
         overrides: further fields of mcore's configuration that say how the model is run.
     """
 
@@ -45,25 +43,18 @@ class BuildOptions:
     local_attention: bool = False
     meta_device: bool = False
     sequence_parallel: bool = False
-    first_stage_layers: int | None = None
-    last_stage_layers: int | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
 def transformer_config(architecture: Architecture, options: BuildOptions) -> TransformerConfig:
     """The mcore configuration for the parallel sizes of the groups that are initialised.
 
-    Raises:
-        UsageError: if mcore refuses the combination; its own reason is quoted.
+    UsageError if mcore refuses the combination; its own reason is quoted.
     """
     import torch
     from megatron.core import parallel_state
     from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
-    config_class = TransformerConfig
-    if architecture.transformer.get("multi_latent_attention"):
-        config_class = MLATransformerConfig
-    on_cpu = not torch.cuda.is_available()
     run_time = {
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
@@ -71,15 +62,13 @@ def transformer_config(architecture: Architecture, options: BuildOptions) -> Tra
         "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
         "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size(),
         "sequence_parallel": options.sequence_parallel,
-        "num_layers_in_first_pipeline_stage": options.first_stage_layers,
-        "num_layers_in_last_pipeline_stage": options.last_stage_layers,
         "bf16": options.dtype == "bf16",
         "fp16": options.dtype == "fp16",
         "params_dtype": torch_dtype(options.dtype),
         "pipeline_dtype": torch_dtype(options.dtype),
         # Weights come from a checkpoint: initialising them would only cost time.
         "perform_initialization": False,
-        "use_cpu_initialization": on_cpu or options.meta_device,
+        "use_cpu_initialization": options.meta_device or not torch.cuda.is_available(),
         # Fused kernels that need Apex or Transformer Engine; not worth it for evaluation.
         "gradient_accumulation_fusion": False,
         "bias_activation_fusion": False,
@@ -87,26 +76,18 @@ def transformer_config(architecture: Architecture, options: BuildOptions) -> Tra
         "apply_rope_fusion": False,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        **{name: _python_value(name, value) for name, value in options.overrides.items()},
+        **options.overrides,
     }
-    if config_class is MLATransformerConfig:
+    config_class = TransformerConfig
+    if architecture.multi_latent_attention:
+        config_class = MLATransformerConfig
         # With multi-latent attention the layers make their own rotary embedding.
         run_time["rotary_base"] = architecture.rotary_base
         run_time["rotary_percent"] = architecture.rotary_percent
-    known = {each.name for each in fields(config_class)}
-    architectural = {
-        name: _python_value(name, value) for name, value in architecture.transformer.items()
-    }
-    unknown = sorted(set(architectural) - known)
-    if unknown:
-        raise UsageError(
-            f"architecture fields {', '.join(unknown)}",
-            f"{config_class.__name__} of the installed megatron-core has none of these names",
-            "use the megatron-core version that requirements.txt names",
-        )
+    values = {**architecture.transformer, **run_time}
     try:
-        return config_class(**{**architectural, **run_time})
-    except (AssertionError, ValueError) as error:
+        return config_class(**{name: _python_value(name, value) for name, value in values.items()})
+    except (AssertionError, TypeError, ValueError) as error:
         raise UsageError(
             "the model configuration", f"megatron-core refuses it: {error}", "change those values"
         ) from error
@@ -117,10 +98,7 @@ def build(
 ) -> MegatronModule:
     """This rank's part of the model, on its device, in evaluation mode, weights uninitialized.
 
-    Args:
-        architecture: what it is.
-        options: how it is run.
-        layers: False leaves the decoder's layers out, for training from stored features.
+    ``layers=False`` leaves the decoder's layers out, for training from stored features.
     """
     import torch
 
@@ -150,36 +128,22 @@ def torch_dtype(name: str) -> torch.dtype:
 
 def count_parameters(model: MegatronModule) -> int:
     """Parameters of the whole model over all ranks; a replicated or tied one counts once."""
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import (
+        ShardedTensor,
+        ShardedTensorFactory,
+        is_main_replica,
+    )
 
     from post_training.distributed.collectives import from_all_ranks
 
-    names = {name for name, _ in model.named_parameters()}
+    sizes = {id(p): p.numel() for n, p in model.named_parameters() if "quantizer" not in n}
     count = 0
-    seen = set()
-    for name, entry in _flatten(model.sharded_state_dict()):
-        if not isinstance(entry, (ShardedTensor, ShardedTensorFactory)):
-            continue
-        replica = entry.replica_id
-        is_main = not any(replica) if isinstance(replica, tuple) else replica == 0
-        if not is_main or "quantizer" in name or id(entry.data) in seen:
-            continue
-        if name in names or isinstance(entry, ShardedTensorFactory) or _is_norm_alias(name):
-            seen.add(id(entry.data))
-            count += entry.data.numel()
+    for entry in nested_values(model.sharded_state_dict()):
+        sharded = isinstance(entry, (ShardedTensor, ShardedTensorFactory))
+        if sharded and is_main_replica(entry.replica_id):
+            count += sizes.pop(id(entry.data), 0)
     return sum(from_all_ranks(count))
-
-
-def _is_norm_alias(name: str) -> bool:
-    return name.endswith("layer_norm_weight") or name.endswith("layer_norm_bias")
-
-
-def _flatten(state: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(state, dict):
-        for name, entry in state.items():
-            yield from _flatten(entry, str(name))
-    else:
-        yield prefix, state
 
 
 def _gpt_model(
@@ -212,24 +176,16 @@ _MODEL_TYPES = {"GPTModel": _gpt_model}
 
 def _layer_spec(config: TransformerConfig, options: BuildOptions) -> Any:
     if options.layer_spec == "transformer_engine":
-        from megatron.core.models.gpt.gpt_layer_specs import (
-            get_gpt_decoder_block_spec,
-            get_gpt_layer_with_transformer_engine_spec,
-        )
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-        if config.num_moe_experts:
-            return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
-        return get_gpt_layer_with_transformer_engine_spec(
-            qk_layernorm=config.qk_layernorm,
-            multi_latent_attention=config.multi_latent_attention,
-        )
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
     from megatron.core.post_training.modelopt.gpt.model_specs import get_gpt_modelopt_spec
 
     return get_gpt_modelopt_spec(
         config,
         local_core_attention=options.local_attention,
         remap_te_layernorm=options.transformer_engine_keys,
-        qk_l2_norm=getattr(config, "qk_l2_norm", False),
+        qk_l2_norm=config.qk_l2_norm,
     )
 
 
@@ -237,54 +193,33 @@ def _materialize(model: torch.nn.Module) -> None:
     """Allocate every meta tensor on this rank's device, uninitialized.
 
     Attributes that mcore puts on parameters (``tensor_model_parallel`` and so on) are kept, which
-    ``Module.to_empty`` would drop. Tied parameters stay tied.
+    ``Module.to_empty`` would drop.
     """
     import torch
 
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-    made: dict[int, torch.nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if id(parameter) not in made:
-                new = torch.nn.Parameter(
-                    parameter.data.new_empty(parameter.shape, device=device)
-                    if parameter.is_meta
-                    else parameter.data.to(device),
-                    requires_grad=parameter.requires_grad,
-                )
-                new.__dict__.update(parameter.__dict__)
-                made[id(parameter)] = new
-            module.register_parameter(name, made[id(parameter)])
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            new_buffer = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer
-            setattr(module, name, new_buffer.to(device))
+    attributes = {name: vars(parameter) for name, parameter in model.named_parameters()}
+    model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
+    for name, parameter in model.named_parameters():
+        vars(parameter).update(attributes[name])
 
 
 def _python_value(name: str, value: Any) -> Any:
     """The Python object for a value as the command line or a manifest gives it."""
-    if name == "activation_func" and isinstance(value, str):
+    if not isinstance(value, str):
+        return value
+    if name == "activation_func":
         import torch.nn.functional as functional
-        from megatron.core.activations import fast_gelu, quick_gelu, squared_relu
+        from megatron.core import activations
 
-        known = {
-            "silu": functional.silu,
-            "gelu": functional.gelu,
-            "relu": functional.relu,
-            "quick_gelu": quick_gelu,
-            "fast_gelu": fast_gelu,
-            "squared_relu": squared_relu,
-        }
-        if value not in known:
-            raise UsageError(
-                f"activation_func {value}", "it has no megatron-core function", f"use {list(known)}"
-            )
-        return known[value]
-    if isinstance(value, str) and name.endswith("dtype") and value in DTYPES:
-        return torch_dtype(value)
+        # megatron-core's own: fast_gelu, quick_gelu, squared_relu.
+        return getattr(activations, value, None) or getattr(functional, value)
     if name == "attention_backend":
         from megatron.core.transformer.enums import AttnBackend
 
         return AttnBackend[value]
+    if name.endswith("dtype") and value in DTYPES:
+        return torch_dtype(value)
     return value

@@ -32,11 +32,7 @@ def check(architecture: Architecture, parallel: Parallel) -> None:
 
 
 def layers_per_stage(layers: int, parallel: Parallel) -> list[int]:
-    """Layers of each pipeline stage, first to last.
-
-    Raises:
-        UsageError: if a stage would not get a whole number of layers, at least one.
-    """
+    """Layers of each pipeline stage, first to last; UsageError if one would get a part or none."""
     stages, first, last = parallel.pipeline, parallel.first_layers, parallel.last_layers
     if stages == 1:
         if first not in (None, layers) or last not in (None, layers):
@@ -46,11 +42,11 @@ def layers_per_stage(layers: int, parallel: Parallel) -> list[int]:
                 "leave them out, or set PP",
             )
         return [layers]
-    fixed = [n for n in (first, last) if n is not None]
+    before, after = [[] if n is None else [n] for n in (first, last)]
+    fixed = before + after
     middle, rest = stages - len(fixed), layers - sum(fixed)
-    if middle == 0 and rest == 0 and min(fixed) > 0:
-        return fixed
-    if middle == 0 or rest % middle or rest // middle < 1 or min(fixed, default=1) < 1:
+    found = before + [rest // middle] * middle + after if middle else fixed
+    if min(found) < 1 or sum(found) != layers:
         detail = f" ({first or 'even'} first, {last or 'even'} last)" if fixed else ""
         raise UsageError(
             f"PP={stages}",
@@ -59,8 +55,7 @@ def layers_per_stage(layers: int, parallel: Parallel) -> list[int]:
             "choose a PP that divides the layers, or set the layers of the first and last stage "
             "with --decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers",
         )
-    even = [rest // middle] * middle
-    return ([first] if first is not None else []) + even + ([last] if last is not None else [])
+    return found
 
 
 def _divides(name: str, size: int, counts: dict[str, int | None]) -> None:

@@ -8,7 +8,7 @@ compare the counts with built models.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
 from typing import Any
 
 from post_training.common.errors import UsageError
@@ -23,30 +23,17 @@ _UNKNOWN = (
 ).split()
 
 
-@dataclass(frozen=True)
-class PipelineStage:
-    """A pipeline stage: its layers, and the parameters on each of its ranks."""
-
-    layers: int
-    parameters: int
-
-
 def total(architecture: Architecture) -> int:
-    """Parameters of the whole model; tied embeddings count once.
-
-    Raises:
-        UsageError: if the model has a part that is not counted here, by name.
-    """
-    return per_stage(architecture, Parallel())[0].parameters
+    """Parameters of the whole model; tied embeddings count once. Fails as :func:`per_stage`."""
+    ((_, parameters),) = per_stage(architecture, Parallel())
+    return parameters
 
 
-def per_stage(architecture: Architecture, parallel: Parallel) -> list[PipelineStage]:
-    """The pipeline stages, first to last; all ranks of a stage hold equally many parameters.
+def per_stage(architecture: Architecture, parallel: Parallel) -> list[tuple[int, int]]:
+    """The layers of each pipeline stage, first to last, and the parameters on each of its ranks.
 
     Tied embeddings count on the first and on the last stage, as megatron-core allocates them.
-
-    Raises:
-        UsageError: as :func:`total`, or if the layers cannot be spread over the stages.
+    UsageError names parts that are not counted here, or layers that cannot be spread evenly.
     """
     values = architecture.resolved()
     unknown = [name for name in _UNKNOWN if values[name]]
@@ -56,28 +43,25 @@ def per_stage(architecture: Architecture, parallel: Parallel) -> list[PipelineSt
             "parameters of such a model are not counted yet",
             "leave --dry-run out, or take a model without it",
         )
-    pattern = moe_layers(values)
     stages = layers_per_stage(values["num_layers"], parallel)
-    dense = _attention(values, parallel) + _mlp(values, parallel)
-    sparse = dense
-    if any(pattern):
-        sparse = _attention(values, parallel) + _experts(values, parallel)
+    norm = _norm(values, values["hidden_size"])
+    attention = _attention(values, parallel.tensor) + norm
+    dense = attention + _mlp(values, values["ffn_hidden_size"], parallel.tensor)
+    has_experts = moe_layers(values)
+    sparse = attention + _experts(values, parallel) if any(has_experts) else 0
+    pattern = iter(has_experts)
+    counts = [
+        sum(sparse if moe else dense for moe in itertools.islice(pattern, layers))
+        for layers in stages
+    ]
     embedding = values["vocab_size"] * values["hidden_size"] // parallel.tensor
-    found, first = [], 0
-    for index, layers in enumerate(stages):
-        count = sum(sparse if moe else dense for moe in pattern[first : first + layers])
-        first += layers
-        is_first, is_last = index == 0, index == len(stages) - 1
-        if is_first:
-            count += embedding
-            if values["position_embedding_type"] == "learned_absolute":
-                count += values["max_position_embeddings"] * values["hidden_size"]
-        if is_last:
-            count += _norm(values, values["hidden_size"])
-            tied_here = values["share_embeddings_and_output_weights"] and is_first
-            count += 0 if tied_here else embedding
-        found.append(PipelineStage(layers, count))
-    return found
+    counts[0] += embedding
+    if values["position_embedding_type"] == "learned_absolute":
+        counts[0] += values["max_position_embeddings"] * values["hidden_size"]
+    counts[-1] += norm
+    if len(stages) > 1 or not values["share_embeddings_and_output_weights"]:
+        counts[-1] += embedding
+    return list(zip(stages, counts, strict=True))
 
 
 def moe_layers(values: dict[str, Any]) -> list[bool]:
@@ -100,66 +84,57 @@ def _norm(values: dict[str, Any], size: int) -> int:
     return size * (2 if values["normalization"] == "LayerNorm" else 1)
 
 
-def _attention(values: dict[str, Any], parallel: Parallel) -> int:
-    """Attention of a layer with the norm before it, on one rank."""
+def _column(inputs: int, outputs: int, ranks: int, bias: bool = False) -> int:
+    """A linear layer whose outputs, and their bias, are divided over ranks."""
+    return (inputs * outputs + (outputs if bias else 0)) // ranks
+
+
+def _row(inputs: int, outputs: int, ranks: int, bias: bool) -> int:
+    """A linear layer whose inputs are divided over ranks; each has the whole bias."""
+    return inputs * outputs // ranks + (outputs if bias else 0)
+
+
+def _attention(values: dict[str, Any], ranks: int) -> int:
+    """Attention of a layer with the norm before it."""
     hidden, heads = values["hidden_size"], values["num_attention_heads"]
-    bias = hidden if values["add_bias_linear"] else 0
-    count = _norm(values, hidden) + bias
+    bias = values["add_bias_linear"]
+    count = _norm(values, hidden)
     if values["softmax_type"] == "learnable":
-        count += heads // parallel.tensor
+        count += heads // ranks
     if values["multi_latent_attention"]:
-        return count + _latent_attention(values, parallel)
+        return count + _latent_attention(values, ranks)
     size, groups = values["kv_channels"], values["num_query_groups"]
     queries = heads * size * (2 if values["attention_output_gate"] else 1)
-    keys_and_values = 2 * groups * size
-    split = hidden * (queries + keys_and_values) + heads * size * hidden
-    if values["add_bias_linear"] or values["add_qkv_bias"]:
-        split += queries + keys_and_values
     if values["qk_layernorm"] and not values["qk_l2_norm"]:
         count += 2 * _norm(values, size)
-    return count + split // parallel.tensor
+    count += _column(hidden, queries + 2 * groups * size, ranks, bias or values["add_qkv_bias"])
+    return count + _row(heads * size, hidden, ranks, bias)
 
 
-def _latent_attention(values: dict[str, Any], parallel: Parallel) -> int:
-    """Multi-latent attention without its input norm and output bias, on one rank."""
+def _latent_attention(values: dict[str, Any], ranks: int) -> int:
+    """Multi-latent attention without its input norm; the down projections are not divided."""
     hidden, heads = values["hidden_size"], values["num_attention_heads"]
-    query = values["qk_head_dim"] + values["qk_pos_emb_head_dim"]
+    key, position = values["qk_head_dim"], values["qk_pos_emb_head_dim"]
+    value = values["v_head_dim"]
     rank, query_rank = values["kv_lora_rank"], values["q_lora_rank"]
-    whole = hidden * (rank + values["qk_pos_emb_head_dim"]) + _norm(values, rank)
-    split = rank * heads * (values["qk_head_dim"] + values["v_head_dim"])
-    split += heads * values["v_head_dim"] * hidden
+    count = hidden * (rank + position) + _norm(values, rank)
+    count += _column(rank, heads * (key + value), ranks)
+    count += _row(heads * value, hidden, ranks, values["add_bias_linear"])
     if query_rank:
-        whole += hidden * query_rank + _norm(values, query_rank)
-        split += query_rank * heads * query
-    else:
-        split += hidden * heads * query
-    return whole + split // parallel.tensor
-
-
-def _mlp(values: dict[str, Any], parallel: Parallel) -> int:
-    """A dense MLP with the norm before it, on one rank."""
-    split, whole = _feed_forward(values, values["ffn_hidden_size"])
-    return _norm(values, values["hidden_size"]) + whole + split // parallel.tensor
+        count += hidden * query_rank + _norm(values, query_rank)
+    return count + _column(query_rank or hidden, heads * (key + position), ranks)
 
 
 def _experts(values: dict[str, Any], parallel: Parallel) -> int:
-    """Router, this rank's experts and the shared expert, with the norm before them."""
-    hidden = values["hidden_size"]
-    split, whole = _feed_forward(values, values["moe_ffn_hidden_size"])
-    each = whole + split // parallel.expert_tensor
-    router = values["num_moe_experts"] * (hidden + (1 if values["add_bias_linear"] else 0))
-    count = _norm(values, hidden) + router
-    count += values["num_moe_experts"] // parallel.expert * each
+    """Router, this rank's experts and the shared expert."""
+    count = values["num_moe_experts"] * (values["hidden_size"] + bool(values["add_bias_linear"]))
+    expert = _mlp(values, values["moe_ffn_hidden_size"], parallel.expert_tensor)
+    count += values["num_moe_experts"] // parallel.expert * expert
     shared = values["moe_shared_expert_intermediate_size"]
-    if shared:
-        split, whole = _feed_forward(values, shared)
-        count += whole + split // parallel.tensor
-    return count
+    return count + (_mlp(values, shared, parallel.tensor) if shared else 0)
 
 
-def _feed_forward(values: dict[str, Any], inner: int) -> tuple[int, int]:
-    """Parameters of two linear layers: those split over ranks, and the replicated ones."""
-    hidden = values["hidden_size"]
+def _mlp(values: dict[str, Any], inner: int, ranks: int) -> int:
+    hidden, bias = values["hidden_size"], values["add_bias_linear"]
     rows = inner * (2 if values["gated_linear_unit"] else 1)
-    biased = values["add_bias_linear"]
-    return rows * hidden + inner * hidden + (rows if biased else 0), hidden if biased else 0
+    return _column(hidden, rows, ranks, bias) + _row(inner, hidden, ranks, bias)

@@ -25,7 +25,7 @@ def parse(*words: str) -> StageOptions:
 
 def values(*words: str) -> dict[str, Any]:
     """The values of all flags, given or not, by name."""
-    defaults, given = make_parser("convert", lambda parser: None, show_all=False).split(words)
+    defaults, given = make_parser("convert", StageOptions, show_all=False).split(words)
     return {**defaults, **given}
 
 

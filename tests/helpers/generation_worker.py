@@ -171,7 +171,7 @@ def main() -> None:
     output, *words = sys.argv[1:]
     given = arguments.parse("worker", StageOptions, words)
     with open_session(given) as session:
-        options = BuildOptions(dtype=given.precision, local_attention=given.local_attention)
+        options = BuildOptions(dtype=given.precision, local_attention=given.build.local_attention)
         found: dict[str, Any] = {}
         for name in MODELS:
             model = build(architecture(name), options)

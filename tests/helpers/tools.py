@@ -16,7 +16,7 @@ import warm
 
 from benchmarks.random_model import CHAT_TEMPLATE, byte_tokenizer
 from post_training.common import files, manifest
-from post_training.models import families
+from post_training.models.families import registry as families
 
 ROOT = Path(__file__).resolve().parents[2]
 # Parallel layouts: processes and flags. The tiny models have six layers, so 4 + 2 is uneven.

@@ -12,7 +12,7 @@ from post_training.common import manifest
 from post_training.common.errors import UsageError
 from post_training.drafts.eagle3 import draft
 from post_training.drafts.eagle3.draft import Draft
-from post_training.models.families import from_huggingface
+from post_training.models.families.registry import from_huggingface
 
 QWEN3 = tools.FAMILIES["qwen3"].tiny_config()
 LLAMA3 = tools.FAMILIES["llama3"].tiny_config()

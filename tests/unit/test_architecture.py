@@ -10,8 +10,8 @@ from confs import conf_flags, parse
 
 from post_training.common.errors import UsageError
 from post_training.config import model_description
-from post_training.models.architecture import Architecture, reconcile
-from post_training.models.families import from_huggingface
+from post_training.models.architecture import Architecture
+from post_training.models.families.registry import from_huggingface
 
 LLAMA3_SCALING = {
     "rope_type": "llama3",
@@ -315,6 +315,7 @@ def test_a_conf_of_another_model_is_refused_with_both_values():
     assert "--load /work/x" in text
     assert "num_layers is 36 in the conf and 24 in the checkpoint" in text
     assert "hidden_size is 4096 in the conf and 1024 in the checkpoint" in text
+    args = parse(*conf_flags("Qwen/Qwen3-0.6B"))
     unpruned = {"architecture": pruned()["architecture"]}
     with pytest.raises(UsageError, match="num_layers is 28 in the conf and 24"):
-        reconcile(from_huggingface(QWEN3), unpruned)
+        model_description.architecture(args, manifest=unpruned)

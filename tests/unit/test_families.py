@@ -11,9 +11,9 @@ import json
 import pytest
 
 from post_training.common.errors import UsageError
-from post_training.models import families, parameter_count
+from post_training.models import parameter_count
 from post_training.models.architecture import Architecture
-from post_training.models.families import registry
+from post_training.models.families import registry as families
 
 FAMILIES = {family.name: family for family in families.FAMILIES.values()}
 
@@ -98,10 +98,10 @@ def test_quantized_weights_are_refused(family):
 def test_a_hub_models_flags_are_refused_only_where_no_family_has_such_parts(family):
     assert families.unconvertible({}) is None
     known = {part for each in FAMILIES.values() for part in each.parts}
-    for part in registry.PARTS.keys() - known:
-        reason = families.unconvertible({registry.PARTS[part][0]: 8})
+    for part in families.PARTS.keys() - known:
+        reason = families.unconvertible({families.PARTS[part][0]: 8})
         assert reason is not None
         assert part in reason
         assert family.architecture in reason
     for part in family.parts:
-        assert families.unconvertible({registry.PARTS[part][0]: 8}) is None
+        assert families.unconvertible({families.PARTS[part][0]: 8}) is None

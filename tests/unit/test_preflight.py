@@ -18,7 +18,7 @@ import pytest
 import speed
 from model_folders import CONFIG, write_checkpoint, write_model
 
-from post_training.checkpoints import folders
+from post_training.checkpoints.source import checkpoint_folder
 from post_training.common import inputs, outputs
 from post_training.common.errors import UsageError
 from post_training.config import arguments, checks
@@ -373,8 +373,8 @@ def test_an_existing_path_is_never_a_hub_name(tmp_path, monkeypatch):
 
 def test_a_checkpoints_iteration_can_be_named_directly(tmp_path):
     folder = write_checkpoint(tmp_path / "m")
-    assert folders.checkpoint_folder(folder) == folder / "release"
-    assert folders.checkpoint_folder(folder / "release") == folder / "release"
+    assert checkpoint_folder(folder) == folder / "release"
+    assert checkpoint_folder(folder / "release") == folder / "release"
 
 
 @pytest.mark.parametrize(

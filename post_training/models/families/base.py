@@ -103,11 +103,7 @@ class Family:
     per_layer_keys: tuple[str, ...] = ("layer_types", "mlp_layer_types", "no_rope_layers")
 
     def read(self, config: Mapping[str, Any]) -> Architecture:
-        """The architecture that the content of a ``config.json`` describes.
-
-        Raises:
-            UsageError: for a value that megatron-core cannot represent, by name.
-        """
+        """The architecture of a ``config.json``; UsageError for what cannot be represented."""
         config = {**self.defaults, **{k: v for k, v in config.items() if v is not None}}
         self.check(config)
         return Architecture(
@@ -124,10 +120,22 @@ class Family:
         for key, only, meaning in self.refused:
             if config.get(key, only) != only:
                 refuse(f"{key} = {config[key]!r}", f"{meaning}; only {only!r} can be represented")
-        refuse_sliding_window(config)
+        self.check_windows(config)
         for key in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
             if not isinstance(config.get(key), int):
                 refuse(f"{key} = {config.get(key)!r}", "a whole number is needed")
+
+    def check_windows(self, config: Mapping[str, Any]) -> None:
+        """Raise UsageError if a layer attends within a window; one that no layer uses is fine."""
+        sliding = "sliding_attention" in config.get("layer_types", [])
+        if config.get("use_sliding_window") and "layer_types" not in config:
+            sliding = config.get("max_window_layers", 0) < config.get("num_hidden_layers", 0)
+        if sliding:
+            refuse(
+                f"sliding window of {config.get('sliding_window')} tokens",
+                "this family's layers all attend to the whole text here",
+                "set use_sliding_window to false if texts stay below the window",
+            )
 
     def transformer(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Fields of TransformerConfig; ``config`` has passed :meth:`check`."""
@@ -135,8 +143,31 @@ class Family:
         return {**self.constants, **copied}
 
     def rotary(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Architecture's values for the positions."""
-        return rotary(config)
+        """Architecture's values for the positions, from either form of the file.
+
+        transformers 5 writes ``rope_parameters`` with ``rope_theta`` inside; earlier versions
+        wrote ``rope_theta`` and ``rope_scaling`` (null without scaling) at the top level.
+
+        UsageError for a scaling other than Llama 3's with megatron-core's fixed constants.
+        """
+        scaling = {**config.get("rope_scaling", {}), **config.get("rope_parameters", {})}
+        stated = {**config, **scaling}
+        values = {
+            "rotary_base": float(stated.get("rope_theta", 10000.0)),
+            "rotary_percent": float(stated.get("partial_rotary_factor", 1.0)),
+        }
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if kind == "default":
+            return values
+        if kind != "llama3":
+            refuse(f"rope type {kind!r}", "only 'default' and 'llama3' can be represented so far")
+        for key, fixed in _LLAMA3_SCALING.items():
+            if scaling.get(key, fixed) != fixed:
+                refuse(
+                    f"rope scaling {key} = {scaling[key]!r}",
+                    f"megatron-core's Llama 3 scaling has it fixed at {fixed!r}",
+                )
+        return values | {"rope_scaling": True, "rope_scaling_factor": float(scaling["factor"])}
 
     def with_shape(
         self,
@@ -146,23 +177,20 @@ class Family:
     ) -> dict[str, Any]:
         """The way back: ``config`` with other sizes, those of a pruned model.
 
-        Args:
-            config: content of the ``config.json`` before pruning, or already adapted.
-            values: TransformerConfig fields of the model, nothing left to be derived from others.
-            kept_layers: numbers of the kept layers, from 1; by default the first ones.
+        ``config`` is the one before pruning, or already adapted; ``values`` has all fields of
+        TransformerConfig; ``kept_layers`` are numbers from 1, by default the first ones.
         """
-        changed = dict(config)
-        layers = config.get(self.keys["num_layers"])
         # The head size that a file without the key means.
         head_size = self.defaults.get(
             "head_dim", values["hidden_size"] // values["num_attention_heads"]
         )
+        before = {"head_dim": head_size, **{k: v for k, v in config.items() if v is not None}}
+        changed = dict(config)
         for name, key in self.keys.items():
-            now, before = values.get(name), config.get(key)
-            if before is None and key == "head_dim":
-                before = head_size
-            if now is not None and before is not None and now != before:
+            now = values.get(name)
+            if now is not None and before.get(key) not in (None, now):
                 changed[key] = now
+        layers = config.get(self.keys["num_layers"])
         if layers is not None and layers != values["num_layers"]:
             kept = kept_layers or range(1, values["num_layers"] + 1)
             for key in self.per_layer_keys:
@@ -180,46 +208,6 @@ class Family:
     def tiny_config(self, **changes: Any) -> dict[str, Any]:
         """The tests' tiny model as ``transformers.AutoConfig.for_model`` takes it."""
         return {**TINY_SIZES, **self.tiny, "architectures": [self.architecture], **changes}
-
-
-def rotary(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Architecture's rotary values from either form of the file.
-
-    transformers 5 writes ``rope_parameters`` with ``rope_theta`` inside; earlier versions wrote
-    ``rope_theta`` and ``rope_scaling`` (null without scaling) at the top level.
-
-    Raises:
-        UsageError: for a scaling other than Llama 3's with megatron-core's fixed constants.
-    """
-    scaling = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
-    base = scaling.get("rope_theta", config.get("rope_theta", 10000.0))
-    percent = scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
-    values = {"rotary_base": float(base), "rotary_percent": float(percent)}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return values
-    if kind != "llama3":
-        refuse(f"rope type {kind!r}", "only 'default' and 'llama3' can be represented so far")
-    for key, fixed in _LLAMA3_SCALING.items():
-        if scaling.get(key, fixed) != fixed:
-            refuse(
-                f"rope scaling {key} = {scaling[key]!r}",
-                f"megatron-core's Llama 3 scaling has it fixed at {fixed!r}",
-            )
-    return values | {"rope_scaling": True, "rope_scaling_factor": float(scaling["factor"])}
-
-
-def refuse_sliding_window(config: Mapping[str, Any]) -> None:
-    """Raise UsageError if a layer attends within a window; a window that no layer uses is fine."""
-    sliding = "sliding_attention" in config.get("layer_types", [])
-    if config.get("use_sliding_window") and "layer_types" not in config:
-        sliding = config.get("max_window_layers", 0) < config.get("num_hidden_layers", 0)
-    if sliding:
-        refuse(
-            f"sliding window of {config.get('sliding_window')} tokens",
-            "this family's layers all attend to the whole text here",
-            "set use_sliding_window to false if texts stay below the window",
-        )
 
 
 def refuse(what: str, cause: str, remedy: str = "convert another model of this family") -> NoReturn:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from post_training.models.families.base import (
-    NO_ATTENTION_BIAS,
-    NO_MLP_BIAS,
-    ONLY_SILU,
-    Family,
-)
+from post_training.models.families.base import NO_ATTENTION_BIAS, NO_MLP_BIAS, ONLY_SILU, Family
 
 FAMILIES = (
     Family(

@@ -33,9 +33,8 @@ _ANY_DECODER = Family(name="decoder", architecture="", defaults={}, tiny={})
 def from_huggingface(config: Mapping[str, Any]) -> Architecture:
     """The architecture that the content of a ``config.json`` describes.
 
-    Raises:
-        UsageError: for an unknown architecture, weights that are already quantized, or a value
-            that megatron-core cannot represent; each by name.
+    UsageError names an unknown architecture, weights that are already quantized, or a value that
+    megatron-core cannot represent.
     """
     name = _architecture(config)
     if name not in FAMILIES:
@@ -87,9 +86,9 @@ def refuse_quantized(config: Mapping[str, Any], source: str = "config.json") -> 
     detail = found.get("quant_algo") or found.get("format") or found.get("fmt")
     if found.get("bits"):
         detail = f"{found['bits']} bits"
+    shown = f"{method} ({detail})" if detail else method
     raise UsageError(
-        f"{source}: quantization_config with quant_method {method}"
-        + (f" ({detail})" if detail else ""),
+        f"{source}: quantization_config with quant_method {shown}",
         "the weights are already quantized, and converting them would read codes as values",
         "take the unquantized (BF16) release of the model, or dequantize it first",
     )
