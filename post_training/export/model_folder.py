@@ -23,8 +23,8 @@ from post_training.export import readback
 from post_training.export.fake_quantized import unpack
 from post_training.export.folder import require_equal, write_tensors
 from post_training.export.streaming_exporter import StreamingExporter
-from post_training.models.families import registry as families
 from post_training.models.builder import torch_dtype
+from post_training.models.families import registry as families
 from post_training.quantization import quantizers
 
 logger = logging.getLogger("post_training")

@@ -67,7 +67,7 @@ def _is_own_package(each: Import) -> bool:
 
 
 # Megatron-LM pickles an argparse.Namespace into its checkpoints: a file format, no command line.
-PICKLED_NAMESPACE = "post_training.checkpoints.torch_dist"
+PICKLED_NAMESPACE = "post_training.checkpoints.megatron_arguments"
 
 
 def argparse_elsewhere(tree: Tree) -> list[str]:
