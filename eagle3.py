@@ -16,21 +16,23 @@ interrupted. Ended by SIGTERM, SIGUSR1 or a limit, it saves and exits with code 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from post_training.checkpoints import loading
 from post_training.checkpoints.source import Source, fetch_source, size_estimate
 from post_training.cli.stage import Stage, run
-from post_training.common import manifest, outputs
+from post_training.common import files, manifest, outputs
 from post_training.common.errors import UsageError
 from post_training.data import conversation_data
 from post_training.data.sources import TextSource
 from post_training.drafts import features
-from post_training.drafts import training as draft_training
+from post_training.drafts import options as draft_options
 from post_training.drafts.eagle3.draft import Draft
 from post_training.drafts.options import Eagle3Options
-from post_training.drafts.record import draft_of, to_train
+from post_training.drafts.record import draft_of, prepare, to_train
 from post_training.models.builder import count_parameters
 from post_training.training import options as training_options
 from post_training.training import run as training_run
@@ -41,8 +43,6 @@ from post_training.training.setup import exit_if_asked
 if TYPE_CHECKING:
     from post_training.distributed.session import Session
     from post_training.training.trainer import TrainingResult
-
-SEQUENCE_LENGTH = 2048  # or the model's longest text
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,10 @@ def check(options: Eagle3Options) -> Plan:
             "name another folder in MLM_MODEL_SAVE, and this one in MLM_MODEL_CKPT",
         )
     stored = None
-    length = options.seq_length or SEQUENCE_LENGTH
+    length = draft_options.sequence_length(options, source.described)
     if options.offline_distillation_data:
-        stored = features.find(options.offline_distillation_data)
-        features.check_length(stored, options.seq_length)
+        stored = features.find(options.offline_distillation_data, options.seq_length)
         length = stored.sequence_length
-    elif source.described and not options.seq_length:
-        length = min(length, source.described.max_position_embeddings)
     training = training_options.decide(options.training, options, length)
     training_run.check_model(source, options, length)
     draft = None
@@ -105,34 +102,37 @@ def eagle3(plan: Plan, session: Session) -> TrainingResult | None:
         if session.is_main:
             conversation_data.print_masks(plan.text, tokenizer, options.show_loss_mask)
         return None
-    this = Run.open(plan, session)
-    train, valid, prompts = draft_training.samples(
-        this, plan.text, plan.stored, options.eval_prompts
-    )
+    this, stored = Run.open(plan, session), plan.stored
+    parts: Mapping[str, Any]
+    if stored is None:
+        parts, content = this.data(conversation_data.prepare, plan.text)
+        prompts = files.read_json(Path(content["prompts"])) or []
+        inputs = [{"role": "data", "path": plan.text.describe()}]
+    else:
+        parts, prompts = stored.parts(), stored.prompts()
+        inputs = [manifest.describe_input("features", str(stored.folder))]
     exit_if_asked(session)
-    draft = plan.draft or to_train(
-        options.draft, options, this.source, offline=plan.stored is not None
-    )
+    draft = plan.draft or to_train(options.draft, options, this.source, offline=stored is not None)
     # ModelOpt turns sequence parallelism off in a model without the target's layers.
     split = options.sequence_parallel and not draft.offline
     model = loading.load(this.source, options, session, sequence_parallel=split)
-    algorithm = draft_training.prepare(model, draft, this.source, train, options.seed)
-    inputs = [{"role": "data", "path": plan.text.describe()}]
-    if plan.stored:
-        inputs = [manifest.describe_input("features", str(plan.stored.folder))]
-        features.require_same_model(model, plan.stored, draft, options.precision)
+    algorithm = prepare(model, draft, this.source, parts["train"], options.seed)
+    if stored is not None:
+        features.require_same_model(model, stored, draft, options.precision)
     metrics = {"parameters": count_parameters(model)}
     exit_if_asked(session)
     evaluate = None
-    if prompts and not draft.offline:
+    asked = prompts[: options.eval_prompts]
+    if asked and not draft.offline:
         tokenizer = loading.tokenizer(this.source, options)
-        evaluate = algorithm.acceptance(model, prompts, options.eval_output_len, tokenizer)
+        evaluate = algorithm.acceptance(model, asked, options.eval_output_len, tokenizer)
 
     def describe(iteration: int) -> tuple[dict[str, Any], dict[str, Any]]:
         return metrics, {"draft": replace(draft, trained=iteration).to_json()}
 
     record = Record(this, this.inputs(*inputs), describe)
-    return this.train(model, algorithm.task(model, draft), train, valid, record, evaluate)
+    task = algorithm.task(model, draft)
+    return this.train(model, task, parts["train"], parts["valid"], record, evaluate)
 
 
 def show(plan: Plan, result: TrainingResult | None, session: Session) -> None:

@@ -26,8 +26,8 @@ from post_training.common.errors import UsageError
 from post_training.config import checks
 from post_training.config.flags import flag
 from post_training.config.options import StageOptions
+from post_training.drafts.eagle3.draft import require_exportable
 from post_training.drafts.record import draft_of, require_draft
-from post_training.export import eagle3_exporter
 from post_training.models import parallel_check
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def check(options: ExportOptions) -> Plan:
         require_draft(source, options)
         draft = draft_of(source)
         if draft is not None:
-            eagle3_exporter.require_supported(draft.config, f"--load {options.load}")
+            require_exportable(draft.config, f"--load {options.load}")
         outputs.check_folder(folder, overwrite=options.overwrite)
     else:
         recorded = (source.manifest or {}).get("quantization") or {}
@@ -109,7 +109,7 @@ def export(plan: Plan, session: Session) -> dict[str, Any]:
         UsageError: if the format cannot be exported, or what was written is not the model.
     """
     from post_training.distributed.collectives import on_first_rank
-    from post_training.export import draft_folder, model_folder
+    from post_training.export import eagle3_exporter, model_folder
 
     options = plan.options
     source = fetch_source(plan.source, options)
@@ -117,7 +117,7 @@ def export(plan: Plan, session: Session) -> dict[str, Any]:
     shard = int(options.max_shard_size * 10**9)
     where = (source, options, session, plan.folder)
     if options.export_extra_modules:
-        metrics = draft_folder.write(model, *where, max_shard_bytes=shard)
+        metrics = eagle3_exporter.write(model, *where, max_shard_bytes=shard)
     else:
         metrics = model_folder.write(
             model,

@@ -32,7 +32,7 @@ from post_training.config.options import StageOptions
 from post_training.data import conversation_data
 from post_training.data.options import TrainingTextOptions
 from post_training.data.sources import TextSource
-from post_training.drafts import extraction, features, registry
+from post_training.drafts import features, registry
 from post_training.drafts import options as draft_options
 from post_training.drafts.eagle3.draft import Draft
 from post_training.drafts.options import DraftOptions
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("post_training")
 
-SEQUENCE_LENGTH = 2048
 DATA = ".data"  # packed tokens, removed at the end
 
 
@@ -79,9 +78,7 @@ class Plan:
 def check(options: ExtractOptions) -> Plan:
     folder = Path(required("--output-dir", options.output_dir))
     source = find_source(options)
-    length = options.seq_length or SEQUENCE_LENGTH
-    if source.described and not options.seq_length:
-        length = min(length, source.described.max_position_embeddings)
+    length = draft_options.sequence_length(options, source.described)
     at_least(1)("--seq-length", length)
     if options.shard_size % options.micro_batch_size:
         raise UsageError(
@@ -91,14 +88,14 @@ def check(options: ExtractOptions) -> Plan:
         )
     text = options.text.source(options.given)
     conversation_data.check(text)
-    outputs.writable(folder / extraction.SETTINGS, f"--output-dir {folder}")
+    outputs.writable(folder / features.SETTINGS, f"--output-dir {folder}")
     training_run.check_model(source, options, length)
     draft = None
     if source.described:
         draft = recorded_or_planned(options.draft, options, source)
     plan = Plan(options, source, folder, length, text, draft)
     if folder.is_dir() and not options.overwrite:
-        extraction.check_folder(folder, _settings(plan, source, draft) if draft else None)
+        features.check_folder(folder, _settings(plan, source, draft) if draft else None)
     return plan
 
 
@@ -122,6 +119,7 @@ def extract_features(plan: Plan, session: Session) -> dict[str, Any]:
         UsageError: for data without answers, or a disk without room.
     """
     from post_training.distributed import collectives
+    from post_training.drafts import extraction
 
     options, folder = plan.options, plan.folder
     source = fetch_source(plan.source, options)
@@ -132,7 +130,7 @@ def extract_features(plan: Plan, session: Session) -> dict[str, Any]:
         if options.overwrite and folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        files.write_json(folder / extraction.SETTINGS, settings)
+        files.write_json(folder / features.SETTINGS, settings)
 
     collectives.on_first_rank(begin)
     data, content = conversation_data.prepare(
@@ -150,7 +148,7 @@ def extract_features(plan: Plan, session: Session) -> dict[str, Any]:
         # The hooks on the auxiliary layers come with a draft; its weights do not matter.
         algorithm.attach(model, draft, options.seed)
     model.eval()
-    shards = features.plan_shards(features.counts(data, options.num_samples), options.shard_size)
+    shards = extraction.plan_shards(data, options.num_samples, options.shard_size)
     work = extraction.Extraction(model, algorithm, data, folder, options.micro_batch_size, session)
     work.announce(shards, plan.seq_length, draft, options.precision)
     work.write(shards)

@@ -28,8 +28,9 @@ from post_training.common.errors import UsageError
 from post_training.config import checks
 from post_training.config.flags import flag, group
 from post_training.config.options import StageOptions
-from post_training.drafts import answers, ground_truth
+from post_training.drafts import ground_truth
 from post_training.drafts import report as draft_report
+from post_training.drafts.acceptance import summarize
 from post_training.drafts.ground_truth import GroundTruth
 from post_training.drafts.record import draft_of, require_draft
 from post_training.inference import options as prompt_options
@@ -70,8 +71,7 @@ class ValidateOptions(StageOptions):
 
 @dataclass(frozen=True)
 class Plan:
-    """``saved`` is the ground truth to compare with, and to take prompts from if ``prompts`` is
-    None."""
+    """``saved`` is the ground truth to compare with; without ``prompts`` its own are asked."""
 
     options: ValidateOptions
     source: Source
@@ -81,7 +81,13 @@ class Plan:
 
 
 def check(options: ValidateOptions) -> Plan:
-    _check_lower_bound(options)
+    bound, most = options.lower_bound, options.steps + 1
+    if bound is not None and not 1 <= bound <= most:
+        raise UsageError(
+            f"--lower-bound {bound}",
+            f"an acceptance length with --steps {options.steps} is 1 to {most}",
+            "give e.g. 2.1 with --steps 3",
+        )
     checks.no_context_parallelism(options.parallel.context)
     source = find_source(options)
     require_draft(source, options)
@@ -99,16 +105,6 @@ def check(options: ValidateOptions) -> Plan:
     path = options.validate_output or report.beside(source.location, "validate")
     outputs.check_file(path, "--validate-output", overwrite=True)
     return Plan(options, source, path, saved, prompts)
-
-
-def _check_lower_bound(options: ValidateOptions) -> None:
-    bound, most = options.lower_bound, options.steps + 1
-    if bound is not None and not 1 <= bound <= most:
-        raise UsageError(
-            f"--lower-bound {bound}",
-            f"an acceptance length with --steps {options.steps} is 1 to {most}",
-            "give e.g. 2.1 with --steps 3",
-        )
 
 
 def validate(plan: Plan, session: Session) -> dict[str, Any]:
@@ -135,15 +131,9 @@ def validate(plan: Plan, session: Session) -> dict[str, Any]:
     if read is not None:
         asked, origin = measure.first_turns(read, speaker, options.steps), read.source
     pairs = measure.answer_all(session, speaker, asked, options.steps)
-    acceptance = answers.summarize(pairs, options.steps)
+    acceptance = summarize(pairs, options.steps)
     draft = draft_of(source)
-    settings = ground_truth.settings(
-        asked,
-        source=origin,
-        steps=options.steps,
-        max_new_tokens=options.osl,
-        ignore_eos=options.ignore_eos,
-    )
+    settings = ground_truth.settings(asked, origin, options.steps, options.osl, options.ignore_eos)
     found: dict[str, Any] = {
         "settings": settings,
         "acceptance": acceptance,

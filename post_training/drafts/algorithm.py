@@ -12,13 +12,14 @@ from post_training.models.architecture import Architecture
 if TYPE_CHECKING:
     import numpy
     import torch
-    from megatron.core.transformer import MegatronModule
 
     from post_training.training.task import Task
 
 
 class DraftAlgorithm(ABC):
     """One way to propose tokens. Methods import torch, the class does not.
+
+    ``model`` is this rank's part of a megatron-core model, changed in place.
 
     Attributes:
         name: in ``--algorithm`` and in the record of a drafted checkpoint.
@@ -29,47 +30,37 @@ class DraftAlgorithm(ABC):
     module: ClassVar[str]
 
     @abstractmethod
-    def plan(
-        self,
-        architecture: Architecture,
-        overrides: Mapping[str, Any] | None = None,
-        *,
-        dtype: str,
-        mix_hidden_states: bool,
-        ttt_steps: int,
-        offline: bool,
-        option: str,
-    ) -> Draft:
-        """The draft for the target of this architecture, ``overrides`` last; no torch.
+    def configuration(
+        self, architecture: Architecture, overrides: Mapping[str, Any], dtype: str, option: str
+    ) -> dict[str, Any]:
+        """The configuration of a draft for this target, ``overrides`` last; no torch.
 
         Raises:
             UsageError: for values that cannot work; ``option`` names the overrides.
         """
 
     @abstractmethod
-    def attach(self, model: MegatronModule, draft: Draft, seed: int) -> None:
-        """Attach a new draft to this rank's part of the model, in place, and initialise it."""
+    def attach(self, model: Any, draft: Draft, seed: int) -> None:
+        """Attach a new draft to the model and initialise it."""
 
     @abstractmethod
-    def freeze_target(self, model: MegatronModule) -> None:
+    def freeze_target(self, model: Any) -> None:
         """Let the draft alone be trained."""
 
     @abstractmethod
-    def set_vocabulary(self, model: MegatronModule, counts: numpy.ndarray[Any, Any]) -> float:
+    def set_vocabulary(self, model: Any, counts: numpy.ndarray[Any, Any]) -> float:
         """Let the draft propose the most frequent tokens; returns the part of counts they cover.
 
-        Args:
-            model: this rank's part; its draft's vocabulary is smaller than the target's.
-            counts: int64 [vocabulary], how often each token is wanted.
+        ``counts`` are int64 [vocabulary]; the draft's vocabulary is smaller than the target's.
         """
 
     @abstractmethod
-    def task(self, model: MegatronModule, draft: Draft) -> Task:
+    def task(self, model: Any, draft: Draft) -> Task:
         """The loss that the draft is trained with."""
 
     @abstractmethod
     def features(
-        self, model: MegatronModule, input_ids: torch.Tensor
+        self, model: Any, input_ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
         """What the draft reads of its target: hidden states [s, b, h], auxiliary ones [s, b, n h].
 
@@ -78,13 +69,9 @@ class DraftAlgorithm(ABC):
 
     @abstractmethod
     def acceptance(
-        self, model: MegatronModule, prompts: Sequence[list[int]], tokens: int, tokenizer: Any
+        self, model: Any, prompts: Sequence[list[int]], tokens: int, tokenizer: Any
     ) -> Callable[[int], dict[str, float]] | None:
         """What an evaluation measures by decoding; None where the model cannot verify.
 
-        Args:
-            model: this rank's part.
-            prompts: token ids.
-            tokens: to decode for each.
-            tokenizer: of the target, for its end token and the size of its vocabulary.
+        Decodes ``tokens`` for each of the prompts; the tokenizer is the target's.
         """

@@ -1,88 +1,71 @@
-"""Writing the features of a model: where they may go, what it takes, the shards to write."""
+"""Writing the features of a model: what it takes, and the shards that are still to write.
+
+The files are those that :mod:`post_training.drafts.features` describes and reads.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from megatron.core import parallel_state
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from post_training.checkpoints import finite
-from post_training.common import files, manifest, outputs
+from post_training.common import outputs
 from post_training.common.errors import UsageError
 from post_training.data.packing import PackedConversations
-from post_training.drafts import features
+from post_training.distributed.session import Session
 from post_training.drafts.algorithm import DraftAlgorithm
 from post_training.drafts.eagle3.draft import Draft
-from post_training.drafts.features import Shard
-
-if TYPE_CHECKING:
-    import torch
-
-    from post_training.distributed.session import Session
 
 logger = logging.getLogger("post_training")
 
-SETTINGS = "settings.json"  # what must not change between the runs of an extraction
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of features: its part, its name in the folder, the sequences of the part in it."""
+
+    part: str
+    file: str
+    rows: list[int]
 
 
-def check_folder(folder: Path, settings: Mapping[str, Any] | None) -> None:
-    """Raise UsageError unless a folder is empty or holds an unfinished extraction like this one.
+def plan_shards(data: Mapping[str, PackedConversations], samples: int, size: int) -> list[Shard]:
+    """Files of at most ``size`` sequences: 98, 1 and 1 % of ``samples`` in the three parts.
 
-    Args:
-        settings: what must not change between the runs of an extraction; None if not known yet.
+    At least one sequence of each part, as far as there are any.
     """
-    what = f"--output-dir {folder}"
-    content = manifest.read(folder)
-    if content is not None:
-        raise UsageError(
-            what,
-            f"it holds the output of {content.get('stage')}, finished {content.get('finished')}",
-            "name another folder, or give --overwrite",
-        )
-    before = files.read_json(folder / SETTINGS)
-    if before is None and any(folder.iterdir()):
-        raise UsageError(what, "it is not empty and no extraction", "name another folder")
-    if before is not None and settings is not None:
-        changed = [name for name in settings if settings[name] != before.get(name)]
-        if changed:
-            raise UsageError(
-                what,
-                f"an extraction with another {', '.join(changed)} was started there",
-                "use the same settings, name another folder, or give --overwrite",
-            )
+    held_out = max(1, samples // 100)
+    most = {"train": max(1, samples - 2 * held_out), "valid": held_out, "test": held_out}
+    shards = []
+    for part, limit in most.items():
+        count = min(len(data[part]), limit)
+        for first in range(0, count, size):
+            file = f"{part}/shard-{first // size:05d}.safetensors"
+            shards.append(Shard(part, file, list(range(first, min(first + size, count)))))
+    return shards
 
 
+@dataclass(frozen=True)
 class Extraction:
-    """One run of extract_features.py.
+    """One run of extract_features.py: of ``data`` by part, ``batch`` sequences at a time.
 
-    Args:
-        model: this rank's part, with a draft attached.
-        algorithm: of the draft.
-        data: packed conversations by part.
-        folder: where the shards go.
-        batch: sequences that a rank computes at a time.
-        session: the process's.
+    ``model`` is this rank's part, with a draft of ``algorithm`` attached.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        algorithm: DraftAlgorithm,
-        data: Mapping[str, PackedConversations],
-        folder: Path,
-        batch: int,
-        session: Session,
-    ) -> None:
-        self._model = model
-        self._algorithm = algorithm
-        self._data = data
-        self._folder = folder
-        self._batch = batch
-        self._session = session
+    model: Any
+    algorithm: DraftAlgorithm
+    data: Mapping[str, PackedConversations]
+    folder: Path
+    batch: int
+    session: Session
 
     def announce(self, shards: Sequence[Shard], length: int, draft: Draft, dtype: str) -> None:
         """Log what is still to do, with the disk and time that it takes; check the disk's room."""
@@ -91,15 +74,15 @@ class Extraction:
         if not count:
             logger.info("all %d shards are there already", len(shards))
             return
-        per_token = features.bytes_per_token(
-            self._model.config.hidden_size, len(draft.aux_hidden_state_layer_ids), dtype
-        )
+        # A token's states, its id (int32) and its mask (uint8).
+        states = 1 + len(draft.aux_hidden_state_layer_ids)
+        per_token = self.model.config.hidden_size * states * (4 if dtype == "fp32" else 2) + 5
         needed = count * length * per_token
-        probe = todo[0].rows[: self._batch]
+        probe = todo[0].rows[: self.batch]
         self._features(todo[0].part, probe)  # the first pass also sets things up
         started = time.monotonic()
         self._features(todo[0].part, probe)
-        seconds = (time.monotonic() - started) / len(probe) * count / self._session.parallel.data
+        seconds = (time.monotonic() - started) / len(probe) * count / self.session.parallel.data
         logger.info(
             "%d of %d shards to write: %d sequences, %.2f GB on disk (%.1f kB a token), about %s",
             len(todo),
@@ -109,38 +92,35 @@ class Extraction:
             per_token / 1e3,
             f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{seconds:.0f} s",
         )
-        outputs.disk_space(self._folder, needed)
+        outputs.disk_space(self.folder, needed)
 
     def write(self, shards: Sequence[Shard]) -> None:
         """Write what is missing, shards in turn over the data-parallel ranks; a collective call."""
-        from megatron.core import parallel_state
-
         todo = self._missing(shards)
         rank = parallel_state.get_data_parallel_rank()
         ranks = parallel_state.get_data_parallel_world_size()
         first_of_tensor = parallel_state.get_tensor_model_parallel_rank() == 0
-        writes = first_of_tensor and self._model.post_process
-        with tqdm(total=len(todo), unit="shard", disable=not self._session.show_progress) as bar:
+        with tqdm(total=len(todo), unit="shard", disable=not self.session.show_progress) as bar:
             # Every rank makes as many passes: with experts, all of them meet in every layer.
             for first in range(0, len(todo), ranks):
                 mine = todo[min(first + rank, len(todo) - 1)]
                 parts = [
-                    self._features(mine.part, mine.rows[start : start + self._batch])
-                    for start in range(0, len(mine.rows), self._batch)
+                    self._features(mine.part, mine.rows[start : start + self.batch])
+                    for start in range(0, len(mine.rows), self.batch)
                 ]
-                if writes and first + rank < len(todo):
-                    features.write_shard(self._folder / mine.file, parts)
+                if first_of_tensor and first + rank < len(todo):
+                    _write_shard(self.folder / mine.file, [part for part in parts if part])
                 bar.update(min(ranks, len(todo) - first))
 
     def _missing(self, shards: Sequence[Shard]) -> list[Shard]:
-        return [each for each in shards if not (self._folder / each.file).exists()]
+        return [each for each in shards if not (self.folder / each.file).exists()]
 
-    def _features(self, part: str, rows: list[int]) -> dict[str, torch.Tensor] | None:
-        """Features of some sequences on the last pipeline stage, None on the others."""
-        batch = self._data[part].batch(rows)
-        found = self._algorithm.features(self._model, batch["input_ids"].to(self._session.device))
+    def _features(self, part: str, rows: list[int]) -> dict[str, torch.Tensor]:
+        """Features of some sequences on the last pipeline stage, nothing on the others."""
+        batch = self.data[part].batch(rows)
+        found = self.algorithm.features(self.model, batch["input_ids"].to(self.session.device))
         if found is None:
-            return None
+            return {}
         names = ("the last layer's output", "the auxiliary layers' output")
         bad = finite.describe_not_finite(zip(names, found, strict=True))
         if bad:
@@ -156,3 +136,13 @@ class Extraction:
             "hidden_states": hidden,
             "aux_hidden_states": auxiliary,
         }
+
+
+def _write_shard(path: Path, parts: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    """Write a shard under another name and rename it: it is whole, or not there."""
+    if not parts:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = path.with_name(f".{path.name}.incomplete")
+    save_file({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, work)
+    work.replace(path)

@@ -16,21 +16,23 @@ from typing import Any
 
 from post_training.common import files
 from post_training.common.errors import UsageError
-from post_training.drafts.acceptance import matching
-from post_training.drafts.answers import AnswerPair, TokenizedPrompt
+from post_training.drafts.acceptance import AnswerPair, TokenizedPrompt, matching
 
-TEMPERATURE = 0.0  # decoding is greedy here
+# A setting that must be the same, and what to call it.
+_COMPARED = {
+    "prompts_sha256": "the prompts",
+    "steps": "--steps",
+    "osl": "--osl",
+    "ignore_eos": "--ignore-eos",
+    "temperature": "the temperature",
+}
 
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """What an earlier measurement kept.
+    """What an earlier measurement kept: its prompts, :func:`settings` and figures.
 
-    Attributes:
-        settings: see :func:`settings`.
-        answers: greedy answer by the row's identity and prompt.
-        acceptance_length: of the draft then; None without any verification.
-        questions: the prompts.
+    ``answers`` has the greedy answer by the row's identity and prompt.
     """
 
     settings: dict[str, Any]
@@ -40,24 +42,17 @@ class GroundTruth:
 
 
 def settings(
-    questions: Iterable[TokenizedPrompt],
-    *,
-    source: str,
-    steps: int,
-    max_new_tokens: int,
-    ignore_eos: bool = False,
+    questions: Iterable[TokenizedPrompt], source: str, steps: int, osl: int, ignore_eos: bool
 ) -> dict[str, Any]:
     """What must be the same for two measurements to compare."""
-    digest = hashlib.sha256()
-    for question in questions:
-        digest.update(_key(question).encode())
+    keys = "".join(map(_key, questions))
     return {
         "prompts": source,
-        "prompts_sha256": digest.hexdigest(),
+        "prompts_sha256": hashlib.sha256(keys.encode()).hexdigest(),
         "steps": steps,
-        "osl": max_new_tokens,
+        "osl": osl,
         "ignore_eos": ignore_eos,
-        "temperature": TEMPERATURE,
+        "temperature": 0.0,  # decoding is greedy here
     }
 
 
@@ -85,17 +80,16 @@ def write(
     files.write_json(path, {**{name: content[name] for name in names}, "answers": answers})
 
 
-def read(path: Path, option: str = "--ground-truth-path") -> GroundTruth:
+def read(path: Path) -> GroundTruth:
     """What :func:`write` kept.
 
     Raises:
         UsageError: if it is not there, or not such a file.
     """
-    what = f"{option} {path}"
+    option = "--ground-truth-path"
     if not path.exists():
-        raise UsageError(
-            what, "there is no such file", "make it first: SAVE_GT_PATH=... bash validate.sh <conf>"
-        )
+        remedy = "make it first: SAVE_GT_PATH=... bash validate.sh <conf>"
+        raise UsageError(f"{option} {path}", "there is no such file", remedy)
     remedy = "name a file that SAVE_GT_PATH=... bash validate.sh <conf> wrote"
     content = files.read_json_object(path, option, remedy)
     try:
@@ -108,7 +102,7 @@ def read(path: Path, option: str = "--ground-truth-path") -> GroundTruth:
         length = dict(content["acceptance"]).get("acceptance_length")
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            what,
+            f"{option} {path}",
             f"it is no ground truth of validate.sh: {type(error).__name__}: {error}",
             remedy,
         ) from error
@@ -119,13 +113,9 @@ def read(path: Path, option: str = "--ground-truth-path") -> GroundTruth:
 def compare(
     saved: GroundTruth, pairs: Sequence[AnswerPair], now: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """This run's greedy answers against the saved ones.
+    """This run's greedy answers and settings against the saved ones, for the report.
 
-    Args:
-        now: this run's :func:`settings`.
-
-    Returns:
-        For the report; ``differing_settings`` has a sentence for each setting that differs.
+    ``differing_settings`` has a sentence for each setting that differs.
     """
     both = [
         (saved.answers[_key(each.question)], each.plain)
@@ -133,21 +123,13 @@ def compare(
         if _key(each.question) in saved.answers
     ]
     notes = []
-    for name, meaning in (
-        ("prompts_sha256", "the prompts"),
-        ("steps", "--steps"),
-        ("osl", "--osl"),
-        ("ignore_eos", "--ignore-eos"),
-        ("temperature", "the temperature"),
-    ):
+    for name, meaning in _COMPARED.items():
         was, value = saved.settings.get(name), now.get(name)
-        if was == value:
-            continue
+        shown = f"{was} there, {value} here"
         if name == "prompts_sha256":
-            shown = f": {len(both)} of {len(pairs)} are among the {len(saved.answers)} saved"
-        else:
-            shown = f": {was} there, {value} here"
-        notes.append(f"{meaning} differ from the saved ground truth's{shown}")
+            shown = f"{len(both)} of {len(pairs)} are among the {len(saved.answers)} saved"
+        if was != value:
+            notes.append(f"{meaning} differ from the saved ground truth's: {shown}")
     # An answer that another --osl cut is not a different answer.
     shortest = min(saved.settings.get("osl") or 0, now["osl"])
     compared = [(old[:shortest], new[:shortest]) for old, new in both]

@@ -8,10 +8,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from tqdm import tqdm
 
 from post_training.checkpoints.source import Source
@@ -20,10 +22,9 @@ from post_training.config.options import StageOptions
 from post_training.data.prompts import Prompts
 from post_training.distributed.collectives import from_all_ranks
 from post_training.distributed.session import Session
-from post_training.drafts.acceptance import matching
-from post_training.drafts.answers import AnswerPair, TokenizedPrompt
+from post_training.drafts.acceptance import AnswerPair, TokenizedPrompt, matching
 from post_training.drafts.eagle3 import decoding
-from post_training.drafts.eagle3.decoding import Decoded, GreedyChoice
+from post_training.drafts.eagle3.decoding import GreedyChoice
 from post_training.drafts.record import draft_of
 from post_training.inference import dialogues, forward, generation
 from post_training.inference.dialogues import Speaker
@@ -35,51 +36,6 @@ logger = logging.getLogger("post_training")
 _WARM_UP_TOKENS = 4
 
 
-@dataclass(frozen=True)
-class Decoders:
-    """Both ways of decoding one sequence with the same model; each method is a collective call.
-
-    Attributes:
-        model: a drafted model that ``decoding.can_verify``.
-        eos_ids: tokens that end an answer.
-        steps: draft tokens proposed to each verification.
-        vocab_size: choose among the first tokens only, where the output layer is padded.
-    """
-
-    model: torch.nn.Module
-    eos_ids: Sequence[int]
-    steps: int
-    vocab_size: int
-
-    def plain(
-        self, prompt: list[int], max_new_tokens: int, choose: generation.Choose = greedy
-    ) -> list[int]:
-        """New tokens, one pass each."""
-        [tokens] = generation.generate(
-            self.model,
-            [prompt],
-            max_new_tokens,
-            self.eos_ids,
-            vocab_size=self.vocab_size,
-            choose=choose,
-        )
-        return tokens
-
-    def speculative(
-        self, prompt: list[int], max_new_tokens: int, watch: list[GreedyChoice] | None = None
-    ) -> Decoded:
-        """The same through the draft."""
-        return decoding.decode(
-            self.model,
-            prompt,
-            max_new_tokens,
-            self.eos_ids,
-            steps=self.steps,
-            vocab_size=self.vocab_size,
-            watch=watch,
-        )
-
-
 def load_drafted_speaker(
     source: Source, options: StageOptions, session: Session, **answering: Any
 ) -> Speaker:
@@ -89,7 +45,7 @@ def load_drafted_speaker(
         UsageError: if its attention is of a kind that cannot verify several tokens at a time.
     """
     speaker = dialogues.load_speaker(source, options, session, **answering)
-    if not decoding.can_verify(speaker.model):
+    if not generation.supports_prefix(speaker.model):
         raise UsageError(
             f"--load {options.load}",
             "its attention has a window, chunks or a state, of which several tokens after a cache "
@@ -103,24 +59,21 @@ def load_drafted_speaker(
 
 
 def first_turns(read: Prompts, speaker: Speaker, steps: int) -> list[TokenizedPrompt]:
-    """The first turn of each dialogue, as tokens; those without room for an answer are left out.
+    """The first turn of each dialogue, as tokens.
 
-    Args:
-        speaker: with the longest answer and the context.
-        steps: draft tokens proposed at a time, which need room too.
+    Those without room for an answer and ``steps`` proposed tokens are left out.
 
     Raises:
         UsageError: if none is left.
     """
     longest, context = speaker.max_new_tokens, speaker.context_length
-    found, too_long = [], 0
+    found = []
     for dialogue in read.dialogues:
         first = dialogue.first_turn()
         prompt = speaker.prompt(first, first.messages)
-        if len(prompt) + longest + steps > context:
-            too_long += 1
-        else:
+        if len(prompt) + longest + steps <= context:
             found.append(TokenizedPrompt(dialogue.id, prompt, dialogue.category))
+    too_long = len(read.dialogues) - len(found)
     if too_long:
         logger.warning("%d prompts leave no room for --osl %d and are left out", too_long, longest)
     if not found:
@@ -136,17 +89,16 @@ def answer_all(
     session: Session, speaker: Speaker, questions: Sequence[TokenizedPrompt], steps: int
 ) -> list[AnswerPair]:
     """Every question's answers, in order, on every rank; replicas share the questions."""
-    from megatron.core import parallel_state
-
-    decoders = Decoders(speaker.model, speaker.eos_ids, steps, len(speaker.tokenizer))
     rank, replicas, _ = generation.data_parallel()
+    mine = questions[rank::replicas]
+    if mine:
+        # The first passes fill caches and compile kernels: they belong to neither time.
+        _answer_twice(replace(speaker, max_new_tokens=_WARM_UP_TOKENS), mine[0], steps)
+    found = []
     with tqdm(total=len(questions), unit="answer", disable=not session.show_progress) as bar:
-        found = answer(
-            decoders,
-            questions[rank::replicas],
-            speaker.max_new_tokens,
-            progress=lambda: bar.update(replicas),
-        )
+        for question in mine:
+            found.append(_answer_twice(speaker, question, steps))
+            bar.update(replicas)
     # One rank of each replica reports: one that has the logits.
     reports = parallel_state.get_tensor_model_parallel_rank() == 0
     reports &= parallel_state.is_pipeline_last_stage()
@@ -155,48 +107,27 @@ def answer_all(
     return [shares[number % replicas][number // replicas] for number in range(len(questions))]
 
 
-def answer(
-    decoders: Decoders,
-    questions: Sequence[TokenizedPrompt],
-    max_new_tokens: int,
-    progress: Callable[[], Any] = lambda: None,
-) -> list[AnswerPair]:
-    """Answer ``questions`` twice each; a collective call of one replica.
-
-    Differences are known on the last pipeline stage only, where the logits are.
-    """
-    if questions:
-        # The first passes fill caches and compile kernels: they belong to neither time.
-        decoders.plain(questions[0].prompt, _WARM_UP_TOKENS)
-        decoders.speculative(questions[0].prompt, _WARM_UP_TOKENS)
-    found = []
-    for question in questions:
-        begun = _now()
-        plain = decoders.plain(question.prompt, max_new_tokens)
-        between = _now()
-        drafted = decoders.speculative(question.prompt, max_new_tokens)
-        ended = _now()
-        differs = None
-        if drafted.tokens != plain:
-            at = matching(drafted.tokens, plain)
-            differs = difference(decoders, question.prompt, max_new_tokens, at)
-        found.append(
-            AnswerPair(
-                question,
-                plain,
-                drafted.tokens,
-                drafted.accepted,
-                between - begun,
-                ended - between,
-                differs,
-            )
-        )
-        progress()
-    return found
+def _answer_twice(speaker: Speaker, question: TokenizedPrompt, steps: int) -> AnswerPair:
+    """The answers to a question; the difference is known on the last pipeline stage only."""
+    model, prompt, longest = speaker.model, question.prompt, speaker.max_new_tokens
+    ends, size = speaker.eos_ids, len(speaker.tokenizer)
+    plainly = partial(generation.generate, model, [prompt], longest, ends, vocab_size=size)
+    by_draft = partial(decoding.decode, model, prompt, longest, ends, steps=steps, vocab_size=size)
+    begun = _now()
+    [plain] = plainly()
+    between = _now()
+    drafted = by_draft()
+    ended = _now()
+    difference = None
+    if drafted.tokens != plain:
+        dtype = forward.dtype_of(forward.unwrap(model))
+        difference = _difference(plainly, by_draft, matching(drafted.tokens, plain), dtype)
+    times = (between - begun, ended - between)
+    return AnswerPair(question, plain, drafted.tokens, drafted.accepted, *times, difference)
 
 
-def difference(
-    decoders: Decoders, prompt: list[int], max_new_tokens: int, at: int
+def _difference(
+    plainly: Callable[..., Any], by_draft: Callable[..., Any], at: int, dtype: torch.dtype
 ) -> dict[str, Any] | None:
     """The first different token, number ``at``, with what each way of decoding saw there.
 
@@ -205,14 +136,14 @@ def difference(
     pass over several tokens at once adds in another order than one over a single token.
     """
     seen: list[GreedyChoice] = []
-    decoders.speculative(prompt, max_new_tokens, watch=seen)
+    by_draft(watch=seen)
     chosen: list[GreedyChoice] = []
 
     def choose(logits: torch.Tensor, _rows: Any, _positions: Any) -> torch.Tensor:
         chosen.append(GreedyChoice.of(logits[0]))
         return greedy(logits)
 
-    decoders.plain(prompt, max_new_tokens, choose)
+    plainly(choose=choose)
     if not chosen:
         return None
     if at >= min(len(seen), len(chosen)):
@@ -220,12 +151,11 @@ def difference(
     both = (chosen[at], seen[at])
     gap = min(choice.logit - choice.second_logit for choice in both)
     size = max(abs(choice.logit) for choice in both)
-    precision = torch.finfo(forward.dtype_of(forward.unwrap(decoders.model))).eps
     return {
         "position": at,
         "plain": both[0]._asdict(),
         "speculative": both[1]._asdict(),
-        "rounding": gap <= max(4 * precision, 1e-5) * size,
+        "rounding": gap <= max(4 * torch.finfo(dtype).eps, 1e-5) * size,
     }
 
 

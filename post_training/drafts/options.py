@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from post_training.checkpoints.source import checkpoint_folder
-from post_training.common import manifest
+from post_training.common import files, manifest
 from post_training.common.errors import UsageError
 from post_training.config.checks import at_least
 from post_training.config.flags import flag, group, spelled
@@ -23,6 +23,8 @@ from post_training.training.options import TrainingFlags
 
 # Conversations that drafts are trained on by default.
 DATASET = "Magpie-Align/Magpie-Llama-3.1-Pro-MT-300K-Filtered"
+# What tensor parallelism divides.
+_DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "draft_vocab_size")
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
@@ -93,6 +95,16 @@ class Eagle3Options(StageOptions):
     training: TrainingFlags = group(TrainingFlags)
 
 
+LENGTH = 2048  # tokens of a sequence, or the model's longest text
+
+
+def sequence_length(options: StageOptions, target: Architecture | None) -> int:
+    """``--seq-length``, or what fits the target, as far as that is known."""
+    if options.seq_length or target is None:
+        return options.seq_length or LENGTH
+    return min(LENGTH, target.max_position_embeddings)
+
+
 NAMES = tuple(field.name for field in fields(DraftOptions))
 
 
@@ -107,53 +119,38 @@ def plan(
     """The draft that the flags describe, for this target.
 
     Raises:
-        UsageError: as :meth:`post_training.drafts.algorithm.DraftAlgorithm.plan`.
+        UsageError: if they contradict each other, describe a draft that cannot work, or one that
+            tensor parallelism does not divide.
     """
     overrides: dict[str, Any] = {}
     option = "--eagle-config"
     if wanted.eagle_config:
-        overrides = draft.read_overrides(wanted.eagle_config)
-        option = f"--eagle-config {wanted.eagle_config}"
-    if wanted.draft_vocab_size is not None:
-        size, tokens = wanted.draft_vocab_size, architecture.vocab_size
+        remedy = 'name a JSON file such as {"num_hidden_layers": 1}'
+        overrides = files.read_json_object(Path(wanted.eagle_config), option, remedy)
+        option = f"{option} {wanted.eagle_config}"
+    size, tokens = wanted.draft_vocab_size, architecture.vocab_size
+    if size is not None:
+        what = f"--draft-vocab-size {size}"
         if not 1 <= size <= tokens:
+            raise UsageError(what, f"the target has {tokens} tokens", f"1 to {tokens}")
+        if overrides.setdefault("draft_vocab_size", size) != size:
             raise UsageError(
-                f"--draft-vocab-size {size}", f"the target has {tokens} tokens", f"1 to {tokens}"
+                what, f"{option} says {overrides['draft_vocab_size']}", "give one of them"
             )
-        if overrides.get("draft_vocab_size", size) != size:
-            raise UsageError(
-                f"--draft-vocab-size {size}",
-                f"{option} says {overrides['draft_vocab_size']}",
-                "give one of them",
-            )
-        overrides["draft_vocab_size"] = size
-    made = registry.find(algorithm).plan(
-        architecture,
-        overrides,
-        dtype=options.precision,
-        mix_hidden_states=wanted.mix_hidden_states,
-        ttt_steps=wanted.ttt_steps,
-        offline=offline,
-        option=option,
+    config = registry.find(algorithm).configuration(
+        architecture, overrides, options.precision, option
     )
-    _check_division(made, options.parallel.tensor)
-    return made
-
-
-def _check_division(made: Draft, ranks: int) -> None:
-    """Raise UsageError unless tensor parallelism divides the draft."""
-    for name in (
-        "num_attention_heads",
-        "num_key_value_heads",
-        "intermediate_size",
-        "draft_vocab_size",
-    ):
-        if made.config[name] % ranks:
+    ranks = options.parallel.tensor
+    for name in _DIVIDED:
+        if config[name] % ranks:
             raise UsageError(
                 f"TP={ranks}",
-                f"it does not divide the draft's {name}, {made.config[name]}",
+                f"it does not divide the draft's {name}, {config[name]}",
                 f"choose a multiple of {ranks} (--eagle-config), or another TP",
             )
+    layers = list(config["eagle_aux_hidden_state_layer_ids"])
+    mixes, steps = wanted.mix_hidden_states, wanted.ttt_steps
+    return Draft(algorithm, config, layers, mixes, steps, offline)
 
 
 def trained(

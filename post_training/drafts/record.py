@@ -1,7 +1,9 @@
-"""The draft that a checkpoint holds beside its target, and the one to work with. No torch."""
+"""The draft that a checkpoint holds beside its target, and the one to train. No torch."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,14 @@ from post_training.checkpoints.source import Source
 from post_training.common.errors import UsageError
 from post_training.config.flags import spelled
 from post_training.config.options import StageOptions
+from post_training.data import conversation_data
 from post_training.drafts import options as draft_options
+from post_training.drafts import registry
+from post_training.drafts.algorithm import DraftAlgorithm
 from post_training.drafts.eagle3.draft import DTYPE_NAMES, Draft
 from post_training.drafts.options import DraftOptions
-from post_training.drafts.registry import ALGORITHMS
+
+logger = logging.getLogger("post_training")
 
 
 def draft_of(source: Source) -> Draft | None:
@@ -23,7 +29,7 @@ def draft_of(source: Source) -> Draft | None:
 
 
 def require_draft(source: Source, options: StageOptions) -> None:
-    """Raise UsageError unless the source is a checkpoint with a draft. No torch."""
+    """Raise UsageError unless the source is a checkpoint with a draft."""
     if not source.is_checkpoint:
         raise UsageError(
             f"--pretrained-model-path {source.location}",
@@ -34,7 +40,7 @@ def require_draft(source: Source, options: StageOptions) -> None:
         return  # an earlier job is going to make it
     folder = Path(source.location)
     if draft_of(source) is None and not any(
-        torch_dist.holds(folder, f"{each.module}.") for each in ALGORITHMS.values()
+        torch_dist.holds(folder, f"{each.module}.") for each in registry.ALGORITHMS.values()
     ):
         raise UsageError(
             f"--load {options.load}",
@@ -52,13 +58,7 @@ def recorded_or_planned(wanted: DraftOptions, options: StageOptions, source: Sou
 def to_train(
     wanted: DraftOptions, options: StageOptions, source: Source, *, offline: bool
 ) -> Draft:
-    """The draft to train: as :func:`recorded_or_planned`.
-
-    Args:
-        wanted: the draft's flags.
-        options: the stage's.
-        source: the target, with or without a draft.
-        offline: whether stored features stand for the target's layers.
+    """The draft to train, as :func:`recorded_or_planned`; ``offline`` from stored features.
 
     Raises:
         UsageError: if the flags contradict the checkpoint's draft, or the target's layers are
@@ -68,57 +68,59 @@ def to_train(
     recorded = draft_of(source)
     if recorded is None:
         return planned
-    _check_unchanged(recorded, planned, options, source.location)
+    location = source.location
+    made, now = recorded.config["torch_dtype"], DTYPE_NAMES[options.precision]
+    if made != now:
+        precision = next(f"--{name}" for name, dtype in DTYPE_NAMES.items() if dtype == made)
+        raise UsageError(
+            f"{location} trained in {now}",
+            f"its draft was made in {made}",
+            f"add {precision}, or make the draft again in {now}",
+        )
+    for option, value, old in _described(planned, recorded, options):
+        if value != old:
+            raise UsageError(
+                f"{option} {value}",
+                f"the draft in {location} was made with {old}",
+                "leave it out, or start a new run in another folder",
+            )
     if recorded.offline and not offline:
         raise UsageError(
-            f"--load {source.location}",
+            f"--load {location}",
             "it was made without the target's layers (--export-offline-model)",
             "give --offline-distillation-data, or a checkpoint with its layers",
         )
     return recorded
 
 
-def _check_unchanged(recorded: Draft, planned: Draft, options: StageOptions, location: str) -> None:
-    """Raise UsageError if the flags contradict the draft that is to be trained.
-
-    Args:
-        recorded: the draft of the checkpoint.
-        planned: what the flags describe.
-        options: the stage's.
-        location: of the checkpoint.
-    """
-    made, wanted = recorded.config["torch_dtype"], DTYPE_NAMES[options.precision]
-    if made != wanted:
-        precision = next(f"--{name}" for name, dtype in DTYPE_NAMES.items() if dtype == made)
-        raise UsageError(
-            f"{location} trained in {wanted}",
-            f"its draft was made in {made}",
-            f"add {precision}, or make the draft again in {wanted}",
-        )
-    now, before = _described(planned), _described(recorded)
-    wrong = [
-        (spelled(name), now[name], before[name])
-        for name in before
-        if name in options.given and now[name] != before[name]
-    ]
+def _described(
+    planned: Draft, recorded: Draft, options: StageOptions
+) -> Iterator[tuple[str, Any, Any]]:
+    """What the given flags say about the draft: option, its value, that of the recorded draft."""
+    for name in ("ttt_steps", "mix_hidden_states"):
+        if name in options.given:
+            yield spelled(name), getattr(planned, name), getattr(recorded, name)
+    size = "draft_vocab_size"
+    if size in options.given:
+        yield spelled(size), planned.config[size], recorded.config[size]
     if "eagle_config" in options.given:
-        wrong += [
-            (f"--eagle-config {key}", value, recorded.config.get(key))
-            for key, value in planned.config.items()
-            if value != recorded.config.get(key)
-        ]
-    for option, value, old in wrong:
-        raise UsageError(
-            f"{option} {value}",
-            f"the draft in {location} was made with {old}",
-            "leave it out, or start a new run in another folder",
+        for key, value in planned.config.items():
+            yield f"--eagle-config {key}", value, recorded.config.get(key)
+
+
+def prepare(model: Any, draft: Draft, source: Source, train: Any, seed: int) -> DraftAlgorithm:
+    """Attach the draft where the source has none, choose its vocabulary, freeze its target.
+
+    The answers of the samples ``train`` decide the vocabulary of a new draft.
+    """
+    algorithm = registry.find(draft.algorithm)
+    if draft_of(source) is None:
+        algorithm.attach(model, draft, seed)
+    if draft.has_own_vocabulary and not draft.trained:
+        size, tokens = draft.config["draft_vocab_size"], draft.config["vocab_size"]
+        covered = algorithm.set_vocabulary(model, conversation_data.frequencies(train, tokens))
+        logger.info(
+            "draft vocabulary: %d of %d tokens, %.2f %% of the answers", size, tokens, 100 * covered
         )
-
-
-def _described(made: Draft) -> dict[str, Any]:
-    """What flags of their own describe, by field name."""
-    return {
-        "ttt_steps": made.ttt_steps,
-        "mix_hidden_states": made.mix_hidden_states,
-        "draft_vocab_size": made.config["draft_vocab_size"],
-    }
+    algorithm.freeze_target(model)
+    return algorithm

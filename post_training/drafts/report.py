@@ -67,41 +67,34 @@ def print_table(content: Mapping[str, Any]) -> None:
     table.add_column("category", no_wrap=True)
     for name in ("acceptance length", "95 % interval", "acceptance rate", "answers"):
         table.add_column(name, justify="right")
-    for name, each in acceptance["categories"].items():
-        table.add_row(name, *_cells(each))
-    if acceptance["categories"]:
-        table.add_section()
-    table.add_row("all", *_cells(acceptance), style="bold")
-    console = Console()
-    console.print(table)
-    by_position = Table(show_header=True)
-    by_position.add_column("draft position")
+    for name, each in [*acceptance["categories"].items(), ("all", acceptance)]:
+        is_sum = each is acceptance
+        if is_sum and acceptance["categories"]:
+            table.add_section()
+        length, interval, rate = (
+            each[key] for key in ("acceptance_length", "interval_95", "acceptance_rate")
+        )
+        table.add_row(
+            name,
+            "-" if length is None else f"{length:.3f}",
+            "-" if interval is None else f"{interval[0]:.2f} - {interval[1]:.2f}",
+            "-" if rate is None else f"{rate:.3f}",
+            str(each["answers"]),
+            style="bold" if is_sum else None,
+        )
+    by_position = Table("draft position")
     by_position.add_column("accepted", justify="right")
     for position, rate in enumerate(acceptance["acceptance_rate_by_position"], start=1):
         by_position.add_row(str(position), f"{rate:.3f}")
-    console.print(by_position)
-
-
-def _cells(each: Mapping[str, Any]) -> tuple[str, ...]:
-    length, interval, rate = (
-        each[name] for name in ("acceptance_length", "interval_95", "acceptance_rate")
-    )
-    return (
-        "-" if length is None else f"{length:.3f}",
-        "-" if interval is None else f"{interval[0]:.2f} - {interval[1]:.2f}",
-        "-" if rate is None else f"{rate:.3f}",
-        str(each["answers"]),
-    )
+    Console().print(table, by_position, sep="")
 
 
 def save_figure(content: Mapping[str, Any], path: Path) -> None:
     """Acceptance length by category, acceptance by draft position, tokens per pass: one PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     acceptance, steps = content["acceptance"], content["settings"]["steps"]
     figure = Figure(figsize=(13, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
     lengths, rates, passes = figure.subplots(1, 3)
     rows = {**acceptance["categories"], "all": acceptance}
     rows = {name: each for name, each in rows.items() if each["acceptance_length"] is not None}
@@ -114,22 +107,16 @@ def save_figure(content: Mapping[str, Any], path: Path) -> None:
     colors = ["tab:blue"] * (len(rows) - 1) + ["tab:gray"]
     lengths.barh(list(rows), values, xerr=errors, color=colors, capsize=3)
     lengths.invert_yaxis()
-    lengths.set_xlim(1, steps + 1)
-    lengths.set_xlabel("acceptance length, with 95 % interval")
+    lengths.set(xlim=(1, steps + 1), xlabel="acceptance length, with 95 % interval")
     positions = range(1, steps + 1)
     rates.plot(positions, acceptance["acceptance_rate_by_position"], marker="o")
-    rates.set_xticks(list(positions))
-    rates.set_ylim(0, 1)
-    rates.set_xlabel("draft position")
-    rates.set_ylabel("accepted share")
-    passes.bar(range(1, steps + 2), acceptance["histogram"])
-    passes.set_xticks(range(1, steps + 2))
-    passes.set_xlabel("tokens emitted by a pass of the target")
-    passes.set_ylabel("passes")
-    speed = acceptance["speed_up"]
+    rates.set(xticks=positions, ylim=(0, 1), xlabel="draft position", ylabel="accepted share")
+    emitted = range(1, steps + 2)
+    passes.bar(emitted, acceptance["histogram"])
+    passes.set(xticks=emitted, xlabel="tokens emitted by a pass of the target", ylabel="passes")
     figure.suptitle(
         f"{content['settings']['prompts']}: {acceptance['answers']} answers, {steps} draft steps, "
-        f"{speed:.2f} times the speed of plain decoding"
+        f"{acceptance['speed_up']:.2f} times the speed of plain decoding"
     )
     figure.savefig(path, dpi=120)
 

@@ -40,14 +40,12 @@ def check(options: ParityOptions) -> Plan:
 def eagle_parity(plan: Plan, session: Any) -> None:
     import torch
 
-    from post_training.drafts.eagle3 import attach as eagle
-    from post_training.drafts.eagle3 import attention as draft_attention
-    from post_training.drafts.eagle3 import flash_attention
     from post_training.drafts.eagle3 import loss as draft_loss
     from post_training.drafts.eagle3 import task as eagle_training
+    from post_training.drafts.eagle3.algorithm import EAGLE3
 
     core = loading.load(plan.source, plan.options, session)
-    eagle.freeze_target(core)
+    EAGLE3.freeze_target(core)
     eagle_training.set_mode(core)
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(0, 256, (2, 96), generator=generator).to(session.device)
@@ -101,17 +99,13 @@ def eagle_parity(plan: Plan, session: Any) -> None:
     result["loss"], result["modelopt"] = float(whole), float(reference)
     whole_gradients = gradients(whole)
     result["gradients"] = difference(whole_gradients, gradients(reference))
-    available = flash_attention.available
-    # As on a device without a flash kernel, in chunks, and with the target's logits made anew.
-    flash_attention.available = lambda query: False
-    draft_attention.CHUNK_ELEMENTS, draft_attention.SMALLEST_CHUNK = 1, 17
+    result["saved_bytes"] = [saved_bytes(length) for length in (64, 128, 256)]
+    # In chunks, and with the target's logits made anew.
     draft_loss.CHUNK_ELEMENTS, draft_loss.KEPT_BYTES = 2 * 20 * core.vocab_size, 0
     chunked = ours(ids)
     result["chunked"] = float(chunked)
     result["chunked_gradients"] = difference(gradients(chunked), whole_gradients)
     result["chunked_saved_bytes"] = [saved_bytes(length) for length in (64, 128, 256)]
-    flash_attention.available = available
-    result["saved_bytes"] = [saved_bytes(length) for length in (64, 128, 256)]
     core.eagle_mix_hidden_states = True
     mixed = ours(ids)
     result["mixed"] = float(mixed)

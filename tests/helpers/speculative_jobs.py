@@ -54,11 +54,11 @@ def prepare(plan: Plan, session: Any) -> None:
     from post_training.checkpoints import torch_dist
     from post_training.checkpoints.huggingface import SmallFiles
     from post_training.common.manifest import Manifest
-    from post_training.drafts.eagle3 import attach as eagle
+    from post_training.inference import forward
 
     source = plan.source
     model = loading.load(source, plan.options, session)
-    module = eagle.draft_module(model)
+    module = forward.unwrap(model).eagle_module
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))

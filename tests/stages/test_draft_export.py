@@ -19,7 +19,8 @@ import torch.nn.functional as F  # noqa: N812
 from safetensors.torch import load_file, save_file
 from speculative_jobs import MAPPING, TEXT
 
-from post_training.export.eagle3_readback import DraftFolder
+from post_training.export import eagle3_readback
+from post_training.export.readback import Folder
 
 MODELS = ("qwen3", "llama3")
 both = pytest.mark.parametrize("model", MODELS)
@@ -208,7 +209,7 @@ def spoiled(drafted, tmp_path, model="llama3", change=None, **config):
         change(tensors)
     save_file(tensors, folder / "model.safetensors")
     target = {**TARGET, "max_position_embeddings": content["max_position_embeddings"]}
-    return " ".join(DraftFolder(folder).problems(target, [0, 2, 4]))
+    return " ".join(eagle3_readback.problems(Folder(folder), target, [0, 2, 4]))
 
 
 def test_a_sound_folder_has_no_problems(drafted, tmp_path):
@@ -250,10 +251,10 @@ def test_a_wrong_tensor_is_found(drafted, tmp_path, name, value, expected):
 
 
 def test_another_value_is_found(drafted):
-    folder = DraftFolder(drafted.exported("qwen3", "TP=1"))
+    folder = Folder(drafted.exported("qwen3", "TP=1"))
     sound = folder.tensor("fc.weight")
-    assert list(folder.differences([("fc.weight", sound)])) == []
-    assert list(folder.differences([("fc.weight", sound + 1e-3)])) == [
+    assert list(eagle3_readback.differences(folder, [("fc.weight", sound)])) == []
+    assert list(eagle3_readback.differences(folder, [("fc.weight", sound + 1e-3)])) == [
         "fc.weight is not the model's"
     ]
 

@@ -19,7 +19,7 @@ LLAMA3 = tools.FAMILIES["llama3"].tiny_config()
 
 
 def test_the_configuration_follows_the_target():
-    config = draft.plan(from_huggingface(QWEN3)).config
+    config = draft.configuration(from_huggingface(QWEN3))
     assert config["hidden_size"] == 128
     assert config["head_dim"] == 64  # not hidden_size / heads = 32
     assert (config["num_attention_heads"], config["num_key_value_heads"]) == (4, 2)
@@ -31,7 +31,7 @@ def test_the_configuration_follows_the_target():
 
 
 def test_rotary_scaling_of_llama_3_is_the_drafts_too():
-    config = draft.plan(from_huggingface(LLAMA3)).config
+    config = draft.configuration(from_huggingface(LLAMA3))
     assert config["max_position_embeddings"] == 131072
     assert config["rope_scaling"] == LLAMA3["rope_parameters"]
 
@@ -47,12 +47,13 @@ def test_auxiliary_layers_are_distinct(layers, ids):
 def test_the_keys_are_modelopts():
     from modelopt.torch.speculative.config import eagle3_default_config
 
-    ours = set(draft.KEYS) - {"draft_vocab_size", "max_position_embeddings"}
-    assert ours == set(eagle3_default_config)
+    own = {"draft_vocab_size", "max_position_embeddings", *draft.TARGETS}
+    assert draft.configuration(from_huggingface(QWEN3)).keys() - own == eagle3_default_config.keys()
 
 
 def test_a_record_reads_itself_back():
-    made = draft.plan(from_huggingface(QWEN3), {"num_hidden_layers": 2}, ttt_steps=5)
+    config = draft.configuration(from_huggingface(QWEN3), {"num_hidden_layers": 2})
+    made = Draft("eagle3", config, [0, 2, 4], ttt_steps=5)
     content = json.loads(json.dumps(made.to_json()))
     assert Draft.from_json({**content, "of_a_newer_version": 1}) == made
 
@@ -75,7 +76,7 @@ REFUSED = {
 def test_a_configuration_that_cannot_work_is_refused(case):
     overrides, what, hint = REFUSED[case]
     with pytest.raises(UsageError) as caught:
-        draft.plan(from_huggingface(QWEN3), overrides)
+        draft.configuration(from_huggingface(QWEN3), overrides)
     assert what in str(caught.value)
     assert hint in str(caught.value)
 

@@ -22,8 +22,7 @@ from speculative_jobs import NEW_TOKENS, PROMPTS, STEPS
 
 from post_training.common.errors import UsageError
 from post_training.drafts import ground_truth
-from post_training.drafts.acceptance import Acceptance, matching
-from post_training.drafts.answers import AnswerPair, TokenizedPrompt
+from post_training.drafts.acceptance import Acceptance, AnswerPair, TokenizedPrompt, matching
 from post_training.drafts.eagle3.decoding import GreedyChoice
 
 LAYOUTS = ("TP=1", "TP=2", "PP=2")
@@ -76,9 +75,10 @@ def test_a_draft_is_measured_while_it_trains(drafted, model, layout):
 def test_acceptance_length_is_the_tokens_a_pass_of_the_target_emits():
     found = Acceptance(3, [[3, 0, 2], [1]])
     assert found.length == (4 + 1 + 3 + 2) / 4
-    assert found.rate == 6 / 12
-    assert found.by_position() == [3 / 4, 2 / 4, 1 / 4]
-    assert found.histogram() == [1, 1, 1, 1]
+    content = found.to_json()
+    assert content["acceptance_rate"] == 6 / 12
+    assert content["acceptance_rate_by_position"] == [3 / 4, 2 / 4, 1 / 4]
+    assert content["histogram"] == [1, 1, 1, 1]
 
 
 def test_the_interval_is_the_ratio_estimators():
@@ -189,7 +189,11 @@ def test_other_prompts_and_answers_are_said(tmp_path):
     answers = [measured([5, 6, 7]), measured([8, 9], 2)]
     content = {name: {} for name in ("command", "finished", "inputs", "versions", "git_commit")} | {
         "settings": ground_truth.settings(
-            [each.question for each in answers], source="x", steps=3, max_new_tokens=3
+            [each.question for each in answers],
+            source="x",
+            steps=3,
+            max_new_tokens=3,
+            ignore_eos=False,
         ),
         "acceptance": {"acceptance_length": 2.0},
     }
@@ -197,7 +201,7 @@ def test_other_prompts_and_answers_are_said(tmp_path):
     ground_truth.write(path, content, answers, str)
     now = [measured([5, 6, 8]), measured([8, 9], 3)]
     settings = ground_truth.settings(
-        [each.question for each in now], source="x", steps=3, max_new_tokens=3
+        [each.question for each in now], source="x", steps=3, osl=3, ignore_eos=False
     )
     found = ground_truth.compare(ground_truth.read(path), now, settings)
     assert found["compared_answers"] == 1

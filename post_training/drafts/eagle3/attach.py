@@ -1,9 +1,9 @@
 """An EAGLE-3 draft attached to a megatron-core model, by ModelOpt's ``eagle`` mode.
 
-Loading a drafted checkpoint is loading (``loading.load``, at any TP and PP): ModelOpt's state in it
-attaches the draft before the weights are read. Then
+Loading a drafted checkpoint (``loading.load``, at any TP and PP) attaches the draft before the
+weights are read, from ModelOpt's state in it. Then
 
-- ``model.eagle_module`` is the draft, on the last pipeline stage only (:func:`draft_module`);
+- ``model.eagle_module`` is the draft, on the last pipeline stage, and None on the others;
 - ``model.eagle_module.d2t`` maps a draft token ``t`` to the target's ``t + d2t[t]``: int64 [draft
   vocabulary], there only if the draft's vocabulary is smaller than the target's;
 - ``model.eagle_config.eagle_aux_hidden_state_layer_ids`` are the auxiliary layers: ``i`` stands
@@ -16,34 +16,33 @@ The same without torch is :class:`post_training.drafts.eagle3.draft.Draft`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from post_training.drafts.eagle3 import draft as draft_config
-from post_training.drafts.eagle3.draft import MODULE, Draft
+import modelopt.torch.speculative as mtsp
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from post_training.drafts.eagle3.draft import TARGETS, Draft
 from post_training.inference import forward
 
-if TYPE_CHECKING:
-    import numpy
-    from megatron.core.transformer import MegatronModule
+# An export writes the longest text; ModelOpt has no use for it, and knows the target's sizes.
+_NOT_MODELOPTS = (*TARGETS, "max_position_embeddings")
 
 
-def attach(model: MegatronModule, draft: Draft, seed: int = 1234) -> None:
+def attach(model: Any, draft: Draft, seed: int) -> None:
     """Attach the draft to this rank's part of a model, changed in place, and initialise it.
 
     ModelOpt converts every pipeline stage; the draft itself is on the last one. The same seed
     gives the same draft at any layout on the CPU.
     """
-    import modelopt.torch.speculative as mtsp
-    import torch
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     mtsp.convert(model, [("eagle", _modelopt_config(draft))])
-    _share_embedding(model)
-    module = draft_module(model)
-    if module is not None:
-        _initialize(module, draft, seed)
+    core = forward.unwrap(model)
+    _share_embedding(core)
+    if core.eagle_module is not None:
+        _initialize(core.eagle_module, draft, seed)
     model.eval()
 
 
@@ -52,9 +51,6 @@ def _share_embedding(core: Any) -> None:
 
     A checkpoint has it for both; weights from Hugging Face are read by the first stage only.
     """
-    import torch
-    from megatron.core import parallel_state
-
     if parallel_state.get_pipeline_model_parallel_world_size() == 1:
         return
     if not (core.pre_process or core.post_process):
@@ -64,49 +60,9 @@ def _share_embedding(core: Any) -> None:
     torch.distributed.broadcast(core.embedding.word_embeddings.weight.data, first, group=group)
 
 
-def draft_module(model: Any) -> Any | None:
-    """The draft (ModelOpt's ``EagleModule``) of this rank's model; None on earlier stages."""
-    return getattr(forward.unwrap(model), MODULE, None)
-
-
-def is_drafted(model: Any) -> bool:
-    """Whether the model (any pipeline stage of it) was converted to have a draft."""
-    return hasattr(forward.unwrap(model), "eagle_ttt_steps")
-
-
-def freeze_target(model: Any) -> None:
-    """Let the draft alone be trained: every other parameter needs no gradient."""
-    core = forward.unwrap(model)
-    for name, parameter in core.named_parameters():
-        parameter.requires_grad_(name.startswith(f"{MODULE}."))
-
-
-def set_vocabulary(model: Any, counts: numpy.ndarray[Any, Any]) -> float:
-    """Let the draft propose the most frequent tokens; returns the part of all counts they cover.
-
-    ModelOpt leaves ``d2t`` at zero, which stands for the first tokens of the vocabulary.
-
-    Args:
-        model: this rank's part; its draft's vocabulary is smaller than the target's.
-        counts: int64 [vocabulary], how often each token is wanted.
-    """
-    import numpy
-    import torch
-
-    core = forward.unwrap(model)
-    size = core.eagle_config.draft_vocab_size
-    # By falling frequency, then by number; tokens that never occur fill up what is left.
-    chosen = numpy.sort(numpy.argsort(-counts, kind="stable")[:size])
-    if core.eagle_module is not None:
-        d2t = torch.from_numpy(chosen - numpy.arange(size))
-        core.eagle_module.d2t.copy_(d2t)
-    return float(counts[chosen].sum() / max(1, counts.sum()))
-
-
 def _modelopt_config(draft: Draft) -> dict[str, Any]:
     """ModelOpt's EagleConfig; saved in the checkpoint's ModelOpt state, from which it restores."""
-    config = {name: value for name, value in draft.config.items() if name in draft_config.KEYS}
-    config.pop("max_position_embeddings")  # an export writes it; ModelOpt has no use for it
+    config = {key: value for key, value in draft.config.items() if key not in _NOT_MODELOPTS}
     return {
         "eagle_offline": draft.offline,
         "eagle_architecture_config": config,
@@ -129,8 +85,6 @@ def _initialize(module: Any, draft: Draft, seed: int) -> None:
     (``megatron_eagle.py``: ``init_method=(lambda w: None)``). All tensor-parallel ranks hold it
     whole, so all draw the same numbers.
     """
-    import torch
-
     weight = module.fc.weight
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(weight.shape, generator=generator) * draft.config["initializer_range"]

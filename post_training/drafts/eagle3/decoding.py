@@ -16,16 +16,14 @@ sequence for each step and supports no pipeline.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from megatron.core.inference.utils import InferenceMode
 
 from post_training.drafts.acceptance import Acceptance, matching
-from post_training.drafts.eagle3 import attach as eagle
-from post_training.inference import forward, generation
+from post_training.inference import forward
 
 
 class GreedyChoice(NamedTuple):
@@ -46,22 +44,11 @@ class GreedyChoice(NamedTuple):
         return cls(token, a, second if token == first else first, b)
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """One answer.
-
-    Attributes:
-        tokens: the new tokens; an end token is part of them.
-        accepted: draft tokens that each verification accepted.
-    """
+class Decoded(NamedTuple):
+    """An answer's tokens, an end token included, and what each verification accepted of a draft."""
 
     tokens: list[int]
     accepted: list[int]
-
-
-def can_verify(model: torch.nn.Module) -> bool:
-    """Whether several tokens after a cache can be verified: full causal attention everywhere."""
-    return generation.supports_prefix(model)
 
 
 @torch.inference_mode()
@@ -78,18 +65,16 @@ def decode(
     """Continue ``prompt`` until an end token or ``max_new_tokens``; every rank gets the result.
 
     Args:
-        model: a drafted model that :func:`can_verify`, built without sequence and context
-            parallelism.
-        prompt: token ids, at least one.
-        max_new_tokens: most tokens to add, at least 1.
+        model: a drafted model that ``generation.supports_prefix``, built without sequence and
+            context parallelism.
+        prompt: at least one token.
+        max_new_tokens: at least 1.
         eos_ids: tokens that end the answer.
         steps: draft tokens to propose to each verification, at least 1.
         vocab_size: choose among the first tokens only, where the output layer is padded.
         watch: on the last pipeline stage, filled with the choice behind each emitted token.
     """
     core = forward.unwrap(model)
-    if not eagle.is_drafted(core):
-        raise ValueError("the model has no draft")
     total = len(prompt) + max_new_tokens + steps + 1
     target = CachedTarget(core, total, vocab_size)
     draft = CachedDraft(core, total) if core.post_process else None
@@ -102,17 +87,20 @@ def decode(
         if draft is not None:
             proposal = draft.propose(pending, target.features[: len(pending)], steps)
         proposed = forward.from_last_stage(proposal, (steps,), torch.long).tolist()
-        start = target.length
+        start = target.context.sequence_len_offset
         chosen = target.choose([new[-1], *proposed], watch)
         count = matching(proposed, chosen)
         emitted = chosen[: count + 1]
-        if watch is not None and watch:
+        if watch:
             del watch[len(new) + count + 1 :]
-        target.forget(start + count + 1)
+        # Forget what was not accepted.
+        target.context.sequence_len_offset = start + count + 1
         pending = emitted
         new += emitted
         accepted.append(count)
-    return Decoded(_until_end(new[:max_new_tokens], eos_ids), accepted)
+    new = new[:max_new_tokens]
+    end = next((place for place, token in enumerate(new) if token in eos_ids), len(new))
+    return Decoded(new[: end + 1], accepted)
 
 
 def measure(
@@ -123,38 +111,26 @@ def measure(
     *,
     steps: int,
     vocab_size: int | None = None,
-    progress: Callable[[int], None] | None = None,
 ) -> Acceptance:
     """Decode ``prompts`` and say what was accepted: how good a draft is while it trains.
 
-    The model is put into evaluation mode and back into what it was in.
+    Every module of the model is put into evaluation mode, and back into its own.
     """
-    accepted = []
-    with evaluating(model):
-        for prompt in prompts:
-            found = decode(
-                model, prompt, max_new_tokens, eos_ids, steps=steps, vocab_size=vocab_size
-            )
-            accepted.append(found.accepted)
-            if progress is not None:
-                progress(1)
-    return Acceptance(steps, accepted)
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode within the context; every module gets its own mode back."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        yield
+        found = [
+            decode(model, prompt, max_new_tokens, eos_ids, steps=steps, vocab_size=vocab_size)
+            for prompt in prompts
+        ]
     finally:
         for module, training in modes.items():
             module.training = training
+    return Acceptance(steps, [each.accepted for each in found])
 
 
 class CachedTarget:
-    """The target with its cache, which can forget what was not accepted."""
+    """The target with its cache."""
 
     def __init__(self, core: Any, total: int, vocab_size: int | None) -> None:
         self.core = core
@@ -162,15 +138,6 @@ class CachedTarget:
         self.vocab_size = vocab_size
         self.device = forward.device_of(core)
         self.features = torch.empty(0)
-
-    @property
-    def length(self) -> int:
-        """Tokens in the cache."""
-        return int(self.context.sequence_len_offset)
-
-    def forget(self, length: int) -> None:
-        """Keep the first ``length`` tokens of the cache."""
-        self.context.sequence_len_offset = length
 
     def choose(
         self, tokens: list[int], watch: list[GreedyChoice] | None, *, last_only: bool = False
@@ -199,9 +166,7 @@ class CachedDraft:
 
     def __init__(self, core: Any, total: int) -> None:
         self.core = core
-        self.module = core.eagle_module
-        if self.module.training:
-            self.module.eval()
+        self.module = core.eagle_module.eval()
         self.context = forward.new_context(1, total)
         self.rotary = self.module.rotary_pos_emb(total)
         self.device = forward.device_of(core)
@@ -236,17 +201,10 @@ class CachedDraft:
         return mixed
 
     def run(self, ids: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The draft's layers after its cache.
+        """The draft's layers after its cache, for ids [1, n] and hidden states [n, 1, hidden].
 
-        Args:
-            ids: int64 [1, n].
-            hidden: [n, 1, hidden].
-
-        Returns:
-            Outputs for the head, and for the next step (before the last norm): [n, 1, hidden] each.
+        Returns outputs for the head, and for the next step (before the last norm), like ``hidden``.
         """
-        from megatron.core.inference.utils import InferenceMode
-
         offset, length = int(self.context.sequence_len_offset), ids.shape[1]
         positions = torch.arange(offset, offset + length, device=self.device).unsqueeze(0)
         # The draft is built for masks of any form, as its training needs. Here attention is causal.
@@ -255,16 +213,11 @@ class CachedDraft:
             kind = "no_mask"
         elif offset:
             kind, mask = "arbitrary", forward.causal_mask(offset, length, self.device)
-        with (
-            InferenceMode.active(),
-            forward.attention_mask_type(self.module.decoder.layers, kind),
-        ):
+        layers = self.module.decoder.layers
+        with InferenceMode.active(), forward.attention_mask_type(layers, kind):
+            embedded = self.core.embedding(input_ids=ids, position_ids=positions).to(self.dtype)
             output, following = self.module(
-                self.core.embedding(input_ids=ids, position_ids=positions).to(self.dtype),
-                hidden,
-                mask,
-                self.rotary,
-                inference_context=self.context,
+                embedded, hidden, mask, self.rotary, inference_context=self.context
             )
         self.context.sequence_len_offset += length
         self.context.enable_decode_mode()
@@ -281,11 +234,3 @@ class CachedDraft:
             output = output.to(forward.dtype_of(self.core))
         logits: torch.Tensor = head(output, weight=weight, runtime_gather_output=True)[0]
         return logits
-
-
-def _until_end(tokens: list[int], eos_ids: Sequence[int]) -> list[int]:
-    """Up to and with the first end token."""
-    for count, token in enumerate(tokens, start=1):
-        if token in eos_ids:
-            return tokens[:count]
-    return tokens

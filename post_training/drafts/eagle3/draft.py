@@ -14,47 +14,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
-from post_training.common import files
 from post_training.common.errors import UsageError, suggest
 from post_training.models.architecture import Architecture
 
 ALGORITHM = "eagle3"
 MODULE = "eagle_module"  # the draft in a model; the names of its tensors begin with it
+TARGETS = ("hidden_size", "vocab_size")  # sizes that are the target's
 DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
-_NUMBER = (int, float)
-# Every key of a draft's configuration, with the JSON type of its value. The names are those of
-# ModelOpt's `eagle_architecture_config` (a test compares them) and of Hugging Face's Llama.
-KEYS: dict[str, type | tuple[type, ...]] = {
-    "num_hidden_layers": int,
-    "intermediate_size": int,
-    "num_attention_heads": int,
-    "num_key_value_heads": int,
-    "head_dim": int,
-    "hidden_act": str,
-    "rms_norm_eps": _NUMBER,
-    "rope_theta": _NUMBER,
-    "rope_scaling": dict,
-    "position_embedding_type": str,
-    "max_position_embeddings": int,
-    "initializer_range": _NUMBER,
-    "mlp_bias": bool,
-    "attention_bias": bool,
-    "attention_dropout": _NUMBER,
-    "draft_vocab_size": int,
-    "has_lm_head": bool,
-    "use_input_layernorm_in_first_layer": bool,
-    "use_last_layernorm": bool,
-    "use_mtp_layernorm": bool,
-    "use_aux_hidden_state": bool,
-    "eagle_aux_hidden_state_layer_ids": list,
-    "parallel_draft_step": int,
-    "parallel_draft_heads_num_layers": int,
-    "torch_dtype": str,
-}
 # Keys whose other values ModelOpt's draft for megatron-core ignores, or that are not EAGLE-3.
 _ONLY: dict[str, Any] = {
     "hidden_act": "silu",
@@ -88,11 +57,10 @@ class Draft:
     """A draft as ``run.json`` records it under ``draft``.
 
     Attributes:
-        algorithm: ``eagle3``.
-        config: resolved configuration; the keys are those of ``KEYS``, hidden_size and vocab_size.
+        algorithm: its name in the registry.
+        config: resolved configuration, see :func:`configuration`.
         aux_hidden_state_layer_ids: layers of the target, from 0, whose output the draft reads.
-        mix_hidden_states: whether training mixes the states of earlier steps in (see ModelOpt's
-            ``eagle_mix_hidden_states``).
+        mix_hidden_states: whether training mixes in states of earlier steps (ModelOpt's flag).
         ttt_steps: steps of training-time test.
         offline: whether the checkpoint leaves out the target's layers (``--export-offline-model``).
         trained: training iterations so far.
@@ -121,31 +89,19 @@ class Draft:
         return cls(**{name: value for name, value in content.items() if name in known})
 
 
-def plan(
+def configuration(
     architecture: Architecture,
     overrides: Mapping[str, Any] | None = None,
-    *,
     dtype: str = "bf16",
-    mix_hidden_states: bool = False,
-    ttt_steps: int = 3,
-    offline: bool = False,
     option: str = "--eagle-config",
-) -> Draft:
-    """The draft for a target: everything follows the target, ``overrides`` last.
-
-    Args:
-        architecture: the target's.
-        overrides: content of ``--eagle-config``.
-        dtype: ``bf16``, ``fp16`` or ``fp32``.
-        option: what to call the overrides in a message.
+) -> dict[str, Any]:
+    """The configuration of a draft: everything follows the target, ``overrides`` last.
 
     Raises:
         UsageError: for an unknown key, a value of the wrong type, or one that cannot work.
     """
-    given = dict(overrides or {})
+    given = overrides or {}
     target = architecture.resolved()
-    fixed = {"hidden_size": target["hidden_size"], "vocab_size": target["vocab_size"]}
-    _check_keys(given, fixed, option)
     if target["position_embedding_type"] != "rope":
         raise UsageError(
             f"the target's position embedding: {target['position_embedding_type']}",
@@ -158,6 +114,8 @@ def plan(
         scaling = {**LLAMA3, "rope_theta": base, "factor": target["rope_scaling_factor"]}
     # With latent attention the target has no key-value heads of a plain size.
     mla = architecture.multi_latent_attention
+    # The names are those of ModelOpt's `eagle_architecture_config` (a test compares them) and of
+    # Hugging Face's Llama.
     config = {
         "num_hidden_layers": 1,
         "intermediate_size": target["ffn_hidden_size"],
@@ -165,7 +123,7 @@ def plan(
         "num_key_value_heads": target["num_attention_heads" if mla else "num_query_groups"],
         "head_dim": target["v_head_dim"] if mla else target["kv_channels"],
         "hidden_act": "silu",
-        "rms_norm_eps": target["layernorm_epsilon"],
+        "rms_norm_eps": float(target["layernorm_epsilon"]),
         "rope_theta": base,
         "rope_scaling": scaling,
         "position_embedding_type": "rope",
@@ -184,20 +142,14 @@ def plan(
         "parallel_draft_step": 1,
         "parallel_draft_heads_num_layers": 1,
         "torch_dtype": DTYPE_NAMES[dtype],
-        **fixed,
-        **given,
+        **{name: target[name] for name in TARGETS},
     }
+    _check_keys(given, config, option)
+    config.update(given)
     if "rope_theta" in given and "rope_scaling" not in given:
         config["rope_scaling"] = {**scaling, "rope_theta": config["rope_theta"]}
     _check_values(config, target, option)
-    return Draft(
-        ALGORITHM,
-        config,
-        list(config["eagle_aux_hidden_state_layer_ids"]),
-        mix_hidden_states,
-        ttt_steps,
-        offline,
-    )
+    return config
 
 
 def aux_layer_ids(num_layers: int) -> list[int]:
@@ -212,28 +164,21 @@ def aux_layer_ids(num_layers: int) -> list[int]:
     return chosen if len(chosen) == 3 else list(range(num_layers))[:3]
 
 
-def read_overrides(path: str, option: str = "--eagle-config") -> dict[str, Any]:
-    """The JSON object in the file that ``--eagle-config`` names.
-
-    Raises:
-        UsageError: if it is not there or no JSON object.
-    """
-    remedy = 'name a JSON file such as {"num_hidden_layers": 1}'
-    return files.read_json_object(Path(path), option, remedy)
-
-
-def _check_keys(given: Mapping[str, Any], fixed: Mapping[str, Any], option: str) -> None:
+def _check_keys(given: Mapping[str, Any], config: Mapping[str, Any], option: str) -> None:
+    """Refuse unknown keys, sizes that are not the target's, and JSON types unlike ``config``'s."""
+    keys = [key for key in config if key not in TARGETS]
     for key, value in given.items():
-        if key in fixed and value == fixed[key]:
+        if key in TARGETS and value == config[key]:
             continue
-        if key not in KEYS:
-            hint = _HINTS.get(key) or suggest(key, KEYS) or f"keys: {', '.join(KEYS)}"
-            cause = f"it must be the target's, {fixed[key]}" if key in fixed else "unknown key"
+        if key not in keys:
+            hint = _HINTS.get(key) or suggest(key, keys) or f"keys: {', '.join(keys)}"
+            known = key in TARGETS
+            cause = f"it must be the target's, {config[key]}" if known else "unknown key"
             raise UsageError(f"{option} {key}: {value}", cause, hint)
-        kind = KEYS[key]
-        is_bool = isinstance(value, bool)
-        if not isinstance(value, kind) or (is_bool and kind is not bool):
-            names = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        kind = type(config[key])
+        kinds = (int, float) if kind is float else (kind,)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+            names = " or ".join(each.__name__ for each in kinds)
             raise UsageError(
                 f"{option} {key}: {json.dumps(value)}",
                 f"it is a JSON {type(value).__name__}, and {names} is needed",
@@ -266,3 +211,29 @@ def _check_values(config: Mapping[str, Any], target: Mapping[str, Any], option: 
         refuse(key, f"the target's layers are 0 to {layers - 1}", f"e.g. {aux_layer_ids(layers)}")
     if ids != sorted(set(ids)):
         refuse(key, "they must ascend, each once", f"{sorted(set(ids))}")
+
+
+def require_exportable(config: Mapping[str, Any], what: str) -> None:
+    """Raise UsageError for a draft of a form that no engine has.
+
+    Args:
+        config: these keys of :attr:`Draft.config`.
+        what: to call the draft in the message.
+    """
+    layers = "eagle_aux_hidden_state_layer_ids"
+    norm = "use_input_layernorm_in_first_layer"
+    needed = {
+        "num_hidden_layers": (config["num_hidden_layers"] == 1, "engines load one layer"),
+        # They build `fc` for three.
+        layers: (len(config[layers]) == 3, "vLLM and SGLang read 3 auxiliary layers"),
+        "use_last_layernorm": (config["use_last_layernorm"], "engines apply a last norm"),
+        norm: (config[norm], "engines apply a norm to the features"),
+        "mlp_bias": (not config["mlp_bias"], "SGLang loads no biases"),
+    }
+    wrong = [(name, reason) for name, (met, reason) in needed.items() if not met]
+    if wrong:
+        raise UsageError(
+            f"{what}: {', '.join(f'{name}={config[name]}' for name, _ in wrong)}",
+            "; ".join(reason for _, reason in wrong),
+            "attach and train a draft with the default form (convert.sh --algorithm eagle3)",
+        )

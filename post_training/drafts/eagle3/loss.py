@@ -11,17 +11,20 @@ cross entropies (Hsu et al. 2024, arXiv:2410.10989), but by PyTorch's own operat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 
-# Logits of one chunk on a rank: 1.5 * 2^26 floats are 400 MB, and three such tensors are held.
+# Logits of one chunk on a rank: 1.5 * 2^26 floats are 400 MB; three or four such tensors are held.
 CHUNK_ELEMENTS = 3 << 25
 # The target's logits are kept for all steps up to this size on a rank, and else computed again.
 KEPT_BYTES = 4 << 30
-
-Logits = Callable[[int, int], torch.Tensor]
 
 
 def chunks(length: int, batch: int, columns: int) -> list[tuple[int, int]]:
@@ -38,60 +41,44 @@ class Teacher:
     Args:
         logits: float or bfloat16 [stop - start, b, columns] of positions [start, stop): this
             rank's part of the draft's vocabulary.
-        spans: the chunks in which it will be asked.
+        length: positions that there are in all.
     """
 
-    def __init__(self, logits: Logits, spans: list[tuple[int, int]]) -> None:
+    def __init__(self, logits: Callable[[int, int], torch.Tensor], length: int) -> None:
         self._logits = logits
-        self._length = spans[-1][1] if spans else 0
-        self._kept: dict[tuple[int, int], torch.Tensor] = {}
-        self._argmax: dict[tuple[int, int], torch.Tensor] = {}
+        self._length = length
+        self._kept: dict[int, torch.Tensor] = {}
+        self._argmax: dict[int, torch.Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Probabilities [stop - start, b, columns] in float32, and their argmax [.., b]."""
-        span = (start, stop)
-        logits = self._kept.get(span)
+        """Probabilities [stop - start, b, columns] in float32, and their argmax [.., b].
+
+        Every step must ask in the same chunks.
+        """
+        logits = self._kept.get(start)
         if logits is None:
             logits = self._logits(start, stop)
-            row = logits.element_size() * logits[0].numel()
-            if row * self._length <= KEPT_BYTES:
-                self._kept[span] = logits
-        if span not in self._argmax:
-            self._argmax[span] = argmax(logits)
-        return log_softmax(logits).exp_(), self._argmax[span]
+            if logits.element_size() * logits[0].numel() * self._length <= KEPT_BYTES:
+                self._kept[start] = logits
+        if start not in self._argmax:
+            self._argmax[start] = argmax(logits)
+        return log_softmax(logits).exp_(), self._argmax[start]
 
 
-def weighted_loss(
-    student: Callable[[torch.Tensor], torch.Tensor],
-    parameters: Sequence[torch.nn.Parameter],
-    hidden: torch.Tensor,
-    teacher: Teacher,
-    weight: torch.Tensor,
-    spans: list[tuple[int, int]],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weighted sum of the positions' losses, and that of right guesses.
+class WeightedLoss(torch.autograd.Function):
+    """The weighted sum of the positions' losses, and that of right guesses: two float32 scalars.
+
+    A guess is right if the draft's argmax is the target's. Gradients are made in the forward pass.
 
     Args:
         student: from hidden states [n, b, h] to this rank's part of the logits.
-        parameters: what ``student`` is to be trained in, if anything.
-        hidden: the draft's last states [s, b, h].
         teacher: the target's distributions for the same positions.
         weight: of each position, float32 [s, b].
         spans: chunks that cover 0 .. s.
-
-    Returns:
-        Two float32 scalars; a guess is right if the draft's argmax is the target's.
+        hidden: the draft's last states [s, b, h].
+        parameters: what ``student`` is to be trained in, if anything.
     """
-    trained = [each for each in parameters if each.requires_grad]
-    if not torch.is_grad_enabled():
-        return _over_chunks(student, hidden, teacher, weight, spans, None)
-    loss, right = _WeightedLoss.apply(student, teacher, weight, spans, hidden, *trained)
-    return loss, right
-
-
-class _WeightedLoss(torch.autograd.Function):
-    """The sum over all chunks; its gradients are made in the forward pass."""
 
     @staticmethod
     def forward(
@@ -103,122 +90,61 @@ class _WeightedLoss(torch.autograd.Function):
         hidden: torch.Tensor,
         *parameters: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        gradients = [torch.zeros_like(each) for each in (hidden, *parameters)]
-
-        def differentiate(loss: torch.Tensor, states: torch.Tensor, start: int, stop: int) -> None:
-            found = torch.autograd.grad(loss, (states, *parameters))
-            gradients[0][start:stop] = found[0]
-            for total, part in zip(gradients[1:], found[1:], strict=True):
-                total += part
-
-        result = _over_chunks(student, hidden, teacher, weight, spans, differentiate)
+        trains = hidden.requires_grad
+        gradients = [torch.zeros_like(each) for each in (hidden, *parameters) if trains]
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        right = torch.zeros_like(total)
+        for start, stop in spans:
+            probabilities, best = teacher(start, stop)
+            with torch.set_grad_enabled(trains):
+                states = hidden[start:stop].detach().requires_grad_(trains)
+                logits = student(states)
+                rows = torch.linalg.vecdot(probabilities, log_softmax(logits))
+                # Over all ranks; each gets its part's gradient.
+                loss = reduce_from_tensor_model_parallel_region(-(rows * weight[start:stop]).sum())
+            del probabilities
+            if trains:
+                found = torch.autograd.grad(loss, (states, *parameters))
+                gradients[0][start:stop] = found[0]
+                for gradient, part in zip(gradients[1:], found[1:], strict=True):
+                    gradient += part
+            total += loss.detach()
+            right += ((argmax(logits.detach()) == best) * weight[start:stop]).sum()
         ctx.save_for_backward(*gradients)
-        ctx.mark_non_differentiable(result[1])
-        return result
+        ctx.mark_non_differentiable(right)
+        return total, right
 
     @staticmethod
     def backward(ctx: Any, *incoming: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return (None, None, None, None, *(incoming[0] * each for each in ctx.saved_tensors))
 
 
-def _over_chunks(
-    student: Callable[[torch.Tensor], torch.Tensor],
-    hidden: torch.Tensor,
-    teacher: Teacher,
-    weight: torch.Tensor,
-    spans: list[tuple[int, int]],
-    differentiate: Callable[[torch.Tensor, torch.Tensor, int, int], None] | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    right = torch.zeros_like(total)
-    for start, stop in spans:
-        probabilities, best = teacher(start, stop)
-        with torch.set_grad_enabled(differentiate is not None):
-            states = hidden[start:stop].detach().requires_grad_(differentiate is not None)
-            logits = student(states)
-            loss = _cross_entropy(logits, probabilities, weight[start:stop])
-        del probabilities
-        if differentiate is not None:
-            differentiate(loss, states, start, stop)
-        total += loss.detach()
-        right += ((argmax(logits.detach()) == best) * weight[start:stop]).sum()
-    return total, right
-
-
-def _cross_entropy(
-    logits: torch.Tensor, probabilities: torch.Tensor, weight: torch.Tensor
-) -> torch.Tensor:
-    """-sum(w p log softmax(x)) of this chunk, over all ranks."""
-    rows = torch.linalg.vecdot(probabilities, log_softmax(logits))
-    loss: torch.Tensor = _Reduced.apply(-(rows * weight).sum())
-    return loss
-
-
 def log_softmax(logits: torch.Tensor) -> torch.Tensor:
     """This rank's part of the logarithm of the softmax over all ranks, in float32."""
-    from megatron.core import parallel_state
-
     if parallel_state.get_tensor_model_parallel_world_size() == 1:
         return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-    result: torch.Tensor = _SplitLogSoftmax.apply(logits)
-    return result
+    logits = logits.float()
+    largest = _reduce(logits.detach().amax(dim=-1), torch.distributed.ReduceOp.MAX)
+    shifted = logits - largest.unsqueeze(-1)
+    total = reduce_from_tensor_model_parallel_region(shifted.exp().sum(-1))
+    # Every rank's part depends on the total: the copy sums their gradients.
+    normaliser: torch.Tensor = copy_to_tensor_model_parallel_region(total.log())
+    return shifted - normaliser.unsqueeze(-1)
 
 
-class _SplitLogSoftmax(torch.autograd.Function):
-    """Along the last dimension, which is split over the tensor-parallel ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor) -> torch.Tensor:
-        result = logits.to(torch.float32, copy=True)
-        result -= _reduced(result.max(dim=-1).values, torch.distributed.ReduceOp.MAX).unsqueeze(-1)
-        result -= _reduced(result.exp().sum(-1)).log_().unsqueeze(-1)
-        ctx.save_for_backward(result)
-        ctx.dtype = logits.dtype
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        (result,) = ctx.saved_tensors
-        total = _reduced(gradients[0].sum(-1)).unsqueeze(-1)
-        return torch.addcmul(gradients[0], result.exp(), total, value=-1.0).to(ctx.dtype)
-
-
-class _Reduced(torch.autograd.Function):
-    """A sum over ranks of what each has made of its part; the gradient is every rank's own."""
-
-    @staticmethod
-    def forward(_ctx: Any, part: torch.Tensor) -> torch.Tensor:
-        return _reduced(part)
-
-    @staticmethod
-    def backward(_ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        return gradients[0]
-
-
-@torch.no_grad()
 def argmax(logits: torch.Tensor) -> torch.Tensor:
     """Index of the largest entry along a dimension split over ranks; the first of equals."""
-    from megatron.core import parallel_state
-
     if parallel_state.get_tensor_model_parallel_world_size() == 1:
         return logits.argmax(dim=-1)
     value, index = logits.max(dim=-1)
     index = index + parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
-    largest = _reduced(value, torch.distributed.ReduceOp.MAX)
+    largest = _reduce(value.clone(), torch.distributed.ReduceOp.MAX)
     index = torch.where(value == largest, index, torch.iinfo(index.dtype).max)
-    return _reduced(index, torch.distributed.ReduceOp.MIN)
+    return _reduce(index, torch.distributed.ReduceOp.MIN)
 
 
-def _reduced(tensor: torch.Tensor, operation: Any = None) -> torch.Tensor:
-    """A copy, reduced (summed by default) over the tensor-parallel ranks."""
-    from megatron.core import parallel_state
-
-    if parallel_state.get_tensor_model_parallel_world_size() == 1:
-        return tensor
-    tensor = tensor.clone()
-    torch.distributed.all_reduce(
-        tensor,
-        op=operation or torch.distributed.ReduceOp.SUM,
-        group=parallel_state.get_tensor_model_parallel_group(),
-    )
+def _reduce(tensor: torch.Tensor, operation: Any) -> torch.Tensor:
+    """``tensor``, reduced in place over the tensor-parallel ranks."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    torch.distributed.all_reduce(tensor, op=operation, group=group)
     return tensor

@@ -9,18 +9,23 @@ Rows and tokens. Row ``t`` of the draft reads the embedding of token ``t + 1`` a
 token ``t`` and proposes token ``t + 2``; its teacher is what the target says after token ``t + 1``.
 At step ``k`` the first ``k`` rows have no predecessor and do not count. Answer-only training: a row
 counts if token ``t + 2`` belongs to an answer.
+
+With sequence parallelism target and draft compute on a part of the rows on each tensor-parallel
+rank; the loss, and the shift of rows from one step to the next, need whole sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from post_training.drafts.eagle3 import attention as draft_attention
 from post_training.drafts.eagle3 import loss as draft_loss
-from post_training.drafts.eagle3 import sequence
 from post_training.drafts.eagle3.draft import Draft
 from post_training.inference import forward
 from post_training.training.task import Loss, LossFunction, Task
@@ -29,7 +34,10 @@ from post_training.training.task import Loss, LossFunction, Task
 def task(core: Any, draft: Draft) -> Task:
     """The task of training ``core``'s draft."""
     if core.post_process:
-        sequence.give_whole_to_output_layers(core)
+        # The layers that make logits take whole sequences, which the loss reads in chunks.
+        for layer in (core.output_layer, getattr(core.eagle_module, "eagle_output_layer", None)):
+            if layer is not None:
+                layer.sequence_parallel = False
     steps = range(1, draft.ttt_steps + 1)
     names = (*(f"loss_{k}" for k in steps), *(f"accuracy_{k}" for k in steps))
     return Task(
@@ -61,8 +69,10 @@ def forward_step(model: Any, batch: Mapping[str, Any]) -> tuple[torch.Tensor, Lo
     """
     core = forward.unwrap(model)
     if "hidden_states" in batch:
-        hidden = sequence.part(core, batch["hidden_states"].transpose(0, 1).contiguous())
-        auxiliary = sequence.part(core, batch["aux_hidden_states"].transpose(0, 1).contiguous())
+        hidden, auxiliary = (
+            _own_rows(core, batch[name].transpose(0, 1).contiguous())
+            for name in ("hidden_states", "aux_hidden_states")
+        )
         anchor = None
     else:
         hidden, auxiliary, anchor = run_target(core, batch["input_ids"])
@@ -72,11 +82,7 @@ def forward_step(model: Any, batch: Mapping[str, Any]) -> tuple[torch.Tensor, Lo
     total, count, metrics = _losses(core, batch, hidden, auxiliary)
     if anchor is not None:
         total = total + anchor
-
-    def loss(output: torch.Tensor) -> Loss:
-        return output, count, metrics
-
-    return total, loss
+    return total, lambda output: (output, count, metrics)
 
 
 def run_target(
@@ -97,8 +103,7 @@ def run_target(
             anchor = 0.0 * received.sum()
         received = received.detach()
         core.decoder.set_input_tensor(received[..., :size].contiguous())
-    length = input_ids.shape[1]
-    positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     with torch.no_grad(), forward.auxiliary_states(core) as states:
         hidden, _ = core._base_model_forward(input_ids, positions, None)
     if received is not None:
@@ -113,8 +118,6 @@ def features(model: Any, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
     What online training computes and offline training reads; None on earlier pipeline stages.
     """
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-
     core = forward.unwrap(model)
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -145,43 +148,43 @@ def _losses(
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Weighted sum of the losses, number of tokens, and [sum, count] of each metric."""
     draft, input_ids = core.eagle_module, batch["input_ids"]
-    length = input_ids.shape[1]
+    size, length = input_ids.shape
+    rows = length - 1
     # Row t: token t + 1 is read, token t + 2 is proposed; the last two rows propose nothing known.
-    following = torch.nn.functional.pad(input_ids[:, 1:], (0, 1))
-    weight = torch.nn.functional.pad(batch["loss_mask"][:, 2:], (0, 2)).T.float()
+    following = F.pad(input_ids[:, 1:], (0, 1))
+    weight = F.pad(batch["loss_mask"][:, 2:], (0, 2)).T.float()[:rows]
     positions = torch.arange(length, device=input_ids.device).expand_as(input_ids)
-    hidden = sequence.whole(core, hidden)
     with torch.no_grad():
         embeddings = core.embedding(input_ids=following, position_ids=positions)
     # megatron-core keeps the table; made by an evaluation, it could not be differentiated through.
     rotary = draft.rotary_pos_emb(length).clone()
-    student, parameters = _output(core)
-    rows = length - 1
-    columns = _columns(core)
-    spans = draft_loss.chunks(rows, input_ids.shape[0], columns)
-    teacher = draft_loss.Teacher(_teacher_logits(core, hidden), spans)
+    head = getattr(draft, "eagle_output_layer", None)
+    student = _target_output(core) if head is None else lambda states: head(states)[0]
+    trained = [] if head is None else list(head.parameters())
+    # Columns of a rank's logits, the larger of target's and draft's.
+    columns = core.vocab_size // parallel_state.get_tensor_model_parallel_world_size()
+    spans = draft_loss.chunks(rows, size, columns)
+    teacher = draft_loss.Teacher(_teacher_logits(core, _all_rows(core, hidden)), rows)
     states = draft.fc(auxiliary)[0]
     total = hidden.new_zeros((), dtype=torch.float32)
     metrics = {}
     mixed = core.eagle_mix_hidden_states
     with draft_attention.over_steps(draft, independent=mixed):
         for step in range(core.eagle_ttt_steps):
-            output, following_states = draft(embeddings, states, None, rotary_pos_emb=rotary)
-            counted = weight[:rows].clone()
+            output, made = draft(embeddings, states, None, rotary_pos_emb=rotary)
+            counted = weight.clone()
             counted[:step] = 0.0
-            logits_of = sequence.whole(core, output)[:rows]
-            loss, right = draft_loss.weighted_loss(
-                student, parameters, logits_of, teacher, counted, spans
+            loss, right = draft_loss.WeightedLoss.apply(
+                student, teacher, counted, spans, _all_rows(core, output)[:rows], *trained
             )
             count = counted.sum()
             total = total + core.eagle_loss_decay_factor**step * loss
             metrics[f"loss_{step + 1}"] = torch.stack([loss.detach(), count])
             metrics[f"accuracy_{step + 1}"] = torch.stack([right, count])
             # Row t reads what row t - 1 made.
-            made = sequence.whole(core, following_states)
-            shifted = sequence.part(core, torch.nn.functional.pad(made[:-1], (0, 0, 0, 0, 1, 0)))
-            states = _mix(core, states, shifted, step) if mixed else shifted
-    return total, weight[:rows].sum(), metrics
+            made = _own_rows(core, F.pad(_all_rows(core, made)[:-1], (0, 0, 0, 0, 1, 0)))
+            states = _mix(core, states, made, step) if mixed else made
+    return total, weight.sum(), metrics
 
 
 def _mix(core: Any, states: torch.Tensor, made: torch.Tensor, step: int) -> torch.Tensor:
@@ -197,45 +200,42 @@ def _mix(core: Any, states: torch.Tensor, made: torch.Tensor, step: int) -> torc
     chosen = torch.zeros(length, batch, dtype=torch.bool)
     for i in range(batch):
         chosen[torch.randperm(length)[:count], i] = True
-    rows = sequence.part(core, chosen.to(states.device).unsqueeze(-1))
-    return torch.where(rows, made, states)
+    return torch.where(_own_rows(core, chosen.to(states.device).unsqueeze(-1)), made, states)
 
 
-def _output(core: Any) -> tuple[Any, list[torch.nn.Parameter]]:
-    """From states to this rank's part of the draft's logits, and what of it is trained."""
-    layer = getattr(core.eagle_module, "eagle_output_layer", None)
-    if layer is not None:
-        return (lambda states: layer(states)[0]), list(layer.parameters())
-    return _target_output(core), []
+def _all_rows(core: Any, states: torch.Tensor) -> torch.Tensor:
+    """Of the whole sequence, [s, b, h]. Ranks must use them alike; each gets its own gradient."""
+    if core.config.sequence_parallel:
+        gather = tensor_parallel.gather_from_sequence_parallel_region
+        states = gather(states, tensor_parallel_output_grad=False)
+    return states
 
 
-def _target_output(core: Any) -> Any:
+def _own_rows(core: Any, states: torch.Tensor) -> torch.Tensor:
+    """This rank's rows of the whole sequence: [s, b, h] to [s / TP, b, h]."""
+    if core.config.sequence_parallel:
+        states = tensor_parallel.scatter_to_sequence_parallel_region(states)
+    return states
+
+
+def _target_output(core: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """From states to this rank's part of the target's logits."""
     weight = None
     if core.share_embeddings_and_output_weights:
         weight = core.shared_embedding_or_output_weight()
     return lambda states: core.output_layer(states, weight=weight)[0]
 
 
-def _columns(core: Any) -> int:
-    """Columns of a rank's logits, the larger of target's and draft's."""
-    from megatron.core import parallel_state
-
-    return int(core.vocab_size // parallel_state.get_tensor_model_parallel_world_size())
-
-
-def _teacher_logits(core: Any, hidden: torch.Tensor) -> draft_loss.Logits:
+def _teacher_logits(core: Any, hidden: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
     """The target's logits that rows of the draft are compared with, in the draft's vocabulary."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
-
     output = _target_output(core)
     d2t = getattr(core.eagle_module, "d2t", None)
 
     def logits(start: int, stop: int) -> torch.Tensor:
-        found: torch.Tensor = output(hidden[start + 1 : stop + 1])
+        found = output(hidden[start + 1 : stop + 1])
         if d2t is None:
             return found
-        whole = gather_from_tensor_model_parallel_region(found)
+        whole = tensor_parallel.gather_from_tensor_model_parallel_region(found)
         tokens = torch.arange(len(d2t), device=d2t.device) + d2t
         part = tokens.chunk(parallel_state.get_tensor_model_parallel_world_size())
         return whole[..., part[parallel_state.get_tensor_model_parallel_rank()]]
@@ -243,21 +243,20 @@ def _teacher_logits(core: Any, hidden: torch.Tensor) -> draft_loss.Logits:
     return logits
 
 
-def _pipeline_shapes(core: Any) -> Any:
+def _pipeline_shapes(core: Any) -> Callable[..., Any]:
     """Hidden states of the auxiliary layers below a stage's edge travel along with its input."""
     ids = core.eagle_config.eagle_aux_hidden_state_layer_ids
     layers = [layer.layer_number - 1 for layer in core.decoder.layers]
 
+    def widened(shapes: list[Any], states: int) -> list[Any]:
+        return [(*shape[:-1], shape[-1] * (1 + states)) for shape in shapes]
+
     def adjust(received: list[Any], sent: list[Any]) -> tuple[list[Any], list[Any]]:
         below = sum(i < min(layers) for i in ids)
         above = sum(i <= max(layers) for i in ids)
-        return _widened(received, below), _widened(sent, above)
+        return widened(received, below), widened(sent, above)
 
     return adjust
-
-
-def _widened(shapes: list[Any], states: int) -> list[Any]:
-    return [(*shape[:-1], shape[-1] * (1 + states)) for shape in shapes]
 
 
 def _no_loss(_output: torch.Tensor) -> Loss:
