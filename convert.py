@@ -163,7 +163,7 @@ def show(plan: Plan, content: dict[str, Any], session: Session) -> None:
             "parameters": f"{content['metrics']['parameters']:,}",
             **({"draft": f"{drafted:,} parameters, to be trained"} if drafted else {}),
             "checkpoint": f"{plan.save} ({report.size(plan.save)})",
-            "layout saved": report.layout(session.parallel) + ", loads at any",
+            "layout saved": f"{session.parallel}, loads at any",
             **report.cost(content),
         },
         next_step=next_step,

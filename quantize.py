@@ -138,7 +138,7 @@ def show(plan: Plan, quantized: Quantized, session: Session) -> None:
             f"{used['tokens']:,} tokens{speed}",
             "exports as": exported + (f"; keys and values {kv}" if kv else ""),
             "checkpoint": f"{plan.save} ({report.size(plan.save)})",
-            "layout saved": report.layout(options.parallel) + ", loads at any",
+            "layout saved": f"{options.parallel}, loads at any",
             **report.cost(content),
         },
         next_step=f"MLM_MODEL_CKPT={plan.save} bash mmlu.sh <conf>, then bash export.sh <conf>",

@@ -20,8 +20,6 @@ from typing import Any
 from post_training.common import threads
 from post_training.common.errors import UsageError
 
-_HASH_BLOCK = 1 << 22
-
 
 def incomplete(target: Path) -> Path:
     """Name under which the output ``target`` is written until it is complete."""
@@ -49,7 +47,8 @@ def publish(target: Path) -> None:
     """
     work = incomplete(target)
     _allow_reading(work)
-    _sync_tree(work)
+    for path in (*tree(work), work):
+        _sync(path)
     previous = _previous(target)
     if target.exists():
         if previous.exists():
@@ -58,7 +57,7 @@ def publish(target: Path) -> None:
     work.rename(target)
     if previous.exists():
         shutil.rmtree(previous)
-    _sync_folder(target.parent)
+    _sync(target.parent)
 
 
 def recover(target: Path) -> bool:
@@ -123,11 +122,8 @@ def read_json_object(path: Path, what: str = "file", remedy: str = _AGAIN) -> di
 
 def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while block := stream.read(_HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def tree(folder: Path) -> Iterator[Path]:
@@ -187,18 +183,9 @@ def _allow_reading(folder: Path) -> None:
         path.chmod(path.stat().st_mode | (0o666 & ~mask))
 
 
-def _sync_tree(folder: Path) -> None:
-    for path in tree(folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Write a file or a folder's list of names to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -247,17 +247,19 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str | None:
     """Commit of this source tree, with ``+changes`` where it is modified; None outside git."""
-    root = Path(__file__).resolve().parent
     try:
-        commit = _git(root, "rev-parse", "HEAD")
-        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
+        commit = _git("rev-parse", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
         return None
     return commit + ("+changes" if changed else "")
 
 
-def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10
-    )
-    return done.stdout.strip()
+def _git(*arguments: str) -> str:
+    return subprocess.check_output(
+        ["git", *arguments],
+        cwd=Path(__file__).parent,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        timeout=10,
+    ).strip()

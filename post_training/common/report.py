@@ -6,18 +6,9 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from post_training.common import files
-
-
-class Layout(Protocol):
-    """Parallel sizes, such as those of ``distributed.parallel.Parallel``."""
-
-    @property
-    def tensor(self) -> int: ...
-    @property
-    def pipeline(self) -> int: ...
 
 
 def summary(title: str, rows: Mapping[str, Any], next_step: str | None = None) -> None:
@@ -44,7 +35,7 @@ def beside(model: str | Path, stage: str) -> Path:
     folder = Path(model).resolve()
     if folder.exists() and os.access(folder.parent, os.W_OK):
         return folder.with_name(f"{folder.name}.{stage}.json")
-    default = Path(tempfile.gettempdir()) / "megatron_workspace"
+    default = f"{tempfile.gettempdir()}/megatron_workspace"
     work = Path(os.environ.get("MLM_WORK_DIR") or default)
     return work / f"{str(model).strip('/').replace('/', '--')}.{stage}.json"
 
@@ -61,11 +52,6 @@ def number_of_bytes(count: float) -> str:
 def size(folder: Path) -> str:
     """Size of everything below ``folder``."""
     return number_of_bytes(files.size_of(folder))
-
-
-def layout(parallel: Layout) -> str:
-    """``TP=2 PP=1``."""
-    return f"TP={parallel.tensor} PP={parallel.pipeline}"
 
 
 def cost(content: Mapping[str, Any]) -> dict[str, str]:

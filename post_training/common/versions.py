@@ -56,45 +56,22 @@ REQUIREMENTS = (
 )
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Something that keeps a stage from running, with its remedy."""
-
-    what: str
-    cause: str
-    remedy: str
-
-
-def problems() -> list[Problem]:
+def problems() -> list[UsageError]:
     """Everything about Python and the packages that keeps a stage from running."""
     found = []
     running = ".".join(map(str, sys.version_info[:3]))
     if Version(running) not in SpecifierSet(PYTHON):
-        found.append(
-            Problem(
-                f"Python {running}",
-                f"{PYTHON} is needed: megatron-core 0.19 has no wheels for others",
-                "make an environment with Python 3.12: bash quickstart.sh does",
-            )
-        )
-    for requirement in REQUIREMENTS:
-        version = requirement.installed()
+        cause = f"{PYTHON} is needed: megatron-core 0.19 has no wheels for others"
+        remedy = "make an environment with Python 3.12: bash quickstart.sh does"
+        found.append(UsageError(f"Python {running}", cause, remedy))
+    for each in REQUIREMENTS:
+        version = each.installed()
+        needed = f"{each.accepted} is needed"
         if version is None:
-            found.append(
-                Problem(
-                    f"{requirement.package} is not installed",
-                    f"{requirement.accepted} is needed",
-                    requirement.remedy,
-                )
-            )
-        elif not requirement.accepts(version):
-            found.append(
-                Problem(
-                    f"{requirement.package} {version}",
-                    f"{requirement.accepted} is needed: {requirement.reason}",
-                    requirement.remedy,
-                )
-            )
+            found.append(UsageError(f"{each.package} is not installed", needed, each.remedy))
+        elif not each.accepts(version):
+            cause = f"{needed}: {each.reason}"
+            found.append(UsageError(f"{each.package} {version}", cause, each.remedy))
     return found
 
 

@@ -24,6 +24,9 @@ class Parallel:
     first_layers: int | None = None
     last_layers: int | None = None
 
+    def __str__(self) -> str:
+        return f"TP={self.tensor} PP={self.pipeline}"
+
     @property
     def model(self) -> int:
         """Processes that hold one replica of the dense part of the model."""

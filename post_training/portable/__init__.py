@@ -2,8 +2,7 @@
 
 It holds stand-ins and nothing else; no feature of this repository lives here.
 
-- ``cuda``: the few ``torch.cuda`` calls that the two packages make without need, on the CPU.
-- ``distributed``: collectives that they call in a way that gloo refuses.
+- ``cuda``: the few CUDA and NCCL calls that the two packages make without need, on the CPU.
 - ``site/transformer_engine``: a pure-PyTorch package in the shape of Transformer Engine.
 - ``quantization``: the block formats of ModelOpt (NVFP4, MXFP8, ...) without its CUDA kernels.
 - ``imports``: how the above reach the import system.
@@ -17,6 +16,7 @@ Call :func:`install` once, before ``megatron.core`` or ``modelopt`` is imported:
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import logging
@@ -25,14 +25,11 @@ from dataclasses import dataclass
 
 import torch
 
-from post_training.portable import cuda, distributed, imports, quantization
-
-__all__ = ["PortableReport", "install"]
+from post_training.portable import cuda, imports, quantization
 
 logger = logging.getLogger(__name__)
 
 STAND_IN = "pure-PyTorch stand-in"
-_report: PortableReport | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +61,7 @@ class PortableReport:
         return f"Transformer Engine: {engine}; device calls: {device}"
 
 
+@functools.cache
 def install() -> PortableReport:
     """Make ``megatron.core`` and ``modelopt`` importable and runnable here. Idempotent.
 
@@ -76,23 +74,23 @@ def install() -> PortableReport:
         RuntimeError: if ``megatron.core`` was imported before the first call without a Transformer
             Engine: it has then chosen its classes already.
     """
-    global _report
-    if _report is not None:
-        return _report
     reason = _why_not_real()
     if reason:
-        _refuse_late_install()
-        imports.add_stand_in()
+        extension = sys.modules.get("megatron.core.extensions.transformer_engine")
+        if extension is not None and not extension.HAVE_TE:
+            raise RuntimeError(
+                "post_training.portable.install() was called after megatron.core was imported "
+                "without Transformer Engine: call it before the first import of megatron.core or "
+                "modelopt"
+            )
+        imports.load_stand_in()
     engine = importlib.import_module("transformer_engine")
     name = STAND_IN if reason else f"transformer_engine {engine.__version__}"
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         cuda.install()
-        distributed.install()
     quantization.install()
-    _report = PortableReport(name, str(engine.__version__), on_cpu, reason)
-    logger.debug("%s", _report)
-    return _report
+    return PortableReport(name, str(engine.__version__), on_cpu, reason)
 
 
 def _why_not_real() -> str:
@@ -109,12 +107,3 @@ def _why_not_real() -> str:
             del sys.modules[name]
         return f"the installed one cannot be imported: {error}"
     return ""
-
-
-def _refuse_late_install() -> None:
-    extension = sys.modules.get("megatron.core.extensions.transformer_engine")
-    if extension is not None and not extension.HAVE_TE:
-        raise RuntimeError(
-            "post_training.portable.install() was called after megatron.core was imported without "
-            "Transformer Engine: call it before the first import of megatron.core or modelopt"
-        )

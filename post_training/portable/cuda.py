@@ -1,13 +1,14 @@
-"""Stand-ins for the ``torch.cuda`` calls that megatron-core and ModelOpt make without need.
+"""Stand-ins for the CUDA and NCCL calls that megatron-core and ModelOpt make without need.
 
 Active only where there is no CUDA device (:func:`install` is then called by
-``portable.install``). Three kinds:
+``portable.install``). Four kinds:
 
 1. Functions of ``torch.cuda`` and methods of ``Tensor``: the CPU answers. There is one generator,
    the CPU's, and work is done when a call returns, so streams and events are empty.
 2. Functions of megatron-core that insist on a CUDA tensor or generator.
 3. Literal ``device="cuda"`` arguments in modules of megatron-core: those modules see ``torch``
    through :class:`_TorchOnCpu`, which sends such tensors to the CPU. ``torch`` itself is unchanged.
+4. A collective that NCCL takes and gloo refuses.
 
 Paths in comments are below ``megatron/core`` (0.19.2) or, where said, ``modelopt/torch`` (0.47.0).
 """
@@ -17,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -28,15 +29,8 @@ from post_training.portable import imports
 CPU = torch.device("cpu")
 
 
-class _Event:
-    """An event that has happened: work on the CPU is done when its call returns."""
-
-    def synchronize(self) -> None:
-        pass
-
-
 class _Stream:
-    """The one stream of the CPU.
+    """The one stream of the CPU, and an event on it: work is done when its call returns.
 
     Mixtures of experts copy counts on a stream of their own (transformer/moe/token_dispatcher.py
     :469, :922-950), shared experts may run on one (transformer/moe/shared_experts.py:192-362).
@@ -45,23 +39,17 @@ class _Stream:
     def wait_stream(self, stream: object) -> None:
         pass
 
-    def record_event(self) -> _Event:
-        return _Event()
+    def record_event(self) -> _Stream:
+        return self
+
+    def synchronize(self) -> None:
+        pass
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Stream)
 
     def __hash__(self) -> int:
         return 0
-
-
-@contextlib.contextmanager
-def _stream(stream: object) -> Iterator[None]:
-    yield
-
-
-def _synchronize(device: object = None) -> None:
-    pass
 
 
 def _mem_get_info(device: object = None) -> tuple[int, int]:
@@ -72,27 +60,19 @@ def _mem_get_info(device: object = None) -> tuple[int, int]:
     return int(memory.available), int(memory.total)
 
 
-def _get_rng_state(device: object = "cuda") -> torch.Tensor:
-    return torch.get_rng_state()
-
-
-def _manual_seed(seed: int) -> None:
-    torch.default_generator.manual_seed(int(seed))
-
-
 _TORCH_CUDA: dict[str, Any] = {
     # Everywhere a tensor is made: tensor_parallel/layers.py:647, transformer/attention.py:530, ...
     "current_device": lambda: CPU,
     # dist_checkpointing/strategies/filesystem_async.py:248, transformer/utils.py:283.
-    "synchronize": _synchronize,
+    "synchronize": lambda device=None: None,
     # ModelOpt's report_memory (utils/perf.py:65), during AutoQuantize.
     "mem_get_info": _mem_get_info,
     # tensor_parallel/random.py:303-306 and :490.
-    "get_rng_state": _get_rng_state,
-    "manual_seed": _manual_seed,
+    "get_rng_state": lambda device="cuda": torch.get_rng_state(),
+    "manual_seed": lambda seed: torch.default_generator.manual_seed(int(seed)),
     # Mixtures of experts, see _Stream; distributed/param_and_grad_buffer.py:632.
     "Stream": _Stream,
-    "stream": _stream,
+    "stream": contextlib.nullcontext,
     "current_stream": lambda device=None: _Stream(),
 }
 
@@ -117,6 +97,20 @@ def _tensor_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     if isinstance(name, str) and caller.startswith("megatron.core.optimizer"):
         return name.replace("torch.", "torch.cuda.")
     return name
+
+
+_all_gather_into_tensor = torch.distributed.all_gather_into_tensor
+
+
+def _gather_scalars(
+    output_tensor: torch.Tensor, input_tensor: torch.Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """``all_gather_into_tensor`` that takes a 0-dimensional input of each rank as [1].
+
+    ModelOpt gathers so the number of layers that each pipeline stage keeps
+    (prune/plugins/mcore_minitron.py:187, ``drop_mcore_language_model_layers``).
+    """
+    return _all_gather_into_tensor(output_tensor, torch.atleast_1d(input_tensor), *args, **kwargs)
 
 
 class _TorchOnCpu(ModuleType):
@@ -188,9 +182,9 @@ def _change_moe_utils(module: ModuleType) -> None:
 def install() -> None:
     """Put all stand-ins in place. Call it only where there is no CUDA device."""
     vars(torch.cuda).update(_TORCH_CUDA)
-    methods: dict[str, Any] = {"cuda": _tensor_cuda, "type": _tensor_type}
-    for name, method in methods.items():
-        setattr(torch.Tensor, name, method)
+    torch.Tensor.cuda = _tensor_cuda  # type: ignore[method-assign, assignment]
+    torch.Tensor.type = _tensor_type  # type: ignore[method-assign, assignment]
+    torch.distributed.all_gather_into_tensor = _gather_scalars
     imports.on_import("megatron.core.tensor_parallel.random", _change_random)
     imports.on_import("megatron.core.transformer.moe.moe_utils", _change_moe_utils)
     for name in _MODULES_WITH_CUDA_LITERALS:

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["ELEMENT_FORMATS", "ElementFormat", "power_of_two_scale"]
-
 _EXPONENT_BITS = 0x7F800000
 
 

@@ -1,8 +1,9 @@
-"""How the stand-ins reach the import system: two meta-path finders, and nothing on ``sys.path``.
+"""How the stand-ins reach the import system, with nothing on ``sys.path``.
 
-One finder answers for the top-level name ``transformer_engine`` and leads to ``site/``. The other
-runs registered functions on a module right after its code ran, so that importing megatron-core
-lazily stays possible and names imported ``from`` a changed module are the changed ones.
+``transformer_engine`` is loaded from ``site/`` by its path; its submodules are then found as usual.
+A meta-path finder runs registered functions on a module right after its code ran, so that importing
+megatron-core lazily stays possible and names imported ``from`` a changed module are the changed
+ones.
 """
 
 from __future__ import annotations
@@ -19,20 +20,6 @@ SITE = Path(__file__).parent / "site"
 PACKAGE = "transformer_engine"
 
 Change = Callable[[ModuleType], None]
-
-
-class _StandInFinder(MetaPathFinder):
-    """Finds the stand-in for ``transformer_engine``; its submodules are found as usual."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != PACKAGE:
-            return None
-        folder = SITE / PACKAGE
-        return importlib.util.spec_from_file_location(
-            PACKAGE, folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
 
 
 class _ChangingLoader(Loader):
@@ -76,10 +63,14 @@ class _ChangingFinder(MetaPathFinder):
 _changes: dict[str, list[Change]] = {}
 
 
-def add_stand_in() -> None:
-    """Let ``import transformer_engine`` find the stand-in, whatever else is installed."""
-    if not any(isinstance(finder, _StandInFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _StandInFinder())
+def load_stand_in() -> None:
+    """Import the stand-in as ``transformer_engine``, whatever else is installed."""
+    spec = importlib.util.spec_from_file_location(
+        PACKAGE, SITE / PACKAGE / "__init__.py", submodule_search_locations=[str(SITE / PACKAGE)]
+    )
+    assert spec is not None and spec.loader is not None
+    sys.modules[PACKAGE] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[PACKAGE])
 
 
 def on_import(name: str, change: Change) -> None:

@@ -26,13 +26,6 @@ from post_training.common.quiet import quiet
 from post_training.portable import imports
 from post_training.portable.formats import ELEMENT_FORMATS, ElementFormat, power_of_two_scale
 
-__all__ = [
-    "dynamic_block_quantize",
-    "install",
-    "static_blockwise_fp4_cast",
-    "static_blockwise_fp4_fake_quant",
-]
-
 E8M0 = (8, 0)
 NVFP4 = ((2, 1), (4, 3))
 E4M3_MAX = ELEMENT_FORMATS[4, 3].largest

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-__all__ = ["NO_LOW_PRECISION", "DelayedScaling"]
-
 NO_LOW_PRECISION = (
     "the pure-PyTorch stand-in for Transformer Engine does not compute in FP8 or FP4: install "
     "transformer_engine, or quantize with ModelOpt"

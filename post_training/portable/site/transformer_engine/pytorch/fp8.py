@@ -8,8 +8,6 @@ from typing import Any
 
 from transformer_engine.common.recipe import NO_LOW_PRECISION
 
-__all__ = ["FP8GlobalStateManager", "fp8_autocast", "fp8_model_init"]
-
 
 class FP8GlobalStateManager:
     """Says whether FP8 autocasting is on.

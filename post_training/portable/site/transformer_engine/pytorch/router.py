@@ -9,12 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-__all__ = [
-    "fused_compute_score_for_moe_aux_loss",
-    "fused_moe_aux_loss",
-    "fused_topk_with_score_function",
-]
-
 
 def _refused(name: str) -> Callable[..., NoReturn]:
     def refuse(*args: Any, **kwargs: Any) -> NoReturn:

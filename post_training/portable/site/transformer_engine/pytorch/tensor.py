@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["QuantizedTensor"]
-
 
 class QuantizedTensor(torch.Tensor):
     """For ``isinstance`` tests; fp8_utils.py:46 and :374 import it without ``try``."""

@@ -13,8 +13,6 @@ import torch.nn.functional as F  # noqa: N812
 from transformer_engine.pytorch.attention.masks import Visibility, visible_keys
 from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
 
-__all__ = ["DotProductAttention"]
-
 # Masks are built for so many queries at a time, so that they grow with the keys only.
 QUERY_CHUNK = 1024
 

@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["apply_rotary_pos_emb"]
-
 
 def _rotate(tensor: torch.Tensor, interleaved: bool) -> torch.Tensor:
     """Each pair (a, b) to (-b, a); pairs are neighbours, or one from each half."""
