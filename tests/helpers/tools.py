@@ -134,7 +134,6 @@ def run(
         and not {"--check", "--help-all"} & set(map(str, flags))
     ):
         line = warm.command(ROOT / script, *map(str, flags), processes=processes)
-        warm.start()
     done = subprocess.run(
         line,
         cwd=ROOT,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -24,13 +25,12 @@ import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SOCKET = "POST_TRAINING_TESTS_WARM"
 _ENDINGS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 def command(script: str | Path, *words: str, processes: int = 1) -> list[str]:
     """The line that runs a script of this repository in a fork, or in several under torchrun."""
-    client = [sys.executable, "-S", str(Path(__file__).resolve())]
+    client = [sys.executable, "-S", str(Path(__file__).resolve()), start()]
     line = [*client, str(script), *words]
     if processes == 1:
         return line
@@ -48,8 +48,8 @@ def is_possible() -> bool:
 
 def main() -> None:
     with socket.socket(socket.AF_UNIX) as server:
-        server.connect(os.environ[SOCKET])
-        request = {"argv": sys.argv[1:], "environment": dict(os.environ), "folder": str(Path.cwd())}
+        server.connect(sys.argv[1])
+        request = {"argv": sys.argv[2:], "environment": dict(os.environ), "folder": str(Path.cwd())}
         text = json.dumps(request).encode()
         streams = array.array("i", [0, 1, 2])
         server.sendmsg(
@@ -71,19 +71,18 @@ def main() -> None:
 # The server.
 
 
-def start() -> None:
-    """Start a server for this process and its children; it ends with this process."""
-    if SOCKET in os.environ:
-        return
-    path = Path(tempfile.mkdtemp(prefix="warm-")) / "socket"
-    os.environ[SOCKET] = str(path)
+@functools.cache
+def start() -> str:
+    """The socket of a server for this process, which ends with it."""
+    path = str(Path(tempfile.mkdtemp(prefix="warm-")) / "socket")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         [
             sys.executable,
             "-c",
-            "import sys; sys.path.insert(0, sys.argv[1]); import warm; warm.serve()",
+            "import sys; sys.path.insert(0, sys.argv[1]); import warm; warm.serve(sys.argv[2])",
             str(Path(__file__).parent),
+            path,
         ],
         cwd=ROOT,
         env=environment,
@@ -93,14 +92,14 @@ def start() -> None:
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
+    return path
 
 
-def serve() -> None:
+def serve(path: str) -> None:
     """Import everything, then fork for each client until the starter is gone."""
     import runpy  # noqa: F401  # before the forks
 
     _import_all()
-    path = os.environ[SOCKET]
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     listener.listen(64)

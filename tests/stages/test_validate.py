@@ -192,7 +192,7 @@ def test_other_prompts_and_answers_are_said(tmp_path):
             [each.question for each in answers],
             source="x",
             steps=3,
-            max_new_tokens=3,
+            osl=3,
             ignore_eos=False,
         ),
         "acceptance": {"acceptance_length": 2.0},

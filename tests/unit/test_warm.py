@@ -16,13 +16,8 @@ import warm
 pytestmark = pytest.mark.skipif(not warm.is_possible(), reason="CUDA does not survive a fork")
 
 
-@pytest.fixture(scope="module")
-def server():
-    warm.start()
-
-
 @pytest.fixture
-def program(tmp_path, server):
+def program(tmp_path):
     """Writes a script; returns the line that runs it warm, and that of plain Python."""
 
     def write(text: str, *words: str) -> tuple[list[str], list[str]]:
