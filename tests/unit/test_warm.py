@@ -86,7 +86,7 @@ def test_a_signal_to_the_client_reaches_the_fork(program, tmp_path, sent, code):
         time.sleep(0.05)
 
 
-def test_torchrun_starts_forks(tmp_path, server):
+def test_torchrun_starts_forks(tmp_path):
     path = tmp_path / "program.py"
     path.write_text(
         "import os, sys; print('megatron.core' in sys.modules, os.environ['RANK'], flush=True)"
