@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from post_training.checkpoints import loading, torch_dist
 from post_training.checkpoints.source import Source, fetch_source, size_estimate
 from post_training.cli.stage import Stage, run
-from post_training.common import manifest, outputs
+from post_training.common import outputs
 from post_training.config.flags import flag, group
 from post_training.config.options import StageOptions
 from post_training.data import conversation_data, text_data
@@ -131,7 +131,7 @@ def distill(plan: Plan, session: Session) -> TrainingResult:
     if plan.start.resumes:
         torch_dist.load(model, plan.start.folder, only=conversion.LOSS_MODULES)
     inputs = this.inputs(
-        manifest.describe_input("teacher", teacher_source.location),
+        *teacher_source.inputs("teacher"),
         {"role": "data", "path": plan.text.describe()},
     )
     record = Record(this, inputs, lambda iteration: ({**metrics, "iteration": iteration}, {}))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from post_training.checkpoints import finite, huggingface, torch_dist
 from post_training.checkpoints.source import Source
-from post_training.common import files, safetensors_index
+from post_training.common import files, manifest, safetensors_index
 from post_training.common.errors import UsageError, first_line
 from post_training.config.options import StageOptions
 from post_training.distributed.session import Session
@@ -50,8 +50,13 @@ def load(
             training; inference gains nothing and would have to pad.
         layer_spec: another than the options'.
 
-    UsageError if the weights do not fit, or the number of parameters is not the source's.
+    UsageError if its files are not those of its ``run.json``, the weights do not fit or are not
+    finite, or the number of parameters is not the source's.
     """
+    from post_training.distributed import collectives
+
+    if not options.no_verify:
+        verify(Path(source.location))
     # Features stand for the layers of a target whose checkpoint was made without them.
     offline = bool(((source.manifest or {}).get("draft") or {}).get("offline"))
     build = replace(
@@ -65,7 +70,33 @@ def load(
         logger.info("loaded checkpoint %s", source.location)
     else:
         _import_weights(model, source, options, show_progress=session.show_progress)
+    collectives.on_first_rank(source.require_unchanged)
     return model
+
+
+def verify(folder: Path) -> None:
+    """Compare the files of a folder with the hashes in its ``run.json``; a collective call.
+
+    The ranks share the files; what they read stays in the page cache for the load that follows.
+
+    Raises:
+        UsageError: names a file that is not what was recorded.
+    """
+    import torch
+
+    from post_training.distributed import collectives
+
+    content = manifest.read(folder) or {}
+    by_size = sorted(content.get("outputs", []), key=lambda entry: entry["bytes"], reverse=True)
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    changed = files.changed(folder, by_size[rank::ranks])
+    found = collectives.first_failure(changed[0] if changed else None)
+    if found is not None:
+        raise UsageError(
+            str(folder / found),
+            f"its content is not what {manifest.FILE} recorded when it was made",
+            "copy or make it again; if you changed it on purpose, --no-verify loads it as it is",
+        )
 
 
 def _import_weights(

@@ -7,7 +7,7 @@ the network; :func:`fetch_source` downloads a hub name.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Source:
             Megatron-LM, the flags; None for a hub name until :func:`fetch_source`.
         huggingface: folder or hub name with configuration and tokenizer; None if unknown.
         manifest: content of the checkpoint's ``run.json``, if it has one.
+        entry: how manifests record it as an input, from before anything of it is loaded.
     """
 
     location: str
@@ -39,6 +40,10 @@ class Source:
     described: Architecture | None
     huggingface: str | None
     manifest: Mapping[str, Any] | None = None
+    entry: Mapping[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "entry", manifest.describe_input("model", self.location))
 
     @property
     def is_local(self) -> bool:
@@ -51,9 +56,18 @@ class Source:
             raise RuntimeError(f"{self.location} is not fetched yet")
         return self.described
 
-    def inputs(self) -> list[dict[str, Any]]:
+    def inputs(self, role: str = "model") -> list[dict[str, Any]]:
         """As the next manifest records it."""
-        return [manifest.describe_input("model", self.location)]
+        return [{**self.entry, "role": role}]
+
+    def require_unchanged(self) -> None:
+        """Raise UsageError if it was replaced since it was found."""
+        if manifest.describe_input("model", self.location) != self.entry:
+            raise UsageError(
+                self.location,
+                "it was changed or replaced while it was loaded",
+                "run again when nothing writes to it",
+            )
 
     def pruned_from(self) -> dict[str, Any]:
         """What a manifest carries on, so that the conf of the unpruned model stays usable."""

@@ -12,10 +12,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from post_training.common import threads
 from post_training.common.errors import UsageError
@@ -120,6 +122,11 @@ def read_json_object(path: Path, what: str = "file", remedy: str = _AGAIN) -> di
     return content
 
 
+_HASH_BLOCK = 1 << 22
+# XXH3 is as fast as memory; a manifest is no signature, so it need not withstand an attacker.
+_HASHES: dict[str, Callable[[], Any]] = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
+
+
 def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with path.open("rb") as stream:
@@ -132,17 +139,50 @@ def tree(folder: Path) -> Iterator[Path]:
 
 
 def describe_tree(folder: Path, skip: frozenset[str] = frozenset()) -> list[dict[str, Any]]:
-    """Path (relative), size in bytes and SHA-256 of each file below ``folder``.
-
-    ``hashlib`` releases the interpreter lock, so threads read a large checkpoint at disk speed.
-    """
+    """Path (relative), size in bytes and XXH3 hash (128 bits) of each file below ``folder``."""
     paths = [path for path in tree(folder) if path.name not in skip]
-    with ThreadPoolExecutor(max_workers=min(8, threads.cores())) as pool:
-        hashes = list(pool.map(sha256, paths))
     return [
-        {"file": str(path.relative_to(folder)), "bytes": path.stat().st_size, "sha256": digest}
-        for path, digest in zip(paths, hashes, strict=True)
+        {"file": str(path.relative_to(folder)), **described}
+        for path, described in zip(paths, _in_threads(describe, paths), strict=True)
     ]
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Size in bytes and XXH3 hash of a file."""
+    return {"bytes": path.stat().st_size, "xxh3_128": _digest(path, "xxh3_128")}
+
+
+def changed(folder: Path, described: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Those of the files that are missing or not as :func:`describe_tree` described them.
+
+    Older manifests have SHA-256.
+    """
+
+    def differs(entry: Mapping[str, Any]) -> bool:
+        path = folder / entry["file"]
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            return True
+        kind = next((each for each in _HASHES if each in entry), None)
+        return kind is not None and _digest(path, kind) != entry[kind]
+
+    entries = list(described)
+    found = zip(entries, _in_threads(differs, entries), strict=True)
+    return [entry["file"] for entry, is_changed in found if is_changed]
+
+
+def _digest(path: Path, kind: str) -> str:
+    with path.open("rb", buffering=0) as stream:
+        # Both hashes release the interpreter lock for blocks of this size.
+        digest = _HASHES[kind]()
+        block = memoryview(bytearray(_HASH_BLOCK))
+        while count := stream.readinto(block):
+            digest.update(block[:count])
+    return digest.hexdigest()
+
+
+def _in_threads[T, R](function: Callable[[T], R], values: Iterable[T]) -> list[R]:
+    with ThreadPoolExecutor(max_workers=min(8, threads.cores())) as pool:
+        return list(pool.map(function, values))
 
 
 def listing_sha256(folder: Path) -> str:

@@ -8,9 +8,9 @@ duration and peak memory. Nothing here imports torch.
     python -m post_training.manifest valid OUTPUT INPUT [COMMAND...]
     python -m post_training.manifest quote WORDS...
 
-``valid`` exits with code 0 if OUTPUT is whole and was made from INPUT as it is now, by the versions
-that are installed now and, where the words of a COMMAND are given, by that very command. ``quote``
-prints a command line for a shell, with secrets hidden.
+``valid`` exits with code 0 if OUTPUT's files have the hashes recorded and it was made from INPUT
+as it is now, by the versions that are installed now and, where the words of a COMMAND are given, by
+that very command. ``quote`` prints a command line for a shell, with secrets hidden.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def is_valid(output: Path, source: str, made_by: Sequence[str] = ()) -> bool:
             default any.
     """
     content = read(output)
-    if content is None or damaged_outputs(output, content):
+    if content is None or files.changed(output, content.get("outputs", [])):
         return False
     if content["versions"] != versions():
         return False

@@ -106,12 +106,7 @@ class Rows:
     def finish(self, record: manifest.Manifest) -> dict[str, Any]:
         """Rename the complete file and write its manifest. Returns the manifest's content."""
         work = files.incomplete(self.target)
-        described = {
-            "file": self.target.name,
-            "bytes": work.stat().st_size,
-            "sha256": files.sha256(work),
-        }
-        content = record.content([described])
+        content = record.content([{"file": self.target.name, **files.describe(work)}])
         files.write_json(manifest_path(self.target), content)
         work.replace(self.target)
         state_path(self.target).unlink()

@@ -41,6 +41,9 @@ class StageOptions:
     load: str | None = flag(metavar="DIR", help="Megatron checkpoint to load")
     save: str | None = flag(metavar="DIR", help="folder for the Megatron checkpoint")
     overwrite: bool = flag(False, help="replace an output that exists")
+    no_verify: bool = flag(
+        False, help="load inputs without comparing them with the hashes in their run.json"
+    )
     pretrained_model_path: str | None = flag(metavar="DIR", help="Hugging Face folder or hub name")
     tokenizer_model: str | None = flag(metavar="DIR", help="tokenizer folder or hub name")
     trust_remote_code: bool = flag(False, help="run Python code that the model brings")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,10 +75,11 @@ def check_folder(folder: Path, settings: Mapping[str, Any] | None) -> None:
 
 @dataclass(frozen=True)
 class Stored:
-    """A finished folder of features, and the entry ``features`` of its ``run.json``."""
+    """A finished folder of features: the entry ``features`` of its ``run.json``, and its files."""
 
     folder: Path
     recorded: Mapping[str, Any]
+    outputs: Sequence[Mapping[str, Any]]
 
     @property
     def sequence_length(self) -> int:
@@ -86,7 +87,8 @@ class Stored:
 
     def parts(self) -> dict[str, Features]:
         """The sequences by the name of their part."""
-        parts = {name: Features([]) for name in conversation_data.PARTS}
+        outputs = {self.folder / each["file"]: each for each in self.outputs}
+        parts = {name: Features([], outputs) for name in conversation_data.PARTS}
         for entry in self.recorded["shards"]:
             path = self.folder / entry["file"]
             parts[path.parent.name].shards.append((path, entry["sequences"]))
@@ -121,7 +123,7 @@ def find(folder: Path, seq_length: int | None = None) -> Stored:
             f"{len(damaged)} of its files are missing or cut short, e.g. {damaged[0]}",
             "extract_features.sh --overwrite makes them again",
         )
-    stored = Stored(folder, content["features"])
+    stored = Stored(folder, content["features"], content["outputs"])
     if seq_length not in (None, stored.sequence_length):
         raise UsageError(
             f"--seq-length {seq_length}",
@@ -148,9 +150,14 @@ def check_model(stored: Stored, source: Source, draft: Draft, dtype: str) -> Non
 
 @dataclass(frozen=True)
 class Features:
-    """Stored sequences of one part, read row by row; the :class:`Samples` of offline training."""
+    """Stored sequences of one part, read row by row; the :class:`Samples` of offline training.
+
+    A shard is compared with its hash in ``outputs`` when its first row is read.
+    """
 
     shards: list[tuple[Path, int]]
+    outputs: Mapping[Path, Mapping[str, Any]]
+    verified: set[Path] = field(default_factory=set)
 
     def __len__(self) -> int:
         return sum(count for _, count in self.shards)
@@ -178,10 +185,22 @@ class Features:
     def _row(self, index: int) -> dict[str, torch.Tensor]:
         for path, count in self.shards:
             if index < count:
+                self._verify(path)
                 with safe_open(path, framework="pt") as shard:
                     return {name: shard.get_slice(name)[index] for name in shard.keys()}  # noqa: SIM118
             index -= count
         raise IndexError(index)
+
+    def _verify(self, path: Path) -> None:
+        if path not in self.verified:
+            entry = {**self.outputs[path], "file": path.name}
+            if files.changed(path.parent, [entry]):
+                raise UsageError(
+                    str(path),
+                    "its content is not what run.json recorded when it was made",
+                    "copy it again, or extract_features.sh --overwrite makes all again",
+                )
+            self.verified.add(path)
 
 
 def fingerprint(core: Any) -> str | None:

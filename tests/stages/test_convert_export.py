@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import tools
 import torch
+import xxhash
+from questions import write_questions
 
 from post_training.common import files
 
@@ -117,4 +122,60 @@ def test_manifest_names_inputs_outputs_and_architecture(source, tmp_path):
     )
     for entry in export["outputs"]:
         path = tmp_path / "exported" / entry["file"]
-        assert (entry["bytes"], entry["sha256"]) == (path.stat().st_size, files.sha256(path))
+        data = path.read_bytes()
+        assert (entry["bytes"], entry["xxh3_128"]) == (len(data), xxhash.xxh3_128_hexdigest(data))
+
+
+@pytest.mark.parametrize(
+    "file", ["release/__0_0.distcp", "release/.metadata", "huggingface/config.json"]
+)
+def test_a_flipped_bit_of_a_checkpoint_is_found_before_it_is_loaded(source, tmp_path, file):
+    folder = tmp_path / "megatron"
+    tools.run("convert.py", "--pretrained-model-path", source, "--save", folder)
+    command = ("--load", folder, "--export-dir", tmp_path / "exported")
+    valid = [sys.executable, "-m", "post_training.manifest", "valid", str(folder), str(source)]
+    assert subprocess.run(valid, cwd=tools.ROOT).returncode == 0
+    flip(folder / file)
+    assert subprocess.run(valid, cwd=tools.ROOT).returncode != 0
+    for processes, layout in (tools.LAYOUTS["TP=1"], tools.LAYOUTS["TP=2"]):
+        # torchrun has an exit code of its own.
+        done = tools.run(
+            "mmlu.py", *command[:2], *layout, "--mmlu-dataset", questions(tmp_path),
+            processes=processes, code=2 if processes == 1 else 1,
+        )  # fmt: skip
+        assert f"{folder / file}" in done.stderr and "--no-verify" in done.stderr
+    if file.endswith("distcp"):
+        tools.run("export.py", *command, "--no-verify")
+
+
+def test_a_flipped_bit_of_an_export_is_found_before_it_is_loaded(source, tmp_path):
+    tools.run("convert.py", "--pretrained-model-path", source, "--save", tmp_path / "megatron")
+    folder = tmp_path / "exported"
+    tools.run("export.py", "--load", tmp_path / "megatron", "--export-dir", folder)
+    weights = folder / "model.safetensors"
+    flip(weights)
+    flags = ("--pretrained-model-path", folder, "--save", tmp_path / "again")
+    done = tools.run("convert.py", *flags, code=2)
+    assert str(weights) in done.stderr
+    # A manifest of an older version has SHA-256.
+    content = json.loads((folder / "run.json").read_text())
+    for entry in content["outputs"]:
+        del entry["xxh3_128"]
+        entry["sha256"] = files.sha256(folder / entry["file"])
+    (folder / "run.json").write_text(json.dumps(content))
+    tools.run("convert.py", *flags)
+    flip(weights)
+    done = tools.run("convert.py", *flags, "--overwrite", code=2)
+    assert str(weights) in done.stderr
+
+
+def flip(path: Path) -> None:
+    """Flip one bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def questions(folder: Path) -> Path:
+    (folder / "questions").mkdir(exist_ok=True)
+    return write_questions(folder / "questions")

@@ -205,7 +205,9 @@ def test_the_manifest_names_inputs_and_the_output(outputs, setting):
     assert record["stage"] == "generate"
     assert [entry["role"] for entry in record["inputs"]] == ["model", "prompts"]
     assert record["inputs"][1]["sha256"] == resumable_jsonl.files.sha256(setting.prompts)
-    assert record["outputs"][0]["sha256"] == resumable_jsonl.files.sha256(outputs / "greedy.jsonl")
+    assert record["outputs"] == [
+        {"file": "greedy.jsonl", **resumable_jsonl.files.describe(outputs / "greedy.jsonl")}
+    ]
 
 
 def test_a_number_of_tokens_is_no_secret(monkeypatch):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from model_folders import write_model
 
+from post_training.checkpoints.source import Source
 from post_training.common import files, safetensors_index
 from post_training.common.errors import UsageError
 from post_training.common.quiet import quiet
@@ -112,3 +113,32 @@ def test_quiet_silences_what_is_named_and_nothing_else(capsys, caplog):
     assert said == ["failure", "news", "printed: table"]
     loud.warning("heard again")
     assert "heard again" in caplog.text
+
+
+def test_a_source_that_was_replaced_while_it_was_loaded_is_refused(tmp_path):
+    source = Source(str(tmp_path), False, None, None)
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(UsageError, match="replaced while it was loaded"):
+        source.require_unchanged()
+    again = Source(str(tmp_path), False, None, None)
+    again.require_unchanged()
+    assert again.inputs("teacher")[0]["role"] == "teacher"
+
+
+@pytest.mark.parametrize("kind", ["xxh3_128", "sha256"])
+def test_changed_files_are_those_with_other_contents_or_sizes_or_none(tmp_path, kind):
+    for name in ("same", "flipped", "cut", "gone"):
+        (tmp_path / name).write_bytes(name.encode() * 3_000_000)
+    described = files.describe_tree(tmp_path)
+    if kind == "sha256":
+        described = [
+            {"file": e["file"], "bytes": e["bytes"], "sha256": files.sha256(tmp_path / e["file"])}
+            for e in described
+        ]
+    assert files.changed(tmp_path, described) == []
+    data = bytearray((tmp_path / "flipped").read_bytes())
+    data[-1] ^= 0x80
+    (tmp_path / "flipped").write_bytes(data)
+    (tmp_path / "cut").write_bytes(b"cut")
+    (tmp_path / "gone").unlink()
+    assert files.changed(tmp_path, described) == ["cut", "flipped", "gone"]
