@@ -172,7 +172,7 @@ def show(plan: Plan, content: dict[str, Any], session: Session) -> None:
     )
 
 
-STAGE = Stage("convert", ConvertOptions, check, convert, show)
+STAGE = Stage("convert", ConvertOptions, check, convert, show, outputs=("save",))
 
 
 def main() -> None:

@@ -165,6 +165,7 @@ STAGE = Stage(
     distill,
     show,
     exit_code=training_run.exit_code,
+    outputs=("save",),
     saves_on_signal=True,
     sequence_parallel=True,
 )

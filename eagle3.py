@@ -157,6 +157,7 @@ STAGE = Stage(
     eagle3,
     show,
     exit_code=training_run.exit_code,
+    outputs=("save",),
     saves_on_signal=True,
     sequence_parallel=True,
 )

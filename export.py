@@ -87,7 +87,7 @@ def check(options: ExportOptions) -> Plan:
         draft = draft_of(source)
         if draft is not None:
             require_exportable(draft.config, f"--load {options.load}")
-        outputs.check_folder(folder, overwrite=options.overwrite)
+        outputs.check_folder(folder, outputs.EXPORT, overwrite=options.overwrite)
     else:
         recorded = (source.manifest or {}).get("quantization") or {}
         if recorded.get("exportable") is False and not options.allow_unexportable:
@@ -98,7 +98,7 @@ def check(options: ExportOptions) -> Plan:
                 "quantize the model in an exportable format (docs/formats.md has the table)",
             )
         needed = size_estimate(source, 2)
-        outputs.check_folder(folder, overwrite=options.overwrite, needed=needed)
+        outputs.check_folder(folder, outputs.EXPORT, overwrite=options.overwrite, needed=needed)
     return Plan(options, source, folder)
 
 
@@ -161,7 +161,7 @@ def show(plan: Plan, content: dict[str, Any], session: Session) -> None:
         logger.info("the draft is exported by: export.sh --export-extra-modules")
 
 
-STAGE = Stage("export", ExportOptions, check, export, show)
+STAGE = Stage("export", ExportOptions, check, export, show, outputs=("export_dir",))
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from post_training.checkpoints import loading, record
 from post_training.checkpoints.source import Source, fetch_source, find_source
 from post_training.cli.stage import Stage, run
-from post_training.common import files, outputs, report
+from post_training.common import files, report
 from post_training.common.errors import UsageError
 from post_training.config.checks import at_least, required
 from post_training.config.flags import flag, group
@@ -88,14 +88,13 @@ def check(options: ExtractOptions) -> Plan:
         )
     text = options.text.source(options.given)
     conversation_data.check(text)
-    outputs.writable(folder / features.SETTINGS, f"--output-dir {folder}")
     training_run.check_model(source, options, length)
     draft = None
     if source.described:
         draft = recorded_or_planned(options.draft, options, source)
     plan = Plan(options, source, folder, length, text, draft)
-    if folder.is_dir() and not options.overwrite:
-        features.check_folder(folder, _settings(plan, source, draft) if draft else None)
+    settings = _settings(plan, source, draft) if draft else None
+    features.check_folder(folder, settings, overwrite=options.overwrite)
     return plan
 
 
@@ -127,8 +126,8 @@ def extract_features(plan: Plan, session: Session) -> dict[str, Any]:
     settings = _settings(plan, source, draft)
 
     def begin() -> None:
-        if options.overwrite and folder.exists():
-            shutil.rmtree(folder)
+        if options.overwrite:
+            files.set_aside(folder)
         folder.mkdir(parents=True, exist_ok=True)
         files.write_json(folder / features.SETTINGS, settings)
 
@@ -170,6 +169,7 @@ def extract_features(plan: Plan, session: Session) -> dict[str, Any]:
         return {}
     shutil.copy(made.metrics.pop("prompts"), folder / conversation_data.PROMPTS)
     shutil.rmtree(folder / DATA)
+    files.drop_previous(folder)
     return made.write(folder)
 
 
@@ -185,7 +185,8 @@ def show(plan: Plan, content: dict[str, Any], session: Session) -> None:
     )
 
 
-STAGE = Stage("extract_features", ExtractOptions, check, extract_features, show)
+WRITES = ("output_dir",)
+STAGE = Stage("extract_features", ExtractOptions, check, extract_features, show, outputs=WRITES)
 
 
 def main() -> None:

@@ -178,7 +178,7 @@ def show(plan: Plan, content: dict[str, Any], session: Session) -> None:
     )
 
 
-STAGE = Stage("generate", GenerateOptions, check, generate, show)
+STAGE = Stage("generate", GenerateOptions, check, generate, show, outputs=("output",))
 
 
 def main() -> None:

@@ -72,7 +72,7 @@ def check(options: MmluStageOptions) -> Plan:
         parallel_check.check(source.described, options.parallel)
     benchmark = mmlu_options.load_local(options.questions)
     path = options.mmlu_output or report.beside(source.location, "mmlu")
-    outputs.check_file(path, "--mmlu-output", overwrite=True)
+    outputs.check_file(path, "--mmlu-output", options.stage)
     return Plan(options, source, path, benchmark)
 
 
@@ -180,7 +180,7 @@ def exit_code(plan: Plan, content: dict[str, Any]) -> int:
     return 0 if content["passed"] else 1
 
 
-STAGE = Stage("mmlu", MmluStageOptions, check, mmlu, show, exit_code)
+STAGE = Stage("mmlu", MmluStageOptions, check, mmlu, show, exit_code, ("mmlu_output",))
 
 
 def main() -> None:

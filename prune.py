@@ -162,7 +162,7 @@ def show(plan: Plan, result: Pruned, session: Session) -> None:
     report.show(plan.options, plan.save, result.content, result.before, result.after)
 
 
-STAGE = Stage("prune", PruneOptions, check, prune, show)
+STAGE = Stage("prune", PruneOptions, check, prune, show, outputs=("save",))
 
 
 def main() -> None:

@@ -145,7 +145,7 @@ def show(plan: Plan, quantized: Quantized, session: Session) -> None:
     )
 
 
-STAGE = Stage("quantize", QuantizeOptions, check, quantize, show)
+STAGE = Stage("quantize", QuantizeOptions, check, quantize, show, outputs=("save",))
 
 
 def main() -> None:

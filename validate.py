@@ -101,9 +101,9 @@ def check(options: ValidateOptions) -> Plan:
         prompt_options.check(prompts)
     kept = options.save_ground_truth_path
     if kept:
-        outputs.check_file(kept, "--save-ground-truth-path", overwrite=options.overwrite)
+        ground_truth.check_target(kept, overwrite=options.overwrite)
     path = options.validate_output or report.beside(source.location, "validate")
-    outputs.check_file(path, "--validate-output", overwrite=True)
+    outputs.check_file(path, "--validate-output", options.stage)
     return Plan(options, source, path, saved, prompts)
 
 
@@ -175,7 +175,8 @@ def exit_code(plan: Plan, content: dict[str, Any]) -> int:
     return 0 if content["passed"] else 1
 
 
-STAGE = Stage("validate", ValidateOptions, check, validate, show, exit_code)
+REPORTS = ("validate_output", "save_ground_truth_path")
+STAGE = Stage("validate", ValidateOptions, check, validate, show, exit_code, REPORTS)
 
 
 def main() -> None:

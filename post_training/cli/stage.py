@@ -6,17 +6,21 @@ that plan and the session and looks nothing up again. ``docs/extending.md`` adds
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 from post_training.checkpoints.source import Source
 from post_training.cli import dry_run
+from post_training.common import locks, manifest, outputs
 from post_training.common.errors import UsageError, exit_with_usage_error
 from post_training.config import arguments, model_description
+from post_training.config.flags import spelled
 from post_training.config.options import StageOptions
 from post_training.distributed import session, signals
 from post_training.distributed.session import Session
@@ -45,6 +49,8 @@ class Stage[Options: StageOptions, P: Plan, Result]:
         work: does it, on every rank.
         show: prints the summary, on rank 0, from the plan, what ``work`` returned and the session.
         exit_code: from the plan and the result, the same on every rank.
+        outputs: names of the options whose paths it writes: one run at a time writes each, and
+            none may be an input, or the folder of one.
         saves_on_signal: SIGTERM and SIGUSR1 end the work at a point where it can save.
         sequence_parallel: ``--sequence-parallel`` has an effect.
     """
@@ -55,6 +61,7 @@ class Stage[Options: StageOptions, P: Plan, Result]:
     work: Callable[[P, Session], Result]
     show: Callable[[P, Result, Session], None] | None = None
     exit_code: Callable[[P, Result], int] = lambda plan, result: 0
+    outputs: tuple[str, ...] = ()
     saves_on_signal: bool = False
     sequence_parallel: bool = False
 
@@ -66,6 +73,12 @@ def make_plan[Options: StageOptions, P: Plan, Result](
     options = arguments.parse(stage.name, stage.options, argv)
     model_description.check_division(options)
     plan = stage.check(options)
+    paths = _outputs(stage, options)
+    read = {spelled(n): v for n, v in options.given.items() if n not in (*stage.outputs, "save")}
+    # A run is resumed, and a checkpoint trained, where it lies.
+    outputs.check_apart(paths, read, in_place=stage.saves_on_signal and not options.overwrite)
+    for path in paths.values():
+        locks.check(path)
     model_description.check_tokenizer(plan.options)
     return plan
 
@@ -89,11 +102,20 @@ def run[Options: StageOptions, P: Plan, Result](
         if plan.options.sequence_parallel and not stage.sequence_parallel:
             # Confs of large models carry the flag for training.
             logger.info("--sequence-parallel has no effect: %s trains nothing", stage.name)
-        result = stage.work(plan, opened)
+        with contextlib.ExitStack() as held:
+            for path in _outputs(stage, plan.options).values() if opened.is_main else ():
+                held.enter_context(locks.hold(path, manifest.command()))
+            result = stage.work(plan, opened)
         if opened.is_main and stage.show is not None:
             stage.show(plan, result, opened)
     if code := stage.exit_code(plan, result):
         sys.exit(code)
+
+
+def _outputs(stage: Stage[Any, Any, Any], options: StageOptions) -> dict[str, Path]:
+    """The paths of a stage's outputs that are given, by flag."""
+    given = {name: getattr(options, name) for name in stage.outputs}
+    return {spelled(name): Path(value) for name, value in given.items() if value}
 
 
 def open_session(options: StageOptions) -> AbstractContextManager[Session]:

@@ -57,9 +57,27 @@ def publish(target: Path) -> None:
             shutil.rmtree(previous)
         target.rename(previous)
     work.rename(target)
-    if previous.exists():
-        shutil.rmtree(previous)
+    drop_previous(target)
     _sync(target.parent)
+
+
+def set_aside(target: Path) -> None:
+    """Make room for an output that grows in place: the previous one is kept until it is replaced.
+
+    :func:`drop_previous` deletes it when there is something to take its place.
+    """
+    if not target.exists():
+        return
+    if _previous(target).exists():
+        shutil.rmtree(target)  # of a run that was killed before it had anything
+    else:
+        target.rename(_previous(target))
+
+
+def drop_previous(target: Path) -> None:
+    """Delete what :func:`set_aside` kept."""
+    if _previous(target).exists():
+        shutil.rmtree(_previous(target))
 
 
 def recover(target: Path) -> bool:

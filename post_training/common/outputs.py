@@ -7,21 +7,34 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from post_training.common import manifest
 from post_training.common.errors import UsageError
 from post_training.common.inputs import nearest_existing
 
+# What an output is, by the stages that make such.
+CHECKPOINT = ("convert", "quantize", "prune", "distill", "eagle3")
+EXPORT = ("export",)
 
-def check_folder(folder: Path, *, overwrite: bool, needed: int = 0) -> None:
+
+def check_folder(
+    folder: Path, made_by: Sequence[str] = CHECKPOINT, *, overwrite: bool, needed: int = 0
+) -> None:
     """Check that ``folder`` can be written: not occupied, parent writable, room for ``needed``.
 
     Args:
         folder: output folder of a stage; it gets its name when it is complete.
-        overwrite: an existing output is replaced when the new one is complete.
+        made_by: stages whose outputs are of the same kind.
+        overwrite: an existing output of that kind is replaced when the new one is complete.
         needed: estimated bytes.
     """
+    if folder.is_symlink():
+        raise UsageError(
+            f"output {folder}", f"it is a symbolic link to {folder.readlink()}", "name its target"
+        )
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"output {folder}", "it is a file", "name a folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
@@ -30,17 +43,81 @@ def check_folder(folder: Path, *, overwrite: bool, needed: int = 0) -> None:
             _what_lies_there(folder),
             "delete it, name another, or give --overwrite (MLM_EXTRA_ARGS=--overwrite)",
         )
+    if folder.is_dir():
+        require_own(folder, made_by)
     disk_space(folder, needed)
     writable(folder)
 
 
-def check_file(path: Path, option: str, *, overwrite: bool) -> None:
-    """Check that the file ``path``, which ``option`` names, can be written."""
+def require_own(folder: Path, made_by: Sequence[str], marks: Sequence[str] = ()) -> None:
+    """Raise UsageError unless --overwrite may replace a folder: an output of these stages.
+
+    Args:
+        marks: names of files or folders that an unfinished output of theirs has.
+    """
+    found = (manifest.read(folder) or {}).get("stage")
+    if found in made_by or any((folder / name).exists() for name in marks):
+        return
+    if any(folder.iterdir()):
+        what = f"the output of {found}" if found else "something else"
+        raise UsageError(
+            f"--overwrite, output folder {folder}",
+            f"it holds {what}, and not what this stage makes",
+            "name another folder; if nobody needs it, delete it yourself",
+        )
+
+
+def check_file(path: Path, option: str, stage: str) -> None:
+    """Check that the report ``path``, which ``option`` names, can be written.
+
+    Raises:
+        UsageError: if it exists and is no report of ``stage``, or its folder cannot be written.
+    """
     if path.is_dir():
         raise UsageError(f"{option} {path}", "it is a folder", "name a file")
-    if path.exists() and not overwrite:
-        raise UsageError(f"{option} {path}", "it exists", "name another file, or give --overwrite")
+    if path.exists():
+        try:
+            found = (manifest.read(path) or {}).get("stage")
+        except (UsageError, AttributeError):
+            found = None
+        if found != stage:
+            cause = f"it exists, and is no report of {stage}"
+            raise UsageError(f"{option} {path}", cause, "name another file")
     writable(path, f"{option} {path}")
+
+
+def check_apart(
+    outputs: Mapping[str, Path], given: Mapping[str, Any], *, in_place: bool = False
+) -> None:
+    """Check that no output is an input, the folder of one, a home or the root.
+
+    Args:
+        outputs: by flag.
+        given: all other values of the command line, by flag; those that are paths are inputs.
+        in_place: an output may be an input.
+    """
+    read = {
+        path.resolve(): f"{flag} {value}"
+        for flag, values in given.items()
+        for value in (values if isinstance(values, list | tuple) else [values])
+        if isinstance(value, str | Path) and str(value) and _exists(path := Path(value))
+    }
+    for flag, output in outputs.items():
+        target, what = output.resolve(), f"{flag} {output}"
+        if target in (Path("/"), Path.home().resolve()):
+            raise UsageError(what, "a stage replaces its output's folder", "name one below it")
+        for path, name in read.items():
+            if path == target and not in_place:
+                raise UsageError(what, f"it is an input too ({name})", "name another place")
+            if target in path.parents:
+                raise UsageError(what, f"an input lies in it ({name})", "name another place")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # no path at all: too long, or with a NUL
+        return False
 
 
 def writable(path: Path, what: str = "") -> None:

@@ -47,6 +47,8 @@ def check(target: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None
             f"it exists{made}",
             "delete it, name another, or give --overwrite (MLM_EXTRA_ARGS=--overwrite)",
         )
+    if target.exists() and not manifest_path(target).is_file():
+        raise UsageError(what, "it exists, and no stage made it", "name another file")
     outputs.writable(target)
     state = _read_state(target)
     if state is None or overwrite:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 
 from post_training.checkpoints.source import Source
-from post_training.common import files, manifest
+from post_training.common import files, manifest, outputs
 from post_training.common.errors import UsageError
 from post_training.data import conversation_data
 from post_training.drafts import registry
@@ -47,12 +47,21 @@ def identity(source: Source, draft: Draft, dtype: str) -> dict[str, Any]:
     }
 
 
-def check_folder(folder: Path, settings: Mapping[str, Any] | None) -> None:
+def check_folder(
+    folder: Path, settings: Mapping[str, Any] | None, *, overwrite: bool = False
+) -> None:
     """Raise UsageError unless a folder is empty or holds an unfinished extraction like this one.
 
-    ``settings`` are None where they are not known yet.
+    ``settings`` are None where they are not known yet. With ``overwrite`` any features may lie
+    there.
     """
     what = f"--output-dir {folder}"
+    outputs.writable(folder / SETTINGS, what)
+    if not folder.is_dir():
+        return
+    if overwrite:
+        outputs.require_own(folder, ["extract_features"], [SETTINGS])
+        return
     content = manifest.read(folder)
     if content is not None:
         raise UsageError(

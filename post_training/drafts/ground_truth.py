@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from post_training.common import files
+from post_training.common import files, outputs
 from post_training.common.errors import UsageError
 from post_training.drafts.acceptance import AnswerPair, TokenizedPrompt, matching
 
@@ -78,6 +78,20 @@ def write(
     ]
     names = ("command", "finished", "inputs", "settings", "acceptance", "versions", "git_commit")
     files.write_json(path, {**{name: content[name] for name in names}, "answers": answers})
+
+
+def check_target(path: Path, *, overwrite: bool) -> None:
+    """Raise UsageError unless :func:`write` may write ``path``: with --overwrite over its like."""
+    option = f"--save-ground-truth-path {path}"
+    if path.exists():
+        if not overwrite:
+            raise UsageError(option, "it exists", "name another file, or give --overwrite")
+        try:
+            read(path)
+        except UsageError as error:
+            cause = "it exists, and is no ground truth of validate.sh"
+            raise UsageError(option, cause, "name another file") from error
+    outputs.writable(path, option)
 
 
 def read(path: Path) -> GroundTruth:

@@ -116,6 +116,7 @@ class TrainingCheckpoints:
             files.publish(target)
             content = record.write(self.folder, parts=(target.name, torch_dist.HUGGINGFACE))
             files.write_text(self.folder / torch_dist.TRACKER, str(progress.iteration))
+            files.drop_previous(self.folder)
             self._remove_old(progress.iteration)
             return content
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from post_training.checkpoints import loading, record, torch_dist
 from post_training.checkpoints.huggingface import SmallFiles
 from post_training.checkpoints.source import Source, fetch_source, find_source
-from post_training.common import report
+from post_training.common import files, report
 from post_training.common.errors import UsageError
 from post_training.common.manifest import Manifest
 from post_training.config import checks
@@ -119,8 +119,13 @@ class Run:
     @classmethod
     def open(cls, plan: TrainingPlan, session: Session) -> Run:
         """The run of a plan, a hub name downloaded; exits if the process was asked to end."""
+        from post_training.distributed import collectives
+
         exit_if_asked(session)
         source = fetch_source(plan.start.source, plan.options)
+        if plan.options.overwrite and not plan.start.resumes:
+            # Deleted when the first iteration of this run is saved.
+            collectives.on_first_rank(lambda: files.set_aside(plan.start.folder))
         folder = loading.local_huggingface(source, plan.options)
         small_files = SmallFiles(folder, plan.options.trust_remote_code)
         return cls(plan.options, plan.training, plan.start, session, source, small_files)

@@ -51,7 +51,7 @@ def check_folder(
     Args:
         folder: of the run (``--save``).
         stage: that trains.
-        overwrite: whether anything may lie there.
+        overwrite: whether a checkpoint or another run may lie there.
         start: a stage whose output may lie there too, to be trained in its place.
         model: what training would start from; a run that started from another is not resumed.
     """
@@ -59,7 +59,10 @@ def check_folder(
         raise UsageError(f"output {folder}", "it is a file", "name a folder")
     # Iterations come and go inside the folder.
     outputs.writable(folder / torch_dist.TRACKER, f"output {folder}")
-    if not folder.is_dir() or overwrite:
+    if not folder.is_dir():
+        return
+    if overwrite:
+        outputs.require_own(folder, outputs.CHECKPOINT, [FOLDER])
         return
     what, content = f"output folder {folder}", manifest.read(folder) or {}
     made_by = content.get("stage")
