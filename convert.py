@@ -142,9 +142,9 @@ def convert(plan: Plan, session: Session) -> dict[str, Any]:
         algorithm = registry.find(draft.algorithm)
         algorithm.attach(model, draft, options.seed)
         if options.draft_model_path:
-            if not options.no_verify:
-                loading.verify(Path(options.draft_model_path))
-            torch_dist.load(model, Path(options.draft_model_path), only=algorithm.module)
+            trained = Path(options.draft_model_path)
+            with loading.verified(trained, options):
+                torch_dist.load(model, trained, only=algorithm.module)
         extra["draft"] = draft.to_json()
         metrics["draft_parameters"] = count_parameters(model) - parameters
         if draft.offline:

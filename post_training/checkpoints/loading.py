@@ -7,7 +7,10 @@ instead of a silently wrong model.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,8 +58,6 @@ def load(
     """
     from post_training.distributed import collectives
 
-    if not options.no_verify:
-        verify(Path(source.location))
     # Features stand for the layers of a target whose checkpoint was made without them.
     offline = bool(((source.manifest or {}).get("draft") or {}).get("offline"))
     build = replace(
@@ -65,38 +66,54 @@ def load(
         layer_spec=layer_spec or options.build.layer_spec,
     )
     model = builder.build(source.architecture, build, layers=not offline)
-    if source.is_checkpoint:
-        torch_dist.load(model, Path(source.location))
-        logger.info("loaded checkpoint %s", source.location)
-    else:
-        _import_weights(model, source, options, show_progress=session.show_progress)
+    with verified(Path(source.location), options):
+        if source.is_checkpoint:
+            torch_dist.load(model, Path(source.location))
+            logger.info("loaded checkpoint %s", source.location)
+        else:
+            _import_weights(model, source, options, show_progress=session.show_progress)
     collectives.on_first_rank(source.require_unchanged)
     return model
 
 
-def verify(folder: Path) -> None:
-    """Compare the files of a folder with the hashes in its ``run.json``; a collective call.
+@contextlib.contextmanager
+def verified(folder: Path, options: StageOptions) -> Iterator[None]:
+    """Compare a folder's files with the hashes in its ``run.json`` while the block loads them.
 
-    The ranks share the files; what they read stays in the page cache for the load that follows.
+    A collective call. The ranks share the files; the page cache has what is read twice.
 
     Raises:
-        UsageError: names a file that is not what was recorded.
+        UsageError: at the end of the block; names a file that is not what was recorded.
     """
     import torch
+    from torch.distributed.checkpoint.api import CheckpointException
 
     from post_training.distributed import collectives
 
-    content = manifest.read(folder) or {}
-    by_size = sorted(content.get("outputs", []), key=lambda entry: entry["bytes"], reverse=True)
+    outputs = [] if options.no_verify else (manifest.read(folder) or {}).get("outputs", [])
+    by_size = sorted(outputs, key=lambda entry: entry["bytes"], reverse=True)
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    changed = files.changed(folder, by_size[rank::ranks])
-    found = collectives.first_failure(changed[0] if changed else None)
-    if found is not None:
-        raise UsageError(
-            str(folder / found),
-            f"its content is not what {manifest.FILE} recorded when it was made",
-            "copy or make it again; if you changed it on purpose, --no-verify loads it as it is",
-        )
+    pool = ThreadPoolExecutor(1)
+    changed = pool.submit(files.changed, folder, by_size[rank::ranks])
+    try:
+        yield
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
+        # What is damaged may not load. Another rank may be the one that looks at it.
+        if damaged := files.changed(folder, outputs):
+            raise _not_as_recorded(folder / damaged[0]) from error
+        raise
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    if found := collectives.first_failure(next(iter(changed.result()), None)):
+        raise _not_as_recorded(folder / found)
+
+
+def _not_as_recorded(path: Path) -> UsageError:
+    return UsageError(
+        str(path),
+        f"its content is not what {manifest.FILE} recorded when it was made",
+        "copy or make it again; if you changed it on purpose, --no-verify loads it as it is",
+    )
 
 
 def _import_weights(
