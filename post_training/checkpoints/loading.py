@@ -91,10 +91,9 @@ def verified(folder: Path, options: StageOptions) -> Iterator[None]:
     from post_training.distributed import collectives
 
     outputs = [] if options.no_verify else (manifest.read(folder) or {}).get("outputs", [])
-    by_size = sorted(outputs, key=lambda entry: entry["bytes"], reverse=True)
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     pool = ThreadPoolExecutor(1)
-    changed = pool.submit(files.changed, folder, by_size[rank::ranks])
+    changed = pool.submit(files.changed, folder, outputs[rank::ranks])
     try:
         yield
     except (Exception, CheckpointException) as error:  # the latter is no Exception
