@@ -93,7 +93,8 @@ def verified(folder: Path, options: StageOptions) -> Iterator[None]:
     outputs = [] if options.no_verify else (manifest.read(folder) or {}).get("outputs", [])
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     pool = ThreadPoolExecutor(1)
-    changed = pool.submit(files.changed, folder, outputs[rank::ranks])
+    # One reader runs ahead of the load, in its order; several would take the disk from it.
+    changed = pool.submit(files.changed, folder, outputs[rank::ranks], workers=1)
     try:
         yield
     except (Exception, CheckpointException) as error:  # the latter is no Exception

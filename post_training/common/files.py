@@ -141,6 +141,7 @@ def read_json_object(path: Path, what: str = "file", remedy: str = _AGAIN) -> di
 
 
 _HASH_BLOCK = 1 << 22
+_MOST_WORKERS = 8
 # XXH3 is as fast as memory; a manifest is no signature, so it need not withstand an attacker.
 _HASHES: dict[str, Callable[[], Any]] = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
 
@@ -170,10 +171,12 @@ def describe(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "xxh3_128": _digest(path, "xxh3_128")}
 
 
-def changed(folder: Path, described: Iterable[Mapping[str, Any]]) -> list[str]:
+def changed(
+    folder: Path, described: Iterable[Mapping[str, Any]], workers: int = _MOST_WORKERS
+) -> list[str]:
     """Those of the files that are missing or not as :func:`describe_tree` described them.
 
-    Older manifests have SHA-256.
+    Older manifests have SHA-256. ``workers`` read at the same time, at most.
     """
 
     def differs(entry: Mapping[str, Any]) -> bool:
@@ -184,7 +187,7 @@ def changed(folder: Path, described: Iterable[Mapping[str, Any]]) -> list[str]:
         return kind is not None and _digest(path, kind) != entry[kind]
 
     entries = list(described)
-    found = zip(entries, _in_threads(differs, entries), strict=True)
+    found = zip(entries, _in_threads(differs, entries, workers), strict=True)
     return [entry["file"] for entry, is_changed in found if is_changed]
 
 
@@ -198,8 +201,10 @@ def _digest(path: Path, kind: str) -> str:
     return digest.hexdigest()
 
 
-def _in_threads[T, R](function: Callable[[T], R], values: Iterable[T]) -> list[R]:
-    with ThreadPoolExecutor(max_workers=min(8, threads.cores())) as pool:
+def _in_threads[T, R](
+    function: Callable[[T], R], values: Iterable[T], workers: int = _MOST_WORKERS
+) -> list[R]:
+    with ThreadPoolExecutor(max_workers=min(workers, threads.cores())) as pool:
         return list(pool.map(function, values))
 
 

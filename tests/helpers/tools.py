@@ -15,10 +15,13 @@ import torch
 import warm
 
 from benchmarks.random_model import CHAT_TEMPLATE, byte_tokenizer
+from post_training import portable
 from post_training.common import files, manifest
 from post_training.models.families import registry as families
 
 ROOT = Path(__file__).resolve().parents[2]
+# Before a test's module imports megatron-core, as every stage does.
+portable.install()
 # Parallel layouts: processes and flags. The tiny models have six layers, so 4 + 2 is uneven.
 LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {
     "TP=1": (1, ()),

@@ -283,4 +283,7 @@ def test_a_finished_file_is_not_overwritten_unasked(tmp_path):
     target.write_text("{}\n")
     with pytest.raises(UsageError, match="it exists"):
         resumable_jsonl.check(target, {}, overwrite=False)
+    with pytest.raises(UsageError, match="no stage made it"):
+        resumable_jsonl.check(target, {}, overwrite=True)
+    resumable_jsonl.manifest_path(target).write_text("{}")
     resumable_jsonl.check(target, {}, overwrite=True)
