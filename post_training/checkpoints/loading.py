@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import safe_open
+
 from post_training.checkpoints import finite, huggingface, torch_dist
 from post_training.checkpoints.source import Source
 from post_training.common import files, manifest, safetensors_index
 from post_training.common.errors import UsageError, first_line
+from post_training.common.safetensors_index import Entry
 from post_training.config.options import StageOptions
 from post_training.distributed.session import Session
 from post_training.models import builder
@@ -157,6 +160,14 @@ def _import_weights(
         lambda reason: does_not_fit(f"its tensors do not fit the Megatron model: {reason}"),
     ):
         importer._import_state_dict()
+    if source.architecture.share_embeddings_and_output_weights:
+        collectives.on_first_rank(lambda: _require_tied(index, source))
+    rounded = [name for name, entry in index.items() if entry.dtype == "F16"]
+    if rounded and options.precision == "bf16":
+        logger.warning(
+            "%d tensors of the source are F16, which bf16 rounds to 8 bits: --fp16 keeps them",
+            len(rounded),
+        )
     sizes = {name: entry.numel for name, entry in index.items() if not name.endswith(_RECOMPUTED)}
     if source.architecture.share_embeddings_and_output_weights:
         sizes.pop("lm_head.weight", None)
@@ -171,6 +182,27 @@ def _import_weights(
     if actual != expected:
         raise does_not_fit(f"it has {expected:,} parameters, the Megatron model {actual:,}")
     logger.info("loaded %s: %s parameters, as in the source", source.location, f"{actual:,}")
+
+
+def _require_tied(index: Mapping[str, Entry], source: Source) -> None:
+    """Raise UsageError for an output layer of its own where config.json says that there is none."""
+    import torch
+
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    if not all(name in index for name in names):
+        return
+    with contextlib.ExitStack() as stack:
+        head, embedding = (
+            stack.enter_context(safe_open(index[name].path, framework="pt")).get_tensor(name)
+            for name in names
+        )
+    if not torch.equal(head, embedding):
+        raise UsageError(
+            f"model {source.location}",
+            "config.json says tie_word_embeddings, and lm_head.weight is not the embedding",
+            "set tie_word_embeddings to false in a copy of config.json, which is what transformers "
+            "does with such a model, or delete lm_head.weight if it is a leftover",
+        )
 
 
 def build_options(source: Source, options: StageOptions) -> BuildOptions:
@@ -215,11 +247,15 @@ def tokenizer(source: Source, options: StageOptions) -> Any:
 
 
 def end_tokens(source: Source, options: StageOptions, tokenizer: Any) -> list[int]:
-    """Ids of the tokens that end an answer: the tokenizer's, and those of the generation config."""
+    """Ids of the tokens that end an answer: the tokenizer's, and those of the generation config.
+
+    As in transformers, a model without the latter has those of its ``config.json``.
+    """
     found = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     if source.huggingface is not None:
-        path = local_huggingface(source, options) / "generation_config.json"
-        if path.is_file():
-            stated = files.read_json_object(path).get("eos_token_id")
-            found += [stated] if isinstance(stated, int) else list(stated or ())
+        folder = local_huggingface(source, options)
+        path = folder / "generation_config.json"
+        path = path if path.is_file() else folder / "config.json"
+        stated = files.read_json_object(path).get("eos_token_id")
+        found += [stated] if isinstance(stated, int) else list(stated or ())
     return sorted(set(found))

@@ -194,7 +194,13 @@ def model_folder(folder: Path) -> dict[str, Any]:
             cause = f"its weights are pickled ({pickled[0]}): loading them could run any code"
             remedy = "save the model as safetensors: transformers' save_pretrained does"
         raise UsageError(f"--pretrained-model-path {folder}", cause, remedy)
-    safetensors_index.read(folder)
+    embedding = safetensors_index.read(folder).get("model.embed_tokens.weight")
+    if embedding is not None and config.get("vocab_size") not in (None, embedding.shape[0]):
+        raise UsageError(
+            f"{folder / 'config.json'}: vocab_size = {config['vocab_size']}",
+            f"model.embed_tokens.weight has {embedding.shape[0]} rows",
+            "state the number of rows as vocab_size; further rows belong to no token",
+        )
     return config
 
 

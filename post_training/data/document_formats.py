@@ -1,14 +1,15 @@
 """From a row of any known layout to a document: plain text or a conversation.
 
 Layouts, the first that fits: ``messages`` (OpenAI form), ``conversations`` (ShareGPT's from/value,
-or OpenAI form), question and answer under their usual names, and a text column. Nothing here
-imports torch.
+or OpenAI form), an instruction with its answer, a text column, and question and answer under their
+other usual names. Columns that go with a conversation or a pair are part of it: ``system``,
+``tools``, ``history``, ``input`` and ``context``. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -36,6 +37,10 @@ PAIR_KEYS = (
     ("input", "output"),
     ("problem", "generated_solution"),
 )
+# Alpaca's published rows have the whole prompt as text too.
+_INSTRUCTION = ("instruction",)
+# What a question is about; it follows the question after a blank line, as in Alpaca.
+_SUBJECT_KEYS = ("input", "context")
 # ShareGPT's names on the left, chat templates' on the right.
 ROLES = {
     "system": "system",
@@ -55,12 +60,16 @@ ROLES = {
 
 @dataclass(frozen=True)
 class Document:
-    """A text, or a conversation (then ``text`` is empty), and where it comes from."""
+    """A text, or a conversation (then ``text`` is empty), and where it comes from.
+
+    ``unused`` are columns of the row that have a value and no part in the document.
+    """
 
     place: str
     text: str = ""
     messages: tuple[dict[str, Any], ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
+    unused: tuple[str, ...] = ()
 
 
 # Given a document and the option that named its source, raises UsageError.
@@ -73,34 +82,66 @@ def document_of(row: Row, option: str) -> Document:
     Raises:
         UsageError: no known column, an unknown role, or content that is not text.
     """
-    values = row.values
+    values = {key: value for key, value in row.values.items() if value is not None}
     for key in CHAT_KEYS:
-        if values.get(key) is not None:
-            tools = _from_json(values.get("tools")) or ()
-            return Document(
-                row.place, messages=_messages(values[key], row.place, option), tools=tuple(tools)
-            )
+        if key in values:
+            messages = _messages(values[key], row.place, option)
+            return _conversation(row, values, option, [key], messages)
+    question, answer = next(
+        (pair for pair in PAIR_KEYS if all(isinstance(values.get(key), str) for key in pair)),
+        ("", ""),
+    )
     for key in TEXT_KEYS:
-        if isinstance(values.get(key), str):
-            return Document(row.place, text=values[key])
-    for question, answer in PAIR_KEYS:
-        if isinstance(values.get(question), str) and isinstance(values.get(answer), str):
-            asked = values[question]
-            # Alpaca's layout: the instruction, a blank line, what it applies to.
-            if question == "instruction" and values.get("input"):
-                asked = f"{asked}\n\n{values['input']}"
-            return Document(
-                row.place,
-                messages=(
-                    {"role": "user", "content": asked},
-                    {"role": "assistant", "content": values[answer]},
-                ),
-            )
+        if isinstance(values.get(key), str) and question not in _INSTRUCTION:
+            rest = tuple(name for name in values if name != key)
+            return Document(row.place, text=values[key], unused=rest)
+    if question:
+        about = [
+            key for key in _SUBJECT_KEYS if key != question and isinstance(values.get(key), str)
+        ]
+        asked = "\n\n".join([values[question], *(values[key] for key in about if values[key])])
+        messages = (
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": values[answer]},
+        )
+        return _conversation(row, values, option, [question, answer, *about], messages)
     raise UsageError(
         f"{option} {row.place}",
         f"no column of a known layout holds text; columns: {', '.join(values) or 'none'}",
         f"give a text column ({', '.join(TEXT_KEYS)}), a conversation ({', '.join(CHAT_KEYS)}), "
         f"or a pair such as {PAIR_KEYS[0][0]} and {PAIR_KEYS[0][1]}",
+    )
+
+
+def _conversation(
+    row: Row,
+    values: Mapping[str, Any],
+    option: str,
+    used: Sequence[str],
+    messages: tuple[dict[str, Any], ...],
+) -> Document:
+    """The document of these turns and of what goes with them in columns of its own."""
+    tools, history = _from_json(values.get("tools")) or (), _from_json(values.get("history")) or ()
+    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
+        raise UsageError(
+            f"{option} {row.place}",
+            "its history is no list of pairs",
+            'write it as [["question", "answer"], ...]',
+        )
+    earlier = [
+        {"role": role, "content": str(text)}
+        for pair in history
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    system = values.get("system")
+    if isinstance(system, str) and system and messages[0]["role"] != "system":
+        earlier.insert(0, {"role": "system", "content": system})
+    known = {*used, "tools", "history", *(["system"] if isinstance(system, str) else [])}
+    return Document(
+        row.place,
+        messages=(*earlier, *messages),
+        tools=tuple(tools),
+        unused=tuple(name for name in values if name not in known),
     )
 
 
@@ -118,7 +159,7 @@ def _messages(turns: Any, place: str, option: str) -> tuple[dict[str, Any], ...]
 
 
 def _message(turn: Mapping[str, Any], place: str, option: str) -> dict[str, Any]:
-    name = turn.get("role", turn.get("from"))
+    name = _first(turn, "role", "from")
     name = name.lower() if isinstance(name, str) else name
     if name not in ROLES:
         hint = suggest(str(name), list(ROLES))
@@ -134,8 +175,13 @@ def _message(turn: Mapping[str, Any], place: str, option: str) -> dict[str, Any]
         for key, value in turn.items()
         if key not in ("role", "from", "content", "value") and value is not None
     }
-    content = turn.get("content", turn.get("value"))
+    content = _first(turn, "content", "value")
     return {"role": ROLES[name], "content": _content(content, place, option), **message}
+
+
+def _first(turn: Mapping[str, Any], *names: str) -> Any:
+    """The first value that is not null: parquet fills the keys of the other layout with nulls."""
+    return next((turn[name] for name in names if turn.get(name) is not None), None)
 
 
 def _content(content: Any, place: str, option: str) -> str:
@@ -171,6 +217,7 @@ def render(
     option: str,
     *,
     ask: bool = False,
+    template: str | None = None,
     template_options: Mapping[str, Any] | None = None,
 ) -> str:
     """Text of ``document``: a conversation through the tokenizer's chat template.
@@ -180,6 +227,7 @@ def render(
 
     Args:
         ask: append the generation prompt, so that the model continues with its answer.
+        template: another than the tokenizer's.
         template_options: further variables of the template, such as Qwen3's ``enable_thinking``.
 
     Raises:
@@ -196,6 +244,7 @@ def render(
             tools=list(document.tools) or None,
             tokenize=False,
             add_generation_prompt=ask,
+            chat_template=template,
             **(template_options or {}),
         )
     except (jinja2.TemplateError, TypeError, ValueError) as error:

@@ -115,7 +115,7 @@ def _rows(source: str, option: str, split: str | None) -> Iterator[Row]:
             if path.suffix.lower() != ".txt":
                 yield row
                 continue
-            for number, line in enumerate(row.values["text"].splitlines(), start=1):
+            for number, line in enumerate(row.values["text"].split("\n"), start=1):
                 if line.strip():
                     yield Row(f"{path}, line {number}", {"prompt": line.strip()})
 

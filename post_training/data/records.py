@@ -17,6 +17,7 @@ from urllib.parse import urlparse
 
 from post_training.common.errors import UsageError, first_line
 
+csv.field_size_limit(1 << 30)  # Python's own limit is 131,072 characters
 SUFFIXES = (".jsonl", ".parquet", ".csv", ".txt")
 
 
@@ -132,7 +133,22 @@ def _jsonl(path: Path, option: str) -> Iterator[Row]:
                     f"it is a JSON {type(values).__name__}, not an object",
                     'write one JSON object on each line, such as {"text": "..."}',
                 )
+            if "\\ud" in line.lower():
+                _require_text(line, values, f"{option} {place}")
             yield Row(place, values)
+
+
+def _require_text(line: str, values: dict[str, Any], what: str) -> None:
+    """Raise UsageError for half of a surrogate pair, which JSON can spell and no text can hold."""
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise UsageError(
+            what,
+            f"it has {half} without its other half (column {line.lower().find(half) + 1})",
+            "write the character whole, or delete what is left of it",
+        ) from error
 
 
 def _parquet(path: Path, option: str) -> Iterator[Row]:
@@ -145,13 +161,24 @@ def _parquet(path: Path, option: str) -> Iterator[Row]:
             for batch in table.iter_batches(batch_size=256):
                 for values in batch.to_pylist():
                     number += 1
-                    yield Row(f"{path}, row {number}", values)
+                    yield Row(f"{path}, row {number}", _plain(values))
     except pyarrow.ArrowException as error:
         raise UsageError(
             f"{option} {path}",
             f"it is not a readable parquet file: {error}",
             "write it again, or give JSONL",
         ) from error
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it: times and decimals as text, bytes as text where they are UTF-8."""
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return value if value is None or isinstance(value, str | bool | int | float) else str(value)
 
 
 def _csv(path: Path, option: str) -> Iterator[Row]:

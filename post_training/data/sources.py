@@ -6,6 +6,8 @@ Calibration reads documents of one source (:func:`read_documents`); training rea
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -16,6 +18,8 @@ from post_training.common.errors import UsageError
 from post_training.data import document_formats, records
 from post_training.data.document_formats import Document, document_of
 from post_training.data.records import Row
+
+logger = logging.getLogger("post_training")
 
 CALIBRATION = "--calib-dataset-path-or-name"
 DATASET, FILES = "--finetune-hf-dataset", "--finetune-data-files"
@@ -71,7 +75,7 @@ def documents(source: TextSource) -> Iterator[tuple[Document, str]]:
     if not source.local:
         split = None if source.files else source.split
         rows = records.hub_rows(source.dataset, DATASET, files=source.files, split=split)
-        yield from ((document_of(row, DATASET), DATASET) for row in rows)
+        yield from ((each, DATASET) for each in _interpreted(rows, DATASET))
 
 
 def read_documents(source: str, option: str = CALIBRATION) -> Iterator[Document]:
@@ -97,7 +101,17 @@ def read_documents(source: str, option: str = CALIBRATION) -> Iterator[Document]
 
 
 def _interpreted(rows: Iterator[Row], option: str) -> Iterator[Document]:
-    return (document_of(row, option) for row in rows)
+    """The rows' documents; at the end the log says which columns had no part in them."""
+    unused: Counter[str] = Counter()
+    try:
+        for row in rows:
+            document = document_of(row, option)
+            unused.update(document.unused)
+            yield document
+    finally:
+        if unused:
+            found = ", ".join(f"{name} ({count:,} rows)" for name, count in unused.items())
+            logger.info("%s: columns that are not used: %s", option, found)
 
 
 def _hub_streams(name: str, option: str) -> list[Iterator[Document]]:

@@ -148,15 +148,22 @@ def _question(row: Row, option: str) -> Question:
             f"it lacks {', '.join(missing)}; columns: {', '.join(values) or 'none'}",
             f"give the columns {_COLUMNS} (choices as a list, or choice0, choice1, ...)",
         )
+    if None in choices:
+        raise UsageError(
+            f"{option} {row.place}",
+            f"choice {choices.index(None)} is null",
+            "write all choices, or leave the question out",
+        )
     if not 2 <= len(choices) <= len(LETTERS):
         raise UsageError(
             f"{option} {row.place}", f"it has {len(choices)} choices", f"give 2 to {len(LETTERS)}"
         )
     answer = _answer(values["answer"], len(choices), row.place, option)
-    return Question(str(values["subject"]), str(values["question"]), choices, answer)
+    texts = tuple(map(str, choices))
+    return Question(str(values["subject"]), str(values["question"]), texts, answer)
 
 
-def _choices(values: dict[str, Any]) -> tuple[str, ...] | None:
+def _choices(values: dict[str, Any]) -> tuple[str | None, ...] | None:
     """The ``choices`` list, also as JSON text, or the columns choice0, ... or A, B, ..."""
     listed = values.get("choices")
     if isinstance(listed, str):
@@ -165,11 +172,13 @@ def _choices(values: dict[str, Any]) -> tuple[str, ...] | None:
         except json.JSONDecodeError:
             return None
     if isinstance(listed, list):
-        return tuple(str(choice) for choice in listed)
+        return tuple(None if choice is None else str(choice) for choice in listed)
     for names in ([f"choice{i}" for i in range(len(LETTERS))], list(LETTERS)):
-        found = [values[name] for name in names if values.get(name) is not None]
-        if found:
-            return tuple(str(choice) for choice in found)
+        listed = [values.get(name) for name in names]
+        while listed and listed[-1] is None:  # columns for more choices than this question has
+            listed.pop()
+        if listed:
+            return tuple(None if choice is None else str(choice) for choice in listed)
     return None
 
 

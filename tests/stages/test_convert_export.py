@@ -7,13 +7,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tools
 import torch
 import xxhash
 from questions import write_questions
+from safetensors.torch import load_file, save_file
 
+from post_training.checkpoints import loading
+from post_training.checkpoints.source import Source
 from post_training.common import files
 
 
@@ -167,6 +171,44 @@ def test_a_flipped_bit_of_an_export_is_found_before_it_is_loaded(source, tmp_pat
     flip(weights)
     done = tools.run("convert.py", *flags, "--overwrite", code=2)
     assert str(weights) in done.stderr
+
+
+def test_an_output_layer_of_its_own_is_not_dropped_for_a_tied_one(tmp_path):
+    model = tmp_path / "model"
+    tools.random_model(model, "llama3", torch.bfloat16, num_hidden_layers=2,
+                       tie_word_embeddings=False)  # fmt: skip
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    flags = ("--pretrained-model-path", model, "--save", tmp_path / "mlm")
+    done = tools.run("convert.py", *flags, code=2)
+    assert "tie_word_embeddings" in done.stderr and "lm_head.weight" in done.stderr
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    tools.run("convert.py", *flags)
+
+
+def test_the_log_says_that_a_half_precision_source_is_rounded(tmp_path):
+    tools.random_model(tmp_path / "model", "qwen3", torch.float16, num_hidden_layers=2)
+    flags = ("--pretrained-model-path", tmp_path / "model", "--save", tmp_path / "mlm")
+    assert "F16, which bf16 rounds" in tools.run("convert.py", *flags).stderr
+    done = tools.run("convert.py", *flags, "--fp16", "--overwrite")
+    assert "rounds" not in done.stderr
+
+
+@pytest.mark.parametrize("stated", [7, [7, 9], None])
+def test_without_a_generation_config_the_models_config_has_the_end_tokens(source, tmp_path, stated):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = json.loads((source / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": stated}))
+    of_model = Source(str(folder), False, None, str(folder))
+    options = SimpleNamespace(trust_remote_code=False)
+    tokenizer = SimpleNamespace(eos_token_id=3)
+    found = loading.end_tokens(of_model, options, tokenizer)
+    assert found == sorted({3, *([stated] if isinstance(stated, int) else stated or [])})
+    (folder / "generation_config.json").write_text('{"eos_token_id": 5}')
+    assert loading.end_tokens(of_model, options, tokenizer) == [3, 5]
 
 
 def flip(path: Path) -> None:

@@ -174,6 +174,8 @@ def test_answers_are_indices_or_letters(tmp_path, answer):
         ({"answer": ""}, "none of its 4 choices"),
         ({"choices": ["only"]}, "it has 1 choices"),
         ({"choices": None}, "it lacks choices"),
+        ({"choices": ["a", None, "c", "d"]}, "choice 1 is null"),
+        ({"choices": None, "choice0": "a", "choice1": None, "choice2": "c"}, "choice 1 is null"),
         ({"subject": None}, "it lacks subject"),
     ],
 )

@@ -151,6 +151,22 @@ def unknown_architecture(work: Path):
     return ["--pretrained-model-path", work / "m"], ["Qwen3ForCausalLN", "Did you mean: Qwen3"]
 
 
+def rotary_scaling_without_a_factor(work: Path):
+    write_model(work / "m", {**CONFIG, "rope_parameters": {"rope_type": "llama3"}})
+    return ["--pretrained-model-path", work / "m"], ["config.json", "factor"]
+
+
+def a_rotary_base_that_is_null(work: Path):
+    scaling = {"rope_type": "default", "rope_theta": None}
+    write_model(work / "m", {**CONFIG, "rope_parameters": scaling})
+    return ["--pretrained-model-path", work / "m"], ["config.json", "NoneType"]
+
+
+def rotary_parameters_that_are_a_list(work: Path):
+    write_model(work / "m", {**CONFIG, "rope_parameters": ["default"]})
+    return ["--pretrained-model-path", work / "m"], ["config.json", "not what it has to be"]
+
+
 def already_quantized_source(work: Path):
     method = {"quant_method": "awq", "bits": 4}
     write_model(work / "m", {**CONFIG, "quantization_config": method})
@@ -289,6 +305,9 @@ CASES: list[Case] = [
     weights_shorter_than_their_header,
     weights_with_a_broken_header,
     unknown_architecture,
+    rotary_scaling_without_a_factor,
+    a_rotary_base_that_is_null,
+    rotary_parameters_that_are_a_list,
     already_quantized_source,
     already_quantized_source_of_modelopt,
     conf_of_another_model,

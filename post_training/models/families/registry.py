@@ -44,7 +44,14 @@ def from_huggingface(config: Mapping[str, Any]) -> Architecture:
             suggest(str(name), FAMILIES) or "convert a model of one of the known architectures",
         )
     refuse_quantized(config)
-    return FAMILIES[name].read(config)
+    try:
+        return FAMILIES[name].read(config)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise UsageError(
+            "config.json",
+            f"a value is missing, or is not what it has to be: {type(error).__name__}: {error}",
+            "compare it with the original model's",
+        ) from error
 
 
 def with_shape(

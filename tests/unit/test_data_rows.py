@@ -1,0 +1,125 @@
+"""Nothing of a row is lost without a word: layouts, columns, and what files can hold."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import json
+import logging
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from model_folders import write_model
+
+from post_training.checkpoints import source
+from post_training.common.errors import UsageError
+from post_training.data import document_formats, prompts, records, sources
+from post_training.data.records import Row
+
+
+def turns(**row: object) -> list[tuple[str, str]]:
+    document = document_formats.document_of(Row("here", row), "--data")
+    return [(each["role"], each["content"]) for each in document.messages]
+
+
+HI = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"conversations": HI, "system": "Be brief."}, [("system", "Be brief.")]),
+        ({"conversations": HI, "history": [["a", "b"]]}, [("user", "a"), ("assistant", "b")]),
+        ({"conversations": HI, "history": '[["a", "b"]]', "system": None},
+         [("user", "a"), ("assistant", "b")]),
+    ],
+)  # fmt: skip
+def test_columns_that_go_with_a_conversation_are_part_of_it(row, expected):
+    assert turns(**row) == [*expected, ("user", "hi"), ("assistant", "yo")]
+
+
+@pytest.mark.parametrize(
+    ("row", "asked"),
+    [
+        ({"instruction": "Sum up", "context": "KOALAS", "response": "Leaves."}, "Sum up\n\nKOALAS"),
+        ({"instruction": "Sum up", "context": "", "response": "Leaves."}, "Sum up"),
+        ({"question": "What?", "context": "KOALAS", "answer": "Leaves."}, "What?\n\nKOALAS"),
+        # As Alpaca is published: the whole prompt is there as text too.
+        ({"instruction": "Sum", "input": "KOALAS", "output": "Leaves.", "text": "Below is ..."},
+         "Sum\n\nKOALAS"),
+    ],
+)  # fmt: skip
+def test_what_a_question_is_about_follows_it(row, asked):
+    assert turns(**row) == [("user", asked), ("assistant", "Leaves.")]
+
+
+def test_of_two_layouts_in_a_turn_the_one_with_values_counts():
+    messages = [
+        {"from": "human", "role": None, "content": None, "value": "q"},
+        {"role": "assistant", "from": None, "content": "a", "value": None},
+    ]
+    assert turns(messages=messages) == [("user", "q"), ("assistant", "a")]
+
+
+def test_a_history_of_another_form_is_refused():
+    with pytest.raises(UsageError, match="no list of pairs"):
+        turns(conversations=HI, history=["a", "b"])
+
+
+def test_the_log_says_which_columns_are_not_used(tmp_path, caplog):
+    rows = [{"text": "a", "id": 1, "note": None}, {"text": "b", "id": 2, "note": "x"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    logging.getLogger("post_training").propagate = True
+    with caplog.at_level(logging.INFO, "post_training"):
+        assert len(list(sources.read_documents(str(path)))) == 2
+    assert "not used: id (2 rows), note (1 rows)" in caplog.text
+
+
+def test_half_of_a_surrogate_pair_is_refused_with_its_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "whole \\ud83d\\ude00"}\n{"text": "half \\ud83d"}\n')
+    read = records.read(path, "--data")
+    assert next(read).values["text"] == "whole 😀"
+    with pytest.raises(UsageError, match=r"a\.jsonl, line 2") as error:
+        next(read)
+    assert r"\ud83d" in error.value.cause
+
+
+def test_only_line_breaks_end_a_line_of_prompts(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text("first\u2028still first\nsecond\x0cpage\r\nthird\x85x\n", newline="")
+    found = prompts.load(str(path), "--prompts-path").dialogues
+    assert len(found) == 3
+
+
+def test_a_csv_field_may_be_long(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text\n" + "x" * 300_000 + "\n")
+    assert len(next(records.read(path, "--data")).values["text"]) == 300_000
+
+
+def test_what_parquet_holds_besides_text_is_read(tmp_path):
+    path = tmp_path / "a.parquet"
+    table = {
+        "messages": [[{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]],
+        "at": [datetime.datetime(2026, 1, 2, 3)],
+        "cost": [decimal.Decimal("1.50")],
+        "raw": [b"caf\xc3\xa9"],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(table), path)
+    row = next(records.read(path, "--data"))
+    assert json.loads(json.dumps(row.values)) == row.values
+    assert (row.values["at"], row.values["cost"], row.values["raw"]) == (
+        "2026-01-02 03:00:00",
+        "1.50",
+        "café",
+    )
+
+
+def test_rows_of_an_embedding_that_are_no_tokens_are_told_from_the_header(tmp_path):
+    write_model(tmp_path, **{"model.embed_tokens.weight": [515, 64]})
+    with pytest.raises(UsageError, match="vocab_size = 512") as error:
+        source.model_folder(tmp_path)
+    assert "515 rows" in error.value.cause
