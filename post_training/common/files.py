@@ -122,7 +122,7 @@ def read_json(path: Path, what: str = "file", remedy: str = _AGAIN) -> Any | Non
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{what} {path}", f"it cannot be read as JSON: {error}", remedy) from error
 
 

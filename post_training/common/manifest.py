@@ -21,7 +21,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -33,6 +33,17 @@ from post_training.common.errors import UsageError
 
 FILE = "run.json"
 FORMAT = 1
+# What its values are, where they are there; and what each entry of its lists has.
+_FORM: dict[str, Any] = {
+    **{"format": int, "stage": str, "command": str, "finished": str, "git_commit": str | None},
+    **dict.fromkeys(("architecture", "configuration", "versions", "metrics"), dict),
+    **dict.fromkeys(("inputs", "outputs"), list),
+    **dict.fromkeys(("draft", "quantization", "pruned_from", "features"), dict | None),
+}
+_ENTRIES: dict[str, dict[str, type]] = {
+    "inputs": {"role": str, "path": str},
+    "outputs": {"file": str, "bytes": int},
+}
 _PACKAGES = (
     "torch",
     "megatron-core",
@@ -117,6 +128,13 @@ def read(folder: Path) -> dict[str, Any] | None:
     )
     if content is None:
         return None
+    wrong = _misshapen(content)
+    if wrong:
+        raise UsageError(
+            f"manifest {path}",
+            f"{wrong}: no stage wrote it",
+            "make the output again, or delete the file to continue without a manifest",
+        )
     if content.get("format", 0) > FORMAT:
         raise UsageError(
             f"manifest {path}",
@@ -124,6 +142,21 @@ def read(folder: Path) -> dict[str, Any] | None:
             "use the version that wrote it, named under git_commit",
         )
     return content
+
+
+def _misshapen(content: Any) -> str:
+    """What is not as a stage writes it; empty if all is."""
+    if not isinstance(content, dict):
+        return "it is no object"
+    for name, kind in _FORM.items():
+        if name in content and not isinstance(content[name], kind):
+            return f"its {name} is {content[name]!r:.40}"
+    for name, keys in _ENTRIES.items():
+        for entry in content.get(name, []):
+            values = entry if isinstance(entry, dict) else {}
+            if not all(isinstance(values.get(key), kind) for key, kind in keys.items()):
+                return f"an entry of its {name} lacks {' or '.join(keys)}"
+    return ""
 
 
 def describe_input(role: str, location: str | Path) -> dict[str, Any]:

@@ -47,6 +47,14 @@ def read(folder: Path) -> dict[str, Entry]:
     """
     if (folder / INDEX).is_file():
         weight_map = read_json_object(folder / INDEX).get("weight_map", {})
+        if not (isinstance(weight_map, dict) and weight_map) or not all(
+            map(_is_inside, weight_map.values())
+        ):
+            raise UsageError(
+                f"index {folder / INDEX}",
+                "its weight_map is no object that gives a file of this folder for each tensor",
+                "copy or download the model again",
+            )
         files = sorted({folder / name for name in weight_map.values()})
     elif (folder / SINGLE).is_file():
         weight_map, files = None, [folder / SINGLE]
@@ -89,6 +97,11 @@ def read_file(path: Path) -> dict[str, Entry]:
         raise _damaged(
             path, f"its header cannot be read, or it is truncated ({size} bytes): {error}"
         ) from error
+
+
+def _is_inside(name: object) -> bool:
+    """Whether it names a file in the folder, which may be a link to elsewhere, as in a cache."""
+    return isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def _damaged(path: Path, cause: str) -> UsageError:

@@ -38,9 +38,11 @@ def architecture(
     """
     original: Mapping[str, Any] = {}
     if manifest is not None and manifest.get("architecture"):
-        found = Architecture.from_json(manifest["architecture"])
-        if manifest.get("pruned_from"):
-            original = Architecture.from_json(manifest["pruned_from"]).resolved()
+        with families.values_of(f"run.json of --load {options.load}"):
+            found = Architecture.from_json(manifest["architecture"])
+            found.resolved()
+            if manifest.get("pruned_from"):
+                original = Architecture.from_json(manifest["pruned_from"]).resolved()
         named, described = f"the checkpoint of --load {options.load}", "the checkpoint"
         remedy = "name the conf of this model, or the checkpoint of this conf"
     elif huggingface_config is not None:

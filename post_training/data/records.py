@@ -121,10 +121,13 @@ def _jsonl(path: Path, option: str) -> Iterator[Row]:
             place = f"{path}, line {number}"
             try:
                 values = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
+                reason = str(error)
+                if isinstance(error, json.JSONDecodeError):
+                    reason = f"{error.msg} at column {error.colno}"
                 raise UsageError(
                     f"{option} {place}",
-                    f"it is not JSON: {error.msg} at column {error.colno}",
+                    f"it is not JSON: {reason}",
                     "write one JSON object on each line",
                 ) from error
             if not isinstance(values, dict):

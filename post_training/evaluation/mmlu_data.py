@@ -169,7 +169,7 @@ def _choices(values: dict[str, Any]) -> tuple[str | None, ...] | None:
     if isinstance(listed, str):
         try:
             listed = json.loads(listed)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return None
     if isinstance(listed, list):
         return tuple(None if choice is None else str(choice) for choice in listed)

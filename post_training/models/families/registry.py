@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from post_training.common.errors import UsageError, suggest
@@ -30,28 +31,35 @@ PARTS = {
 _ANY_DECODER = Family(name="decoder", architecture="", defaults={}, tiny={})
 
 
+@contextlib.contextmanager
+def values_of(file: str) -> Iterator[None]:
+    """Turn what reading values of another kind than expected raises into a UsageError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UsageError(
+            file,
+            f"a value is missing, or is not what it has to be: {type(error).__name__}: {error}",
+            "compare it with the original",
+        ) from error
+
+
 def from_huggingface(config: Mapping[str, Any]) -> Architecture:
     """The architecture that the content of a ``config.json`` describes.
 
     UsageError names an unknown architecture, weights that are already quantized, or a value that
     megatron-core cannot represent.
     """
-    name = _architecture(config)
-    if name not in FAMILIES:
-        raise UsageError(
-            f"config.json: architectures = {config.get('architectures')!r}",
-            f"known are {', '.join(sorted(FAMILIES))}",
-            suggest(str(name), FAMILIES) or "convert a model of one of the known architectures",
-        )
-    refuse_quantized(config)
-    try:
+    with values_of("config.json"):
+        name = _architecture(config)
+        if name not in FAMILIES:
+            raise UsageError(
+                f"config.json: architectures = {config.get('architectures')!r}",
+                f"known are {', '.join(sorted(FAMILIES))}",
+                suggest(str(name), FAMILIES) or "convert a model of one of the known architectures",
+            )
+        refuse_quantized(config)
         return FAMILIES[name].read(config)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise UsageError(
-            "config.json",
-            f"a value is missing, or is not what it has to be: {type(error).__name__}: {error}",
-            "compare it with the original model's",
-        ) from error
 
 
 def with_shape(
@@ -89,10 +97,11 @@ def refuse_quantized(config: Mapping[str, Any], source: str = "config.json") -> 
     found = config.get("quantization_config") or config.get("compression_config")
     if not found:
         return
-    method = found.get("quant_method") or "unknown method"
-    detail = found.get("quant_algo") or found.get("format") or found.get("fmt")
-    if found.get("bits"):
-        detail = f"{found['bits']} bits"
+    with values_of(source):
+        method = found.get("quant_method") or "unknown method"
+        detail = found.get("quant_algo") or found.get("format") or found.get("fmt")
+        if found.get("bits"):
+            detail = f"{found['bits']} bits"
     shown = f"{method} ({detail})" if detail else method
     raise UsageError(
         f"{source}: quantization_config with quant_method {shown}",
