@@ -32,6 +32,7 @@ GRACE = 5.0  # seconds in which a rank may still fail with a message of its own
 _SETTLE = 0.5  # seconds between a failed collective and the news of which rank is lost
 _CONNECT_SECONDS = 30.0
 _OPTIONS = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4, "TCP_USER_TIMEOUT": 30_000}
+_WELCOME = b"welcome\n"  # rank 0's answer: from now on the rank would be missed
 _BYE, _FAILED = "bye", "failed "  # what a rank says last; after the second its message, as JSON
 _LONGEST_LINE = 1 << 16
 
@@ -84,6 +85,9 @@ class Watch:
         with contextlib.suppress(OSError, TypeError, ValueError), connection.makefile() as lines:
             said, _, rank = lines.readline(64).partition(" ")
             if secrets.compare_digest(said, token) and 0 < int(rank) < len(self._hosts):
+                with self._lock:
+                    self._connections[int(rank)] = connection
+                    connection.sendall(_WELCOME)
                 self.follow(int(rank), connection, lines)
 
     def follow(self, other: int, connection: socket.socket, lines: TextIO | None = None) -> None:
@@ -188,8 +192,10 @@ def connect(address: tuple[str, int], token: str, rank: int) -> socket.socket:
         OSError: if rank 0 cannot be reached.
     """
     connection = socket.create_connection(address, timeout=_CONNECT_SECONDS)
-    connection.settimeout(None)
     connection.sendall(f"{token} {rank}\n".encode())
+    if connection.recv(len(_WELCOME), socket.MSG_WAITALL) != _WELCOME:
+        raise OSError("it did not answer")
+    connection.settimeout(None)
     return connection
 
 

@@ -109,7 +109,8 @@ def test_a_job_that_never_saves_is_not_queued_for_ever(cluster, site, model, tmp
           "org/name"),
         environment=variables(
             cluster, model, tmp_path, MLM_REQUEUE="1", MLM_EXTRA_ARGS=flags,
-            LAUNCH_SCRIPT=f"bash -c 'exit {training_options.EXIT_UNFINISHED}'",
+            # Long enough to be seen while it runs.
+            LAUNCH_SCRIPT=f"bash -c 'sleep 5; exit {training_options.EXIT_UNFINISHED}'",
         ),
         cwd=tmp_path,
     ))  # fmt: skip

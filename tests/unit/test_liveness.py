@@ -29,8 +29,6 @@ else:
     threading.Thread(target=watch.follow, args=(0, connection), daemon=True).start()
 print("ready", flush=True)
 said = sys.stdin.readline()
-while rank == 0 and len(watch._connections) < int(sys.argv[5]):
-    time.sleep(0.01)  # a rank whose connection is not accepted yet would be a lost one
 if said == "leave\\n":
     watch.leave()
 elif said == "fail\\n":
@@ -46,10 +44,9 @@ def start(
     address: str = "127.0.0.1",
     prefix: tuple[str, ...] = (),
     hosts: str = "first,second,third",
-    others: str = "2",
 ):
     process = subprocess.Popen(
-        [*prefix, sys.executable, "-c", PROGRAM, str(rank), address, str(port), hosts, others],
+        [*prefix, sys.executable, "-c", PROGRAM, str(rank), address, str(port), hosts],
         cwd=tools.ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
