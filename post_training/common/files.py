@@ -64,14 +64,19 @@ def publish(target: Path) -> None:
 def set_aside(target: Path) -> None:
     """Make room for an output that grows in place: the previous one is kept until it is replaced.
 
-    :func:`drop_previous` deletes it when there is something to take its place.
+    :func:`drop_previous` deletes it when there is something to take its place. A folder that cannot
+    be renamed, such as a container's volume, is emptied.
     """
     if not target.exists():
         return
     if _previous(target).exists():
         shutil.rmtree(target)  # of a run that was killed before it had anything
-    else:
+        return
+    try:
         target.rename(_previous(target))
+    except OSError:
+        for path in target.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def drop_previous(target: Path) -> None:

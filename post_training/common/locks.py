@@ -69,7 +69,11 @@ def check(target: Path) -> None:
 
 
 def _path(target: Path) -> Path:
-    return files.sibling(target, ".lock")
+    """Beside the output; inside one that grows where nothing can be written beside it: a volume."""
+    beside = files.sibling(target, ".lock")
+    if target.is_dir() and not os.access(beside.parent, os.W_OK | os.X_OK):
+        return target / ".lock"
+    return beside
 
 
 def _take(path: Path, target: Path) -> int:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import struct
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -142,3 +143,22 @@ def test_changed_files_are_those_with_other_contents_or_sizes_or_none(tmp_path, 
     (tmp_path / "cut").write_bytes(b"cut")
     (tmp_path / "gone").unlink()
     assert files.changed(tmp_path, described) == ["cut", "flipped", "gone"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="NOT TESTED: mounting needs root")
+def test_a_volume_is_emptied_and_other_folders_are_kept_until_they_are_replaced(tmp_path):
+    for name in ("folder", "volume"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+        (tmp_path / name / "inner" / "file").write_text(name)
+    files.set_aside(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+    assert (tmp_path / "folder.previous" / "inner" / "file").read_text() == "folder"
+    files.drop_previous(tmp_path / "folder")
+    assert not (tmp_path / "folder.previous").exists()
+    volume = tmp_path / "volume"
+    subprocess.run(["mount", "--bind", volume, volume], check=True)
+    try:
+        files.set_aside(volume)
+        assert list(volume.iterdir()) == []
+    finally:
+        subprocess.run(["umount", volume], check=True)

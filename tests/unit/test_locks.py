@@ -121,3 +121,14 @@ def test_without_locks_only_a_run_of_this_machine_is_known_to_be_over(
         with pytest.raises(UsageError) as refused:
             locks.check(target)
         assert f"delete {locks._path(target)}" in refused.value.remedy
+
+
+def test_where_nothing_can_be_written_beside_the_output_the_lock_is_in_it(tmp_path, monkeypatch):
+    """As in a container whose volume is the output's folder; root may write anywhere."""
+    target = tmp_path / "run"
+    target.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with locks.hold(target, "command"):
+        assert (target / ".lock").exists()
+        assert not (tmp_path / "run.lock").exists()
+    assert not list(target.iterdir())
