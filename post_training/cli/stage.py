@@ -98,13 +98,18 @@ def run[Options: StageOptions, P: Plan, Result](
         exit_with_usage_error(error)
     if plan.options.dry_run or plan.options.check:
         return
+    found = {path: outputs.state(path) for path in _outputs(stage, plan.options).values()}
     with open_session(plan.options) as opened:
         if plan.options.sequence_parallel and not stage.sequence_parallel:
             # Confs of large models carry the flag for training.
             logger.info("--sequence-parallel has no effect: %s trains nothing", stage.name)
         with contextlib.ExitStack() as held:
-            for path in _outputs(stage, plan.options).values() if opened.is_main else ():
+            for path, before in found.items() if opened.is_main else ():
                 held.enter_context(locks.hold(path, manifest.command()))
+                if outputs.state(path) != before:
+                    raise UsageError(
+                        f"output {path}", "another run has just made it", "start this one again"
+                    )
             result = stage.work(plan, opened)
         if opened.is_main and stage.show is not None:
             stage.show(plan, result, opened)

@@ -113,6 +113,16 @@ def check_apart(
                 raise UsageError(what, f"an input lies in it ({name})", "name another place")
 
 
+def state(path: Path) -> tuple[int, int] | None:
+    """What tells an output from one that took its place or went on; None without one."""
+    if not path.exists():
+        return None
+    record = path / manifest.FILE
+    written = record if record.is_file() else path
+    # The folder's own time changes with a lock in it.
+    return path.stat().st_ino, 0 if written.is_dir() else written.stat().st_mtime_ns
+
+
 def _exists(path: Path) -> bool:
     try:
         return path.exists()

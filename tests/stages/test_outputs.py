@@ -147,3 +147,25 @@ def test_of_two_runs_with_one_output_the_second_is_refused(work, tmp_path):
     assert len(output.read_text().splitlines()) == 12
     locks.check(output)
     assert not files.sibling(output, ".lock").exists()
+
+
+def test_an_output_that_another_run_has_made_since_the_check_is_not_replaced(work, tmp_path):
+    """Both runs found the place free; the second gets the lock when the first is done with it."""
+    output = tmp_path / "output"
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(tools.ROOT)!r})\n"
+        "import export\n"
+        "from pathlib import Path\n"
+        "from post_training.cli import stage\n"
+        "open_session = stage.open_session\n"
+        "def late(options):\n"
+        "    Path(options.export_dir).mkdir()  # what another run does meanwhile\n"
+        "    return open_session(options)\n"
+        "stage.open_session = late\n"
+        "export.main()\n"
+    )
+    done = tools.run(str(program), *words(work, "export", output), code=2)
+    assert f"output {output}" in done.stderr and "another run has just made it" in done.stderr
+    assert list(output.iterdir()) == []
