@@ -142,7 +142,7 @@ def test_ctrl_c_ends_every_rank(source, tmp_path, processes):
         "convert.py", "--pretrained-model-path", source, "--save", target, *flags,
         processes=processes,
     )  # fmt: skip
-    time.sleep(6)
+    wait_for(files.sibling(target, ".lock"), process)  # the work begins
     # As a terminal does: the signal goes to every process of the foreground group.
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=speed.scaled(45))
