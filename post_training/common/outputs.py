@@ -104,7 +104,7 @@ def check_apart(
     }
     for flag, output in outputs.items():
         target, what = output.resolve(), f"{flag} {output}"
-        if target in (Path("/"), Path.home().resolve()):
+        if target in (Path("/"), Path(os.environ.get("HOME", "/")).resolve()):
             raise UsageError(what, "a stage replaces its output's folder", "name one below it")
         for path, name in read.items():
             if path == target and not in_place:
