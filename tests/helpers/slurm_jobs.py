@@ -192,19 +192,14 @@ class Run:
 
 
 def wait_for_restart(cluster, job: str, count: int, log: Path) -> None:
-    """Wait until the job has started again ``count`` times. SLURM delays a start by two minutes."""
-    queued = 0.0
+    """Wait until the job has started again ``count`` times.
+
+    SLURM delays a start until the nodes have forgotten the credential of the one before.
+    """
 
     def runs_again() -> bool:
-        nonlocal queued
         found = cluster.job(job)
         assert found["JobState"] not in ("FAILED", "NODE_FAIL"), log.read_text()
-        if found["JobState"] == "PENDING":
-            queued = queued or time.monotonic()
-            # Within a second of the requeue nodes refuse the job: its old credential ends then.
-            if time.monotonic() > queued + 2:
-                # Repeated: SLURM writes its own time once the last step has ended.
-                cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
         return int(found["Restarts"]) >= count and found["JobState"] == "RUNNING"
 
     speed.wait(runs_again, 120, f"restart {count} of job {job}, log {log}")
