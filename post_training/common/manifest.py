@@ -3,7 +3,7 @@
 Every stage writes one beside its output; the next stage reads it. A manifest holds the stage, the
 command, the resolved configuration (the model's architecture included), package versions, the git
 commit, the inputs with their own manifests' hashes, the outputs with sizes and hashes, metrics,
-duration and peak memory. Nothing here imports torch.
+duration, peak memory and, since format 2, a hash of itself. Nothing here imports torch.
 
     python -m post_training.manifest valid OUTPUT INPUT [COMMAND...]
     python -m post_training.manifest quote WORDS...
@@ -15,6 +15,7 @@ that very command. ``quote`` prints a command line for a shell, with secrets hid
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -28,11 +29,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from post_training.common import files
 from post_training.common.errors import UsageError
 
 FILE = "run.json"
-FORMAT = 1
+FORMAT = 2
+_SEAL = "content_xxh3_128"  # of everything else in the file
 # What its values are, where they are there; and what each entry of its lists has.
 _FORM: dict[str, Any] = {
     **{"format": int, "stage": str, "command": str, "finished": str, "git_commit": str | None},
@@ -89,7 +93,7 @@ class Manifest:
 
     def content(self, outputs: list[dict[str, Any]]) -> dict[str, Any]:
         """The content, for outputs described as by ``files.describe_tree``."""
-        return {
+        content = {
             "format": FORMAT,
             "stage": self.stage,
             "command": command(),
@@ -105,6 +109,7 @@ class Manifest:
             "peak_memory_bytes": self.peak_memory_bytes,
             **self.extra,
         }
+        return sealed(content)
 
     def _outputs(self, folder: Path, parts: Sequence[str]) -> list[dict[str, Any]]:
         if not parts:
@@ -120,28 +125,38 @@ def read(folder: Path) -> dict[str, Any] | None:
     """The manifest of ``folder`` (or a report, a JSON file), or None where there is none.
 
     Raises:
-        UsageError: if it is not JSON or of a newer format than this version reads.
+        UsageError: if it is not JSON, not as it was written, or of a newer format than this version
+            reads.
     """
     path = folder if folder.is_file() else folder / FILE
-    content: dict[str, Any] | None = files.read_json(
-        path, "manifest", "make the output again, or delete the file to continue without a manifest"
-    )
+    remedy = "make the output again, or delete the file to continue without a manifest"
+    content: dict[str, Any] | None = files.read_json(path, "manifest", remedy)
     if content is None:
         return None
     wrong = _misshapen(content)
     if wrong:
-        raise UsageError(
-            f"manifest {path}",
-            f"{wrong}: no stage wrote it",
-            "make the output again, or delete the file to continue without a manifest",
-        )
+        raise UsageError(f"manifest {path}", f"{wrong}: no stage wrote it", remedy)
     if content.get("format", 0) > FORMAT:
         raise UsageError(
             f"manifest {path}",
             f"its format is {content['format']}, this version reads up to {FORMAT}",
             "use the version that wrote it, named under git_commit",
         )
+    seal = content.pop(_SEAL, None)
+    if seal != _hash(content) and (seal is not None or content.get("format", 0) > 1):
+        raise UsageError(f"manifest {path}", "it was changed after it was written", remedy)
     return content
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """``content`` with its hash."""
+    return {**content, _SEAL: _hash(content)}
+
+
+def _hash(content: dict[str, Any]) -> str:
+    """Of the values, whatever the layout of the file."""
+    plain = json.loads(json.dumps(content))  # every key is a string, as in the file
+    return xxhash.xxh3_128_hexdigest(json.dumps(plain, sort_keys=True).encode())
 
 
 def _misshapen(content: Any) -> str:

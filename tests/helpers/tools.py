@@ -95,9 +95,9 @@ def write_texts(path: Path, count: int = 60) -> Path:
 
 def describe_again(folder: Path) -> None:
     """Let a manifest describe the files as they are now, as whoever changed them can."""
-    content = json.loads((folder / manifest.FILE).read_text())
+    content = manifest.read(folder)
     content["outputs"] = files.describe_tree(folder, skip=frozenset({manifest.FILE}))
-    (folder / manifest.FILE).write_text(json.dumps(content))
+    files.write_json(folder / manifest.FILE, manifest.sealed(content))
 
 
 def tokens(rows: int = 2, length: int = 48) -> torch.Tensor:

@@ -146,3 +146,21 @@ def test_what_is_no_json_object(tmp_path, text, file):
     (folder / file).write_text(text, encoding="utf-8")
     with pytest.raises(UsageError):
         find(*flags)
+
+
+def test_no_flipped_bit_of_a_manifest_changes_what_is_read(tmp_path):
+    record = manifest.Manifest("convert", {"num_layers": 2}, metrics={"seconds": 0.5, "text": "ä"})
+    (tmp_path / "weights").write_bytes(b"content")
+    record.write(tmp_path)
+    path = tmp_path / manifest.FILE
+    written, content = path.read_bytes(), manifest.read(tmp_path)
+    refused = 0
+    for bit in range(8 * len(written)):
+        changed = bytearray(written)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        try:
+            assert manifest.read(tmp_path) == content, (bit, changed)
+        except UsageError:
+            refused += 1
+    assert refused > 7 * len(written)  # the rest is space between values
