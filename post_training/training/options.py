@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from post_training.common.errors import UsageError
@@ -22,85 +23,51 @@ def _beta(option: str, value: float) -> None:
         raise UsageError(f"{option} {value}", "it is not in [0, 1)", "give e.g. 0.9")
 
 
+_count = partial(flag, metavar="N", check=at_least(1))
+_count_or_none = partial(flag, metavar="N", check=at_least(0))
+_value = partial(flag, metavar="X", check=at_least(0))
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingFlags:
     """The flags. Sizes are in sequences or iterations (steps of the optimizer)."""
 
     TITLE: ClassVar[str] = "training"
 
-    train_samples: int | None = flag(
-        metavar="N", check=at_least(1), help="sequences to train on (%(default)s)"
+    train_samples: int | None = _count(help="sequences to train on (%(default)s)")
+    train_iters: int | None = _count(
+        help="iterations to train, instead of --train-samples (%(default)s)"
     )
-    train_iters: int | None = flag(
-        metavar="N",
-        check=at_least(1),
-        help="iterations to train, instead of --train-samples (%(default)s)",
-    )
-    micro_batch_size: int = flag(
-        1, metavar="N", check=at_least(1), help="sequences a rank computes at a time (%(default)s)"
-    )
-    global_batch_size: int | None = flag(
-        metavar="N", check=at_least(1), help="sequences an iteration (micro batch size x DP)"
-    )
+    micro_batch_size: int = _count(1, help="sequences a rank computes at a time (%(default)s)")
+    global_batch_size: int | None = _count(help="sequences an iteration (micro batch size x DP)")
     lr: float = flag(5e-5, metavar="X", check=positive, help="highest learning rate (%(default)s)")
-    min_lr: float = flag(
-        1e-7, metavar="X", check=at_least(0), help="learning rate at the end (%(default)s)"
-    )
+    min_lr: float = _value(1e-7, help="learning rate at the end (%(default)s)")
     lr_decay_style: str = flag(
         "cosine", choices=DECAY_STYLES, help="how the rate decays (%(default)s)"
     )
-    lr_decay_iters: int | None = flag(
-        metavar="N", check=at_least(1), help="iterations until --min-lr (all)"
+    lr_decay_iters: int | None = _count(help="iterations until --min-lr (all)")
+    lr_decay_samples: int | None = _count(help="the same in sequences")
+    lr_warmup_iters: int = _count_or_none(
+        0, help="iterations in which the rate rises (%(default)s)"
     )
-    lr_decay_samples: int | None = flag(
-        metavar="N", check=at_least(1), help="the same in sequences"
-    )
-    lr_warmup_iters: int = flag(
-        0, metavar="N", check=at_least(0), help="iterations in which the rate rises (%(default)s)"
-    )
-    lr_warmup_samples: int | None = flag(
-        metavar="N", check=at_least(0), help="the same in sequences"
-    )
+    lr_warmup_samples: int | None = _count_or_none(help="the same in sequences")
     lr_warmup_fraction: float | None = flag(
         metavar="X", check=fraction, help="the same as a part of all iterations"
     )
-    weight_decay: float = flag(0.0, metavar="X", check=at_least(0), help="of AdamW (%(default)s)")
-    clip_grad: float = flag(
-        1.0,
-        metavar="X",
-        check=at_least(0),
-        help="largest norm of the gradient, 0 for any (%(default)s)",
-    )
+    weight_decay: float = _value(0.0, help="of AdamW (%(default)s)")
+    clip_grad: float = _value(1.0, help="largest norm of the gradient, 0 for any (%(default)s)")
     adam_beta1: float = flag(0.9, metavar="X", check=_beta, help="of AdamW (%(default)s)")
     adam_beta2: float = flag(0.95, metavar="X", check=_beta, help="of AdamW (%(default)s)")
-    adam_eps: float = flag(1e-8, metavar="X", check=at_least(0), help="of AdamW (%(default)s)")
-    save_interval: int = flag(
-        1000, metavar="N", check=at_least(1), help="iterations between checkpoints (%(default)s)"
+    adam_eps: float = _value(1e-8, help="of AdamW (%(default)s)")
+    save_interval: int = _count(1000, help="iterations between checkpoints (%(default)s)")
+    eval_interval: int = _count(1000, help="iterations between evaluations (%(default)s)")
+    eval_iters: int = _count_or_none(
+        10, help="global batches an evaluation, at most; 0 for none (%(default)s)"
     )
-    eval_interval: int = flag(
-        1000, metavar="N", check=at_least(1), help="iterations between evaluations (%(default)s)"
-    )
-    eval_iters: int = flag(
-        10,
-        metavar="N",
-        check=at_least(0),
-        help="global batches an evaluation, at most; 0 for none (%(default)s)",
-    )
-    log_interval: int = flag(
-        100,
-        metavar="N",
-        check=at_least(1),
-        help="iterations that a log line averages (%(default)s)",
-    )
-    exit_interval: int | None = flag(
-        metavar="N", check=at_least(1), help="save and exit at a multiple of N iterations"
-    )
-    exit_duration_in_mins: float | None = flag(
-        metavar="X", check=at_least(0), help="save and exit after this time"
-    )
-    keep_checkpoints: int = flag(
-        2, metavar="N", check=at_least(1), help="newest iterations that stay on disk (%(default)s)"
-    )
+    log_interval: int = _count(100, help="iterations that a log line averages (%(default)s)")
+    exit_interval: int | None = _count(help="save and exit at a multiple of N iterations")
+    exit_duration_in_mins: float | None = _value(help="save and exit after this time")
+    keep_checkpoints: int = _count(2, help="newest iterations that stay on disk (%(default)s)")
     tensorboard_dir: str | None = flag(
         metavar="DIR", help="TensorBoard files (training/ in --save)"
     )
