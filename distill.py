@@ -33,9 +33,8 @@ from post_training.distillation.options import DistillationOptions, DistillConfi
 from post_training.models.builder import count_parameters
 from post_training.training import options as training_options
 from post_training.training import run as training_run
-from post_training.training.options import TrainingFlags, TrainingOptions
-from post_training.training.run import Record, Run, Start
-from post_training.training.setup import exit_if_asked
+from post_training.training.options import TrainingFlags
+from post_training.training.run import Run, TrainingPlan, exit_if_asked
 
 if TYPE_CHECKING:
     from post_training.distributed.session import Session
@@ -67,20 +66,14 @@ class DistillOptions(StageOptions):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(TrainingPlan):
     """``start`` has the student; ``of_teacher`` are the options with the teacher as the model."""
 
     options: DistillOptions
-    start: Start
     of_teacher: DistillOptions
     teacher: Source
     config: DistillConfig
-    training: TrainingOptions
     text: TextSource
-
-    @property
-    def source(self) -> Source:
-        return self.start.source
 
 
 def check(options: DistillOptions) -> Plan:
@@ -99,7 +92,7 @@ def check(options: DistillOptions) -> Plan:
     (conversation_data if options.answers_only else text_data).check(text)
     needed = 2 * size_estimate(start.source, 8)  # weights and optimizer, twice
     outputs.disk_space(start.folder, needed)
-    return Plan(options, start, of_teacher, teacher, config, training, text)
+    return Plan(options, start, training, of_teacher, teacher, config, text)
 
 
 def distill(plan: Plan, session: Session) -> TrainingResult:
@@ -130,13 +123,11 @@ def distill(plan: Plan, session: Session) -> TrainingResult:
     model = conversion.attach(student, teacher, config, options.seed)
     if plan.start.resumes:
         torch_dist.load(model, plan.start.folder, only=conversion.LOSS_MODULES)
-    inputs = this.inputs(
-        *teacher_source.inputs("teacher"),
-        {"role": "data", "path": plan.text.describe()},
-    )
-    record = Record(this, inputs, lambda iteration: ({**metrics, "iteration": iteration}, {}))
+    inputs = [*teacher_source.inputs("teacher"), {"role": "data", "path": plan.text.describe()}]
     task = conversion.task(model, config, plan.training)
-    return this.train(model, task, parts["train"], parts["valid"], record)
+    return this.train(
+        model, task, parts, inputs, lambda iteration: ({**metrics, "iteration": iteration}, {})
+    )
 
 
 def show(plan: Plan, result: TrainingResult, session: Session) -> None:

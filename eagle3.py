@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from post_training.checkpoints import loading
-from post_training.checkpoints.source import Source, fetch_source, size_estimate
+from post_training.checkpoints.source import fetch_source, size_estimate
 from post_training.cli.stage import Stage, run
 from post_training.common import files, manifest, outputs
 from post_training.common.errors import UsageError
@@ -36,9 +36,7 @@ from post_training.drafts.record import draft_of, prepare, to_train
 from post_training.models.builder import count_parameters
 from post_training.training import options as training_options
 from post_training.training import run as training_run
-from post_training.training.options import TrainingOptions
-from post_training.training.run import Record, Run, Start
-from post_training.training.setup import exit_if_asked
+from post_training.training.run import Run, TrainingPlan, exit_if_asked
 
 if TYPE_CHECKING:
     from post_training.distributed.session import Session
@@ -46,19 +44,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(TrainingPlan):
     """``draft`` is None until a hub name is fetched; ``stored`` is read instead of ``text``."""
 
     options: Eagle3Options
-    start: Start
-    training: TrainingOptions
     draft: Draft | None
     text: TextSource
     stored: features.Stored | None
-
-    @property
-    def source(self) -> Source:
-        return self.start.source
 
 
 def check(options: Eagle3Options) -> Plan:
@@ -130,9 +122,8 @@ def eagle3(plan: Plan, session: Session) -> TrainingResult | None:
     def describe(iteration: int) -> tuple[dict[str, Any], dict[str, Any]]:
         return metrics, {"draft": replace(draft, trained=iteration).to_json()}
 
-    record = Record(this, this.inputs(*inputs), describe)
     task = algorithm.task(model, draft)
-    return this.train(model, task, parts["train"], parts["valid"], record, evaluate)
+    return this.train(model, task, parts, inputs, describe, evaluate)
 
 
 def show(plan: Plan, result: TrainingResult | None, session: Session) -> None:

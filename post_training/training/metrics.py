@@ -5,14 +5,16 @@
 - a progress bar where there is a terminal, log lines where there is none;
 - ``training/curves.png`` at the end.
 
-A resumed run cuts the lines that lie after its checkpoint, and writes
-them again: the file is that of a run without the interruption, but for times.
+A resumed run cuts the lines that lie after its checkpoint, and writes them again: the file is that
+of a run without the interruption, but for times.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,16 +33,10 @@ MACHINE = ("tokens_per_second", "memory_bytes", "seconds")
 
 def read(folder: Path) -> list[dict[str, Any]]:
     """The lines of ``folder``'s metrics file; a last line that was cut short is left out."""
-    lines = []
-    try:
-        text = (folder / FILE).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    for line in text.splitlines():
-        try:
+    lines: list[dict[str, Any]] = []
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        for line in (folder / FILE).read_text(encoding="utf-8").splitlines():
             lines.append(json.loads(line))
-        except ValueError:
-            break
     return lines
 
 
@@ -76,15 +72,9 @@ class Metrics:
         self._stream = (folder / FILE).open("a", encoding="utf-8")
         board = tensorboard or str(folder / "tensorboard")
         self._writer = SummaryWriter(board, purge_step=iteration + 1)
-        self._bar = tqdm(
+        self.bar = tqdm(
             total=total, initial=iteration, desc=title, unit="it", disable=not show_progress
         )
-        self._show_progress = show_progress
-        self._total = total
-
-    def advance(self) -> None:
-        """Move the bar by one iteration."""
-        self._bar.update(1)
 
     def log(self, kind: str, iteration: int, samples: int, values: Mapping[str, float]) -> None:
         """Write one line of ``kind`` (``train``, ``eval``)."""
@@ -96,20 +86,20 @@ class Metrics:
             self._writer.add_scalar(f"{kind}/{name}", value, iteration)
         shown = {name: value for name, value in values.items() if name not in MACHINE}
         text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-        if self._show_progress and kind == "train":
-            self._bar.set_postfix_str(f"loss {values['loss']:.4f}")
+        if not self.bar.disable and kind == "train":
+            self.bar.set_postfix_str(f"loss {values['loss']:.4f}")
             return
         if values.get("tokens_per_second"):
             text += f"  {values['tokens_per_second']:,.0f} tokens/s"
-        text = f"{kind} {iteration:,}/{self._total:,}: {text}"
-        if self._show_progress:
-            self._bar.write(f"[{self.title}] {text}")
-        else:
+        text = f"{kind} {iteration:,}/{self.bar.total:,}: {text}"
+        if self.bar.disable:
             logger.info("%s", text)
+        else:
+            self.bar.write(f"[{self.title}] {text}")
 
     def close(self) -> None:
         """End the files and draw the curves."""
-        self._bar.close()
+        self.bar.close()
         self._stream.close()
         self._writer.close()
         draw(self.lines, self.folder / CURVES, self.title)
@@ -117,45 +107,31 @@ class Metrics:
 
 def draw(lines: list[dict[str, Any]], path: Path, title: str) -> None:
     """A PNG with one panel for each group of metrics (the name up to its last underscore)."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    groups: dict[str, set[str]] = {}
+    groups: defaultdict[str, set[str]] = defaultdict(set)
     for line in lines:
         for name, value in line.items():
             if isinstance(value, int | float) and name not in (*MACHINE, "iteration", "samples"):
                 head, _, tail = name.rpartition("_")
-                groups.setdefault(head if tail.isdecimal() else name, set()).add(name)
+                groups[head if tail.isdecimal() else name].add(name)
     if not groups:
         return
     columns = min(3, len(groups))
     rows = -(-len(groups) // columns)
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(5 * columns, 3.4 * rows), squeeze=False, layout="constrained"
-    )
-    for axis, (group, names) in zip(axes.flat, groups.items(), strict=False):
+    figure = Figure(figsize=(5 * columns, 3.4 * rows), layout="constrained")
+    for place, (group, names) in enumerate(groups.items(), start=1):
+        axis = figure.add_subplot(rows, columns, place, title=group, xlabel="iteration")
         for i, name in enumerate(sorted(names)):
-            for kind, style in (("train", "-"), ("eval", "o--")):
-                points = [
-                    (line["iteration"], line[name])
-                    for line in lines
-                    if line["kind"] == kind and name in line
-                ]
-                if points:
-                    label = f"{name} ({kind})" if kind == "eval" else name
-                    axis.plot(
-                        *zip(*points, strict=True), style, color=f"C{i}", label=label, markersize=4
-                    )
-        axis.set_title(group)
-        axis.set_xlabel("iteration")
+            for kind, style, label in (("train", "-", name), ("eval", "o--", f"{name} (eval)")):
+                shown = [line for line in lines if line["kind"] == kind and name in line]
+                if shown:
+                    numbers = [line["iteration"] for line in shown]
+                    values = [line[name] for line in shown]
+                    axis.plot(numbers, values, style, color=f"C{i}", label=label, markersize=4)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
-    for axis in list(axes.flat)[len(groups) :]:
-        axis.set_visible(False)
     figure.suptitle(title)
     work = path.with_name(f".{path.name}")
     figure.savefig(work, format="png", dpi=110)
-    pyplot.close(figure)
     work.replace(path)

@@ -99,11 +99,6 @@ class TrainingOptions(TrainingFlags):
 def decide(flags: TrainingFlags, options: StageOptions, seq_length: int) -> TrainingOptions:
     """The training that the flags state, for the stage's parallel sizes and precision.
 
-    Args:
-        flags: the stage's training flags.
-        options: the stage's, which say what was given, the ranks, the precision and the seed.
-        seq_length: tokens of a sequence.
-
     Raises:
         UsageError: for numbers that cannot work together.
     """
@@ -141,16 +136,18 @@ def decide(flags: TrainingFlags, options: StageOptions, seq_length: int) -> Trai
             f"the learning rate has decayed at iteration {decay or iters}",
             "a shorter warm-up (--lr-warmup-iters)",
         )
-    decided = {
+    decided: dict[str, Any] = {
         "train_iters": iters,
         "global_batch_size": batch,
         "lr_warmup_iters": warmup,
         "lr_decay_iters": decay,
-        "seq_length": seq_length,
-        "dtype": options.precision,
-        "seed": options.seed,
     }
-    return TrainingOptions(**vars(flags) | decided)
+    return TrainingOptions(
+        **vars(flags) | decided,
+        seq_length=seq_length,
+        dtype=options.precision,
+        seed=options.seed,
+    )
 
 
 def _iterations(flags: TrainingFlags, options: StageOptions, batch: int) -> int:

@@ -7,10 +7,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from post_training.checkpoints import loading, record, torch_dist
 from post_training.checkpoints.huggingface import SmallFiles
@@ -22,19 +23,18 @@ from post_training.config import checks
 from post_training.config.options import StageOptions
 from post_training.data import text_data
 from post_training.data.sources import TextSource
+from post_training.distributed import signals
+from post_training.distributed.session import Session
 from post_training.models import parallel_check
 from post_training.training import run_folder
-from post_training.training.checkpoint import TrainingCheckpoints
 from post_training.training.options import EXIT_UNFINISHED, TrainingOptions
-from post_training.training.sampler import Samples
-from post_training.training.setup import exit_if_asked
 from post_training.training.task import Task
-from post_training.training.trainer import Trainer, TrainingResult
 
 if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
 
-    from post_training.distributed.session import Session
+    from post_training.training.sampler import Samples
+    from post_training.training.trainer import TrainingResult
 
 logger = logging.getLogger("post_training")
 
@@ -56,17 +56,17 @@ class Start:
     resumes: bool
 
 
-class TrainingPlan(Protocol):
-    """What the plan of a stage that trains has."""
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What every stage that trains has decided; its own plan has more."""
+
+    options: StageOptions
+    start: Start
+    training: TrainingOptions
 
     @property
-    def options(self) -> StageOptions: ...
-
-    @property
-    def start(self) -> Start: ...
-
-    @property
-    def training(self) -> TrainingOptions: ...
+    def source(self) -> Source:
+        return self.start.source
 
 
 def find_start(options: StageOptions, *, after: str | None = None) -> Start:
@@ -105,13 +105,32 @@ def check_model(source: Source, options: StageOptions, seq_length: int) -> None:
         )
 
 
+def exit_if_asked(session: Session) -> None:
+    """Exit with code 75 if a deferred signal has come; a collective call.
+
+    For the moments before training begins at which nothing is half done: there is nothing to save.
+    """
+    import torch
+
+    asked = torch.tensor([float(signals.asked_to_end())], device=session.device)
+    if session.world > 1:
+        torch.distributed.all_reduce(asked)
+    if not asked.item():
+        return
+    if session.is_main:
+        print(
+            f"{session.stage}: asked to end before its training began; nothing was changed, and "
+            "the same command starts it again",
+            file=sys.stderr,
+        )
+    sys.exit(EXIT_UNFINISHED)
+
+
 @dataclass(frozen=True)
 class Run:
     """A training run in its session; ``source`` is local."""
 
-    options: StageOptions
-    training: TrainingOptions
-    start: Start
+    plan: TrainingPlan
     session: Session
     source: Source
     small_files: SmallFiles
@@ -128,45 +147,34 @@ class Run:
             collectives.on_first_rank(lambda: files.set_aside(plan.start.folder))
         folder = loading.local_huggingface(source, plan.options)
         small_files = SmallFiles(folder, plan.options.trust_remote_code)
-        return cls(plan.options, plan.training, plan.start, session, source, small_files)
+        return cls(plan, session, source, small_files)
 
     def data(
         self, prepare: Callable[..., tuple[dict[str, Any], dict[str, Any]]], text: TextSource
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Parts of packed text, and what is known about them; a collective call.
 
-        Args:
-            prepare: ``conversation_data.prepare`` or ``text_data.prepare``.
-            text: what to train on.
+        ``prepare`` is that of ``conversation_data`` or ``text_data``.
         """
+        training = self.plan.training
         parts, content = prepare(
             text,
-            loading.tokenizer(self.source, self.options),
-            self.training.seq_length,
-            self.training.train_iters * self.training.global_batch_size,
-            self.start.folder / run_folder.FOLDER / "data",
+            loading.tokenizer(self.source, self.plan.options),
+            training.seq_length,
+            training.train_iters * training.global_batch_size,
+            self.plan.start.folder / run_folder.FOLDER / "data",
             self.session.show_progress,
         )
         logger.info("training data: %s", text_data.describe(content))
         return parts, content
 
-    def inputs(self, *more: dict[str, Any]) -> list[dict[str, Any]]:
-        """What the run is made from, for its manifests: the source and ``more``.
-
-        To be called before the first save, which may replace the source.
-        """
-        if self.start.resumes:
-            # The folder itself is where the run resumes, not what it was made from.
-            return list((self.source.manifest or {})["inputs"])
-        return [*self.source.inputs(), *more]
-
     def train(
         self,
         model: MegatronModule,
         task: Task,
-        train: Samples,
-        valid: Samples,
-        record: Record,
+        parts: Mapping[str, Samples],
+        inputs: Sequence[dict[str, Any]],
+        describe: Callable[[int], tuple[Mapping[str, Any], Mapping[str, Any]]],
         evaluate: Callable[[int], Mapping[str, float]] | None = None,
     ) -> TrainingResult:
         """Train to the last iteration, or until a signal or a limit ends the run.
@@ -174,51 +182,38 @@ class Run:
         Args:
             model: this rank's part, whose parameters with ``requires_grad`` are trained.
             task: what it is trained for.
-            train: sequences to train on.
-            valid: held-out ones.
-            record: the manifests.
+            parts: sequences to train on (``train``), and held-out ones (``valid``).
+            inputs: what the run is made from besides the source, for its manifests.
+            describe: from the iteration to further metrics and entries of the manifest.
             evaluate: further metrics at each evaluation, from the iteration.
         """
-        keep = self.training.keep_checkpoints
-        checkpoints = TrainingCheckpoints(self.start.folder, record, self.small_files, keep)
-        trainer = Trainer(
-            model,
-            task,
-            self.training,
-            self.session,
-            checkpoints,
-            resume=self.start.resumes,
-            evaluate=evaluate,
-        )
-        return trainer.run(train, valid)
+        from post_training.training.checkpoint import TrainingCheckpoints
+        from post_training.training.trainer import Trainer
 
+        plan, training, source = self.plan, self.plan.training, self.source
+        # Before the first save, which may replace the source.
+        if plan.start.resumes:  # the folder itself is then the source
+            made_from = list((source.manifest or {})["inputs"])
+        else:
+            made_from = [*source.inputs(), *inputs]
 
-@dataclass(frozen=True)
-class Record:
-    """What a run records of itself in ``run.json``; called with an iteration and its metrics.
+        def manifest(iteration: int, metrics: Mapping[str, float]) -> Manifest:
+            more_metrics, entries = describe(iteration)
+            complete = iteration >= training.train_iters
+            return record.of_run(
+                plan.options,
+                self.session,
+                source,
+                inputs=made_from,
+                metrics={**more_metrics, **metrics},
+                extra={**source.carried(), **entries, "complete": complete},
+            )
 
-    Attributes:
-        run: the run.
-        inputs: what it was made from, see :meth:`Run.inputs`.
-        describe: from the iteration to further metrics and further entries.
-    """
-
-    run: Run
-    inputs: list[dict[str, Any]]
-    describe: Callable[[int], tuple[Mapping[str, Any], Mapping[str, Any]]]
-
-    def __call__(self, iteration: int, metrics: Mapping[str, float]) -> Manifest:
-        run = self.run
-        more_metrics, entries = self.describe(iteration)
-        complete = iteration >= run.training.train_iters
-        return record.of_run(
-            run.options,
-            run.session,
-            run.source,
-            inputs=self.inputs,
-            metrics={**more_metrics, **metrics},
-            extra={**run.source.carried(), **entries, "complete": complete},
-        )
+        folder, keep = plan.start.folder, training.keep_checkpoints
+        checkpoints = TrainingCheckpoints(folder, manifest, self.small_files, keep)
+        resume = plan.start.resumes
+        trainer = Trainer(model, task, training, self.session, checkpoints, resume, evaluate)
+        return trainer.run(parts["train"], parts["valid"])
 
 
 def show(
@@ -228,13 +223,7 @@ def show(
     rows: Mapping[str, str],
     next_step: str,
 ) -> None:
-    """Print the summary.
-
-    Args:
-        title: of a finished run.
-        rows: its figures.
-        next_step: what to do with a finished run.
-    """
+    """Print the summary; title, rows and next step are a finished run's."""
     folder = plan.start.folder
     report.summary(
         title if result.finished else "interrupted, and saved",

@@ -5,10 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 
 class Samples(Protocol):
@@ -18,7 +17,6 @@ class Samples(Protocol):
 
     def batch(self, indices: Sequence[int]) -> Mapping[str, torch.Tensor]:
         """The samples of these indices, stacked along the first dimension, on the CPU."""
-        ...
 
 
 class Order:
@@ -38,8 +36,6 @@ class Order:
         self._permutation: torch.Tensor | None = None
 
     def __getitem__(self, number: int) -> int:
-        import torch
-
         epoch, place = divmod(number, self.size)
         if not self.shuffle:
             return place

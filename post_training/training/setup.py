@@ -1,42 +1,17 @@
-"""What comes before the first step of a training run: whether it shall start at all, and
-megatron-core's DDP, distributed optimizer, schedule and pipeline."""
+"""megatron-core's DDP, distributed optimizer and schedule of a training run."""
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer import MegatronModule
 
-from post_training.distributed import signals
-from post_training.training.options import EXIT_UNFINISHED, TrainingOptions
-
-if TYPE_CHECKING:
-    from megatron.core.distributed import DistributedDataParallel
-    from megatron.core.optimizer import MegatronOptimizer
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-    from megatron.core.transformer import MegatronModule
-
-    from post_training.distributed.session import Session
-
-
-def exit_if_asked(session: Session) -> None:
-    """Exit with code 75 if a deferred signal has come; a collective call.
-
-    For the moments before training begins at which nothing is half done: there is nothing to save.
-    """
-    import torch
-
-    asked = torch.tensor([float(signals.asked_to_end())], device=session.device)
-    if session.world > 1:
-        torch.distributed.all_reduce(asked)
-    if not asked.item():
-        return
-    if session.is_main:
-        print(
-            f"{session.stage}: asked to end before its training began; nothing was changed, and "
-            "the same command starts it again",
-            file=sys.stderr,
-        )
-    sys.exit(EXIT_UNFINISHED)
+from post_training.training.options import TrainingOptions
 
 
 def build(
@@ -47,14 +22,6 @@ def build(
     Gradients are summed in float32 and divided by the tokens of the whole iteration, over ranks and
     micro batches; the optimizer's state and the float32 weights are split over data parallelism.
     """
-    from megatron.core.distributed import (
-        DistributedDataParallel,
-        DistributedDataParallelConfig,
-        finalize_model_grads,
-    )
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-
     config = model.config
     config.calculate_per_token_loss = True
     ddp = DistributedDataParallel(

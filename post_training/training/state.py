@@ -9,6 +9,12 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
+import numpy
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
 # Tensors in the shapes of the parameters.
 _SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
@@ -34,8 +40,6 @@ def optimizer_state(
         return optimizer.sharded_state_dict(
             tensors, is_loading=is_loading, metadata={**metadata, **_SHARDING}
         )
-    from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
-
     groups = _parts(optimizer)[0].optimizer.state_dict()["param_groups"]
     for group in groups:
         del group["params"]
@@ -60,8 +64,6 @@ def restore_optimizer(optimizer: Any, state: Any) -> None:
     which every parameter then increases. So the tensors are loaded while the steps are numbers, and
     each parameter gets a step of its own.
     """
-    import torch
-
     if not _trains_something(optimizer):
         return
     parts = _parts(optimizer)
@@ -83,11 +85,6 @@ def _trains_something(optimizer: Any) -> bool:
 
 def sharded_random_state() -> Any:
     """This rank's random states, as one object of its place among all ranks."""
-    import numpy
-    import torch
-    from megatron.core.dist_checkpointing.mapping import ShardedObject
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
     state = {
         "random": random.getstate(),
         "numpy": numpy.random.get_state(),
@@ -102,10 +99,6 @@ def sharded_random_state() -> Any:
 
 def set_random_state(state: Mapping[str, Any]) -> None:
     """Give this rank the states of :func:`sharded_random_state`."""
-    import numpy
-    import torch
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
     random.setstate(state["random"])
     numpy.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

@@ -14,16 +14,21 @@ line are all in the checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from megatron.core.transformer import MegatronModule
 
 from post_training.common.errors import UsageError
 from post_training.distributed import placement, signals
+from post_training.distributed.session import Session
 from post_training.training import setup
 from post_training.training.checkpoint import Progress, TrainingCheckpoints
 from post_training.training.metrics import Metrics
@@ -32,11 +37,6 @@ from post_training.training.passes import Passes
 from post_training.training.run_folder import FOLDER
 from post_training.training.sampler import Samples
 from post_training.training.task import Task
-
-if TYPE_CHECKING:
-    from megatron.core.transformer import MegatronModule
-
-    from post_training.distributed.session import Session
 
 logger = logging.getLogger("post_training")
 
@@ -51,10 +51,11 @@ class TrainingResult:
     manifest: dict[str, Any] | None = None
 
 
+@dataclass
 class Trainer:
     """One run.
 
-    Args:
+    Attributes:
         model: this rank's part; its parameters with ``requires_grad`` are trained.
         task: what it is trained for.
         options: how.
@@ -64,38 +65,28 @@ class Trainer:
         evaluate: further metrics at each evaluation, from the iteration; every rank calls it.
     """
 
-    def __init__(
-        self,
-        model: MegatronModule,
-        task: Task,
-        options: TrainingOptions,
-        session: Session,
-        checkpoints: TrainingCheckpoints,
-        *,
-        resume: bool = False,
-        evaluate: Callable[[int], Mapping[str, float]] | None = None,
-    ) -> None:
-        self.model = model
-        self.task = task
-        self.options = options
-        self.session = session
-        self.checkpoints = checkpoints
-        self._evaluate_more = evaluate
-        task.set_mode(model)
-        self.ddp, self.optimizer, self._scheduler = setup.build(model, options)
-        self._passes = Passes(self.ddp, task, options, session)
+    model: MegatronModule
+    task: Task
+    options: TrainingOptions
+    session: Session
+    checkpoints: TrainingCheckpoints
+    resume: bool = False
+    evaluate: Callable[[int], Mapping[str, float]] | None = None
+
+    def __post_init__(self) -> None:
+        self.task.set_mode(self.model)
+        self.ddp, self.optimizer, self._scheduler = setup.build(self.model, self.options)
+        self._passes = Passes(self.ddp, self.task, self.options, self.session)
         self.progress = Progress()
-        if resume:
-            self.progress = checkpoints.load(model, self.optimizer)
+        if self.resume:
+            self.progress = self.checkpoints.load(self.model, self.optimizer)
             self._log_differences()
-        self.progress = replace(self.progress, options=options.decides_results())
+        self.progress = replace(self.progress, options=self.options.decides_results())
         self._scheduler.step(self.progress.iteration)
         # What is known last of each metric; evaluations' names begin with eval_.
         self.metrics: dict[str, float] = {}
         self._window = self._passes.new_sums()
-        for i, name in enumerate(self._passes.names):
-            if self.progress.window and name in self.progress.window:
-                self._window[i] = self._window.new_tensor(self.progress.window[name])
+        self._written: Metrics | None = None  # on rank 0
 
     def run(self, data: Samples, valid: Samples | None = None) -> TrainingResult:
         """Train to the last iteration, or until a signal or a limit ends the run.
@@ -103,26 +94,21 @@ class Trainer:
         Raises:
             UsageError: if the loss is no longer finite; the last checkpoint stays.
         """
-        metrics = None
-        if self.session.is_main:
-            metrics = Metrics(
-                self.checkpoints.folder / FOLDER,
-                self.progress.iteration,
-                self.options.train_iters,
-                show_progress=self.session.show_progress,
-                tensorboard=self.options.tensorboard_dir,
-                title=self.session.stage,
-            )
-        try:
-            with signals.deferred():
-                return self._loop(data, valid, metrics)
-        finally:
-            if metrics is not None:
-                metrics.close()
+        with contextlib.ExitStack() as stack:
+            if self.session.is_main:
+                self._written = Metrics(
+                    self.checkpoints.folder / FOLDER,
+                    self.progress.iteration,
+                    self.options.train_iters,
+                    show_progress=self.session.show_progress,
+                    tensorboard=self.options.tensorboard_dir,
+                    title=self.session.stage,
+                )
+                stack.callback(self._written.close)
+            stack.enter_context(signals.deferred())
+            return self._loop(data, valid)
 
-    def _loop(
-        self, data: Samples, valid: Samples | None, metrics: Metrics | None
-    ) -> TrainingResult:
+    def _loop(self, data: Samples, valid: Samples | None) -> TrainingResult:
         options = self.options
         batches = self._passes.batches(data, self.progress.samples, shuffle=True)
         started, begun = time.monotonic(), self.progress.seconds
@@ -140,8 +126,8 @@ class Trainer:
                 samples=self.progress.samples + options.global_batch_size,
                 seconds=begun + now - started,
             )
-            if metrics is not None:
-                metrics.advance()
+            if self._written is not None:
+                self._written.bar.update()
             # A norm that is not finite has spoilt the weights already: they are not saved.
             self._require_finite(grad_norm, "norm of the gradient")
             at_end = iteration == options.train_iters
@@ -157,26 +143,26 @@ class Trainer:
                     "seconds": self.progress.seconds,
                 }
                 self.metrics |= values
-                if metrics is not None:
-                    metrics.log("train", iteration, self.progress.samples, values)
+                self._write("train", values)
                 self._window.zero_()
                 logged, logged_at = time.monotonic(), iteration
+            before = time.monotonic()
             if iteration % options.eval_interval == 0 or at_end:
-                before = time.monotonic()
                 values = self._evaluate(valid, iteration)
                 self.metrics |= {f"eval_{name}": value for name, value in values.items()}
-                if metrics is not None and values:
-                    metrics.log("eval", iteration, self.progress.samples, values)
-                logged += time.monotonic() - before
+                self._write("eval", values)
             interval = options.exit_interval
             stop = stop or (interval is not None and iteration % interval == 0)
             if iteration % options.save_interval == 0 or at_end or stop:
-                before = time.monotonic()
                 content = self._save()
-                logged += time.monotonic() - before
+            logged += time.monotonic() - before
             if stop:
                 break
         return TrainingResult(iteration, iteration >= options.train_iters, self.metrics, content)
+
+    def _write(self, kind: str, values: Mapping[str, float]) -> None:
+        if self._written is not None and values:
+            self._written.log(kind, self.progress.iteration, self.progress.samples, values)
 
     def _evaluate(self, valid: Samples | None, iteration: int) -> dict[str, float]:
         """Averages over the first ``eval_iters`` global batches of ``valid``, and further metrics.
@@ -184,8 +170,6 @@ class Trainer:
         The model stays in the mode it is trained in: megatron-core's attention chooses its mask by
         it.
         """
-        import torch
-
         values: dict[str, float] = {}
         if valid is not None and self.options.eval_iters and len(valid):
             sums = self._passes.new_sums()
@@ -194,10 +178,9 @@ class Trainer:
             with torch.no_grad():
                 for _ in range(min(self.options.eval_iters, count)):
                     self._passes.run(batches, sums, forward_only=True)
-            self._passes.reduce(sums)
-            values |= self._passes.averages(sums)
-        if self._evaluate_more is not None:
-            values |= self._evaluate_more(iteration)
+            values |= self._passes.averages(self._passes.reduce(sums))
+        if self.evaluate is not None:
+            values |= self.evaluate(iteration)
             self.task.set_mode(self.model)
         return values
 
@@ -211,15 +194,12 @@ class Trainer:
         _, grad_norm, _ = self.optimizer.step()
         self._scheduler.step(1)
         # One exchange for everything that ranks must agree on.
-        extra = sums.new_tensor([[float(stop), 0.0]])
-        everything = self._passes.reduce(sums, extra)
-        self._window += everything[: len(sums)]
+        everything = torch.cat([sums, sums.new_tensor([[float(stop), 0.0]])])
+        self._window += self._passes.reduce(everything)[: len(sums)]
         grad_norm, lr = self._passes.largest(sums.new_tensor([float(grad_norm or 0.0), lr]))
         return grad_norm, lr, bool(everything[-1, 0] > 0)
 
     def _save(self) -> dict[str, Any]:
-        import torch
-
         window = dict(zip(self._passes.names, self._window.tolist(), strict=True))
         self._require_finite(self._passes.averages(self._window)["loss"])
         # megatron-core compares what ranks save in common, and their clocks differ.
@@ -239,8 +219,6 @@ class Trainer:
         return limit is not None and time.monotonic() - started >= 60 * limit
 
     def _memory(self) -> int:
-        import torch
-
         if self.session.device.type == "cuda":
             return int(torch.cuda.max_memory_allocated())
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -259,7 +237,7 @@ class Trainer:
         changed = [
             f"{name} was {before[name]} and is {value}"
             for name, value in now.items()
-            if name in before and before[name] != value
+            if before.get(name, value) != value
         ]
         logger.info("resuming after iteration %d", self.progress.iteration)
         if changed:
