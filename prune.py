@@ -13,7 +13,7 @@ Outputs: --save, a checkpoint of the smaller model, with run.json. It carries it
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +29,11 @@ from post_training.evaluation import options as mmlu_options
 from post_training.evaluation.mmlu_data import Benchmark
 from post_training.inference import smoke_generation
 from post_training.models import builder, parallel_check
+from post_training.models.architecture import Architecture
 from post_training.models.families import registry as families
 from post_training.pruning import options as pruning_options
 from post_training.pruning import report, search
 from post_training.pruning.options import PruneOptions
-from post_training.pruning.report import ModelScores
 from post_training.pruning.score_cache import ScoreCache
 from post_training.pruning.search import SizeSearch
 from post_training.pruning.space import PruningSpace, check_sizes, pruned_architecture
@@ -65,11 +65,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Pruned:
-    """This rank's model, its scores and the original's; ``content`` is of run.json."""
+    """This rank's model, the original's architecture; ``content`` is of run.json."""
 
     model: MegatronModule
-    before: ModelScores
-    after: ModelScores
+    original: Architecture
     content: Mapping[str, Any]
 
 
@@ -122,7 +121,7 @@ def prune(plan: Plan, session: Session) -> Pruned:
     scorer = Scorer(options, session, source, plan.benchmark)
     model = loading.load(source, options, session, layer_spec="transformer_engine")
     whole = search.size(original, transformer, options.memory)
-    before = scorer.of(model, original, search.counted(model, whole))
+    before = {**asdict(search.counted(model, whole)), **scorer.scores(model)}
     result = minitron.prune(
         model,
         target,
@@ -136,7 +135,7 @@ def prune(plan: Plan, session: Session) -> Pruned:
     )
     architecture = pruned_architecture(original, result.config, result.kept_layers)
     small = search.size(architecture, model.config, options.memory)
-    after = scorer.of(model, architecture, search.counted(model, small))
+    after = {**asdict(search.counted(model, small)), **scorer.scores(model)}
     sizes = [
         search.size(original, transformer, options.memory, **each.ss_config)
         for each in result.candidates
@@ -155,11 +154,11 @@ def prune(plan: Plan, session: Session) -> Pruned:
     small_files = SmallFiles(folder, options.trust_remote_code, config)
     content = torch_dist.save(model, plan.save, manifest, small_files=small_files)
     smoke_generation.run(options.smoke, model, scorer.tokenizer, plan.save)
-    return Pruned(model, before, after, content)
+    return Pruned(model, original, content)
 
 
 def show(plan: Plan, result: Pruned, session: Session) -> None:
-    report.show(plan.options, plan.save, result.content, result.before, result.after)
+    report.show(plan.options, plan.save, result.content, result.original)
 
 
 STAGE = Stage("prune", PruneOptions, check, prune, show, outputs=("save",))

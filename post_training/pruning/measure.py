@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from post_training.checkpoints import loading
+from post_training.checkpoints.source import Source
 from post_training.data import options as calibration_options
+from post_training.distributed.session import Session
 from post_training.evaluation import mmlu, mmlu_data, perplexity
 from post_training.evaluation.mmlu_data import Benchmark
 from post_training.pruning.options import PruneOptions
-from post_training.pruning.report import ModelScores
-from post_training.pruning.search import Size
 from post_training.quantization.calibration import Calibration
-
-if TYPE_CHECKING:
-    from post_training.checkpoints.source import Source
-    from post_training.distributed.session import Session
-    from post_training.models.architecture import Architecture
 
 
 class Scorer:
     """What a model is ranked and scored by; every method is a collective call.
 
-    Args:
-        options: the stage's.
-        source: the model's, for its tokenizer.
-        benchmark: the questions, where they are read already.
+    ``source`` has the tokenizer; ``benchmark`` are the questions, where they are read already.
     """
 
     def __init__(
@@ -46,7 +36,7 @@ class Scorer:
             self.benchmark = mmlu_data.load(asked.mmlu_dataset, asked.few_shots)
 
     def loss(self, model: torch.nn.Module) -> float | None:
-        """Mean cross entropy of the first calibration sequences, if it is asked for."""
+        """Mean cross entropy of the first calibration sequences, in nats, if it is asked for."""
         count = self.options.prune_score_size
         if not count:
             return None
@@ -75,6 +65,6 @@ class Scorer:
         loss = self.loss(model)
         return -float("inf") if loss is None else -loss
 
-    def of(self, model: torch.nn.Module, architecture: Architecture, size: Size) -> ModelScores:
-        """Size and scores of one model."""
-        return ModelScores(architecture, size, self.loss(model), self.accuracy(model))
+    def scores(self, model: torch.nn.Module) -> dict[str, float | None]:
+        """Both, for the manifest."""
+        return {"loss": self.loss(model), "mmlu_accuracy": self.accuracy(model)}

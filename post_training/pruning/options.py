@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,11 +52,13 @@ def _split(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
+_count = partial(flag, metavar="N", check=at_least(1))
+_share = partial(flag, metavar="X", check=_below_one)
+
+
 def _divisor(name: str) -> Any:
-    return flag(
-        metavar="N",
-        check=at_least(1),
-        help=f"step of the allowed {MEANINGS[name]} ({STEPS[name]}, less for small models)",
+    return _count(
+        help=f"step of the allowed {MEANINGS[name]} ({STEPS[name]}, less for small models)"
     )
 
 
@@ -75,35 +78,20 @@ class PruneOptions(StageOptions):
         metavar="BYTES",
         help="search for weights and cache of at most BYTES: 12e9, 12GB, 12GiB",
     )
-    prune_memory_sequence_length: int = flag(
-        4096,
-        metavar="N",
-        check=at_least(1),
-        help="tokens whose cache counts as memory (%(default)s)",
+    prune_memory_sequence_length: int = _count(
+        4096, help="tokens whose cache counts as memory (%(default)s)"
     )
-    prune_memory_batch_size: int = flag(
-        1,
-        metavar="N",
-        check=at_least(1),
-        help="sequences whose cache counts as memory (%(default)s)",
+    prune_memory_batch_size: int = _count(
+        1, help="sequences whose cache counts as memory (%(default)s)"
     )
-    prune_top_k: int = flag(
-        10,
-        metavar="N",
-        check=at_least(1),
-        help="candidates that a search scores, the largest that meet the target (%(default)s)",
+    prune_top_k: int = _count(
+        10, help="candidates that a search scores, the largest that meet the target (%(default)s)"
     )
-    prune_max_width_pruning: float = flag(
-        0.4,
-        metavar="X",
-        check=_below_one,
-        help="share of each width's values that a search may cut (%(default)s)",
+    prune_max_width_pruning: float = _share(
+        0.4, help="share of each width's values that a search may cut (%(default)s)"
     )
-    prune_max_depth_pruning: float = flag(
-        0.2,
-        metavar="X",
-        check=_below_one,
-        help="share of the layers that a search may cut (%(default)s)",
+    prune_max_depth_pruning: float = _share(
+        0.2, help="share of the layers that a search may cut (%(default)s)"
     )
     prune_hparams_to_skip: str = flag(
         "", metavar="A,B", check=_known_names, help="sizes that a search leaves as they are"
@@ -136,19 +124,18 @@ class PruneOptions(StageOptions):
 def check_parallel(options: PruneOptions) -> None:
     """Raise UsageError unless one replica of the model is spread over pipeline stages only."""
     sizes = options.parallel
-    for name, size in (("TP", sizes.tensor), ("EP", sizes.expert), ("CP", sizes.context)):
+    cut = "ModelOpt ranks and cuts whole tensors: pruning runs at TP=1, EP=1 and CP=1"
+    tied = "ModelOpt ties the widths of one replica together, not of several"
+    asked = {
+        "TP": (sizes.tensor, cut),
+        "EP": (sizes.expert, cut),
+        "CP": (sizes.context, cut),
+        "DP": (sizes.data, tied),
+    }
+    for name, (size, cause) in asked.items():
         if size > 1:
-            raise UsageError(
-                f"{name}={size}",
-                "ModelOpt ranks and cuts whole tensors: pruning runs at TP=1, EP=1 and CP=1",
-                f"{name}=1; PP spreads a large model over processes (PP={size})",
-            )
-    if sizes.data > 1:
-        raise UsageError(
-            f"DP={sizes.data}",
-            "ModelOpt ties the widths of one replica together, not of several",
-            "DP=1; PP spreads a large model over processes",
-        )
+            remedy = f"{name}=1; PP spreads a large model over processes (PP={size})"
+            raise UsageError(f"{name}={size}", cause, remedy)
 
 
 def target(options: PruneOptions) -> dict[str, Any] | SizeSearch:
@@ -158,7 +145,8 @@ def target(options: PruneOptions) -> dict[str, Any] | SizeSearch:
         UsageError: unless exactly one kind is given, in a form that can be read, and a search has
             something to score its candidates by.
     """
-    given = {spelled(name): name for name in _TARGETS if getattr(options, name) is not None}
+    texts = {name: getattr(options, name) for name in _TARGETS}
+    given = {spelled(name): (name, text) for name, text in texts.items() if text is not None}
     if options.prune_export_config is not None:
         if given:
             raise UsageError(
@@ -181,10 +169,8 @@ def target(options: PruneOptions) -> dict[str, Any] | SizeSearch:
             "leave it out, or give --mmlu-dataset",
         )
     limits = {
-        name.removeprefix("prune_target_"): _quantity(
-            option, getattr(options, name), _TARGETS[name]
-        )
-        for option, name in given.items()
+        name.removeprefix("prune_target_"): _quantity(option, text, _TARGETS[name])
+        for option, (name, text) in given.items()
     }
     return SizeSearch(
         limits,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from post_training.common import report
+from post_training.models.architecture import Architecture
 from post_training.pruning.options import PruneOptions
 from post_training.pruning.search import Size
 from post_training.pruning.space import MEANINGS
@@ -16,38 +17,21 @@ from post_training.pruning.space import MEANINGS
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from post_training.models.architecture import Architecture
     from post_training.pruning.minitron import PruningResult
-
-
-@dataclass(frozen=True)
-class ModelScores:
-    """One model: its architecture, its size, and its scores where they were asked for.
-
-    Attributes:
-        loss: mean cross entropy on the calibration text, in nats.
-        accuracy: share of MMLU's questions that are right.
-    """
-
-    architecture: Architecture
-    size: Size
-    loss: float | None = None
-    accuracy: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return {**self.size.to_json(), "loss": self.loss, "mmlu_accuracy": self.accuracy}
 
 
 def metrics(
     result: PruningResult,
-    before: ModelScores,
-    after: ModelScores,
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
     candidate_sizes: Iterable[Size],
     calibration: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The manifest's metrics.
 
     Args:
+        before: size and scores of the original, by name.
+        after: the same of the pruned model.
         candidate_sizes: of ``result.candidates``, in their order.
         calibration: the data; recorded where it was used, rather than scores of the cache.
     """
@@ -55,10 +39,10 @@ def metrics(
         "pruned": result.config,
         "kept_layers": result.kept_layers,
         "layer_scores": {str(n): value for n, value in sorted(result.layer_scores.items())},
-        "before": before.to_json(),
-        "after": after.to_json(),
+        "before": before,
+        "after": after,
         "candidates": [
-            {"config": dict(each.ss_config), "score": each.score, **size.to_json()}
+            {"config": dict(each.ss_config), "score": each.score, **asdict(size)}
             for each, size in zip(result.candidates, candidate_sizes, strict=True)
         ],
         "candidates_within_limits": result.fitting,
@@ -67,11 +51,7 @@ def metrics(
 
 
 def show(
-    options: PruneOptions,
-    save: Path,
-    content: Mapping[str, Any],
-    before: ModelScores,
-    after: ModelScores,
+    options: PruneOptions, save: Path, content: Mapping[str, Any], original: Architecture
 ) -> None:
     """Print candidates, before and after, and what a pruned model needs next.
 
@@ -84,7 +64,8 @@ def show(
     if found["candidates"]:
         scored_by = "MMLU accuracy" if options.mmlu.mmlu_dataset else "log-likelihood"
         console.print(_candidates(found, scored_by))
-    console.print(_before_and_after(options, found["pruned"], before, after))
+    pruned = Architecture.from_json(content["architecture"])
+    console.print(_before_and_after(options, found, original.resolved(), pruned.resolved()))
     scores, calibration = f"kept in {options.prune_intermediate_ckpt}", found["calibration"]
     if calibration is not None:
         scores = (
@@ -132,7 +113,7 @@ def _candidates(found: Mapping[str, Any], scored_by: str) -> Table:
 
 
 def _before_and_after(
-    options: PruneOptions, pruned: Mapping[str, int], before: ModelScores, after: ModelScores
+    options: PruneOptions, found: Mapping[str, Any], old: Mapping[str, Any], new: Mapping[str, Any]
 ) -> Table:
     from rich.table import Table
 
@@ -144,22 +125,25 @@ def _before_and_after(
     def row(text: str, old: float, new: float, shown: Callable[[float], str]) -> None:
         table.add_row(text, shown(old), shown(new), f"{new / old:.1%}" if old else "")
 
-    old, new = before.architecture.resolved(), after.architecture.resolved()
     for name, text in MEANINGS.items():
-        if new.get(name) and (name in pruned or name in ("num_layers", "hidden_size")):
+        if new.get(name) and (name in found["pruned"] or name in ("num_layers", "hidden_size")):
             row(text, old[name], new[name], "{:,}".format)
-    small, large, memory = after.size, before.size, options.memory
-    row("parameters", large.parameters, small.parameters, "{:,}".format)
-    if large.active != large.parameters:
-        row("parameters used for a token", large.active, small.active, "{:,}".format)
-    row("weights in 16 bits", large.weights, small.weights, report.number_of_bytes)
+    before, after, memory = found["before"], found["after"], options.memory
+
+    def compare(text: str, name: str, shown: Callable[[float], str]) -> None:
+        if before[name] is not None and after[name] is not None:
+            row(text, before[name], after[name], shown)
+
+    compare("parameters", "parameters", "{:,}".format)
+    if before["active_parameters"] != before["parameters"]:
+        compare("parameters used for a token", "active_parameters", "{:,}".format)
+    compare("weights in 16 bits", "weight_bytes", report.number_of_bytes)
     cache = f"cache of {memory.batch_size} x {memory.sequence_length:,} tokens"
-    row(cache, large.cache, small.cache, report.number_of_bytes)
-    if before.loss is not None and after.loss is not None:
-        perplexities = [f"{math.exp(min(x, 700)):,.2f}" for x in (before.loss, after.loss)]
+    compare(cache, "cache_bytes", report.number_of_bytes)
+    if before["loss"] is not None and after["loss"] is not None:
+        perplexities = [f"{math.exp(min(each['loss'], 700)):,.2f}" for each in (before, after)]
         table.add_row("perplexity of the calibration text", *perplexities)
-    if before.accuracy is not None and after.accuracy is not None:
-        row("MMLU accuracy", before.accuracy, after.accuracy, "{:.4f}".format)
+    compare("MMLU accuracy", "mmlu_accuracy", "{:.4f}".format)
     return table
 
 

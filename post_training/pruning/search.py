@@ -59,32 +59,25 @@ class Size:
     """Parameters, those used for one token, and bytes of weights and cache."""
 
     parameters: int
-    active: int
-    weights: int
-    cache: int
+    active_parameters: int
+    weight_bytes: int
+    cache_bytes: int
 
     @property
-    def memory(self) -> int:
-        return self.weights + self.cache
+    def limited(self) -> dict[str, int]:
+        """What a search may limit."""
+        return {
+            "params": self.parameters,
+            "active_params": self.active_parameters,
+            "memory": self.weight_bytes + self.cache_bytes,
+        }
 
     def __str__(self) -> str:
-        return (
-            f"params = {self.parameters:,}, active_params = {self.active:,}, "
-            f"memory = {self.memory:,} bytes"
-        )
+        return ", ".join(f"{name} = {value:,}" for name, value in self.limited.items()) + " bytes"
 
     def meets(self, limits: Mapping[str, float]) -> bool:
         """Whether it is within every limit of a search."""
-        values = {"params": self.parameters, "active_params": self.active, "memory": self.memory}
-        return all(values[name] <= limit for name, limit in limits.items())
-
-    def to_json(self) -> dict[str, int]:
-        return {
-            "parameters": self.parameters,
-            "active_parameters": self.active,
-            "weight_bytes": self.weights,
-            "cache_bytes": self.cache,
-        }
+        return all(self.limited[name] <= limit for name, limit in limits.items())
 
 
 def size(
@@ -135,8 +128,8 @@ def counted(model: MegatronModule, computed: Size) -> Size:
     return replace(
         computed,
         parameters=actual,
-        active=computed.active + more,
-        weights=computed.weights + more * _WEIGHT_BYTES,
+        active_parameters=computed.active_parameters + more,
+        weight_bytes=computed.weight_bytes + more * _WEIGHT_BYTES,
     )
 
 

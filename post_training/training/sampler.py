@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -19,6 +21,7 @@ class Samples(Protocol):
         """The samples of these indices, stacked along the first dimension, on the CPU."""
 
 
+@dataclass(frozen=True)
 class Order:
     """Sample numbers of a run, 0, 1, 2, ... to indices of the data; each epoch in another order.
 
@@ -26,24 +29,18 @@ class Order:
     run was interrupted.
     """
 
-    def __init__(self, size: int, seed: int, shuffle: bool = True) -> None:
-        if size < 1:
-            raise ValueError("there is no sample")
-        self.size = size
-        self.seed = seed
-        self.shuffle = shuffle
-        self._epoch = -1
-        self._permutation: torch.Tensor | None = None
+    size: int
+    seed: int
+    shuffle: bool = True
 
     def __getitem__(self, number: int) -> int:
         epoch, place = divmod(number, self.size)
-        if not self.shuffle:
-            return place
-        if epoch != self._epoch or self._permutation is None:
-            generator = torch.Generator().manual_seed(self.seed + epoch)
-            self._permutation = torch.randperm(self.size, generator=generator)
-            self._epoch = epoch
-        return int(self._permutation[place])
+        return int(_permutation(self.size, self.seed + epoch)[place]) if self.shuffle else place
+
+
+@functools.lru_cache(maxsize=1)
+def _permutation(size: int, seed: int) -> torch.Tensor:
+    return torch.randperm(size, generator=torch.Generator().manual_seed(seed))
 
 
 def micro_batches(
@@ -62,12 +59,9 @@ def micro_batches(
     them each rank has ``micro_batch`` in its turn.
 
     Args:
-        samples: the data.
-        order: of the samples.
         start: samples that are consumed already.
         micro_batch: samples of one call to the model.
         rank, ranks: place among the data-parallel ranks.
-        device: where the batches go.
     """
     firsts = itertools.count(start + rank * micro_batch, micro_batch * ranks)
     indices = ([order[number] for number in range(first, first + micro_batch)] for first in firsts)

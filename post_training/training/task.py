@@ -14,10 +14,6 @@ Loss = tuple["torch.Tensor", "torch.Tensor", "dict[str, torch.Tensor]"]
 LossFunction = Callable[["torch.Tensor"], Loss]
 
 
-def _nothing(_model: Any) -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class Task:
     """What is trained.
@@ -35,6 +31,6 @@ class Task:
     """
 
     forward_step: Callable[[Any, Mapping[str, Any]], tuple[Any, LossFunction]]
-    metric_names: tuple[str, ...] = ()
-    set_mode: Callable[[Any], None] = _nothing
-    adjust_tensor_shapes: Callable[..., Any] | None = None
+    metric_names: tuple[str, ...]
+    set_mode: Callable[[Any], None]
+    adjust_tensor_shapes: Callable[..., Any] | None

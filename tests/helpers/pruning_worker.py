@@ -96,7 +96,7 @@ def run(folder: Path) -> dict[str, object]:
         "too large": refusal(1e9),
         "kept_layers": result.kept_layers,
         "pattern": after.transformer["moe_layer_freq"],
-        "computed": (computed.parameters, computed.active),
+        "computed": (computed.parameters, computed.active_parameters),
         "counted": counted.parameters,
         "logits": logits,
         "loaded": prefill_logits(loaded, ids),
