@@ -86,6 +86,9 @@ class Trainer:
         # What is known last of each metric; evaluations' names begin with eval_.
         self.metrics: dict[str, float] = {}
         self._window = self._passes.new_sums()
+        for i, name in enumerate(self._passes.names):
+            if self.progress.window and name in self.progress.window:
+                self._window[i] = self._window.new_tensor(self.progress.window[name])
         self._written: Metrics | None = None  # on rank 0
 
     def run(self, data: Samples, valid: Samples | None = None) -> TrainingResult:
