@@ -117,7 +117,7 @@ def settings(options: GenerateOptions, source: Source) -> dict[str, Any]:
 
 
 def sampling(options: GenerateOptions) -> dict[str, Any]:
-    """How tokens are chosen, by the names of a ``Speaker``."""
+    """How tokens are chosen, by the names of a ``Sampler``."""
     return {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "seed")}
 
 
@@ -125,6 +125,7 @@ def generate(plan: Plan, session: Session) -> dict[str, Any]:
     """Answer what is not answered yet. Returns the manifest on rank 0."""
     from post_training.distributed.collectives import on_first_rank
     from post_training.inference import answering, dialogues
+    from post_training.inference.sampling import Sampler
 
     options = plan.options
     read = on_first_rank(lambda: prompt_options.load(options.prompts))
@@ -137,7 +138,7 @@ def generate(plan: Plan, session: Session) -> dict[str, Any]:
         max_new_tokens=options.max_new_tokens,
         batch_size=options.generate_batch_size,
         template_options=options.prompts.template_options,
-        **sampling(options),
+        sampler=Sampler(**sampling(options)),
     )
     output = resumable_jsonl.Rows(plan.output, plan.settings) if session.is_main else None
     done = on_first_rank(lambda: output.done if output else 0)

@@ -57,7 +57,7 @@ def answer_blocks(
             tokens += sum(each.generated_tokens for each in every)
             if output is not None:
                 output.append(
-                    [each.row() for each in every if each.has_answer],
+                    [each.row() for each in every if each.answers],
                     done=min(replicas, len(blocks) - first),
                     totals=_totals(every, time.monotonic() - begun),
                 )
@@ -83,7 +83,7 @@ def _totals(answered: Sequence[Answered], seconds: float) -> dict[str, float]:
         "answers": sum(reason != "context" for reason in reasons),
         "cut_at_max_new_tokens": reasons.count("length"),
         "ended_by_context": reasons.count("context"),
-        "empty_answers": sum(each.empty_answers for each in answered),
+        "empty_answers": sum(not text.strip() for each in answered for text in each.answers),
         "prompt_tokens": sum(each.prompt_tokens for each in answered),
         "generated_tokens": sum(each.generated_tokens for each in answered),
         "generation_seconds": round(seconds, 3),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from post_training.checkpoints import loading
@@ -13,8 +13,9 @@ from post_training.data import document_formats
 from post_training.data.document_formats import Document
 from post_training.data.prompts import Dialogue
 from post_training.distributed.session import Session
-from post_training.inference import generation, sampling
+from post_training.inference import generation
 from post_training.inference.options import OPTION
+from post_training.inference.sampling import Sampler
 
 if TYPE_CHECKING:
     import torch
@@ -35,8 +36,7 @@ class Speaker:
         context_length: most tokens of a prompt and its answer together.
         max_new_tokens: most tokens of one answer.
         batch_size: most sequences at a time.
-        temperature: 0 for greedy decoding, else of the sampling.
-        top_k, top_p, seed: as in :class:`post_training.inference.sampling.Sampler`.
+        sampler: chooses the next token; the prompts' names become its own.
         template_options: further variables of the chat template.
     """
 
@@ -46,10 +46,7 @@ class Speaker:
     context_length: int
     max_new_tokens: int
     batch_size: int = 16
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
+    sampler: Sampler = field(default_factory=Sampler)
     template_options: Mapping[str, Any] = field(default_factory=dict)
 
     def prompt(self, dialogue: Dialogue, messages: Sequence[dict[str, Any]]) -> list[int]:
@@ -60,34 +57,21 @@ class Speaker:
         """
         document = Document(dialogue.place, messages=tuple(messages), tools=dialogue.tools)
         text = document_formats.render(
-            document,
-            self.tokenizer,
-            OPTION,
-            ask=True,
-            template_options=self.template_options,
+            document, self.tokenizer, OPTION, ask=True, template_options=self.template_options
         )
         # A chat template writes the begin-of-text token itself.
         special = not document_formats.has_template(self.tokenizer)
         encoded = self.tokenizer(text, add_special_tokens=special, verbose=False)
         return list(encoded["input_ids"])
 
-    def text(self, tokens: Sequence[int]) -> str:
-        """An answer's text, without the end token and other special tokens."""
-        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Tokens as text, special ones included."""
-        return str(self.tokenizer.decode(list(tokens)))
+    def decode(self, tokens: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """Tokens as text, special ones such as the end token included or not."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens))
 
     def answer(
         self, prompts: Sequence[Sequence[int]], names: Sequence[str], progress: Any = None
     ) -> list[list[int]]:
         """New tokens of each prompt; ``names`` distinguish the draws of different prompts."""
-        choose: generation.Choose = sampling.greedy
-        if self.temperature > 0:
-            choose = sampling.Sampler(
-                self.temperature, self.top_k, self.top_p, self.seed, list(names)
-            )
         return generation.generate(
             self.model,
             prompts,
@@ -95,7 +79,7 @@ class Speaker:
             self.eos_ids,
             batch_size=self.batch_size,
             vocab_size=len(self.tokenizer),
-            choose=choose,
+            choose=replace(self.sampler, names=names),
             progress=progress,
         )
 
@@ -140,12 +124,8 @@ class Answered:
     read: int = 0
 
     @property
-    def has_answer(self) -> bool:
-        return any(message["role"] == "assistant" for message in self.messages)
-
-    @property
-    def empty_answers(self) -> int:
-        return sum(m["role"] == "assistant" and not m["content"].strip() for m in self.messages)
+    def answers(self) -> list[str]:
+        return [each["content"] for each in self.messages if each["role"] == "assistant"]
 
     @property
     def open(self) -> bool:
@@ -210,7 +190,8 @@ def answer(
         )
         for (each, messages, prompt), tokens in zip(asked, answers, strict=True):
             each.read += len(messages) - len(each.messages)
-            each.messages = [*messages, {"role": "assistant", "content": speaker.text(tokens)}]
+            text = speaker.decode(tokens, skip_special_tokens=True)
+            each.messages = [*messages, {"role": "assistant", "content": text}]
             each.finish_reasons.append(STOP if tokens[-1] in speaker.eos_ids else LENGTH)
             each.prompt_tokens += len(prompt)
             each.generated_tokens += len(tokens)

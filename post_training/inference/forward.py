@@ -8,11 +8,12 @@ attention after a cached prefix.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from post_training.common.errors import UsageError
 
@@ -47,6 +48,7 @@ def run(
     """
     from megatron.core import parallel_state
     from megatron.core.inference.utils import InferenceMode
+    from megatron.core.models.gpt import GPTModel
 
     if core.config.sequence_parallel or core.config.context_parallel_size > 1:
         raise ValueError(
@@ -79,7 +81,10 @@ def run(
         if offset and length > 1:
             mask = causal_mask(offset, length, input_ids.device)
             stack.enter_context(attention_mask_type(core.decoder.layers, "arbitrary"))
-        output = _target(core)(
+        # The class that ModelOpt's ``eagle`` mode gives a drafted model computes training losses.
+        drafted = hasattr(core, "eagle_ttt_steps")
+        target = partial(GPTModel.forward, core) if drafted else core
+        output = target(
             input_ids,
             position_ids.expand(batch, -1),
             mask,
@@ -114,19 +119,6 @@ def _require_finite(output: torch.Tensor) -> None:
             "give --bf16 or --fp32; if it is in one of them already, compare the conf with the "
             "model's config.json",
         )
-
-
-def _target(core: Any) -> Callable[..., Any]:
-    """The model as a function; of a drafted one the target alone.
-
-    The class that ModelOpt's ``eagle`` mode gives a model computes training losses in its
-    ``forward``.
-    """
-    if not hasattr(core, "eagle_ttt_steps"):
-        return core
-    from megatron.core.models.gpt import GPTModel
-
-    return partial(GPTModel.forward, core)
 
 
 @contextlib.contextmanager
@@ -176,8 +168,7 @@ def _earlier_features(core: Any) -> int:
     return sum(layer < first for layer in core.eagle_config.eagle_aux_hidden_state_layer_ids)
 
 
-@contextlib.contextmanager
-def _output_at(core: Any, positions: torch.Tensor) -> Iterator[None]:
+def _output_at(core: Any, positions: torch.Tensor) -> RemovableHandle:
     """Let the output layer see one position of each sequence: hidden [s, b, h] -> [1, b, h]."""
     rows = torch.arange(len(positions), device=positions.device)
 
@@ -185,18 +176,14 @@ def _output_at(core: Any, positions: torch.Tensor) -> Iterator[None]:
         hidden, *rest = arguments
         return (hidden[positions, rows].unsqueeze(0), *rest)
 
-    handle = core.output_layer.register_forward_pre_hook(gather)
-    try:
-        yield
-    finally:
-        handle.remove()
+    handle: RemovableHandle = core.output_layer.register_forward_pre_hook(gather)
+    return handle
 
 
 def causal_mask(offset: int, length: int, device: torch.device) -> torch.Tensor:
     """bool [1, 1, length, offset + length], True where attention is not allowed."""
-    keys = torch.arange(offset + length, device=device)
-    queries = torch.arange(offset, offset + length, device=device)
-    return (keys[None, :] > queries[:, None])[None, None]
+    everywhere = torch.ones(1, 1, length, offset + length, dtype=torch.bool, device=device)
+    return everywhere.triu(offset + 1)
 
 
 @contextlib.contextmanager
@@ -216,8 +203,7 @@ def attention_mask_type(layers: Iterable[Any], name: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for layer in layers:
             attention = layer.self_attention.core_attention
-            handle = attention.register_forward_pre_hook(change, with_kwargs=True)
-            stack.callback(handle.remove)
+            stack.enter_context(attention.register_forward_pre_hook(change, with_kwargs=True))
         yield
 
 
@@ -243,17 +229,13 @@ def from_last_stage(
     """Give a tensor of the last pipeline stage to the others."""
     from megatron.core import parallel_state
 
-    if parallel_state.get_pipeline_model_parallel_world_size() == 1:
-        if tensor is None:
-            raise RuntimeError("the only pipeline stage gave no output")
-        return tensor
     if tensor is None:
         tensor = torch.empty(shape, dtype=dtype, device=torch.cuda.current_device())
-    torch.distributed.broadcast(
-        tensor := tensor.contiguous(),
-        src=parallel_state.get_pipeline_model_parallel_last_rank(),
-        group=parallel_state.get_pipeline_model_parallel_group(),
-    )
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.size() > 1:
+        tensor = tensor.contiguous()
+        last = parallel_state.get_pipeline_model_parallel_last_rank()
+        torch.distributed.broadcast(tensor, src=last, group=group)
     return tensor
 
 

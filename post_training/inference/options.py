@@ -63,14 +63,6 @@ def check(options: PromptOptions) -> None:
 
 
 def load(options: PromptOptions) -> prompts.Prompts:
-    """All prompts that the options name.
-
-    Raises:
-        UsageError: as :func:`post_training.data.prompts.load`.
-    """
-    return prompts.load(
-        str(options.prompts_path),
-        OPTION,
-        limit=options.prompts_limit,
-        split=options.prompts_split,
-    )
+    """All prompts that the options name; UsageError as :func:`post_training.data.prompts.load`."""
+    path, limit, split = options.prompts_path, options.prompts_limit, options.prompts_split
+    return prompts.load(str(path), OPTION, limit=limit, split=split)

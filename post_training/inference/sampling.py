@@ -26,7 +26,7 @@ class Sampler:
     """Draws from the softmax of the logits, restricted as the fields say.
 
     Attributes:
-        temperature: logits are divided by it; above 0.
+        temperature: logits are divided by it; 0 is greedy.
         top_k: among the k most probable tokens only; 0 for all.
         top_p: among the fewest most probable tokens whose probabilities reach this sum.
         seed: of all draws.
@@ -34,7 +34,7 @@ class Sampler:
             name, seed and position give the same draw.
     """
 
-    temperature: float
+    temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
@@ -49,6 +49,8 @@ class Sampler:
             sequences: index into ``names`` of each row.
             positions: number of tokens that each row has generated already.
         """
+        if self.temperature == 0:
+            return greedy(logits)
         probabilities, order = filtered(
             logits / self.temperature, top_k=self.top_k, top_p=self.top_p
         )
@@ -69,15 +71,12 @@ def filtered(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Probabilities of the tokens that remain, most probable first, and which tokens these are.
 
-    Args:
-        logits: float32 [b, vocabulary].
-        top_k: as :class:`Sampler`.
-        top_p: as :class:`Sampler`, of what ``top_k`` leaves; the most probable token always
-            remains.
+    ``top_k`` and ``top_p`` (of what ``top_k`` leaves) are as of :class:`Sampler`; the most probable
+    token always remains.
 
     Returns:
-        Probabilities [b, n], 0 where ``top_p`` removes a token and not renormalised after that,
-        and token ids int64 [b, n].
+        From logits, float32 [b, vocabulary]: probabilities [b, n], 0 where ``top_p`` removes a
+        token and not renormalised after that, and token ids int64 [b, n].
     """
     probabilities, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
     if 0 < top_k < logits.shape[-1]:
