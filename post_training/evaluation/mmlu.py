@@ -96,10 +96,14 @@ def evaluate(
     """
     questions = mmlu_prompts.select(benchmark.test, fraction)
     letters = answer_tokens(tokenizer, max(len(q.choices) for q in questions))
-    sequences = [
-        [*tokens, *letters.bridge]
-        for tokens in _tokenize(questions, tokenizer, benchmark, few_shots)
-    ]
+    examples = {subject: found[:few_shots] for subject, found in benchmark.dev.items()}
+    prompts = [mmlu_prompts.prompt(each, examples.get(each.subject, [])) for each in questions]
+    sequences: list[list[int]] = tokenizer(prompts, verbose=False)["input_ids"]
+    for ids in sequences:
+        # Some tokenizers append an end token; the model has to continue the text.
+        if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+            ids.pop()
+        ids += letters.bridge
     share_prefix = generation.supports_prefix(model)
     batches = list(_batches(questions, sequences, batch_size, share_prefix))
     rank, size, group = generation.data_parallel()
@@ -122,7 +126,9 @@ def evaluate(
             model, padded, list(map(len, rest)), letters.ids, prefix if batch.shared else None
         )
         for index, row in zip(batch.indices, logits, strict=True):
-            outcome[index] = _choose(row[: len(questions[index].choices)])
+            found = row[: len(questions[index].choices)]
+            outcome[index, 0] = best = found.argmax()
+            outcome[index, 1] = (found == found[best]).sum() > 1
         if progress is not None:
             progress(len(batch.indices))
     if size > 1:
@@ -139,32 +145,6 @@ def evaluate(
         computed_tokens=int(computed),
         longest=max(lengths),
     )
-
-
-def _choose(logits: torch.Tensor) -> torch.Tensor:
-    """Index of the largest of [choices] logits, and 1 if another is as large: int64 [2]."""
-    best = logits.argmax()
-    tie = (logits == logits[best]).sum() > 1
-    return torch.stack([best, tie.long()])
-
-
-def _tokenize(
-    questions: Sequence[Question],
-    tokenizer: PreTrainedTokenizerBase,
-    benchmark: Benchmark,
-    few_shots: int,
-) -> list[list[int]]:
-    """Token ids of each question's prompt."""
-    prompts = []
-    for question in questions:
-        examples = benchmark.dev.get(question.subject, [])[:few_shots]
-        prompts.append(mmlu_prompts.prompt(question, examples))
-    sequences: list[list[int]] = tokenizer(prompts, verbose=False)["input_ids"]
-    for tokens in sequences:
-        # Some tokenizers append an end token; the model has to continue the text.
-        if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id:
-            tokens.pop()
-    return sequences
 
 
 @dataclass(frozen=True)
@@ -208,10 +188,8 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase, choices: int = 4) -> Answe
 
 def shared_length(sequences: Sequence[list[int]]) -> int:
     """Tokens that all ``sequences`` begin with."""
-    if not sequences:
-        return 0
     # In lexicographic order, what the first and the last share, all share.
-    pairs = zip(min(sequences), max(sequences), strict=False)
+    pairs = zip(min(sequences, default=[]), max(sequences, default=[]), strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from post_training.data.records import Row
 from post_training.evaluation.mmlu_prompts import LETTERS, Question
 
 OPTION = "--mmlu-dataset"
-_COLUMNS = "question, subject, choices, answer"
+_COLUMNS = ("question", "subject", "choices", "answer")
 
 
 @dataclass(frozen=True)
@@ -37,72 +37,67 @@ class Benchmark:
     dev: dict[str, list[Question]]
 
 
-def load(source: str, few_shots: int = 0, option: str = OPTION) -> Benchmark:
+def load(source: str, few_shots: int = 0) -> Benchmark:
     """Read test questions, and the development split where ``few_shots`` needs it.
 
     Raises:
         UsageError: nothing to read, malformed rows, or fewer examples than ``few_shots`` in a
             subject of the test.
     """
+    rows: Mapping[str, Iterable[Row]]
     if records.is_local(source):
-        splits = _local(Path(source).expanduser(), option)
+        rows = _local(Path(source).expanduser())
     else:
-        splits = {
-            split: _questions(
-                records.hub_rows(source, option, configuration="all", split=split, stream=False),
-                option,
-            )
+        rows = {
+            split: records.hub_rows(source, OPTION, configuration="all", split=split, stream=False)
             for split in (("test", "dev") if few_shots else ("test",))
         }
-    benchmark = Benchmark(_by_subject(splits["test"]), _by_subject(splits.get("dev", [])))
+    benchmark = Benchmark(_by_subject(rows["test"]), _by_subject(rows.get("dev", [])))
     if not benchmark.test:
-        raise UsageError(f"{option} {source}", "it holds no question", "give a test split")
+        raise UsageError(f"{OPTION} {source}", "it holds no question", "give a test split")
     for subject in benchmark.test:
         found = len(benchmark.dev.get(subject, []))
         if found < few_shots:
             raise UsageError(
                 f"--few-shots {few_shots}",
-                f"{option} {source} has {found} examples (split dev) of the subject {subject}",
+                f"{OPTION} {source} has {found} examples (split dev) of the subject {subject}",
                 f"lower --few-shots to {found}, or add a dev file with more examples",
             )
     return benchmark
 
 
-def _by_subject(questions: Iterable[Question]) -> dict[str, list[Question]]:
+def _by_subject(rows: Iterable[Row]) -> dict[str, list[Question]]:
     groups: defaultdict[str, list[Question]] = defaultdict(list)
-    for question in questions:
+    for question in map(_question, rows):
         groups[question.subject].append(question)
     return dict(sorted(groups.items()))
 
 
-def _local(path: Path, option: str) -> dict[str, list[Question]]:
+def _local(path: Path) -> dict[str, list[Row]]:
     if path.is_dir():
-        splits = {split: _folder_split(path, split, option) for split in ("test", "dev")}
+        splits = {split: _folder_split(path, split) for split in ("test", "dev")}
         if not splits["test"]:
             raise UsageError(
-                f"{option} {path}",
+                f"{OPTION} {path}",
                 "the folder has no test split",
                 "name the file test.jsonl, test.parquet or test.csv, or test/<subject>_test.csv",
             )
         return splits
-    (path,) = records.list_files(path, option)
-    rows = list(records.read(path, option))
+    (path,) = records.list_files(path, OPTION)
+    rows = list(records.read(path, OPTION))
     if any("split" in row.values for row in rows):
         return {
-            split: _questions([row for row in rows if row.values.get("split") == split], option)
+            split: [row for row in rows if row.values.get("split") == split]
             for split in ("test", "dev")
         }
-    splits = {"test": _questions(rows, option)}
-    if path.stem == "test":
-        splits["dev"] = _folder_split(path.parent, "dev", option)
-    return splits
+    return {"test": rows, "dev": _folder_split(path.parent, "dev") if path.stem == "test" else []}
 
 
-def _folder_split(folder: Path, split: str, option: str) -> list[Question]:
-    """Questions of ``dev`` or ``test``: the first of the layouts that is there, else none."""
+def _folder_split(folder: Path, split: str) -> list[Row]:
+    """Rows of ``dev`` or ``test``: the first of the layouts that is there, else none."""
     authors = sorted((folder / split).glob(f"*_{split}.csv"))
     if authors:
-        return [question for path in authors for question in _authors_csv(path, split, option)]
+        return [row for path in authors for row in _authors_csv(path, split)]
     for place in (folder, folder / "all", folder / "data", folder / split):
         # "test.jsonl" or the hub's "test-00000-of-00001.parquet".
         names = re.compile(rf"{split}(-\d+-of-\d+)?\.(jsonl|parquet|csv)")
@@ -111,59 +106,51 @@ def _folder_split(folder: Path, split: str, option: str) -> list[Question]:
         if paths:
             suffix = paths[0].suffix  # of the same data in two formats, one is enough
             chosen = [path for path in paths if path.suffix == suffix]
-            rows = (row for path in chosen for row in records.read(path, option))
-            return _questions(rows, option)
+            return [row for path in chosen for row in records.read(path, OPTION)]
     return []
 
 
-def _authors_csv(path: Path, split: str, option: str) -> Iterator[Question]:
+def _authors_csv(path: Path, split: str) -> Iterator[Row]:
     """``<subject>_<split>.csv``: question, choices, answer, with or without a header."""
     subject = path.stem.removesuffix(f"_{split}")
-    for number, (place, fields) in enumerate(records.csv_lines(path, option)):
+    for number, (place, fields) in enumerate(records.csv_lines(path, OPTION)):
         if number == 0 and fields[0].lower() == "question" and fields[-1].lower() == "answer":
             continue
-        if len(fields) < 4:
-            raise UsageError(
-                f"{option} {place}",
-                f"it has {len(fields)} fields",
-                "write the question, at least two choices and the answer's letter",
-            )
-        answer = _answer(fields[-1], len(fields) - 2, place, option)
-        yield Question(subject, fields[0], tuple(fields[1:-1]), answer)
+        values = {"question": fields[0], "choices": fields[1:-1], "answer": fields[-1]}
+        yield Row(place, {"subject": subject, **values})
 
 
-def _questions(rows: Iterable[Row], option: str) -> list[Question]:
-    return [_question(row, option) for row in rows]
-
-
-def _question(row: Row, option: str) -> Question:
-    values = row.values
-    choices = _choices(values)
-    found = {**values, "choices": choices}
-    columns = ("question", "subject", "answer", "choices")
-    missing = [key for key in columns if found.get(key) is None]
+def _question(row: Row) -> Question:
+    what, choices = f"{OPTION} {row.place}", _choices(row.values)
+    values = {**row.values, "choices": choices}
+    missing = [name for name in _COLUMNS if values.get(name) is None]
     if missing or choices is None:
         raise UsageError(
-            f"{option} {row.place}",
-            f"it lacks {', '.join(missing)}; columns: {', '.join(values) or 'none'}",
-            f"give the columns {_COLUMNS} (choices as a list, or choice0, choice1, ...)",
+            what,
+            f"it lacks {', '.join(missing)}; columns: {', '.join(row.values) or 'none'}",
+            f"give the columns {', '.join(_COLUMNS)} (choices as a list, or choice0, choice1, ...)",
         )
     if None in choices:
+        cause = f"choice {choices.index(None)} is null"
+        raise UsageError(what, cause, "write all choices, or leave the question out")
+    count = len(choices)
+    if not 2 <= count <= len(LETTERS):
+        raise UsageError(what, f"it has {count} choices", f"give 2 to {len(LETTERS)}")
+    answer = str(values["answer"]).strip()
+    index = LETTERS.find(answer.upper()) if len(answer) == 1 and answer.isalpha() else -1
+    if answer.isdecimal():
+        index = int(answer)
+    if not 0 <= index < count:
         raise UsageError(
-            f"{option} {row.place}",
-            f"choice {choices.index(None)} is null",
-            "write all choices, or leave the question out",
+            what,
+            f"the answer {values['answer']!r} is none of its {count} choices",
+            f"give 0 to {count - 1} or A to {LETTERS[count - 1]}",
         )
-    if not 2 <= len(choices) <= len(LETTERS):
-        raise UsageError(
-            f"{option} {row.place}", f"it has {len(choices)} choices", f"give 2 to {len(LETTERS)}"
-        )
-    answer = _answer(values["answer"], len(choices), row.place, option)
     texts = tuple(map(str, choices))
-    return Question(str(values["subject"]), str(values["question"]), texts, answer)
+    return Question(str(values["subject"]), str(values["question"]), texts, index)
 
 
-def _choices(values: dict[str, Any]) -> tuple[str | None, ...] | None:
+def _choices(values: dict[str, Any]) -> list[Any] | None:
     """The ``choices`` list, also as JSON text, or the columns choice0, ... or A, B, ..."""
     listed = values.get("choices")
     if isinstance(listed, str):
@@ -172,26 +159,11 @@ def _choices(values: dict[str, Any]) -> tuple[str | None, ...] | None:
         except (ValueError, RecursionError):
             return None
     if isinstance(listed, list):
-        return tuple(None if choice is None else str(choice) for choice in listed)
-    for names in ([f"choice{i}" for i in range(len(LETTERS))], list(LETTERS)):
+        return listed
+    for names in ([f"choice{i}" for i in range(len(LETTERS))], LETTERS):
         listed = [values.get(name) for name in names]
         while listed and listed[-1] is None:  # columns for more choices than this question has
             listed.pop()
         if listed:
-            return tuple(None if choice is None else str(choice) for choice in listed)
+            return listed
     return None
-
-
-def _answer(value: Any, choices: int, place: str, option: str) -> int:
-    """Index of the right choice from 0, 1, ... or A, B, ..."""
-    text = str(value).strip()
-    index = LETTERS.find(text.upper()) if len(text) == 1 and text.isalpha() else -1
-    if text.isdecimal():
-        index = int(text)
-    if not 0 <= index < choices:
-        raise UsageError(
-            f"{option} {place}",
-            f"the answer {value!r} is none of its {choices} choices",
-            f"give 0 to {choices - 1} or A to {LETTERS[choices - 1]}",
-        )
-    return index
