@@ -9,21 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import modelopt.torch.distill as mtd
 import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+from megatron.core.transformer import MegatronModule
+from modelopt.torch.distill.plugins import megatron as plugin
 
 from post_training.common.errors import UsageError, suggest
 from post_training.common.quiet import quiet
 from post_training.distillation.options import OPTION, DistillConfig
 from post_training.distributed import collectives
 from post_training.inference import forward
+from post_training.training.options import TrainingOptions
 from post_training.training.task import Loss, LossFunction, Task
-
-if TYPE_CHECKING:
-    from megatron.core.transformer import MegatronModule
-
-    from post_training.training.options import TrainingOptions
 
 # Where ModelOpt keeps losses that have weights: the projection from the student's hidden size to
 # the teacher's. They are trained and saved with a run, and are no part of the student.
@@ -44,9 +45,6 @@ def attach(
     Raises:
         UsageError: on every rank, if a layer that the configuration names is not there.
     """
-    import modelopt.torch.distill as mtd
-    from modelopt.torch.distill.plugins import megatron as plugin
-
     settings = plugin.DistillationConfig(**vars(config))
 
     def not_connected(reason: str) -> UsageError:
@@ -106,9 +104,6 @@ def _correct_gradients(losses: Iterable[torch.nn.Module]) -> None:
     Each rank computes the whole loss from gathered logits, and the gathering's backward pass adds
     the ranks' gradients up (TopKLogitsKLLoss in modelopt/torch/distill/plugins/megatron.py).
     """
-    from megatron.core import parallel_state
-    from modelopt.torch.distill.plugins.megatron import TopKLogitsKLLoss
-
     ranks = parallel_state.get_tensor_model_parallel_world_size()
 
     def divide(_module: torch.nn.Module, _inputs: Any, output: tuple[Any, ...]) -> None:
@@ -116,14 +111,12 @@ def _correct_gradients(losses: Iterable[torch.nn.Module]) -> None:
             output[0].register_hook(lambda gradient: gradient / ranks)
 
     for loss in losses:
-        if ranks > 1 and isinstance(loss, TopKLogitsKLLoss):
+        if ranks > 1 and isinstance(loss, plugin.TopKLogitsKLLoss):
             loss.register_forward_hook(divide)
 
 
 def task(model: Any, config: DistillConfig, options: TrainingOptions) -> Task:
     """The task of training ``model``, which :func:`attach` made."""
-    from modelopt.torch.distill.plugins import megatron as plugin
-
     names = ["logits"]
     if config.intermediate_layer_pairs:
         names.append("intermediate")
@@ -186,9 +179,6 @@ def _weighted_sum(found: tuple[torch.Tensor, bool, bool], weight: torch.Tensor) 
             and each rank's gradient is that of its part.
         weight: [b, s].
     """
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
-
     losses, is_partial, is_sequence_parallel = found
     if is_sequence_parallel:
         ranks = parallel_state.get_tensor_model_parallel_world_size()

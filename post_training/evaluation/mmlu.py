@@ -11,19 +11,16 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import batched, takewhile
-from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from post_training.common.errors import UsageError
 from post_training.evaluation import mmlu_prompts
 from post_training.evaluation.mmlu_data import Benchmark
 from post_training.evaluation.mmlu_prompts import LETTERS, Question, Score
 from post_training.inference import generation
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # A prefix shorter than this saves less than the extra forward pass and the copies cost.
 _SHORTEST_PREFIX = 32

@@ -5,10 +5,9 @@ A block is what a killed run loses at most, and where prompts of similar lengths
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from tqdm import tqdm
 
@@ -48,7 +47,7 @@ def answer_blocks(
         unit="turn",
         disable=not session.show_progress,
     )
-    with bar, _resumable(output):
+    try:
         for first in range(done, len(blocks), replicas):
             mine = blocks[first + rank] if first + rank < len(blocks) else []
             begun = time.monotonic()
@@ -62,18 +61,13 @@ def answer_blocks(
                     totals=_totals(every, time.monotonic() - begun),
                 )
             bar.update(sum(questions[: first + replicas]) - bar.n)
-    return tokens
-
-
-@contextlib.contextmanager
-def _resumable(output: resumable_jsonl.Rows | None) -> Iterator[None]:
-    """Log what a signal leaves behind."""
-    try:
-        yield
     except KeyboardInterrupt:
         if output is not None:
             logger.warning("%d rows are kept: the same command resumes after them", output.rows)
         raise
+    finally:
+        bar.close()
+    return tokens
 
 
 def _totals(answered: Sequence[Answered], seconds: float) -> dict[str, float]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
 
 from post_training.checkpoints import loading
 from post_training.checkpoints.source import Source
@@ -16,10 +19,6 @@ from post_training.distributed.session import Session
 from post_training.inference import generation
 from post_training.inference.options import OPTION
 from post_training.inference.sampling import Sampler
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedTokenizerBase
 
 # Why an answer ended, as in OpenAI's API; "context" if there was no room for an answer at all.
 STOP, LENGTH, CONTEXT = "stop", "length", "context"
@@ -158,7 +157,7 @@ class Answered:
 def answer(
     speaker: Speaker,
     dialogues: Sequence[Dialogue],
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], Any],
 ) -> list[Answered]:
     """Answer every user turn of ``dialogues``; first turns together, then second turns, ...
 
@@ -178,9 +177,8 @@ def answer(
             prompt = speaker.prompt(each.dialogue, messages)
             if len(prompt) >= speaker.context_length:
                 each.finish_reasons.append(CONTEXT)
-                if progress is not None:
-                    left = each.dialogue.messages[each.read :]
-                    progress(sum(message["role"] == "user" for message in left))
+                left = each.dialogue.messages[each.read :]
+                progress(sum(message["role"] == "user" for message in left))
             else:
                 asked.append((each, messages, prompt))
         answers = speaker.answer(

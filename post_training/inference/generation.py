@@ -167,10 +167,9 @@ def generate(
     if max(limits, default=0) < 1:
         return results
     for group in _groups([len(prompt) for prompt in prompts], batch_size, max(limits)):
-        batch = _Batch(core, prompts, group, limits, set(eos_ids), use_cache)
-        batch.run(choose, vocab_size)
-        for index in group:
-            results[index] = batch.new[index]
+        new = _decode(core, prompts, group, limits, eos_ids, use_cache, vocab_size, choose)
+        for index, found in new.items():
+            results[index] = found
         if progress is not None:
             progress(len(group))
     return results
@@ -192,74 +191,56 @@ def _groups(lengths: Sequence[int], batch_size: int, spread: int) -> list[list[i
     return groups
 
 
-class _Batch:
-    """Sequences that are decoded together; ``rows`` are the indices of those not finished yet."""
+def _decode(
+    core: Any,
+    prompts: Sequence[Sequence[int]],
+    group: Sequence[int],
+    limits: Sequence[int],
+    eos_ids: Sequence[int],
+    use_cache: bool,
+    vocab_size: int | None,
+    choose: Choose,
+) -> dict[int, list[int]]:
+    """New tokens of the prompts in ``group``, which are decoded together."""
+    total = max(len(prompts[index]) + limits[index] for index in group)
+    tokens = pad_sequence([torch.tensor(prompts[index]) for index in group], batch_first=True)
+    tokens = torch.nn.functional.pad(tokens, (0, total - tokens.shape[1]))
+    tokens = tokens.to(forward.device_of(core))
+    context = forward.new_context(len(group), total) if use_cache else None
+    new: dict[int, list[int]] = {index: [] for index in group}
+    rows = list(group)  # those that are not finished yet
 
-    def __init__(
-        self,
-        core: Any,
-        prompts: Sequence[Sequence[int]],
-        group: Sequence[int],
-        limits: Sequence[int],
-        eos_ids: set[int],
-        use_cache: bool,
-    ) -> None:
-        self.core = core
-        self.rows = list(group)
-        self.lengths = {index: len(prompts[index]) for index in group}
-        self.new: dict[int, list[int]] = {index: [] for index in group}
-        self.limits = limits
-        self.eos_ids = eos_ids
-        total = max(self.lengths[index] + limits[index] for index in group)
-        tokens = pad_sequence([torch.tensor(prompts[index]) for index in group], batch_first=True)
-        tokens = torch.nn.functional.pad(tokens, (0, total - tokens.shape[1]))
-        self.tokens = tokens.to(forward.device_of(core))
-        self.context = forward.new_context(len(group), total) if use_cache else None
+    def finished(index: int) -> bool:
+        found = new[index]
+        return len(found) >= limits[index] or (bool(found) and found[-1] in eos_ids)
 
-    def run(self, choose: Choose, vocab_size: int | None) -> None:
-        """Fill ``new``."""
-        cached = 0
-        for end in range(min(self.lengths.values()), self.tokens.shape[1]):
-            start = cached if self.context is not None else 0
-            chosen = self._next(self.tokens[:, start:end], choose, vocab_size)
-            cached = end
-            alive = []
-            for i, (index, token) in enumerate(zip(self.rows, chosen.tolist(), strict=True)):
-                if end >= self.lengths[index] and not self._finished(index):
-                    self.tokens[i, end] = token
-                    self.new[index].append(token)
-                if not self._finished(index):
-                    alive.append(i)
-            if not alive:
-                break
-            if 2 * len(alive) <= len(self.rows):
-                self._keep(alive)
-
-    def _keep(self, alive: list[int]) -> None:
-        """Continue with these rows only."""
-        self.rows = [self.rows[i] for i in alive]
-        index = torch.tensor(alive, device=self.tokens.device)
-        self.tokens = self.tokens[index]
-        if self.context is not None:
-            forward.select(self.context, index)
-
-    def _finished(self, index: int) -> bool:
-        new = self.new[index]
-        return len(new) >= self.limits[index] or (bool(new) and new[-1] in self.eos_ids)
-
-    def _next(
-        self, input_ids: torch.Tensor, choose: Choose, vocab_size: int | None
-    ) -> torch.Tensor:
-        """Tokens chosen after the last position of ``input_ids``: int64 [b] on every rank."""
-        count, length = input_ids.shape
-        positions = torch.full((count,), length - 1, device=input_ids.device)
-        logits = forward.run(self.core, input_ids, positions, self.context)
+    start = 0
+    for end in range(min(len(prompts[index]) for index in group), total):
+        last = torch.full((len(rows),), end - start - 1, device=tokens.device)
+        logits = forward.run(core, tokens[:, start:end], last, context)
         chosen = None
         if logits is not None:
-            generated = [len(self.new[index]) for index in self.rows]
-            chosen = choose(logits[:, 0, :vocab_size].float(), self.rows, generated)
-            chosen = chosen.to(torch.long)
-        return forward.from_last_stage(chosen, (count,), torch.long)
+            generated = [len(new[index]) for index in rows]
+            chosen = choose(logits[:, 0, :vocab_size].float(), rows, generated).to(torch.long)
+        chosen = forward.from_last_stage(chosen, (len(rows),), torch.long)
+        if context is not None:
+            start = end
+        alive = []
+        for i, (index, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
+            if end >= len(prompts[index]) and not finished(index):
+                tokens[i, end] = token
+                new[index].append(token)
+            if not finished(index):
+                alive.append(i)
+        if not alive:
+            break
+        if 2 * len(alive) <= len(rows):
+            rows = [rows[i] for i in alive]
+            kept = torch.tensor(alive, device=tokens.device)
+            tokens = tokens[kept]
+            if context is not None:
+                forward.select(context, kept)
+    return new
 
 
 def data_parallel() -> tuple[int, int, Any]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import modelopt.torch.nas as mtn
 import torch
+from megatron.core.transformer import MegatronModule
 from modelopt.torch.opt.conversion import ModeloptStateManager
 from modelopt.torch.prune.plugins.mcore_minitron import (
     CandidateSubnet,
@@ -27,9 +28,6 @@ from post_training.common.quiet import quiet
 from post_training.pruning.score_cache import ScoreCache
 from post_training.pruning.search import MEBIBYTE, SizeSearch
 from post_training.pruning.space import PruningSpace
-
-if TYPE_CHECKING:
-    from megatron.core.transformer import MegatronModule
 
 
 @dataclass(frozen=True)
@@ -109,10 +107,8 @@ def prune(
     # would only be restored, without effect, by every later stage.
     ModeloptStateManager.remove_state(pruned)
     chosen = dict(searcher.best["ss_config"] if isinstance(target, SizeSearch) else target)
-    fitting: list[CandidateSubnet] = []
-    for limits, candidates in searcher.all_candidates_per_constraint.items():
-        if dict(limits) == constraints:
-            fitting = candidates
+    found = searcher.all_candidates_per_constraint.items()
+    fitting = next((each for limits, each in found if dict(limits) == constraints), [])
     scored = [each for each in fitting if each.score is not None]
     ranked = searcher.sorted_layers or list(range(1, layers + 1))
     return PruningResult(

@@ -57,11 +57,7 @@ class Trainer:
 
     Attributes:
         model: this rank's part; its parameters with ``requires_grad`` are trained.
-        task: what it is trained for.
-        options: how.
-        session: the process.
-        checkpoints: where it is saved.
-        resume: whether there is a run to resume there, whose weights ``model`` has already.
+        resume: whether there is a run in ``checkpoints``, whose weights ``model`` has already.
         evaluate: further metrics at each evaluation, from the iteration; every rank calls it.
     """
 
