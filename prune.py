@@ -32,10 +32,9 @@ from post_training.models import builder, parallel_check
 from post_training.models.architecture import Architecture
 from post_training.models.families import registry as families
 from post_training.pruning import options as pruning_options
-from post_training.pruning import report, search
-from post_training.pruning.options import PruneOptions
+from post_training.pruning import report
+from post_training.pruning.options import PruneOptions, SizeSearch
 from post_training.pruning.score_cache import ScoreCache
-from post_training.pruning.search import SizeSearch
 from post_training.pruning.space import PruningSpace, check_sizes, pruned_architecture
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ def prune(plan: Plan, session: Session) -> Pruned:
     Raises:
         UsageError: if the sizes are not allowed, or no architecture meets the target.
     """
-    from post_training.pruning import minitron
+    from post_training.pruning import minitron, search
     from post_training.pruning.measure import Scorer
 
     options, target = plan.options, plan.target

@@ -36,11 +36,8 @@ def attach(
 ) -> MegatronModule:
     """``student``, in place, with its teacher and losses; a collective call.
 
-    Args:
-        student: this rank's part.
-        teacher: this rank's part, split in the same way.
-        config: what is compared.
-        seed: of the projection between hidden sizes.
+    Both are this rank's part, split in the same way. ``seed`` is of the projection between hidden
+    sizes.
 
     Raises:
         UsageError: on every rank, if a layer that the configuration names is not there.

@@ -160,12 +160,7 @@ def find_teacher[Options: StageOptions](
 
 
 def check_pair(config: DistillConfig, student: Source, teacher: Source, stages: int) -> None:
-    """Raise UsageError for a teacher that this student cannot learn from.
-
-    Args:
-        config: what is compared.
-        stages: of the pipeline.
-    """
+    """Raise UsageError for a teacher that this student cannot learn from in that many stages."""
     shown = f"{TEACHER} {teacher.location}"
     if any((source.manifest or {}).get("draft") for source in (student, teacher)):
         raise UsageError(

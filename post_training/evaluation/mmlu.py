@@ -82,10 +82,8 @@ def evaluate(
     Args:
         model: a GPTModel or HybridModel without sequence and context parallelism.
         tokenizer: the model's; special tokens are added as it does by default.
-        benchmark: from :func:`post_training.evaluation.mmlu_data.load`.
         few_shots: solved examples before each question.
         fraction: of each subject's questions, the first ones.
-        batch_size: questions at a time.
         progress: called with the number of questions done after each batch of this rank.
 
     Raises:

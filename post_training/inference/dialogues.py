@@ -93,9 +93,7 @@ def load_speaker(
 ) -> Speaker:
     """The model of a local source with its tokenizer; a collective call.
 
-    Args:
-        ignore_eos: no token ends an answer.
-        answering: fields of :class:`Speaker`, ``max_new_tokens`` among them.
+    ``answering`` are fields of :class:`Speaker`; with ``ignore_eos`` no token ends an answer.
     """
     model = loading.load(source, options, session)
     tokenizer = loading.tokenizer(source, options)
@@ -161,8 +159,7 @@ def answer(
 ) -> list[Answered]:
     """Answer every user turn of ``dialogues``; first turns together, then second turns, ...
 
-    Args:
-        progress: called with the number of user turns that are done.
+    ``progress`` is called with the number of user turns that are done.
 
     Returns:
         One for each dialogue, in order. A dialogue that outgrows the context ends there: the user

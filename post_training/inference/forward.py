@@ -146,20 +146,14 @@ def whole_sequences(core: Any) -> Iterator[None]:
     configuration in the model, of which a draft has its own.
     """
     names = ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings")
-    configs = {
-        id(found): found for each in core.modules() if (found := getattr(each, "config", None))
-    }
-    owners = [*core.modules(), *configs.values()]
-    changed = [
-        (each, name) for each in owners for name in names if getattr(each, name, False) is True
-    ]
-    for each, name in changed:
-        setattr(each, name, False)
-    try:
+    with contextlib.ExitStack() as stack:
+        for module in core.modules():
+            for owner in (module, getattr(module, "config", None)):
+                for name in names:
+                    if getattr(owner, name, False) is True:
+                        setattr(owner, name, False)
+                        stack.callback(setattr, owner, name, True)
         yield
-    finally:
-        for each, name in changed:
-            setattr(each, name, True)
 
 
 def _earlier_features(core: Any) -> int:

@@ -110,10 +110,7 @@ def prefill_prefix(model: torch.nn.Module, tokens: Sequence[int]) -> Prefix:
     """Compute the keys and values of ``tokens`` once, for the sequences that begin with them.
 
     The five-shot prompts of an MMLU subject share all but the question: 4/5 of the tokens.
-
-    Args:
-        model: one that :func:`supports_prefix`.
-        tokens: at least one.
+    ``model`` is one that :func:`supports_prefix`.
     """
     core = forward.unwrap(model)
     input_ids = torch.tensor([list(tokens)], device=forward.device_of(core))

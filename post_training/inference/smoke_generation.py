@@ -35,11 +35,7 @@ class SmokeOptions:
 
 
 def run(options: SmokeOptions, model: MegatronModule, tokenizer: Any, saved: Path) -> None:
-    """Let the model continue the prompts; a collective call.
-
-    Args:
-        saved: the model's checkpoint, for the warning.
-    """
+    """Let the model, ``saved`` as a checkpoint, continue the prompts; a collective call."""
     from post_training.inference import generation
 
     if options.skip_generate:

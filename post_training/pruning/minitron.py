@@ -25,8 +25,9 @@ from modelopt.torch.prune.pruning import PruneModeRegistry
 from modelopt.torch.utils import distributed
 
 from post_training.common.quiet import quiet
+from post_training.pruning.options import SizeSearch
 from post_training.pruning.score_cache import ScoreCache
-from post_training.pruning.search import MEBIBYTE, SizeSearch
+from post_training.pruning.search import MEBIBYTE
 from post_training.pruning.space import PruningSpace
 
 
@@ -68,12 +69,10 @@ def prune(
     Args:
         model: built with the Transformer Engine layer spec at TP=1.
         target: new values by hyper-parameter, only those that change, or a search.
-        space: what may be pruned of the model.
         acceptable: whether a candidate, given by all its hyper-parameters, may be chosen.
         calibrate: runs the calibration data through the model.
         describe_calibration: of the data that ``calibrate`` ran, for the cache.
         score: of a candidate, larger is better; needed for a search.
-        cache: where scores are kept.
         show_progress: let ModelOpt draw its progress bars on this rank.
     """
     steps = get_mcore_minitron_config(
@@ -108,7 +107,9 @@ def prune(
     ModeloptStateManager.remove_state(pruned)
     chosen = dict(searcher.best["ss_config"] if isinstance(target, SizeSearch) else target)
     found = searcher.all_candidates_per_constraint.items()
-    fitting = next((each for limits, each in found if dict(limits) == constraints), [])
+    fitting: list[CandidateSubnet] = next(
+        (each for limits, each in found if dict(limits) == constraints), []
+    )
     scored = [each for each in fitting if each.score is not None]
     ranked = searcher.sorted_layers or list(range(1, layers + 1))
     return PruningResult(

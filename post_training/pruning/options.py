@@ -19,7 +19,6 @@ from post_training.data.options import CalibrationOptions
 from post_training.evaluation.options import MmluOptions
 from post_training.inference.smoke_generation import SmokeOptions
 from post_training.pruning.score_cache import ScoreCache
-from post_training.pruning.search import Memory, SizeSearch
 from post_training.pruning.space import MEANINGS, STEPS, PruningSpace, read_sizes
 
 if TYPE_CHECKING:
@@ -36,6 +35,35 @@ _TARGETS = {
     "prune_target_active_params": _UNITS,
     "prune_target_memory": _BYTE_UNITS,
 }
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What memory is counted for: 16-bit weights and the cache of these tokens."""
+
+    sequence_length: int = 4096
+    batch_size: int = 1
+
+
+@dataclass(frozen=True)
+class SizeSearch:
+    """Limits that the pruned model must meet, and where to look for it.
+
+    Attributes:
+        limits: ``params``, ``active_params`` and ``memory`` (bytes), those that are given.
+        max_width: largest share of a width's choices that may be cut.
+        max_depth: the same for the depth.
+        top_k: candidates that are scored: the largest ones within the limits.
+        skip: hyper-parameters that stay as they are.
+        memory: what memory is counted for.
+    """
+
+    limits: Mapping[str, float]
+    max_width: float = 0.4
+    max_depth: float = 0.2
+    top_k: int = 10
+    skip: tuple[str, ...] = ()
+    memory: Memory = Memory()
 
 
 def _below_one(option: str, value: float) -> None:

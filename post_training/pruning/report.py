@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from post_training.common import report
 from post_training.models.architecture import Architecture
 from post_training.pruning.options import PruneOptions
-from post_training.pruning.search import Size
 from post_training.pruning.space import MEANINGS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from post_training.pruning.minitron import PruningResult
+    from post_training.pruning.search import Size
 
 
 def metrics(
@@ -30,8 +30,7 @@ def metrics(
     """The manifest's metrics.
 
     Args:
-        before: size and scores of the original, by name.
-        after: the same of the pruned model.
+        before, after: size and scores by name.
         candidate_sizes: of ``result.candidates``, in their order.
         calibration: the data; recorded where it was used, rather than scores of the cache.
     """
@@ -55,8 +54,7 @@ def show(
 ) -> None:
     """Print candidates, before and after, and what a pruned model needs next.
 
-    Args:
-        content: of ``run.json``.
+    ``content`` is of ``run.json``, ``original`` the architecture before.
     """
     from rich.console import Console
 

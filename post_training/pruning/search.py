@@ -9,49 +9,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from megatron.core.transformer import MegatronModule, TransformerConfig
+from modelopt.torch.nas.plugins import megatron_model_stats as stats
 
 from post_training.common.errors import UsageError
+from post_training.models.architecture import Architecture
+from post_training.pruning.options import Memory, SizeSearch
 from post_training.pruning.space import Dimension
-
-if TYPE_CHECKING:
-    from megatron.core.transformer import MegatronModule, TransformerConfig
-
-    from post_training.models.architecture import Architecture
 
 logger = logging.getLogger("post_training")
 
 MEBIBYTE = 1 << 20
 _WEIGHT_BYTES = 2
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What memory is counted for: 16-bit weights and the cache of these tokens."""
-
-    sequence_length: int = 4096
-    batch_size: int = 1
-
-
-@dataclass(frozen=True)
-class SizeSearch:
-    """Limits that the pruned model must meet, and where to look for it.
-
-    Attributes:
-        limits: ``params``, ``active_params`` and ``memory`` (bytes), those that are given.
-        max_width: largest share of a width's choices that may be cut.
-        max_depth: the same for the depth.
-        top_k: candidates that are scored: the largest ones within the limits.
-        skip: hyper-parameters that stay as they are.
-        memory: what memory is counted for.
-    """
-
-    limits: Mapping[str, float]
-    max_width: float = 0.4
-    max_depth: float = 0.2
-    top_k: int = 10
-    skip: tuple[str, ...] = ()
-    memory: Memory = Memory()
 
 
 @dataclass(frozen=True)
@@ -84,8 +55,6 @@ def size(
     architecture: Architecture, config: TransformerConfig, memory: Memory, **changes: int
 ) -> Size:
     """What a model takes, with ``changes`` to its hyper-parameters; computed, not measured."""
-    from modelopt.torch.nas.plugins import megatron_model_stats as stats
-
     values = {**architecture.resolved(), **changes}
     described = (
         architecture.vocab_size,
@@ -115,8 +84,6 @@ def size(
 
 def counted(model: MegatronModule, computed: Size) -> Size:
     """``computed`` with the parameters that the model really has; a collective call."""
-    from modelopt.torch.nas.plugins import megatron_model_stats as stats
-
     # Not model.count_parameters: after dropping layers the stages may hold unequal numbers.
     actual = stats.mcore_param_count_live(model)
     if actual != computed.parameters:

@@ -87,12 +87,8 @@ class Dimension:
 
 @dataclass(frozen=True)
 class PruningSpace:
-    """What may be pruned of a model.
-
-    Attributes:
-        steps: of the sizes, with the keys of ``STEPS``.
-        dimensions: the values that they allow, with the keys of ``MEANINGS``.
-    """
+    """What may be pruned of a model: steps by the keys of ``STEPS``, and the values that they allow
+    by the keys of ``MEANINGS``."""
 
     steps: Mapping[str, int]
     dimensions: Mapping[str, Dimension]
@@ -251,12 +247,8 @@ def pruned_architecture(
     """The architecture after pruning ``original`` to ``config``.
 
     Sizes that the original leaves to follow from others (``kv_channels`` is hidden size over heads
-    unless stated) are stated, since pruning does not change them.
-
-    Args:
-        original: before.
-        config: hyper-parameters and their new values.
-        kept_layers: numbers of the kept layers, from 1, ascending.
+    unless stated) are stated, since pruning does not change them. ``kept_layers`` are numbers from
+    1, ascending.
     """
     values = original.resolved()
     stated = ["kv_channels", "num_query_groups", "ffn_hidden_size"]

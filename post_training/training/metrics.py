@@ -45,9 +45,7 @@ class Metrics:
 
     Args:
         folder: ``training/`` of the run.
-        iteration: the run resumes after this one; later lines are cut.
-        total: iterations altogether, for the bar.
-        show_progress: whether to draw it.
+        iteration: the run resumes after this one, of ``total``; later lines are cut.
         tensorboard: folder of the TensorBoard files.
         title: of the bar and the curves.
     """

@@ -151,13 +151,8 @@ def decide(flags: TrainingFlags, options: StageOptions, seq_length: int) -> Trai
 
 
 def _iterations(flags: TrainingFlags, options: StageOptions, batch: int) -> int:
+    _only_one(options, "train_iters", "train_samples")
     iters, samples = flags.train_iters, flags.train_samples
-    if {"train_iters", "train_samples"} <= options.given.keys():
-        raise UsageError(
-            f"--train-iters {iters} --train-samples {samples}",
-            "they say the same in two units",
-            "give one of them",
-        )
     if iters is not None and ("train_iters" in options.given or samples is None):
         return iters
     if samples is None:
@@ -166,14 +161,15 @@ def _iterations(flags: TrainingFlags, options: StageOptions, batch: int) -> int:
 
 
 def _warmup(flags: TrainingFlags, options: StageOptions, batch: int, iters: int) -> int:
-    names = ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction")
-    stated = [name for name in names if name in options.given]
-    if len(stated) > 1:
-        raise UsageError(
-            " ".join(map(spelled, stated)), "they say the same in several units", "give one of them"
-        )
+    _only_one(options, "lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction")
     if flags.lr_warmup_fraction is not None:
         return int(flags.lr_warmup_fraction * iters)
     if flags.lr_warmup_samples is not None:
         return -(-flags.lr_warmup_samples // batch)
     return flags.lr_warmup_iters
+
+
+def _only_one(options: StageOptions, *names: str) -> None:
+    given = [f"{spelled(name)} {options.given[name]}" for name in names if name in options.given]
+    if len(given) > 1:
+        raise UsageError(" ".join(given), "they say the same in two units", "give one of them")

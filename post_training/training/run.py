@@ -28,12 +28,12 @@ from post_training.distributed.session import Session
 from post_training.models import parallel_check
 from post_training.training import run_folder
 from post_training.training.options import EXIT_UNFINISHED, TrainingOptions
-from post_training.training.task import Task
 
 if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
 
     from post_training.training.sampler import Samples
+    from post_training.training.task import Task
     from post_training.training.trainer import TrainingResult
 
 logger = logging.getLogger("post_training")
@@ -72,9 +72,7 @@ class TrainingPlan:
 def find_start(options: StageOptions, *, after: str | None = None) -> Start:
     """The run in ``--save``, if there is one to resume, else the model that the options name.
 
-    Args:
-        options: the stage's.
-        after: a stage whose output in ``--save`` is trained in its place.
+    What the stage ``after`` has put there is trained in its place.
 
     Raises:
         UsageError: if ``--save`` is not given or occupied, or the model is not there.

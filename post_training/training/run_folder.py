@@ -49,8 +49,6 @@ def check_folder(
     """Raise UsageError unless ``folder`` is free, or holds a run of ``stage`` to resume.
 
     Args:
-        folder: of the run (``--save``).
-        stage: that trains.
         overwrite: whether a checkpoint or another run may lie there.
         start: a stage whose output may lie there too, to be trained in its place.
         model: what training would start from; a run that started from another is not resumed.

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 # Sum of the loss over its tokens, their number (int), and of each metric [sum, count].
-Loss = tuple["torch.Tensor", "torch.Tensor", "dict[str, torch.Tensor]"]
-LossFunction = Callable[["torch.Tensor"], Loss]
+Loss = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+LossFunction = Callable[[torch.Tensor], Loss]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from post_training.config import arguments
 from post_training.config.options import StageOptions
 from post_training.models.architecture import Architecture
 from post_training.models.builder import BuildOptions, build, transformer_config
-from post_training.pruning import search
+from post_training.pruning.options import Memory, SizeSearch
 from post_training.pruning.space import PruningSpace, check_sizes, pruned_architecture
 
 MIXTURE = {
@@ -51,7 +51,7 @@ def run(folder: Path) -> dict[str, object]:
     from post_training.common.manifest import Manifest
 
     # It needs Transformer Engine, for which the session may have put a stand-in in place.
-    from post_training.pruning import minitron
+    from post_training.pruning import minitron, search
 
     original = Architecture(
         transformer={**SHARED, **GROUPED_QUERIES, "qk_layernorm": True, **MIXTURE},
@@ -66,7 +66,7 @@ def run(folder: Path) -> dict[str, object]:
 
     def refusal(parameters: float) -> str:
         try:
-            wanted = search.SizeSearch({"params": parameters})
+            wanted = SizeSearch({"params": parameters})
             search.check_reachable(original, config, allowed, wanted)
         except UsageError as error:
             return str(error)
@@ -85,7 +85,7 @@ def run(folder: Path) -> dict[str, object]:
     )
     after = pruned_architecture(original, result.config, result.kept_layers)
     logits = prefill_logits(model, ids)
-    computed = search.size(after, model.config, search.Memory())
+    computed = search.size(after, model.config, Memory())
     counted = search.counted(model, computed)
     torch_dist.save(model, folder, Manifest("prune", after.to_json()))
     # As every later stage loads it: with ModelOpt's layer spec, from the architecture alone.
