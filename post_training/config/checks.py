@@ -43,6 +43,12 @@ def fraction(option: str, value: float) -> None:
         raise UsageError(f"{option} {value}", "it is not from 0 to 1", "give e.g. 0.5")
 
 
+def below_one(option: str, value: float) -> None:
+    """Raise UsageError unless the number is from 0 to below 1."""
+    if not 0 <= value < 1:
+        raise UsageError(f"{option} {value}", "it is not from 0 to below 1", "give e.g. 0.9")
+
+
 def positive_fraction(option: str, value: float) -> None:
     """Raise UsageError unless the number is above 0 and at most 1."""
     if not 0 < value <= 1:

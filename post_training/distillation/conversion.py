@@ -82,8 +82,7 @@ def _cross_entropy(compute: Any, labels: torch.Tensor, logits: torch.Tensor) -> 
     megatron-core computes it in place (tensor_parallel/cross_entropy.py), and the distillation loss
     reads the same logits afterwards. In 16 bits it makes a copy itself.
     """
-    found: torch.Tensor = compute(labels, logits.clone() if logits.dtype.itemsize == 4 else logits)
-    return found
+    return compute(labels, logits.clone() if logits.dtype.itemsize == 4 else logits)
 
 
 def _require_layer(model: torch.nn.Module, name: str, whose: str) -> None:

@@ -91,16 +91,16 @@ def read(path: str | None) -> DistillConfig:
             hint = suggest(str(name), values) or f"known are {', '.join(sorted(values))}"
             raise UsageError(f"{what}: {name}", "unknown field", hint)
     values |= content
-    _check_layers(what, values["logit_layers"], values["intermediate_layer_pairs"] or [])
-    _check_numbers(what, values)
+    values["intermediate_layer_pairs"] = values["intermediate_layer_pairs"] or []
+    _check(what, values)
     values["logit_layers"] = tuple(values["logit_layers"])
-    pairs = values["intermediate_layer_pairs"] or []
-    values["intermediate_layer_pairs"] = tuple(tuple(pair) for pair in pairs)
+    values["intermediate_layer_pairs"] = tuple(map(tuple, values["intermediate_layer_pairs"]))
     return DistillConfig(**values)
 
 
-def _check_layers(what: str, layers: Any, pairs: Any) -> None:
-    if not _is_names(layers) or len(layers) != 2:
+def _check(what: str, values: Mapping[str, Any]) -> None:
+    layers, pairs = values["logit_layers"], values["intermediate_layer_pairs"]
+    if not _is_names(layers, 2):
         shown = f"{what}: logit_layers = {layers!r}"
         raise UsageError(shown, "it is no pair of names", "[output_layer, output_layer]")
     example = "[[decoder.layers.3.input_layernorm, decoder.layers.5.input_layernorm]]"
@@ -108,29 +108,26 @@ def _check_layers(what: str, layers: Any, pairs: Any) -> None:
         raise UsageError(f"{what}: intermediate_layer_pairs", "it is no list", example)
     for pair in pairs:
         shown = f"{what}: intermediate_layer_pairs {pair!r}"
-        if not _is_names(pair) or len(pair) not in (2, 3):
+        if not _is_names(pair, 2, 3):
             raise UsageError(shown, "it is no student's and teacher's name", example)
         if len(pair) == 3 and pair[2] not in LOSSES:
             hint = suggest(pair[2], LOSSES) or f"use one of {', '.join(LOSSES)}"
             raise UsageError(shown, f"unknown loss {pair[2]}", hint)
-
-
-def _is_names(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
-
-
-def _check_numbers(what: str, values: Mapping[str, Any]) -> None:
     for name in ("kd_loss_scale", "logit_kl_temperature", "logit_kl_topk"):
         value = values[name]
-        whole = name == "logit_kl_topk"
-        if whole and value is None:
+        kinds: Any = int if name == "logit_kl_topk" else (int, float)
+        if name == "logit_kl_topk" and value is None:
             continue
-        kinds = int if whole else (int, float)
         if not isinstance(value, kinds) or isinstance(value, bool) or value <= 0:
             raise UsageError(f"{what}: {name} = {value!r}", "not a positive number", "e.g. 1")
     if not isinstance(values["skip_lm_loss"], bool):
         shown = f"{what}: skip_lm_loss = {values['skip_lm_loss']!r}"
         raise UsageError(shown, "neither true nor false", "true or false")
+
+
+def _is_names(value: Any, *counts: int) -> bool:
+    names = value if isinstance(value, list | tuple) else []
+    return len(names) in counts and all(isinstance(name, str) for name in names)
 
 
 def find_teacher[Options: StageOptions](

@@ -31,7 +31,6 @@ class Result:
     """A score and how it came about.
 
     Attributes:
-        score: counts by subject.
         questions: what was asked, in order.
         predictions: index of the chosen answer for each question.
         ties: questions whose two largest logits are equal; the earlier letter was taken.

@@ -170,8 +170,7 @@ def _output_at(core: Any, positions: torch.Tensor) -> RemovableHandle:
         hidden, *rest = arguments
         return (hidden[positions, rows].unsqueeze(0), *rest)
 
-    handle: RemovableHandle = core.output_layer.register_forward_pre_hook(gather)
-    return handle
+    return core.output_layer.register_forward_pre_hook(gather)
 
 
 def causal_mask(offset: int, length: int, device: torch.device) -> torch.Tensor:
@@ -239,8 +238,7 @@ def device_of(core: torch.nn.Module) -> torch.device:
 
 def dtype_of(core: Any) -> torch.dtype:
     """Of the activations."""
-    dtype: torch.dtype = core.config.pipeline_dtype or core.config.params_dtype
-    return dtype
+    return core.config.pipeline_dtype or core.config.params_dtype
 
 
 def unwrap(model: torch.nn.Module) -> Any:

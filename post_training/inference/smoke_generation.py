@@ -57,8 +57,6 @@ def run(options: SmokeOptions, model: MegatronModule, tokenizer: Any, saved: Pat
     except Exception as error:  # any failure: the result is on disk, and must not look lost
         logger.warning(
             "the smoke generation failed: %s: %s. The checkpoint %s is complete.",
-            type(error).__name__,
-            error,
-            saved,
+            *(type(error).__name__, error, saved),
         )
         logger.debug("smoke generation", exc_info=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from post_training.common import manifest
 from post_training.common.errors import UsageError
-from post_training.config.checks import at_least, check_choice
+from post_training.config.checks import at_least, below_one, check_choice
 from post_training.config.flags import flag, group, spelled
 from post_training.config.options import StageOptions
 from post_training.data.options import CalibrationOptions
@@ -66,11 +66,6 @@ class SizeSearch:
     memory: Memory = Memory()
 
 
-def _below_one(option: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise UsageError(f"{option} {value}", "it is no share below 1", "give e.g. 0.4")
-
-
 def _known_names(option: str, text: str) -> None:
     for name in _split(text):
         check_choice(option, name, list(MEANINGS))
@@ -81,7 +76,7 @@ def _split(text: str) -> tuple[str, ...]:
 
 
 _count = partial(flag, metavar="N", check=at_least(1))
-_share = partial(flag, metavar="X", check=_below_one)
+_share = partial(flag, metavar="X", check=below_one)
 
 
 def _divisor(name: str) -> Any:

@@ -119,29 +119,28 @@ def _before_and_after(
     table.add_column("", style="cyan", no_wrap=True)
     for name in ("before", "after", "left"):
         table.add_column(name, justify="right", no_wrap=True)
+    before, after = {**old, **found["before"]}, {**new, **found["after"]}
 
-    def row(text: str, old: float, new: float, shown: Callable[[float], str]) -> None:
-        table.add_row(text, shown(old), shown(new), f"{new / old:.1%}" if old else "")
+    def row(text: str, name: str, shown: Callable[[float], str] = "{:,}".format) -> None:
+        first, second = before[name], after[name]
+        if first is not None and second is not None:
+            left = f"{second / first:.1%}" if first else ""
+            table.add_row(text, shown(first), shown(second), left)
 
     for name, text in MEANINGS.items():
-        if new.get(name) and (name in found["pruned"] or name in ("num_layers", "hidden_size")):
-            row(text, old[name], new[name], "{:,}".format)
-    before, after, memory = found["before"], found["after"], options.memory
-
-    def compare(text: str, name: str, shown: Callable[[float], str]) -> None:
-        if before[name] is not None and after[name] is not None:
-            row(text, before[name], after[name], shown)
-
-    compare("parameters", "parameters", "{:,}".format)
+        if after.get(name) and (name in found["pruned"] or name in ("num_layers", "hidden_size")):
+            row(text, name)
+    row("parameters", "parameters")
     if before["active_parameters"] != before["parameters"]:
-        compare("parameters used for a token", "active_parameters", "{:,}".format)
-    compare("weights in 16 bits", "weight_bytes", report.number_of_bytes)
+        row("parameters used for a token", "active_parameters")
+    row("weights in 16 bits", "weight_bytes", report.number_of_bytes)
+    memory = options.memory
     cache = f"cache of {memory.batch_size} x {memory.sequence_length:,} tokens"
-    compare(cache, "cache_bytes", report.number_of_bytes)
+    row(cache, "cache_bytes", report.number_of_bytes)
     if before["loss"] is not None and after["loss"] is not None:
         perplexities = [f"{math.exp(min(each['loss'], 700)):,.2f}" for each in (before, after)]
         table.add_row("perplexity of the calibration text", *perplexities)
-    compare("MMLU accuracy", "mmlu_accuracy", "{:.4f}".format)
+    row("MMLU accuracy", "mmlu_accuracy", "{:.4f}".format)
     return table
 
 

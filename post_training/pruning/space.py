@@ -173,14 +173,9 @@ def _absent(name: str, values: Mapping[str, Any]) -> str:
 
 def _has_shifting_pattern(values: Mapping[str, Any]) -> bool:
     """Whether some field speaks of every n-th layer, or lists layers and is not cut."""
-    for name in _BY_LAYER_NUMBER:
-        value = values[name]
-        if isinstance(value, list):
-            if name not in _CUT_BY_LAYER:
-                return True
-        elif value is not None and value > 1:
-            return True
-    return False
+    listed = {name for name in _BY_LAYER_NUMBER if isinstance(values[name], list)}
+    every = [values[name] or 0 for name in _BY_LAYER_NUMBER if name not in listed]
+    return bool(listed - set(_CUT_BY_LAYER)) or max(every, default=0) > 1
 
 
 def read_sizes(text: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 from post_training.common.errors import UsageError
-from post_training.config.checks import at_least, fraction, positive
+from post_training.config.checks import at_least, below_one, fraction, positive
 from post_training.config.flags import flag, spelled
 from post_training.config.options import StageOptions
 
@@ -18,13 +18,8 @@ EXIT_UNFINISHED = 75
 SHORTEST_SEQUENCE = 8
 
 
-def _beta(option: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise UsageError(f"{option} {value}", "it is not in [0, 1)", "give e.g. 0.9")
-
-
 _count = partial(flag, metavar="N", check=at_least(1))
-_count_or_none = partial(flag, metavar="N", check=at_least(0))
+_count_or_zero = partial(flag, metavar="N", check=at_least(0))
 _value = partial(flag, metavar="X", check=at_least(0))
 
 
@@ -47,21 +42,21 @@ class TrainingFlags:
     )
     lr_decay_iters: int | None = _count(help="iterations until --min-lr (all)")
     lr_decay_samples: int | None = _count(help="the same in sequences")
-    lr_warmup_iters: int = _count_or_none(
+    lr_warmup_iters: int = _count_or_zero(
         0, help="iterations in which the rate rises (%(default)s)"
     )
-    lr_warmup_samples: int | None = _count_or_none(help="the same in sequences")
+    lr_warmup_samples: int | None = _count_or_zero(help="the same in sequences")
     lr_warmup_fraction: float | None = flag(
         metavar="X", check=fraction, help="the same as a part of all iterations"
     )
     weight_decay: float = _value(0.0, help="of AdamW (%(default)s)")
     clip_grad: float = _value(1.0, help="largest norm of the gradient, 0 for any (%(default)s)")
-    adam_beta1: float = flag(0.9, metavar="X", check=_beta, help="of AdamW (%(default)s)")
-    adam_beta2: float = flag(0.95, metavar="X", check=_beta, help="of AdamW (%(default)s)")
+    adam_beta1: float = flag(0.9, metavar="X", check=below_one, help="of AdamW (%(default)s)")
+    adam_beta2: float = flag(0.95, metavar="X", check=below_one, help="of AdamW (%(default)s)")
     adam_eps: float = _value(1e-8, help="of AdamW (%(default)s)")
     save_interval: int = _count(1000, help="iterations between checkpoints (%(default)s)")
     eval_interval: int = _count(1000, help="iterations between evaluations (%(default)s)")
-    eval_iters: int = _count_or_none(
+    eval_iters: int = _count_or_zero(
         10, help="global batches an evaluation, at most; 0 for none (%(default)s)"
     )
     log_interval: int = _count(100, help="iterations that a log line averages (%(default)s)")

@@ -108,12 +108,9 @@ def exit_if_asked(session: Session) -> None:
 
     For the moments before training begins at which nothing is half done: there is nothing to save.
     """
-    import torch
+    from post_training.distributed.collectives import from_all_ranks
 
-    asked = torch.tensor([float(signals.asked_to_end())], device=session.device)
-    if session.world > 1:
-        torch.distributed.all_reduce(asked)
-    if not asked.item():
+    if not any(from_all_ranks(signals.asked_to_end())):
         return
     if session.is_main:
         print(

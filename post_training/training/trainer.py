@@ -28,6 +28,7 @@ from megatron.core.transformer import MegatronModule
 
 from post_training.common.errors import UsageError
 from post_training.distributed import placement, signals
+from post_training.distributed.collectives import on_first_rank
 from post_training.distributed.session import Session
 from post_training.training import setup
 from post_training.training.checkpoint import Progress, TrainingCheckpoints
@@ -202,10 +203,8 @@ class Trainer:
         window = dict(zip(self._passes.names, self._window.tolist(), strict=True))
         self._require_finite(self._passes.averages(self._window)["loss"])
         # megatron-core compares what ranks save in common, and their clocks differ.
-        seconds = self._window.new_tensor([self.progress.seconds])
-        if self.session.world > 1:
-            torch.distributed.broadcast(seconds, 0)
-        self.progress = replace(self.progress, window=window, seconds=seconds.item())
+        seconds = on_first_rank(lambda: self.progress.seconds)
+        self.progress = replace(self.progress, window=window, seconds=seconds)
         content = self.checkpoints.save(self.model, self.optimizer, self.progress, self.metrics)
         self.task.set_mode(self.model)
         if self.session.is_main:
