@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from post_training.common import files
-from post_training.common.errors import UsageError, first_line
+from post_training.common.errors import UsageError
 
 # Files of a model folder, other than weights, that are needed to use the model.
 SMALL_FILES = tuple(
@@ -20,13 +20,15 @@ SMALL_FILES = tuple(
     """.split()
 )
 _CHAT_TEMPLATES = "additional_chat_templates"
+QUANTIZATION = "hf_quant_config.json"  # ModelOpt's; read, and never copied
 _WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 
 
 def resolve(name_or_path: str, *, weights: bool, trust_remote_code: bool = False) -> Path:
-    """The local folder of a model; rank 0 downloads a hub name. A collective call.
+    """The local folder of a model; a hub name is downloaded. A collective call.
 
     ``weights`` are fetched if they are needed too, and Python files with ``trust_remote_code``.
+    Rank 0 downloads, then the first rank of each other machine whose cache has not got it.
     UsageError if the hub cannot be reached or does not know the name.
     """
     folder = Path(name_or_path)
@@ -35,9 +37,9 @@ def resolve(name_or_path: str, *, weights: bool, trust_remote_code: bool = False
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    from post_training.distributed import collectives
+    from post_training.distributed import collectives, placement
 
-    patterns = [*SMALL_FILES, *(_WEIGHT_PATTERNS if weights else ())]
+    patterns = [*SMALL_FILES, QUANTIZATION, *(_WEIGHT_PATTERNS if weights else ())]
     if trust_remote_code:
         patterns.append("*.py")
     expected = (HfHubHTTPError, LocalEntryNotFoundError, OSError)
@@ -49,16 +51,14 @@ def resolve(name_or_path: str, *, weights: bool, trust_remote_code: bool = False
             "name a local folder in HF_MODEL_CKPT; for a gated model set HF_TOKEN",
         )
 
-    def download() -> None:
-        try:
-            snapshot_download(name_or_path, allow_patterns=patterns)
-        except expected as error:
-            raise not_provided(first_line(error)) from error
-
-    collectives.on_first_rank(download)
-    # Another machine may have a cache of its own.
-    with collectives.fail_together(expected, not_provided):
-        found = snapshot_download(name_or_path, allow_patterns=patterns, local_files_only=True)
+    here = placement.placement()
+    turns = (here.rank == 0, here.rank > 0 and here.local_rank == 0, here.local_rank > 0)
+    for number, mine in enumerate(turns):
+        with collectives.fail_together(expected, not_provided):
+            if mine:
+                found = snapshot_download(
+                    name_or_path, allow_patterns=patterns, local_files_only=number == 2
+                )
     return Path(found)
 
 

@@ -227,7 +227,12 @@ def local_huggingface(source: Source, options: StageOptions) -> Path:
 
 
 def tokenizer(source: Source, options: StageOptions) -> Any:
-    """The tokenizer of ``--tokenizer-model``, or the source's own; UsageError without one."""
+    """The tokenizer of ``--tokenizer-model``, or the source's own.
+
+    Raises:
+        UsageError: if there is none, transformers cannot load it, or it makes tokens that the
+            model has no embedding for.
+    """
     from transformers import AutoTokenizer
 
     location = options.tokenizer_model
@@ -235,15 +240,46 @@ def tokenizer(source: Source, options: StageOptions) -> Any:
         # A checkpoint of ours carries its tokenizer; a hub name is the conf's default.
         location = str(local_huggingface(source, options))
     try:
-        return AutoTokenizer.from_pretrained(
+        found = AutoTokenizer.from_pretrained(
             str(location), trust_remote_code=options.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    # The tokenizers library raises Exception itself for a file that it cannot read.
+    except Exception as error:
         raise UsageError(
             f"tokenizer {location}",
             f"transformers cannot load it: {first_line(error)}",
-            "name a folder with tokenizer.json in TOKENIZER_MODEL",
+            "name a folder with tokenizer.json in TOKENIZER_MODEL, or install the version of "
+            "transformers and tokenizers that wrote it",
         ) from error
+    _require_embeddings(f"tokenizer {location}", found, source.architecture.vocab_size)
+    return found
+
+
+def _require_embeddings(what: str, tokenizer: Any, rows: int) -> None:
+    """Raise UsageError if the tokenizer makes ids of ``rows`` and more from ordinary text.
+
+    Special tokens that no template writes are let pass with a warning: text models cut out of one
+    that sees images have a token for an image, and no row for it.
+    """
+    beyond = {text: number for text, number in tokenizer.get_vocab().items() if number >= rows}
+    if not beyond:
+        return
+    template = str(tokenizer.chat_template or "")
+    ends = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
+    added = tokenizer.get_added_vocab()
+    used = [text for text in beyond if text not in added or text in ends or text in template]
+    highest = max(beyond, key=lambda text: beyond[text])
+    if used:
+        raise UsageError(
+            what,
+            f"it has ids up to {beyond[highest]} ({highest}), the model has {rows} embeddings",
+            "resize the model's embeddings in transformers (resize_token_embeddings) and train "
+            "the new ones, or name the model's own tokenizer in TOKENIZER_MODEL",
+        )
+    logger.warning(
+        "%s has ids up to %d (%s), the model %d embeddings: texts must not contain %s",
+        *(what, beyond[highest], highest, rows, ", ".join(beyond)),
+    )
 
 
 def end_tokens(source: Source, options: StageOptions, tokenizer: Any) -> list[int]:

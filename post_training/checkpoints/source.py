@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,14 +109,19 @@ def find_source(options: StageOptions) -> Source:
 
 
 def fetch_source(source: Source, options: StageOptions) -> Source:
-    """The same source, local: a hub name is downloaded and checked as a folder would have been."""
+    """The same source, local: a hub name is downloaded and checked as a folder would have been.
+
+    Its weights come last: a model that is refused costs no hours of download.
+    """
     if source.is_checkpoint or source.is_local:
         return source
-    folder = huggingface.resolve(
-        source.location, weights=True, trust_remote_code=options.trust_remote_code
+    download = partial(
+        huggingface.resolve, source.location, trust_remote_code=options.trust_remote_code
     )
-    described = architecture(options, huggingface.read_config(folder))
+    described = architecture(options, _unquantized(download(weights=False)))
     parallel_check.check(described, options.parallel)
+    folder = download(weights=True)
+    model_folder(folder)
     return replace(source, location=str(folder), described=described, huggingface=str(folder))
 
 
@@ -174,18 +180,24 @@ def model_config(folder: Path, option: str) -> dict[str, Any]:
     return huggingface.read_config(folder)
 
 
+def _unquantized(folder: Path) -> dict[str, Any]:
+    """The ``config.json`` of a model; UsageError if it, or the file beside it, says quantized."""
+    config = model_config(folder, "--pretrained-model-path")
+    families.refuse_quantized(config, str(folder / "config.json"))
+    quantized = folder / huggingface.QUANTIZATION
+    if quantized.is_file():
+        found = files.read_json_object(quantized).get("quantization", {})
+        described = {"quant_method": "modelopt", **found}
+        families.refuse_quantized({"quantization_config": described}, str(quantized))
+    return config
+
+
 def model_folder(folder: Path) -> dict[str, Any]:
     """The ``config.json`` of ``--pretrained-model-path``, whose weights are checked.
 
     UsageError if they are no safetensors, incomplete, or quantized already.
     """
-    config = model_config(folder, "--pretrained-model-path")
-    families.refuse_quantized(config, str(folder / "config.json"))
-    quantized = folder / "hf_quant_config.json"
-    if quantized.is_file():
-        found = files.read_json_object(quantized).get("quantization", {})
-        described = {"quant_method": "modelopt", **found}
-        families.refuse_quantized({"quantization_config": described}, str(quantized))
+    config = _unquantized(folder)
     if not any((folder / n).is_file() for n in (safetensors_index.INDEX, safetensors_index.SINGLE)):
         cause = f"it has neither {safetensors_index.SINGLE} nor {safetensors_index.INDEX}"
         remedy = "download the weights too, or name a folder that has them"

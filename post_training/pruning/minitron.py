@@ -8,8 +8,10 @@ does not print.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import modelopt.torch.nas as mtn
@@ -25,6 +27,7 @@ from modelopt.torch.prune.pruning import PruneModeRegistry
 from modelopt.torch.utils import distributed
 
 from post_training.common.quiet import quiet
+from post_training.inference import forward
 from post_training.pruning.options import SizeSearch
 from post_training.pruning.score_cache import ScoreCache
 from post_training.pruning.search import MEBIBYTE
@@ -79,7 +82,7 @@ def prune(
         **{f"{name}_divisor": step for name, step in space.steps.items()}
     )
     layers = model.config.num_layers
-    config: dict[str, Any] = {"forward_loop": calibrate}
+    config: dict[str, Any] = {"forward_loop": partial(_scored, calibrate)}
     if isinstance(target, SizeSearch):
         config |= {
             "score_func": score,
@@ -120,6 +123,16 @@ def prune(
         fitting=len(fitting),
         calibrated=not searcher.reused,
     )
+
+
+def _scored(calibrate: Callable[[torch.nn.Module], None], dynamic: torch.nn.Module) -> None:
+    """Calibrate; a layer that changes nothing, whose score is 0, is the first to go.
+
+    ModelOpt takes a score of 0, or below by rounding, for a layer that saw no data.
+    """
+    calibrate(dynamic)
+    for layer in forward.unwrap(dynamic).decoder.layers:
+        layer._scores = max(layer._scores, sys.float_info.min)
 
 
 class _Searcher(MCoreMinitronSearcher):

@@ -195,14 +195,11 @@ def target(options: PruneOptions) -> dict[str, Any] | SizeSearch:
         name.removeprefix("prune_target_"): _quantity(option, text, _TARGETS[name])
         for option, (name, text) in given.items()
     }
-    return SizeSearch(
-        limits,
-        options.prune_max_width_pruning,
-        options.prune_max_depth_pruning,
-        options.prune_top_k,
-        _split(options.prune_hparams_to_skip),
-        options.memory,
-    )
+    width, depth = options.prune_max_width_pruning, options.prune_max_depth_pruning
+    skip = _split(options.prune_hparams_to_skip)
+    # ModelOpt finds no candidate with a share of 0: nothing to cut is a size to skip.
+    skip += tuple(name for name in MEANINGS if not (depth if name == "num_layers" else width))
+    return SizeSearch(limits, width, depth, options.prune_top_k, skip, options.memory)
 
 
 def _quantity(option: str, text: str, units: Mapping[str, float]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,8 @@ from post_training.distributed.collectives import from_all_ranks
 from post_training.inference import forward, generation
 from post_training.quantization import quantizers
 from post_training.quantization.coverage import first_names, global_name
+
+logger = logging.getLogger("post_training")
 
 
 @dataclass
@@ -136,6 +139,19 @@ def watching(model: torch.nn.Module) -> Iterator[dict[str, int]]:
         yield rows
 
 
+def settle_zeros(model: torch.nn.Module) -> None:
+    """Give a scale to what was zero throughout: the weight of an identity layer, what it returns.
+
+    Zero is exact with any scale, so a maximum of zero becomes that of a scale of one.
+    """
+    for name, quantizer in quantizers.enabled(model):
+        amax = getattr(quantizer, "_amax", None)
+        if amax is not None and quantizers.needs_amax(quantizer) and bool((amax == 0).any()):
+            if not amax.any():
+                logger.warning("%s was zero throughout: its scale is 1", global_name(model, name))
+            amax.masked_fill_(amax == 0, quantizer.maxbound)
+
+
 def check_scales(
     model: torch.nn.Module, rows: Mapping[str, int], *, dynamic_inputs: bool = False
 ) -> None:
@@ -174,5 +190,4 @@ def _scale_problem(amax: torch.Tensor | None) -> str:
     highest, lowest = float(amax.float().max()), float(amax.float().min())
     if not (math.isfinite(highest) and math.isfinite(lowest)):
         return f"its maximum is {highest}"
-    # One channel or block may be all zeros, such as padding of the vocabulary.
-    return "" if highest > 0 and lowest >= 0 else f"its maximum is {highest:g}"
+    return "" if lowest > 0 else f"its maximum is {lowest:g}"

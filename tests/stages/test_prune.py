@@ -401,7 +401,7 @@ REFUSED = {
     "two targets": ((*named(SIZES), "--prune-target-params", "1M"), "--prune-target", "one of"),
     "target": (("--prune-target-params", "6q"), "--prune-target-params 6q", "6e9"),
     "target beyond numbers": (("--prune-target-params", "1e400"), "1e400", "6e9"),
-    "share of all": (("--prune-max-width-pruning", "nan"), "--prune-max-width-pruning nan", "0.4"),
+    "share of all": (("--prune-max-width-pruning", "nan"), "--prune-max-width-pruning nan", "0.9"),
     "skip": (
         ("--prune-target-params", "1M", "--prune-hparams-to-skip", "hidden"),
         "--prune-hparams-to-skip hidden",

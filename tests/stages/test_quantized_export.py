@@ -102,9 +102,19 @@ def engine_logits(folder, reference, ids):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """Format -> folder, Megatron's logits; one model, quantized and exported in each format."""
+    """Format -> folder, Megatron's logits; one model, quantized and exported in each format.
+
+    Its layer 2 is an identity, and layer 3 has no keys and values: weights that are zero, and
+    inputs that are, have scales too.
+    """
     root = tmp_path_factory.mktemp("quantized")
     reference = tools.random_model(root / "source", "llama3")
+    with torch.no_grad():
+        for layer, names in ((2, ("o_proj", "down_proj")), (3, ("k_proj", "v_proj"))):
+            for name, parameter in reference.model.layers[layer].named_parameters():
+                if any(part in name for part in names):
+                    parameter.zero_()
+    reference.save_pretrained(root / "source")
     (root / "text.jsonl").write_text(
         "\n".join(json.dumps({"text": f"line {i}: " + "some text " * 9}) for i in range(60))
     )
@@ -177,7 +187,7 @@ def test_a_wrong_scale_is_seen(exported, tmp_path):
     damaged.mkdir()
     for each in (root / "FP8_DEFAULT_CFG_hf").glob("*.json"):
         (damaged / each.name).write_bytes(each.read_bytes())
-    name = "model.layers.2.mlp.down_proj"
+    name = "model.layers.4.mlp.down_proj"
     original = decode(tensors, name)
     tensors[f"{name}.weight_scale"] = tensors[f"{name}.weight_scale"] * 1.5
     save_file(tensors, damaged / "model.safetensors")

@@ -1,0 +1,85 @@
+"""Models by hub name: real downloads, from a hub on this machine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+
+import hub
+import pytest
+import speed
+import tools
+import torch
+
+NAME = "org/tiny"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub") / "model"
+    tools.random_model(folder, "qwen3", torch.bfloat16)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "cause"),
+    [
+        ("config.json", {"architectures": ["UnheardOfForCausalLM"]}, "UnheardOfForCausalLM"),
+        ("config.json", {"hidden_act": "tanh"}, "hidden_act"),
+        ("config.json", {"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+        ("hf_quant_config.json", {"quantization": {"quant_algo": "FP8"}}, "hf_quant_config.json"),
+    ],
+)
+def test_a_model_is_refused_before_its_weights_are_downloaded(
+    source, tmp_path, file, change, cause
+):
+    folder = shutil.copytree(source, tmp_path / "model")
+    path = folder / file
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**content, **change}))
+    with hub.serving(folder, NAME) as server:
+        done = tools.run(
+            *("convert.py", "--pretrained-model-path", NAME, "--save", tmp_path / "out"),
+            code=2,
+            HF_HOME=str(tmp_path / "cache"),
+            **server.environment,
+        )
+    assert cause in done.stderr
+    assert "config.json" in server.sent
+    assert not [name for name in server.sent if name.endswith(".safetensors")]
+
+
+def test_every_machine_downloads_into_its_own_cache(source, tmp_path):
+    """Two machines, as two processes that share nothing but the output."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ("--pretrained-model-path", NAME, "--save", tmp_path / "out")
+    split = ("--tensor-model-parallel-size", 2)
+    with hub.serving(source, NAME) as server:
+        machines = [
+            subprocess.Popen(
+                tools.command("convert.py", *flags, *split),
+                env=tools.environment(
+                    **server.environment,
+                    HF_HOME=str(tmp_path / f"cache{rank}"),
+                    RANK=str(rank),
+                    WORLD_SIZE="2",
+                    LOCAL_RANK="0",
+                    MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=str(port),
+                ),
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        told = [each.communicate(timeout=speed.scaled(300))[1] for each in machines]
+    assert [each.returncode for each in machines] == [0, 0], told
+    assert server.sent.count("model.safetensors") == 2
+    tools.run("export.py", "--load", tmp_path / "out", "--export-dir", tmp_path / "back")
+    back, wanted = dict(tools.tensors(tmp_path / "back")), dict(tools.tensors(source))
+    assert back.keys() == wanted.keys()
+    assert all(torch.equal(back[name], wanted[name]) for name in wanted)
