@@ -10,6 +10,7 @@ from typing import Any
 
 from post_training.common import files
 from post_training.common.errors import UsageError
+from post_training.distributed import placement
 
 # Files of a model folder, other than weights, that are needed to use the model.
 SMALL_FILES = tuple(
@@ -37,7 +38,7 @@ def resolve(name_or_path: str, *, weights: bool, trust_remote_code: bool = False
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    from post_training.distributed import collectives, placement
+    from post_training.distributed import collectives
 
     patterns = [*SMALL_FILES, QUANTIZATION, *(_WEIGHT_PATTERNS if weights else ())]
     if trust_remote_code:

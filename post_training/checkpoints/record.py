@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from post_training.checkpoints.source import Source
-from post_training.common import manifest
+from post_training.common import manifest, redaction
 from post_training.common.manifest import Manifest
 from post_training.config.options import StageOptions
 from post_training.distributed.session import Session
@@ -52,9 +52,9 @@ def report_of_run(
     """
     return {
         "stage": options.stage,
-        "command": manifest.command(),
+        "command": redaction.command(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "configuration": manifest.without_secrets_in(dict(options.given)),
+        "configuration": redaction.hide_in(dict(options.given)),
         "inputs": [dict(each) for each in inputs],
         **found,
         "peak_memory_bytes": session.peak_memory(),

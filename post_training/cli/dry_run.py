@@ -13,7 +13,7 @@ import sys
 from itertools import groupby
 
 from post_training.checkpoints.source import Source
-from post_training.common import manifest
+from post_training.common import redaction
 from post_training.config.model_description import architecture
 from post_training.config.options import StageOptions
 from post_training.distributed.parallel import Parallel
@@ -54,7 +54,7 @@ def launch_line(processes: int) -> str:
         if processes > 1:
             words += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
         words += sys.argv
-    return manifest.quoted([word for word in words if word not in ("--dry-run", "--check")])
+    return redaction.quoted([word for word in words if word not in ("--dry-run", "--check")])
 
 
 def _architecture(architecture: Architecture) -> str:

@@ -6,14 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from post_training.common import manifest
+from post_training.common import manifest, redaction
 from post_training.common.errors import UsageError
 
 
 def main() -> None:
     args = _arguments()
     if args.command == "quote":
-        print(manifest.quoted(args.words))
+        print(redaction.quoted(args.words))
         return
     try:
         sys.exit(0 if manifest.is_valid(args.output, args.source, args.made_by) else 1)

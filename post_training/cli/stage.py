@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from post_training.checkpoints.source import Source
 from post_training.cli import dry_run
-from post_training.common import locks, manifest, outputs
+from post_training.common import locks, outputs, redaction
 from post_training.common.errors import UsageError, exit_with_usage_error
 from post_training.config import arguments, model_description
 from post_training.config.flags import spelled
@@ -105,7 +105,7 @@ def run[Options: StageOptions, P: Plan, Result](
             logger.info("--sequence-parallel has no effect: %s trains nothing", stage.name)
         with contextlib.ExitStack() as held:
             for path, before in found.items() if opened.is_main else ():
-                held.enter_context(locks.hold(path, manifest.command()))
+                held.enter_context(locks.hold(path, redaction.command()))
                 if outputs.state(path) != before:
                     raise UsageError(
                         f"output {path}", "another run has just made it", "start this one again"

@@ -16,8 +16,6 @@ that very command. ``quote`` prints a command line for a shell, with secrets hid
 from __future__ import annotations
 
 import json
-import os
-import re
 import shlex
 import subprocess
 import sys
@@ -31,7 +29,7 @@ from typing import Any
 
 import xxhash
 
-from post_training.common import files
+from post_training.common import files, redaction
 from post_training.common.errors import UsageError
 
 FILE = "run.json"
@@ -57,13 +55,6 @@ _PACKAGES = (
     "accelerate",
     "safetensors",
     "transformer-engine",
-)
-# Secrets: Hub tokens, known by their form, the values of these variables, and what follows a flag
-# whose last word names one. --moe-token-dispatcher-type and --max-new-tokens take none.
-_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
-_SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
-_SECRET_FLAG = re.compile(
-    r"--([\w-]*[-_])?(token|(api|access|secret)[-_]key|secret|password)", re.I
 )
 
 
@@ -96,11 +87,11 @@ class Manifest:
         content = {
             "format": FORMAT,
             "stage": self.stage,
-            "command": command(),
+            "command": redaction.command(),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.time() - self.started, 3),
             "architecture": self.architecture,
-            "configuration": without_secrets_in(self.configuration),
+            "configuration": redaction.hide_in(self.configuration),
             "versions": versions(),
             "git_commit": git_commit(),
             "inputs": self.inputs,
@@ -220,8 +211,10 @@ def is_valid(output: Path, source: str, made_by: Sequence[str] = ()) -> bool:
     # A report may say that the model fell short of a limit, a training run that it is unfinished.
     if not (content.get("passed", True) and content.get("complete", True)):
         return False
-    if made_by and _plain(shlex.split(content["command"])) != _plain(shlex.split(quoted(made_by))):
-        return False
+    if made_by:
+        made = shlex.split(content["command"])
+        if _plain(made) != _plain(shlex.split(redaction.quoted(made_by))):
+            return False
     return any(_is_input(entry, source) for entry in content.get("inputs", []))
 
 
@@ -239,47 +232,6 @@ def _is_input(entry: dict[str, Any], source: str) -> bool:
             return False
         source = entry["path"]
     return {**entry, "role": ""} == {**describe_input("", source), "role": ""}
-
-
-def command() -> str:
-    """This process's command line, quoted for a shell, with secrets hidden."""
-    return quoted(sys.argv)
-
-
-def quoted(line: Sequence[str]) -> str:
-    """The words of a command line, quoted for a shell, with secrets hidden."""
-    words: list[str] = []
-    hide_next = False
-    for word in line:
-        flag, equals, _ = word.partition("=")
-        is_secret = _SECRET_FLAG.fullmatch(flag) is not None
-        if hide_next:
-            word = "***"
-        elif equals and is_secret:
-            word = f"{flag}=***"
-        hide_next = is_secret and not equals and not hide_next
-        words.append(without_secrets(word))
-    return shlex.join(words)
-
-
-def without_secrets(text: str) -> str:
-    """``text`` with Hub tokens and the values of secret variables replaced by asterisks."""
-    for name in _SECRET_VARIABLES:
-        value = os.environ.get(name, "")
-        if len(value) >= 8:  # a shorter one is no secret, and may be part of any word
-            text = text.replace(value, "***")
-    return _TOKEN.sub("hf_***", text)
-
-
-def without_secrets_in(value: Any) -> Any:
-    """The same for every string in a JSON value."""
-    if isinstance(value, str):
-        return without_secrets(value)
-    if isinstance(value, dict):
-        return {name: without_secrets_in(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_secrets_in(each) for each in value]
-    return value
 
 
 def versions() -> dict[str, str]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from post_training.common import manifest
+from post_training.common import manifest, redaction
 from post_training.common.errors import UsageError
 from post_training.common.inputs import nearest_existing
 
@@ -172,7 +172,7 @@ def _what_lies_there(folder: Path) -> str:
     made = f"it holds the output of {content.get('stage')}, finished {content.get('finished')}"
     if manifest.damaged_outputs(folder, content):
         return f"{made}, now damaged"
-    if content.get("command") == manifest.command():
+    if content.get("command") == redaction.command():
         return f"{made}, complete, made by this same command"
     return f"{made}, complete, made by: {content.get('command')}"
 

@@ -19,7 +19,7 @@ import pytest
 import tools
 import torch
 
-from post_training.common import manifest, resumable_jsonl
+from post_training.common import redaction, resumable_jsonl
 from post_training.common.errors import UsageError
 from post_training.data import prompts
 
@@ -213,7 +213,7 @@ def test_the_manifest_names_inputs_and_the_output(outputs, setting):
 def test_a_number_of_tokens_is_no_secret(monkeypatch):
     words = ["generate.py", "--max-new-tokens", "10", "--hf-token", "hidden", "--x-token=hidden"]
     monkeypatch.setattr(sys, "argv", words)
-    assert manifest.command() == (
+    assert redaction.command() == (
         "generate.py --max-new-tokens 10 --hf-token '***' '--x-token=***'"
     )
 

@@ -14,7 +14,7 @@ import torch
 from confs import ROOT, conf_flags, parse
 
 from post_training.checkpoints import record
-from post_training.common import manifest
+from post_training.common import manifest, redaction
 from post_training.common.errors import UsageError
 from post_training.config import model_description
 from post_training.distributed.parallel import Parallel
@@ -223,7 +223,7 @@ def test_the_launch_line_of_a_model_with_experts_can_be_pasted():
     ],
 )  # fmt: skip
 def test_only_secrets_are_hidden(words, shown):
-    assert manifest.quoted(words) == shown
+    assert redaction.quoted(words) == shown
 
 
 def test_a_manifest_holds_no_secret(tmp_path, monkeypatch):
