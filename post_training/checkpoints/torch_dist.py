@@ -130,19 +130,22 @@ def write(state: dict[str, Any], weights: Path, model: MegatronModule) -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
     from modelopt.torch.opt.plugins import save_sharded_modelopt_state
+    from torch.distributed.checkpoint.api import CheckpointException
 
     # Threads of this process answer through it. megatron-core's own, made for a writer in another
     # process, is a process that imports everything again and outlives a killed parent.
     filesystem_async._results_queue = queue.Queue()
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
-    dist_checkpointing.save(
-        state,
-        str(weights),
-        sharded_strategy=TorchDistSaveShardedStrategy(
-            thread_count=max(1, min(_MOST_FILES, size // _FILE_BYTES, threads.cores()))
-        ),
-        content_metadata=dict(CONTENT),
+    strategy = TorchDistSaveShardedStrategy(
+        thread_count=max(1, min(_MOST_FILES, size // _FILE_BYTES, threads.cores()))
     )
+    try:
+        dist_checkpointing.save(
+            state, str(weights), sharded_strategy=strategy, content_metadata=dict(CONTENT)
+        )
+    except CheckpointException as error:  # a BaseException, which no handler of errors sees
+        first = next((failure for failure, _ in error.failures.values()), error)
+        raise RuntimeError(f"{weights} could not be written: {first}") from error
     if has_modelopt_state(model):
         save_sharded_modelopt_state([model], str(weights))
     torch.distributed.barrier()
