@@ -233,7 +233,9 @@ def _train(attacked: Round) -> list[str]:
     words = [str(each) for each in STAGES["eagle3"][0](attacked.finished.inputs)]
     at = words.index("--finetune-data-files")
     words[at : at + 2] = ["--offline-distillation-data", str(attacked.output)]
-    words[words.index("--train-iters") + 1] = "40"  # a shard is judged when its first row is read
+    # A shard is judged when its first row is read: read all.
+    words[words.index("--train-iters") + 1] = "40"
+    words[words.index("--eval-iters") + 1] = "1"
     return ["eagle3.py", *words, "--save", f"{attacked.folder}/next"]
 
 
