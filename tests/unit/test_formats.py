@@ -208,8 +208,8 @@ def test_a_recipe_is_found_by_path_built_in_path_and_stem(tmp_path):
     ("content", "cause"),
     [
         ("a: [1", "not YAML"),
-        ("quantize: {}\n", "no metadata.recipe_type"),
-        ("just text\n", "no metadata.recipe_type"),
+        ("quantize: {}\n", "metadata is missing"),
+        ("just text\n", "it is 'just text': it should be a valid dictionary"),
         ("metadata: {recipe_type: ptq}\n", "it has no quantize"),
         ("metadata: {recipe_type: speculative_eagle}\neagle: {}\n", "speculative_eagle"),
     ],
