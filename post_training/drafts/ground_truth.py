@@ -55,9 +55,9 @@ class _Acceptance(TypedDict, total=False):
 
 
 class _Answer(TypedDict):
-    id: str
+    id: str | int
     prompt: list[int]
-    category: NotRequired[str | None]
+    category: NotRequired[Any]
     tokens: list[int]
 
 
