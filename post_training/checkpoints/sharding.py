@@ -78,9 +78,10 @@ def keep_dtypes(model: MegatronModule, weights: Path) -> None:
     ModelOpt (quantization/plugins/megatron.py) makes those of a channel anew, in the weights'
     dtype: a maximum saved in float32 would be rounded while it is loaded, and its scale with it.
     """
-    tensors = stored(weights)
+    there = stored(weights)
     for name, tensor in model.sharded_state_dict(metadata=metadata(weights)).items():
-        found: Any = tensors.get(getattr(tensor, "key", ""))
+        key = getattr(tensor, "key", "")
+        found: Any = there.get(key, there.get(f"{key}_w"))
         dtype = found.properties.dtype if hasattr(found, "properties") else None
         if name.endswith("weight_quantizer._amax") and dtype not in (None, tensor.dtype):
             quantizer = model.get_submodule(name.rpartition(".")[0])

@@ -110,8 +110,16 @@ def exported(tmp_path_factory):
                 two.append(("quantize", (*flags, *tp, "--save", split)))
                 folder = root / f"{name} TP2 hf"
                 last.append(("export", ("--load", split, "--fp32", "--export-dir", folder)))
-    load = ("--load", root / "llama3 INT4_BLOCKWISE_WEIGHT_ONLY_CFG")
-    last.append(("export", (*load, "--export-dir", root / "bf16 hf")))
+    # As users have it: everything in bf16.
+    for name in FORMATS:
+        flags = (
+            *("--pretrained-model-path", root / "qwen3", "--export-quant-cfg", name),
+            *("--calib-dataset-path-or-name", text, "--calib-size", 8, "--skip-generate"),
+            *("--calib-max-sequence-length", 64, "--save", root / f"{name} bf16"),
+        )
+        two.append(("quantize", (*flags, *tp)))
+        load = ("--load", root / f"{name} bf16")
+        last.append(("export", (*load, "--export-dir", root / f"{name} bf16 hf")))
     tools.run_stages(*one)
     tools.run_stages(*two, processes=2)
     tools.run_stages(*last)
@@ -187,15 +195,16 @@ def test_the_configuration_says_what_is_quantized(exported, name):
     assert json.loads((folder / "run.json").read_text())["metrics"]["quant_algo"] == algorithm
 
 
-def test_scales_are_in_the_models_dtype(exported):
-    """Engines read them in it; they were rounded before the model was scored."""
-    root = exported[0]
-    exact = dict(tools.tensors(root / "llama3 INT4_BLOCKWISE_WEIGHT_ONLY_CFG hf"))
-    rounded = dict(tools.tensors(root / "bf16 hf"))
-    for name, value in rounded.items():
-        if name.endswith("weight_scale"):
-            assert value.dtype == torch.bfloat16
-            assert torch.equal(value.float(), exact[name])
+@pytest.mark.parametrize("name", FORMATS)
+def test_scales_of_a_bf16_model_are_numbers_of_bf16(exported, name):
+    """Engines read them so; they were rounded before the model was scored, and are read back."""
+    tensors = dict(tools.tensors(exported[0] / f"{name} bf16 hf"))
+    scales = [value for key, value in tensors.items() if key.endswith("weight_scale")]
+    assert len(scales) == 2 * 7
+    wanted = torch.float32 if name == "INT8_DEFAULT_CFG" else torch.bfloat16
+    for scale in scales:
+        assert scale.dtype == wanted
+        assert torch.equal(scale.float(), scale.bfloat16().float())
 
 
 MODULE = "model.layers.0.self_attn.q_proj"
