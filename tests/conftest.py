@@ -12,10 +12,22 @@ import sys
 from collections.abc import Generator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import speed
 
 ROOT = Path(__file__).resolve().parent.parent
+# Property tests: the same examples in every run of the suite, and an hour's worth of others.
+_PROPERTIES = {
+    "suppress_health_check": list(hypothesis.HealthCheck),
+    "database": None,
+    "print_blob": True,
+}
+hypothesis.settings.register_profile(
+    "suite", max_examples=2000, derandomize=True, deadline=None, **_PROPERTIES
+)
+hypothesis.settings.register_profile("hour", max_examples=50_000, deadline=1000, **_PROPERTIES)
+hypothesis.settings.load_profile("suite")
 
 
 def pytest_configure() -> None:

@@ -6,9 +6,9 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from post_training.common import files
+from post_training.common import files, forms
 from post_training.common.errors import UsageError
 from post_training.distributed import placement
 
@@ -66,6 +66,22 @@ def resolve(name_or_path: str, *, weights: bool, trust_remote_code: bool = False
 def read_config(folder: Path) -> dict[str, Any]:
     """``config.json`` of a model folder."""
     return files.read_json_object(folder / "config.json")
+
+
+class _EndTokens(TypedDict, total=False):
+    eos_token_id: int | list[int] | None
+
+
+def end_tokens(folder: Path) -> list[int]:
+    """Ids that end an answer, of ``generation_config.json``.
+
+    As in transformers, a model without that file has those of its ``config.json``.
+    """
+    path = folder / "generation_config.json"
+    path = path if path.is_file() else folder / "config.json"
+    content: _EndTokens = forms.read_json(path, _EndTokens, "file", "copy or download it again")
+    stated = content.get("eos_token_id")
+    return [stated] if isinstance(stated, int) else stated or []
 
 
 @dataclass(frozen=True)

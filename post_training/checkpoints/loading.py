@@ -283,15 +283,8 @@ def _require_embeddings(what: str, tokenizer: Any, rows: int) -> None:
 
 
 def end_tokens(source: Source, options: StageOptions, tokenizer: Any) -> list[int]:
-    """Ids of the tokens that end an answer: the tokenizer's, and those of the generation config.
-
-    As in transformers, a model without the latter has those of its ``config.json``.
-    """
+    """Ids of the tokens that end an answer: the tokenizer's and the model's."""
     found = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     if source.huggingface is not None:
-        folder = local_huggingface(source, options)
-        path = folder / "generation_config.json"
-        path = path if path.is_file() else folder / "config.json"
-        stated = files.read_json_object(path).get("eos_token_id")
-        found += [stated] if isinstance(stated, int) else list(stated or ())
+        found += huggingface.end_tokens(local_huggingface(source, options))
     return sorted(set(found))

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from post_training.checkpoints import huggingface, torch_dist
-from post_training.common import files, inputs, manifest, safetensors_index
+from post_training.common import files, forms, inputs, manifest, safetensors_index
 from post_training.common.errors import UsageError
 from post_training.config.model_description import architecture
 from post_training.config.options import StageOptions
@@ -180,14 +180,18 @@ def model_config(folder: Path, option: str) -> dict[str, Any]:
     return huggingface.read_config(folder)
 
 
+class _Quantized(TypedDict):
+    quantization: dict[str, Any]
+
+
 def _unquantized(folder: Path) -> dict[str, Any]:
     """The ``config.json`` of a model; UsageError if it, or the file beside it, says quantized."""
     config = model_config(folder, "--pretrained-model-path")
     families.refuse_quantized(config, str(folder / "config.json"))
     quantized = folder / huggingface.QUANTIZATION
     if quantized.is_file():
-        found = files.read_json_object(quantized).get("quantization", {})
-        described = {"quant_method": "modelopt", **found}
+        found = forms.read_json(quantized, _Quantized, "file", "copy or download the model again")
+        described = {"quant_method": "modelopt", **found["quantization"]}
         families.refuse_quantized({"quantization_config": described}, str(quantized))
     return config
 
@@ -198,6 +202,7 @@ def model_folder(folder: Path) -> dict[str, Any]:
     UsageError if they are no safetensors, incomplete, or quantized already.
     """
     config = _unquantized(folder)
+    huggingface.end_tokens(folder)  # before the weights are read
     if not any((folder / n).is_file() for n in (safetensors_index.INDEX, safetensors_index.SINGLE)):
         cause = f"it has neither {safetensors_index.SINGLE} nor {safetensors_index.INDEX}"
         remedy = "download the weights too, or name a folder that has them"

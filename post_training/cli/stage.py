@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from post_training.checkpoints.source import Source
 from post_training.cli import dry_run
 from post_training.common import locks, outputs, redaction
-from post_training.common.errors import UsageError, exit_with_usage_error
+from post_training.common.errors import UsageError, exit_with_usage_error, first_line
 from post_training.config import arguments, model_description
 from post_training.config.flags import spelled
 from post_training.config.options import StageOptions
@@ -72,14 +72,20 @@ def make_plan[Options: StageOptions, P: Plan, Result](
     """The plan of a command line, by default this process's; UsageError if it cannot work."""
     options = arguments.parse(stage.name, stage.options, argv)
     model_description.check_division(options)
-    plan = stage.check(options)
-    paths = _outputs(stage, options)
-    read = {spelled(n): v for n, v in options.given.items() if n not in (*stage.outputs, "save")}
-    # A run is resumed, and a checkpoint trained, where it lies.
-    outputs.check_apart(paths, read, in_place=stage.saves_on_signal and not options.overwrite)
-    for path in paths.values():
-        locks.check(path)
-    model_description.check_tokenizer(plan.options)
+    try:
+        plan = stage.check(options)
+        paths = _outputs(stage, options)
+        own = (*stage.outputs, "save")
+        read = {spelled(name): value for name, value in options.given.items() if name not in own}
+        # A run is resumed, and a checkpoint trained, where it lies.
+        outputs.check_apart(paths, read, in_place=stage.saves_on_signal and not options.overwrite)
+        for path in paths.values():
+            locks.check(path)
+        model_description.check_tokenizer(plan.options)
+    except OSError as error:  # a name too long, or what another user may read
+        cause = f"{error.strerror}" if error.strerror else first_line(error)
+        remedy = "name another path, or let this user read it and what is above it"
+        raise UsageError(f"path {error.filename!s:.200}", cause, remedy) from error
     return plan
 
 

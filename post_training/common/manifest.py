@@ -25,27 +25,16 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import xxhash
 
-from post_training.common import files, redaction
+from post_training.common import files, forms, redaction
 from post_training.common.errors import UsageError
 
 FILE = "run.json"
 FORMAT = 2
 _SEAL = "content_xxh3_128"  # of everything else in the file
-# What its values are, where they are there; and what each entry of its lists has.
-_FORM: dict[str, Any] = {
-    **{"format": int, "stage": str, "command": str, "finished": str, "git_commit": str | None},
-    **dict.fromkeys(("architecture", "configuration", "versions", "metrics"), dict),
-    **dict.fromkeys(("inputs", "outputs"), list),
-    **dict.fromkeys(("draft", "quantization", "pruned_from", "features"), dict | None),
-}
-_ENTRIES: dict[str, dict[str, type]] = {
-    "inputs": {"role": str, "path": str},
-    "outputs": {"file": str, "bytes": int},
-}
 _PACKAGES = (
     "torch",
     "megatron-core",
@@ -56,6 +45,36 @@ _PACKAGES = (
     "safetensors",
     "transformer-engine",
 )
+
+
+class _Input(TypedDict):
+    role: str
+    path: str
+
+
+class _Output(TypedDict):
+    file: str
+    bytes: int
+
+
+class _Form(TypedDict, total=False):
+    """What the values are, where they are there."""
+
+    format: int
+    stage: str
+    command: str
+    finished: str
+    git_commit: str | None
+    architecture: dict[str, Any]
+    configuration: dict[str, Any]
+    versions: dict[str, Any]
+    metrics: dict[str, Any]
+    inputs: list[_Input]
+    outputs: list[_Output]
+    draft: dict[str, Any] | None
+    quantization: dict[str, Any] | None
+    pruned_from: dict[str, Any] | None
+    features: dict[str, Any] | None
 
 
 @dataclass
@@ -121,12 +140,10 @@ def read(folder: Path) -> dict[str, Any] | None:
     """
     path = folder if folder.is_file() else folder / FILE
     remedy = "make the output again, or delete the file to continue without a manifest"
-    content: dict[str, Any] | None = files.read_json(path, "manifest", remedy)
-    if content is None:
+    if not path.is_file():
         return None
-    wrong = _misshapen(content)
-    if wrong:
-        raise UsageError(f"manifest {path}", f"{wrong}: no stage wrote it", remedy)
+    content: dict[str, Any] = files.read_json_object(path, "manifest", remedy)
+    forms.parse(content, _Form, f"manifest {path}", remedy)
     if content.get("format", 0) > FORMAT:
         raise UsageError(
             f"manifest {path}",
@@ -148,21 +165,6 @@ def _hash(content: dict[str, Any]) -> str:
     """Of the values, whatever the layout of the file."""
     plain = json.loads(json.dumps(content))  # every key is a string, as in the file
     return xxhash.xxh3_128_hexdigest(json.dumps(plain, sort_keys=True).encode())
-
-
-def _misshapen(content: Any) -> str:
-    """What is not as a stage writes it; empty if all is."""
-    if not isinstance(content, dict):
-        return "it is no object"
-    for name, kind in _FORM.items():
-        if name in content and not isinstance(content[name], kind):
-            return f"its {name} is {content[name]!r:.40}"
-    for name, keys in _ENTRIES.items():
-        for entry in content.get(name, []):
-            values = entry if isinstance(entry, dict) else {}
-            if not all(isinstance(values.get(key), kind) for key, kind in keys.items()):
-                return f"an entry of its {name} lacks {' or '.join(keys)}"
-    return ""
 
 
 def describe_input(role: str, location: str | Path) -> dict[str, Any]:

@@ -11,10 +11,20 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
-from post_training.common import files, manifest, outputs
+from annotated_types import Ge
+
+from post_training.common import files, forms, manifest, outputs
 from post_training.common.errors import UsageError
+
+
+class _Progress(TypedDict):
+    settings: dict[str, Any]
+    done: int
+    rows: int
+    bytes: Annotated[int, Ge(0)]
+    totals: dict[str, float]
 
 
 def state_path(target: Path) -> Path:
@@ -129,10 +139,11 @@ class Rows:
         )
 
 
-def _read_state(target: Path) -> dict[str, Any] | None:
+def _read_state(target: Path) -> _Progress | None:
     """The record of an interrupted run; None without one, or if its rows are gone."""
-    state: dict[str, Any] | None = files.read_json(
-        state_path(target), "progress of an interrupted run", "delete it to start over"
-    )
-    rows = files.incomplete(target)
-    return state if state and rows.is_file() and rows.stat().st_size >= state["bytes"] else None
+    path, rows = state_path(target), files.incomplete(target)
+    if not (path.is_file() and rows.is_file()):
+        return None
+    what, remedy = "progress of an interrupted run", "delete it to start over"
+    state: _Progress = forms.read_json(path, _Progress, what, remedy)
+    return state if rows.stat().st_size >= state["bytes"] else None

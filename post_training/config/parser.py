@@ -58,9 +58,14 @@ class Parser(argparse.ArgumentParser):
             self.print_help()
             self.exit()
         defaults = vars(self.parse_args([]))
+        before = [action.default for action in self._actions]
         for action in self._actions:
             action.default = argparse.SUPPRESS
-        given, unknown = self.parse_known_args(words)
+        try:
+            given, unknown = self.parse_known_args(words)
+        finally:
+            for action, default in zip(self._actions, before, strict=True):
+                action.default = default
         mistaken = [word.split("=")[0] for word in unknown if word.startswith("-")]
         if mistaken:
             also = f" (so are {', '.join(mistaken[1:])})" if len(mistaken) > 1 else ""

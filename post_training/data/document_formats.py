@@ -161,7 +161,7 @@ def _messages(turns: Any, place: str, option: str) -> tuple[dict[str, Any], ...]
 def _message(turn: Mapping[str, Any], place: str, option: str) -> dict[str, Any]:
     name = _first(turn, "role", "from")
     name = name.lower() if isinstance(name, str) else name
-    if name not in ROLES:
+    if not isinstance(name, str) or name not in ROLES:
         hint = suggest(str(name), list(ROLES))
         raise UsageError(
             f"{option} {place}",

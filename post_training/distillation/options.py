@@ -20,10 +20,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
-
 from post_training.checkpoints.source import Source, find_source
-from post_training.common import inputs
+from post_training.common import forms, inputs
 from post_training.common.errors import UsageError, suggest
 from post_training.config.flags import flag
 from post_training.config.options import StageOptions
@@ -72,19 +70,12 @@ def read(path: str | None) -> DistillConfig:
     if path is None:
         return DistillConfig()
     what = f"{OPTION} {path}"
-    try:
-        content = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-    except OSError as error:
-        cause = f"it cannot be read: {error.strerror}"
-        raise UsageError(what, cause, "name a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" in line {where.line + 1}" if where else ""
-        raise UsageError(what, f"it is not YAML{line}", "write `field: value` lines") from error
+    remedy = "name a YAML file of `field: value` lines"
+    content = forms.read_yaml(Path(path).expanduser(), what, remedy)
     if content is None:
         return DistillConfig()
     if not isinstance(content, Mapping):
-        raise UsageError(what, f"it is a {type(content).__name__}", "write `field: value` lines")
+        raise UsageError(what, f"it is a {type(content).__name__}", remedy)
     values = asdict(DistillConfig())
     for name in content:
         if name not in values:

@@ -17,12 +17,12 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from safetensors import safe_open
 
 from post_training.checkpoints.source import Source
-from post_training.common import files, manifest, outputs
+from post_training.common import files, forms, manifest, outputs
 from post_training.common.errors import UsageError
 from post_training.data import conversation_data
 from post_training.drafts import registry
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import torch
 
 OPTION = "--offline-distillation-data"
+_AGAIN = "extract_features.sh --overwrite makes them again"
 SETTINGS = "settings.json"  # what must not change between the runs of an extraction
 
 
@@ -69,8 +70,10 @@ def check_folder(
             f"it holds the output of {content.get('stage')}, finished {content.get('finished')}",
             "name another folder, or give --overwrite",
         )
-    before = files.read_json(folder / SETTINGS)
-    if before is None and any(folder.iterdir()):
+    before = None
+    if (folder / SETTINGS).is_file():
+        before = files.read_json_object(folder / SETTINGS, "settings", "give --overwrite")
+    elif any(folder.iterdir()):
         raise UsageError(what, "it is not empty and no extraction", "name another folder")
     if before is not None and settings is not None:
         changed = [name for name in settings if settings[name] != before.get(name)]
@@ -80,6 +83,18 @@ def check_folder(
                 f"an extraction with another {', '.join(changed)} was started there",
                 "use the same settings, name another folder, or give --overwrite",
             )
+
+
+class _Shard(TypedDict):
+    file: str
+    sequences: int
+
+
+class _Form(TypedDict):
+    architecture: dict[str, Any]
+    fingerprint: str
+    sequence_length: int
+    shards: list[_Shard]
 
 
 @dataclass(frozen=True)
@@ -105,7 +120,12 @@ class Stored:
 
     def prompts(self) -> list[list[int]]:
         """Token ids of held-out prompts."""
-        return files.read_json(self.folder / conversation_data.PROMPTS) or []
+        path = self.folder / conversation_data.PROMPTS
+        if not path.is_file():
+            return []
+        what = f"prompts {path}"
+        found: list[list[int]] = forms.parse(files.read_json(path), list[list[int]], what, _AGAIN)
+        return found
 
 
 def find(folder: Path, seq_length: int | None = None) -> Stored:
@@ -130,9 +150,16 @@ def find(folder: Path, seq_length: int | None = None) -> Stored:
         raise UsageError(
             option,
             f"{len(damaged)} of its files are missing or cut short, e.g. {damaged[0]}",
-            "extract_features.sh --overwrite makes them again",
+            _AGAIN,
         )
-    stored = Stored(folder, content["features"], content["outputs"])
+    recorded, outputs = content.get("features") or {}, content.get("outputs", [])
+    forms.parse(recorded, _Form, f"{option}: features in {manifest.FILE}", _AGAIN)
+    files_there = {each["file"] for each in outputs}
+    for shard in recorded["shards"]:
+        name = shard["file"]
+        if name not in files_there or Path(name).parent.name not in conversation_data.PARTS:
+            raise UsageError(f"{option}: {name}", "it is none of the extraction's outputs", _AGAIN)
+    stored = Stored(folder, recorded, outputs)
     if seq_length not in (None, stored.sequence_length):
         raise UsageError(
             f"--seq-length {seq_length}",

@@ -12,9 +12,9 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
-from post_training.common import files, outputs
+from post_training.common import files, forms, outputs
 from post_training.common.errors import UsageError
 from post_training.drafts.acceptance import AnswerPair, TokenizedPrompt, matching
 
@@ -39,6 +39,32 @@ class GroundTruth:
     answers: dict[str, list[int]]
     acceptance_length: float | None
     questions: list[TokenizedPrompt]
+
+
+class _Settings(TypedDict, total=False):
+    prompts: str
+    prompts_sha256: str
+    steps: int
+    osl: int
+    ignore_eos: bool
+    temperature: float
+
+
+class _Acceptance(TypedDict, total=False):
+    acceptance_length: float | None
+
+
+class _Answer(TypedDict):
+    id: str | int
+    prompt: list[int]
+    category: NotRequired[Any]
+    tokens: list[int]
+
+
+class _Form(TypedDict):
+    settings: _Settings
+    acceptance: _Acceptance
+    answers: list[_Answer]
 
 
 def settings(
@@ -105,23 +131,15 @@ def read(path: Path) -> GroundTruth:
         remedy = "make it first: SAVE_GT_PATH=... bash validate.sh <conf>"
         raise UsageError(f"{option} {path}", "there is no such file", remedy)
     remedy = "name a file that SAVE_GT_PATH=... bash validate.sh <conf> wrote"
-    content = files.read_json_object(path, option, remedy)
-    try:
-        questions = [
-            TokenizedPrompt(row["id"], list(map(int, row["prompt"])), row.get("category"))
-            for row in content["answers"]
-        ]
-        tokens = [list(map(int, row["tokens"])) for row in content["answers"]]
-        known = dict(content["settings"])
-        length = dict(content["acceptance"]).get("acceptance_length")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"{option} {path}",
-            f"it is no ground truth of validate.sh: {type(error).__name__}: {error}",
-            remedy,
-        ) from error
-    answers = {_key(each): answer for each, answer in zip(questions, tokens, strict=True)}
-    return GroundTruth(known, answers, length, questions)
+    content: _Form = forms.read_json(path, _Form, option, remedy)
+    questions = [
+        TokenizedPrompt(row["id"], row["prompt"], row.get("category")) for row in content["answers"]
+    ]
+    answers = {
+        _key(each): row["tokens"] for each, row in zip(questions, content["answers"], strict=True)
+    }
+    length = content["acceptance"].get("acceptance_length")
+    return GroundTruth(dict(content["settings"]), answers, length, questions)
 
 
 def compare(

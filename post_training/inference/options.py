@@ -19,7 +19,7 @@ def _json_object(option: str, text: str) -> None:
     """Raise UsageError unless the text is a JSON object."""
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise UsageError(

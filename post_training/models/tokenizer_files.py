@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, TypedDict
 
-from post_training.common import files, inputs
+from post_training.common import forms, inputs
 from post_training.common.errors import UsageError
 
 FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "tekken.json")
+
+
+class _Model(TypedDict, total=False):
+    vocab: dict[str, int] | list[Any]
+
+
+class _Token(TypedDict):
+    id: int
+
+
+class _Tokenizer(TypedDict, total=False):
+    model: _Model
+    added_tokens: list[_Token]
 
 
 def vocabulary(folder: Path) -> int | None:
     """Highest token id plus one, from ``tokenizer.json``; None without one."""
     if not (folder / "tokenizer.json").is_file():
         return None
-    content = files.read_json_object(folder / "tokenizer.json")
+    path = folder / "tokenizer.json"
+    content: _Tokenizer = forms.read_json(path, _Tokenizer, "file", "copy or download it again")
     vocabulary = content.get("model", {}).get("vocab", {})
     # A list (SentencePiece's unigrams) is in the order of the ids.
     ids = [len(vocabulary) - 1]

@@ -11,9 +11,9 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from post_training.common import files, manifest
+from post_training.common import files, forms, manifest
 from post_training.common.errors import UsageError
 
 logger = logging.getLogger("post_training")
@@ -21,6 +21,20 @@ logger = logging.getLogger("post_training")
 OPTION = "--prune-intermediate-ckpt"
 _DESCRIPTION = "scores.json"
 _FORMAT = 1
+
+
+class _Calibration(TypedDict):
+    sequences: int
+    sequence_length: int
+    source: str
+
+
+class _Form(TypedDict):
+    format: int
+    model: dict[str, Any]
+    layout: dict[str, Any]
+    calibration: _Calibration
+    search: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -51,16 +65,17 @@ class ScoreCache:
         path = self.folder / _DESCRIPTION
         if not path.is_file():
             return None
-        content = files.read_json_object(path, OPTION, "delete the folder, or name another")
-        model = content.get("model", {})
+        remedy = "name another folder, or delete this one to calibrate again"
+        content: dict[str, Any] = forms.read_json(path, _Form, OPTION, remedy)
+        model = content["model"]
         if _identity(model) != _identity(self.model):
             raise UsageError(
                 what,
                 f"its scores are of the model {model.get('path')} as it was then, not of "
                 f"{self.model['path']} as it is now",
-                "name another folder, or delete this one to calibrate again",
+                remedy,
             )
-        theirs = {name: content.get(name) for name in ("format", "layout")}
+        theirs = {name: content[name] for name in ("format", "layout")}
         mine = {"format": _FORMAT, "layout": self.layout}
         if theirs != mine:
             raise UsageError(

@@ -186,15 +186,17 @@ def read_sizes(text: str) -> dict[str, Any]:
     """
     shown = f"{OPTION} {text}"
     example = f"""{OPTION} '{{"hidden_size": 3072, "num_layers": 32}}'"""
+    path = None
     if not text.lstrip().startswith("{"):
         path = Path(text).expanduser()
         if not path.is_file():
             cause = "it is neither a JSON object nor a file"
             raise UsageError(shown, cause, f"quote it: {example}")
-        text = path.read_text(encoding="utf-8")
     try:
+        if path is not None:
+            text = path.read_text(encoding="utf-8")
         content = json.loads(text, object_pairs_hook=_without_repetition)
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(shown, f"it is not JSON: {error}", f"quote it: {example}") from error
     if not isinstance(content, dict):
         raise UsageError(shown, "it is not a JSON object", f"write {example}")

@@ -62,6 +62,7 @@ def quantize(
     if isinstance(choice, str) or is_search(choice):
         config, search = auto.search(model, options, choice, data)
         calibration.settle_zeros(model)
+        calibration.round_scales(model)
         calibration.check_scales(model, data.probe(model))
     else:
         config = with_format(model, options, choice, data)
@@ -97,6 +98,7 @@ def with_format(
             with quiet(stdout=True):
                 mtq.calibrate(model, config["algorithm"], forward_loop=forward_loop)
     calibration.settle_zeros(model)
+    calibration.round_scales(model)
     calibration.check_scales(model, data.probe(model, seen), dynamic_inputs=not method)
     return config
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-import yaml
-
+from post_training.common import forms
 from post_training.common.errors import UsageError, suggest
 from post_training.common.quiet import quiet
 
@@ -21,6 +20,14 @@ class Recipe:
     kind: str
 
 
+class _Metadata(TypedDict):
+    recipe_type: str
+
+
+class _Form(TypedDict):
+    metadata: _Metadata
+
+
 def find(name: str) -> Recipe:
     """The recipe that a path, or the name of a built-in one, means.
 
@@ -31,23 +38,17 @@ def find(name: str) -> Recipe:
         UsageError: if there is none, it is not YAML, or it is not about quantization.
     """
     path = _path(name)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        kind = content["metadata"]["recipe_type"]
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        cause = f"it is not YAML: {' '.join(str(error).split())}"
-        raise UsageError(f"--recipe {path}", cause, "correct the file") from error
-    except (TypeError, KeyError) as error:
-        raise UsageError(
-            f"--recipe {path}",
-            "it has no metadata.recipe_type",
-            "start from a recipe of the package modelopt_recipes, such as general/ptq/"
-            "fp8_default-kv_fp8.yaml",
-        ) from error
+    what = f"--recipe {path}"
+    remedy = (
+        "start from a recipe of the package modelopt_recipes, such as general/ptq/"
+        "fp8_default-kv_fp8.yaml"
+    )
+    content = forms.read_yaml(path, what, "correct the file")
+    kind = forms.parse(content, _Form, what, remedy)["metadata"]["recipe_type"]
     section = {"ptq": "quantize", "auto_quantize": "auto_quantize"}.get(kind)
     if section is None or section not in content:
         raise UsageError(
-            f"--recipe {path}",
+            what,
             f"its recipe_type is {kind}" + (f" and it has no {section}" if section else ""),
             "give a recipe of type ptq or auto_quantize with its section of the same name",
         )

@@ -34,7 +34,7 @@ MACHINE = ("tokens_per_second", "memory_bytes", "seconds")
 def read(folder: Path) -> list[dict[str, Any]]:
     """The lines of ``folder``'s metrics file; a last line that was cut short is left out."""
     lines: list[dict[str, Any]] = []
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+    with contextlib.suppress(FileNotFoundError, ValueError):
         for line in (folder / FILE).read_text(encoding="utf-8").splitlines():
             lines.append(json.loads(line))
     return lines

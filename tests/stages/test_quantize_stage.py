@@ -35,7 +35,12 @@ def flags(source, save, *more):
 TP, PP = ("--tensor-model-parallel-size", 2), ("--pipeline-model-parallel-size", 2)
 REFUSED = {
     "unknown name": (("--export-quant-cfg", "nvfp5"), "nvfp5", "Did you mean: nvfp4"),
-    "int8": (("--export-quant-cfg", "int8"), "int8", "INT8"),
+    "smoothquant": (("--export-quant-cfg", "int8_sq"), "int8_sq", "pre_quant_scale"),
+    "int8 and keys in fp8": (
+        ("--export-quant-cfg", "int8", "--export-kv-cache-quant", "fp8"),
+        "--export-kv-cache-quant fp8",
+        "16 bits only",
+    ),
     "awq": (("--export-quant-cfg", "NVFP4_AWQ_LITE_CFG"), "NVFP4_AWQ_LITE_CFG", "pre_quant_scale"),
     "weight-only fp8": (("--weight-only",), "--weight-only", "static input scale"),
     "kv alone": (("--export-quant-cfg", "FP8_KV_CFG"), "FP8_KV_CFG", "--allow-unexportable"),
@@ -163,9 +168,9 @@ def test_an_unexportable_format_runs_when_it_is_allowed(source, tmp_path):
 
 
 def test_an_unexportable_recipe_is_refused_before_calibration(source, tmp_path):
-    recipe = ("--recipe", "general/ptq/int4_blockwise_weight_only")
+    recipe = ("--recipe", "general/ptq/mxfp4_mlp_weight_only")
     done = tools.run("quantize.py", *flags(source, tmp_path / "q", *recipe), code=2)
-    assert "INT4" in done.stderr
+    assert "MXFP4" in done.stderr
     assert not (tmp_path / "q").exists()
 
 

@@ -283,7 +283,7 @@ def test_what_is_no_ground_truth_is_refused(tmp_path):
     path = tmp_path / "x.json"
     for text, cause in (
         ("[1]", "it is no JSON object"),
-        ('{"answers": [{"id": 1}]}', "it is no ground truth of validate.sh"),
+        ('{"answers": [{"id": 1}]}', "settings is missing"),
         ("no json", "it cannot be read as JSON"),
     ):
         path.write_text(text)

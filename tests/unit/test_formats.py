@@ -95,12 +95,13 @@ EXPORTED = {
     "NVFP4_MLP_ONLY_CFG": "NVFP4",
     "W4A16_NVFP4_CFG": "W4A16_NVFP4",
     "MXFP8_DEFAULT_CFG": "MXFP8",
+    "INT8_DEFAULT_CFG": "INT8_W8A8",
+    "INT8_WEIGHT_ONLY_CFG": "INT8_W8A16",
+    "INT4_BLOCKWISE_WEIGHT_ONLY_CFG": "INT4_W4A16",
 }
 REFUSED = {
-    "INT8_DEFAULT_CFG": "INT8",
     "INT8_SMOOTHQUANT_CFG": "pre_quant_scale",
     "INT4_AWQ_CFG": "pre_quant_scale",
-    "INT4_BLOCKWISE_WEIGHT_ONLY_CFG": "INT4",
     "NVFP4_AWQ_LITE_CFG": "pre_quant_scale",
     "NVFP4_SVDQUANT_DEFAULT_CFG": "low-rank",
     "NVFP4_MLP_WEIGHT_ONLY_CFG": "blocks of 32",
@@ -208,8 +209,8 @@ def test_a_recipe_is_found_by_path_built_in_path_and_stem(tmp_path):
     ("content", "cause"),
     [
         ("a: [1", "not YAML"),
-        ("quantize: {}\n", "no metadata.recipe_type"),
-        ("just text\n", "no metadata.recipe_type"),
+        ("quantize: {}\n", "metadata is missing"),
+        ("just text\n", "it is 'just text': it should be a valid dictionary"),
         ("metadata: {recipe_type: ptq}\n", "it has no quantize"),
         ("metadata: {recipe_type: speculative_eagle}\neagle: {}\n", "speculative_eagle"),
     ],

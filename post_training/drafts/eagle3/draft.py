@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from post_training.common import forms
 from post_training.common.errors import UsageError, suggest
 from post_training.models.architecture import Architecture
 
@@ -84,9 +85,15 @@ class Draft:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Draft:
-        """The draft that a manifest holds; entries of a newer version are left out."""
-        known = {each.name for each in fields(cls)}
-        return cls(**{name: value for name, value in content.items() if name in known})
+        """The draft that a manifest holds; entries of a newer version are left out.
+
+        Raises:
+            UsageError: unless it is as :meth:`to_json` gives it.
+        """
+        what = "the draft in the manifest run.json"
+        remedy = "make the checkpoint again with this version"
+        found: Draft = forms.parse(content, cls, what, remedy)
+        return found
 
 
 def configuration(

@@ -1,0 +1,83 @@
+"""The forms of the files that stages read: a value of another type never reaches the code.
+
+A form is a type that pydantic validates strictly: ``list[int]``, a dataclass, or a TypedDict whose
+other keys are not looked at. JSON's integers pass for floats; nothing else is converted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, get_type_hints
+
+import yaml
+
+from post_training.common import files
+from post_training.common.errors import UsageError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+
+def parse(content: Any, form: Any, what: str, remedy: str) -> Any:
+    """``content`` without the keys that ``form`` does not have; an instance of a dataclass.
+
+    Args:
+        content: what was read from the file.
+        form: its type.
+        what: the content is, in a message.
+        remedy: in a message.
+
+    Raises:
+        UsageError: unless the content has the form; it names the first place that has not.
+    """
+    from pydantic import ValidationError
+
+    try:
+        found = _adapter(form).validate_python(content, strict=True)
+        return form(**found) if isinstance(form, type) and dataclasses.is_dataclass(form) else found
+    except (ValidationError, RecursionError) as error:
+        cause = "it is nested too deep"
+        if isinstance(error, ValidationError):
+            first = error.errors(include_url=False)[0]
+            place = ".".join(map(str, first["loc"])) or "it"
+            is_missing = first["type"] == "missing"
+            cause = f"{place} is missing" if is_missing else f"{place} is {first['input']!r:.40}"
+            cause += "" if is_missing else f": {first['msg'].replace('Input', 'it', 1)}"
+        raise UsageError(what, cause, remedy) from error
+
+
+@cache
+def _adapter(form: Any) -> TypeAdapter[Any]:
+    from pydantic import TypeAdapter
+
+    if not dataclasses.is_dataclass(form):
+        return TypeAdapter(form)
+    # Strictly, pydantic takes instances of a dataclass only: its fields as the keys of a TypedDict.
+    hints: dict[str, Any] = get_type_hints(form)
+    for field in dataclasses.fields(form):
+        if field.default is not dataclasses.MISSING:
+            hints[field.name] = NotRequired[hints[field.name]]
+    return TypeAdapter(TypedDict("Fields", hints))  # type: ignore[operator]
+
+
+def read_json(path: Path, form: Any, what: str, remedy: str) -> Any:
+    """Content of a JSON file, which must be there and have the form; UsageError otherwise."""
+    return parse(files.read_json_object(path, what, remedy), form, f"{what} {path}", remedy)
+
+
+def read_yaml(path: Path, what: str, remedy: str) -> Any:
+    """Content of a YAML file, as ``yaml.safe_load`` gives it.
+
+    Raises:
+        UsageError: if it cannot be read, or is not YAML; with the line where that is known.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(what, f"it cannot be read: {error.strerror}", remedy) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date such as 2026-13-45
+        mark = getattr(error, "problem_mark", None)
+        line = f" in line {mark.line + 1}" if mark else f": {error}"
+        raise UsageError(what, f"it is not YAML{line}", remedy) from error
