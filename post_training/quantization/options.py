@@ -22,7 +22,7 @@ from post_training.quantization.engines import registry as engines
 from post_training.quantization.engines.base import Support
 from post_training.quantization.formats import exportable
 from post_training.quantization.formats import registry as formats
-from post_training.quantization.formats.base import NO_KV_CACHE, Format
+from post_training.quantization.formats.base import FOLDED_METHODS, NO_KV_CACHE, Format
 from post_training.quantization.recipes import Recipe
 
 Choice = Format | Recipe | str
@@ -184,10 +184,11 @@ def _check_format(options: QuantizeOptions, choice: Format) -> None:
     ranks, replicas = options.parallel.tensor, options.parallel.data
     if ranks > 1 and choice.linear and formats.WEIGHTS[choice.linear.weight].stored_block_scales:
         raise exportable.unsavable(what, ranks)
-    if choice.method == "local_hessian" and replicas > 1:
+    if choice.method in ("local_hessian", "awq_lite") and replicas > 1:
         raise UsageError(
             f"{what} with DP={replicas}",
-            "ModelOpt does not sum the Hessians of the replicas, and their scales would differ",
+            "ModelOpt adds up neither Hessians nor losses of the replicas, whose scales would "
+            "differ",
             "set DP=1; PP may be larger",
         )
 
@@ -264,6 +265,14 @@ def _require_hadamard(what: str) -> None:
 def _check_search(options: QuantizeOptions) -> None:
     names, bits = options.auto.auto_quantize_formats, options.auto.auto_quantize_bits
     rows = [formats.find(name, "--auto-quantize-formats") for name in names.split(",")]
+    folded = [row.name for row in rows if row.method in FOLDED_METHODS]
+    if folded:
+        raise UsageError(
+            f"--auto-quantize-formats {names}",
+            f"{', '.join(folded)} changes the norms before the layers, which a search compares "
+            "with one another",
+            "leave it out, or quantize the whole model in it",
+        )
     linears = [row.linear for row in rows if row.linear is not None]
     attention = any(row.attention for row in rows)
     found = exportable.judge(linears, options.export_kv_cache_quant, attention=attention)

@@ -28,6 +28,8 @@ FORMATS = {
     "INT8_DEFAULT_CFG": ("INT8_W8A8", 8.125),  # 32 bits of scale for 256 weights
     "INT8_WEIGHT_ONLY_CFG": ("INT8_W8A16", 8.125),
     "INT4_BLOCKWISE_WEIGHT_ONLY_CFG": ("INT4_W4A16", 4.25),
+    "INT8_SMOOTHQUANT_CFG": ("INT8_W8A8", 8.125),
+    "INT4_AWQ_CFG": ("INT4_W4A16", 4.25),
 }
 SIZES = {
     "hidden_size": 256,
@@ -38,6 +40,10 @@ SIZES = {
     "num_hidden_layers": 2,
 }
 MODELS = {"llama3": {"tie_word_embeddings": False}, "qwen3": {"tie_word_embeddings": True}}
+# Tied embeddings change nothing that depends on the format.
+EXPORTS = [("llama3", name) for name in FORMATS]
+EXPORTS += [("qwen3", "INT8_DEFAULT_CFG"), ("qwen3", "INT4_AWQ_CFG")]
+IN_BF16 = ("INT8_DEFAULT_CFG", "INT8_WEIGHT_ONLY_CFG", "INT4_AWQ_CFG")
 INPUT_ROUNDING = 0.01
 
 
@@ -87,10 +93,10 @@ def exported(tmp_path_factory):
     root = tmp_path_factory.mktemp("compressed")
     ids = tools.tokens()
     text = tools.write_texts(root / "text.jsonl")
-    one, two, last, keys = [], [], [], []
+    one, two, last = [], [], []
     for family, changes in MODELS.items():
         tools.random_model(root / family, family, **SIZES, **changes)
-        for name in FORMATS:
+        for name in (name for each, name in EXPORTS if each == family):
             work = root / f"{family} {name}"
             flags = (
                 *("--pretrained-model-path", root / family, "--fp32", "--export-quant-cfg", name),
@@ -103,7 +109,6 @@ def exported(tmp_path_factory):
                 tools.logits_job(root / f"{family} {name} logits", ids, *load),
                 ("export", (*load, "--export-dir", root / f"{family} {name} hf")),
             ]
-            keys.append((family, name))
             if family == "llama3":
                 split = root / f"{name} TP2"
                 tp = ("--tensor-model-parallel-size", 2)
@@ -111,7 +116,7 @@ def exported(tmp_path_factory):
                 folder = root / f"{name} TP2 hf"
                 last.append(("export", ("--load", split, "--fp32", "--export-dir", folder)))
     # As users have it: everything in bf16.
-    for name in FORMATS:
+    for name in IN_BF16:
         flags = (
             *("--pretrained-model-path", root / "qwen3", "--export-quant-cfg", name),
             *("--calib-dataset-path-or-name", text, "--calib-size", 8, "--skip-generate"),
@@ -123,26 +128,25 @@ def exported(tmp_path_factory):
     tools.run_stages(*one)
     tools.run_stages(*two, processes=2)
     tools.run_stages(*last)
-    return root, ids, {key: tools.read_logits(root / f"{' '.join(key)} logits") for key in keys}
+    logits = {key: tools.read_logits(root / f"{' '.join(key)} logits") for key in EXPORTS}
+    return root, ids, logits
 
 
 def require_near(actual, wanted, name):
-    if name == "INT8_DEFAULT_CFG":
+    if FORMATS[name][0] == "INT8_W8A8":
         assert (actual - wanted).abs().mean() < INPUT_ROUNDING * wanted.std()
     else:
         assert (actual - wanted).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize(("family", "name"), EXPORTS)
 def test_decoded_logits_are_the_quantized_models(exported, family, name):
     root, ids, logits = exported
     actual = engine_logits(root / f"{family} {name} hf", family, ids)
     require_near(actual, logits[family, name], name)
 
 
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize(("family", "name"), EXPORTS)
 def test_transformers_loads_the_folder_with_compressed_tensors(exported, family, name):
     from transformers import AutoModelForCausalLM
 
@@ -154,7 +158,44 @@ def test_transformers_loads_the_folder_with_compressed_tensors(exported, family,
     require_near(tools.transformers_logits(model.eval(), ids), logits[family, name], name)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+PLAIN_ONES = {
+    "INT8_SMOOTHQUANT_CFG": "INT8_DEFAULT_CFG",
+    "INT4_AWQ_CFG": "INT4_BLOCKWISE_WEIGHT_ONLY_CFG",
+}
+
+
+@pytest.mark.parametrize("split", ["TP=1", "TP=2"])
+@pytest.mark.parametrize("name", PLAIN_ONES)
+def test_factors_are_in_the_norms_and_searched_nowhere_else(exported, name, split):
+    """Norms are multiplied by factors, the weights after them divided; the rest is as without.
+
+    At TP=2 AWQ's search sees half of the outputs on each rank, and the factors are the mean of two.
+    """
+    root = exported[0]
+    folder = f"llama3 {name} hf" if split == "TP=1" else f"{name} TP2 hf"
+    found, rounded, source = (
+        dict(tools.tensors(root / each))
+        for each in (folder, f"llama3 {PLAIN_ONES[name]} hf", "llama3")
+    )
+    most = 1.2 if name == "INT4_AWQ_CFG" else 2.0  # SmoothQuant trades weights for inputs
+    assert found.keys() == rounded.keys()
+    for layer in ("model.layers.0", "model.layers.1"):
+        for norm, linear in (
+            ("input_layernorm", "self_attn.q_proj"),
+            ("post_attention_layernorm", "mlp.gate_proj"),
+        ):
+            factors = found[f"{layer}.{norm}.weight"] / source[f"{layer}.{norm}.weight"]
+            assert factors.max() / factors.min() > 1.05
+            module = f"{layer}.{linear}"
+            original = source[f"{module}.weight"]
+            error = (decode(found, module) * factors - original).norm()
+            assert error < most * (decode(rounded, module) - original).norm()
+        for linear in ("self_attn.o_proj", "mlp.down_proj"):
+            module = f"{layer}.{linear}"
+            assert torch.equal(decode(found, module), decode(rounded, module))
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in PLAIN_ONES])
 def test_a_checkpoint_of_two_ranks_gives_the_same_folder(exported, name):
     root, _, _ = exported
     one = dict(tools.tensors(root / f"llama3 {name} hf"))
@@ -186,22 +227,22 @@ def test_linears_have_the_bits_that_the_format_promises(exported, name):
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_configuration_says_what_is_quantized(exported, name):
     algorithm, _ = FORMATS[name]
-    folder = exported[0] / f"qwen3 {name} hf"
+    folder = exported[0] / f"{'qwen3' if ('qwen3', name) in EXPORTS else 'llama3'} {name} hf"
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "compressed-tensors"
-    assert config["ignore"] == ["lm_head"]  # tied: it has no tensor
+    assert config["ignore"] == ["lm_head"]  # Qwen3's is tied and has no tensor
     assert not (folder / readback.QUANT_CONFIG).exists()
     assert readback.Folder(folder).quantization["quant_algo"] == algorithm
     assert json.loads((folder / "run.json").read_text())["metrics"]["quant_algo"] == algorithm
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", IN_BF16)
 def test_scales_of_a_bf16_model_are_numbers_of_bf16(exported, name):
     """Engines read them so; they were rounded before the model was scored, and are read back."""
     tensors = dict(tools.tensors(exported[0] / f"{name} bf16 hf"))
     scales = [value for key, value in tensors.items() if key.endswith("weight_scale")]
     assert len(scales) == 2 * 7
-    wanted = torch.float32 if name == "INT8_DEFAULT_CFG" else torch.bfloat16
+    wanted = torch.float32 if FORMATS[name][0] == "INT8_W8A8" else torch.bfloat16
     for scale in scales:
         assert scale.dtype == wanted
         assert torch.equal(scale.float(), scale.bfloat16().float())

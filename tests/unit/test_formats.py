@@ -98,11 +98,13 @@ EXPORTED = {
     "INT8_DEFAULT_CFG": "INT8_W8A8",
     "INT8_WEIGHT_ONLY_CFG": "INT8_W8A16",
     "INT4_BLOCKWISE_WEIGHT_ONLY_CFG": "INT4_W4A16",
+    "INT8_SMOOTHQUANT_CFG": "INT8_W8A8",
+    "INT4_AWQ_CFG": "INT4_W4A16",
+    "NVFP4_AWQ_LITE_CFG": "NVFP4",
 }
 REFUSED = {
-    "INT8_SMOOTHQUANT_CFG": "pre_quant_scale",
-    "INT4_AWQ_CFG": "pre_quant_scale",
-    "NVFP4_AWQ_LITE_CFG": "pre_quant_scale",
+    "W4A8_AWQ_BETA_CFG": "INT4 with FP8 inputs",
+    "NVFP4_AWQ_FULL_CFG": "pre_quant_scale",
     "NVFP4_SVDQUANT_DEFAULT_CFG": "low-rank",
     "NVFP4_MLP_WEIGHT_ONLY_CFG": "blocks of 32",
     "MXFP4_DEFAULT_CFG": "MXFP4",

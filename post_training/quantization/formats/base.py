@@ -20,11 +20,11 @@ PRE_QUANT_SCALE = (
 LOW_RANK = "a low-rank product is added to each linear layer, which no engine computes"
 # ModelOpt's algorithms that add something to a linear layer, and what.
 EXTRA_OF_METHOD = {
-    "smoothquant": PRE_QUANT_SCALE,
-    "awq_lite": PRE_QUANT_SCALE,
     "awq_full": PRE_QUANT_SCALE,
     "svdquant": LOW_RANK,
 }
+# Those whose factors go into the norms before the layers, so that nothing is added.
+FOLDED_METHODS = ("smoothquant", "awq_lite")
 # Value of --export-kv-cache-quant that leaves keys and values in 16 bits.
 NO_KV_CACHE = "none"
 
