@@ -122,11 +122,19 @@ def _conversation(
 ) -> Document:
     """The document of these turns and of what goes with them in columns of its own."""
     tools, history = _from_json(values.get("tools")) or (), _from_json(values.get("history")) or ()
-    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in history):
+    if not isinstance(history, list | tuple) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 for pair in history
+    ):
         raise UsageError(
             f"{option} {row.place}",
             "its history is no list of pairs",
             'write it as [["question", "answer"], ...]',
+        )
+    if not isinstance(tools, list | tuple) or not all(isinstance(each, Mapping) for each in tools):
+        raise UsageError(
+            f"{option} {row.place}",
+            "its tools are no list of objects",
+            'write them as [{"type": "function", "function": {...}}, ...]',
         )
     earlier = [
         {"role": role, "content": str(text)}

@@ -45,7 +45,9 @@ def layers_per_stage(layers: int, parallel: Parallel) -> list[int]:
     before, after = [[] if n is None else [n] for n in (first, last)]
     fixed = before + after
     middle, rest = stages - len(fixed), layers - sum(fixed)
-    found = before + [rest // middle] * middle + after if middle else fixed
+    each = rest // middle if middle else 0
+    # A PP of billions must not become a list of so many.
+    found = before + [each] * min(middle, layers) + after
     if min(found) < 1 or sum(found) != layers:
         detail = f" ({first or 'even'} first, {last or 'even'} last)" if fixed else ""
         raise UsageError(

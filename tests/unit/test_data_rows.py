@@ -62,6 +62,13 @@ def test_of_two_layouts_in_a_turn_the_one_with_values_counts():
     assert turns(messages=messages) == [("user", "q"), ("assistant", "a")]
 
 
+@pytest.mark.parametrize("column", ["tools", "history"])
+@pytest.mark.parametrize("value", [True, 7, {"a": 1}, ["a"]])
+def test_columns_of_another_type_are_refused(column, value):
+    with pytest.raises(UsageError, match=f"its {column} (is|are) no list of"):
+        turns(conversations=HI, **{column: value})
+
+
 def test_a_history_of_another_form_is_refused():
     with pytest.raises(UsageError, match="no list of pairs"):
         turns(conversations=HI, history=["a", "b"])

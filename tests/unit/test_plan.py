@@ -19,7 +19,7 @@ from post_training.common.errors import UsageError
 from post_training.config import model_description
 from post_training.distributed.parallel import Parallel
 from post_training.distributed.session import Session
-from post_training.models import parameter_count
+from post_training.models import parallel_check, parameter_count
 from post_training.models.architecture import Architecture
 
 # As the models' publishers count them, without DeepSeek's 58 x 256 router biases (no parameters
@@ -251,3 +251,9 @@ def test_what_cannot_be_counted_is_named():
     content["transformer"]["mtp_num_layers"] = 1
     with pytest.raises(UsageError, match="mtp_num_layers = 1"):
         parameter_count.total(Architecture.from_json(content))
+
+
+@pytest.mark.parametrize("stages", [10**10, 10**20])
+def test_a_huge_number_of_pipeline_stages_takes_no_memory(stages):
+    with pytest.raises(UsageError, match="cannot be spread evenly"):
+        parallel_check.layers_per_stage(6, Parallel(pipeline=stages))
