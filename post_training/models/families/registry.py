@@ -15,6 +15,7 @@ from post_training.models.families.base import Family
 _FILES = (
     "llama",
     "qwen",
+    "qwen_moe",
 )
 FAMILIES: dict[str, Family] = {
     family.architecture: family
