@@ -31,9 +31,16 @@ LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {
         2,
         ("--pipeline-model-parallel-size", 2, "--decoder-first-pipeline-num-layers", 4),
     ),
+    "EP=2": (2, ("--expert-model-parallel-size", 2)),
 }
 # Name -> family. What is registered is tested.
 FAMILIES = {family.name: family for family in families.FAMILIES.values()}
+
+
+def families_at(layout: str) -> list[str]:
+    """Names of the families whose models can be divided so."""
+    has_experts = (name for name, family in FAMILIES.items() if "experts" in family.parts)
+    return list(has_experts if layout.startswith("EP") else FAMILIES)
 
 
 def random_model(

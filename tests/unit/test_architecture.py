@@ -58,6 +58,18 @@ _QWEN3 = {
     "num_key_value_heads": 8,
     "vocab_size": 151936,
 }
+_QWEN3_MOE = {
+    **_QWEN3,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_key_value_heads": 4,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+}
 # The config.json of each released model, as far as it decides the architecture.
 RELEASED: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-3.1-8B-Instruct": {
@@ -111,6 +123,24 @@ RELEASED: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 36,
         "num_attention_heads": 32,
         "tie_word_embeddings": False,
+    },
+    "Qwen/Qwen3-30B-A3B": {
+        **_QWEN3_MOE,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "max_window_layers": 48,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+    },
+    "Qwen/Qwen3-235B-A22B": {
+        **_QWEN3_MOE,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "max_window_layers": 94,
+        "moe_intermediate_size": 1536,
+        "num_hidden_layers": 94,
+        "num_attention_heads": 64,
     },
 }
 QWEN3 = RELEASED["Qwen/Qwen3-0.6B"]
@@ -319,3 +349,13 @@ def test_a_conf_of_another_model_is_refused_with_both_values():
     unpruned = {"architecture": pruned()["architecture"]}
     with pytest.raises(UsageError, match="num_layers is 28 in the conf and 24"):
         model_description.architecture(args, manifest=unpruned)
+
+
+@pytest.mark.parametrize(
+    "architecture", ["DeepseekV3ForCausalLM", "Llama4ForCausalLM", "Qwen3NextForCausalLM"]
+)
+def test_another_models_name_is_not_taken_for_a_misspelling(architecture):
+    with pytest.raises(UsageError) as refused:
+        from_huggingface({**QWEN3, "architectures": [architecture]})
+    assert architecture in str(refused.value)
+    assert "Did you mean" not in str(refused.value)

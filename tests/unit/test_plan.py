@@ -27,6 +27,8 @@ from post_training.models.architecture import Architecture
 PUBLISHED = {
     "Qwen/Qwen3-0.6B": 596_049_920,
     "Qwen/Qwen3-8B": 8_190_735_360,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen/Qwen3-235B-A22B": 235_093_634_560,
     "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
     "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
     "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
@@ -54,6 +56,16 @@ LAYOUTS = [
         "deepseek-ai/DeepSeek-R1",
         {"num_layers": 5, "moe_layer_freq": [0, 0, 0, 1, 1]},
         {"tensor": 4, "pipeline": 3, "expert": 64, "expert_tensor": 1, "last_layers": 1},
+    ),
+    (
+        "Qwen/Qwen3-30B-A3B",
+        {"num_layers": 3, "moe_layer_freq": [1, 1, 1]},
+        {"tensor": 2, "pipeline": 3, "expert": 8, "expert_tensor": 1},
+    ),
+    (
+        "Qwen/Qwen3-235B-A22B",
+        {"num_layers": 2, "moe_layer_freq": [1, 1]},
+        {"tensor": 4, "pipeline": 2, "expert": 16, "expert_tensor": 2},
     ),
     (
         "moonshotai/Kimi-K2-Instruct",

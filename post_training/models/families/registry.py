@@ -57,7 +57,7 @@ def from_huggingface(config: Mapping[str, Any]) -> Architecture:
             raise UsageError(
                 f"config.json: architectures = {config.get('architectures')!r}",
                 f"known are {', '.join(sorted(FAMILIES))}",
-                suggest(str(name), FAMILIES) or "convert a model of one of the known architectures",
+                _misspelt(str(name)) or "convert a model of one of the known architectures",
             )
         refuse_quantized(config)
         return FAMILIES[name].read(config)
@@ -108,6 +108,18 @@ def refuse_quantized(config: Mapping[str, Any], source: str = "config.json") -> 
         f"{source}: quantization_config with quant_method {shown}",
         "the weights are already quantized, and converting them would read codes as values",
         "take the unquantized (BF16) release of the model, or dequantize it first",
+    )
+
+
+def _misspelt(name: str) -> str:
+    """A hint for a known name that is misspelt; empty for the name of another model.
+
+    Names of different models are alike ("Llama4ForCausalLM" and "LlamaForCausalLM"), so what comes
+    before "For" must be the same.
+    """
+    model = name.lower().partition("for")[0]
+    return suggest(
+        name, [known for known in FAMILIES if known.lower().partition("for")[0] == model]
     )
 
 
