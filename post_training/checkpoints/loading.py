@@ -141,6 +141,11 @@ def _import_weights(
             names_read.add(key)
             return super()._get_safetensor(key, parallel_config=parallel_config)
 
+        def _gated_mlp_merging(self, module: Any, *args: Any, **kwargs: Any) -> None:
+            # It passes no _extra_state on to Transformer Engine's linears without a norm.
+            with module.register_load_state_dict_post_hook(_extra_state_may_be_missing):
+                super()._gated_mlp_merging(module, *args, **kwargs)
+
     def does_not_fit(reason: str) -> UsageError:
         return UsageError(
             f"model {source.location}",
@@ -182,6 +187,10 @@ def _import_weights(
     if actual != expected:
         raise does_not_fit(f"it has {expected:,} parameters, the Megatron model {actual:,}")
     logger.info("loaded %s: %s parameters, as in the source", source.location, f"{actual:,}")
+
+
+def _extra_state_may_be_missing(module: torch.nn.Module, found: Any) -> None:
+    found.missing_keys[:] = [key for key in found.missing_keys if "_extra_state" not in key]
 
 
 def _require_tied(index: Mapping[str, Entry], source: Source) -> None:

@@ -195,6 +195,21 @@ def read_logits(work: Path) -> torch.Tensor:
     return load_file(work / "logits.safetensors")["logits"]
 
 
+def read_tokens(work: Path) -> list[list[int]]:
+    """The tokens that a logits job with ``--new-tokens`` generated."""
+    from safetensors.torch import load_file
+
+    return load_file(work / "logits.safetensors")["tokens"].tolist()
+
+
+def transformers_tokens(model, ids: torch.Tensor, count: int) -> list[list[int]]:
+    """Greedy continuations of ``count`` tokens each."""
+    kept = {"eos_token_id": None, "pad_token_id": 0}
+    with torch.inference_mode():
+        new = model.generate(ids, max_new_tokens=count, do_sample=False, **kept)
+    return new[:, ids.shape[1] :].tolist()
+
+
 def transformers_logits(model, ids: torch.Tensor) -> torch.Tensor:
     """Logits [rows, length, vocabulary] in float32."""
     with torch.inference_mode():
