@@ -19,6 +19,9 @@ from test_mmlu_stage import reference_answers
 from test_quantized_export import TOLERANCES, decode, rounded_input, rounding_hook, stored_tensors
 from torch.nn import functional
 
+from post_training.training import metrics as training_metrics
+from post_training.training import run_folder
+
 EXPERTS, IDLE = 8, (4, 5, 6, 7)
 EP = ("--expert-model-parallel-size", 2)
 # Of three layers the second is dense.
@@ -79,6 +82,23 @@ def printed(root, model):
         export("pruned"),
         logits("pruned"),
     ]
+    tools.write_conversations(root / "chat.jsonl")
+    (root / "prompts.jsonl").write_text(json.dumps({"turns": ["What is 3 + 4?"]}) + "\n")
+    training = (
+        *("--finetune-data-files", root / "chat.jsonl", "--fp32", "--seq-length", 128),
+        *("--train-iters", 6, "--micro-batch-size", 2, "--log-interval", 1, "--eval-iters", 0),
+        *("--lr", 2e-3),
+    )
+    jobs += [
+        ("eagle3", (*source, *training, "--save", root / "drafted")),
+        ("export", ("--load", root / "drafted", "--export-dir", root / "draft_hf", "--fp32",
+                    "--export-extra-modules")),
+        ("validate", ("--load", root / "drafted", "--fp32", "--osl", 8, "--steps", 2,
+                      "--prompts-path", root / "prompts.jsonl", "--require-identical",
+                      "--validate-output", root / "validate.json")),
+        ("distill", ("--load", root / "pruned", "--teacher", root / "source", *training,
+                     "--save", root / "distilled")),
+    ]  # fmt: skip
     return at_two + tools.run_stages(*jobs).stderr
 
 
@@ -193,3 +213,26 @@ def test_pruned_experts_give_transformers_the_same_logits(root, printed):
     assert wanted.std() > 0.3
     difference = (tools.read_logits(root / "pruned_logits") - wanted).abs().max()
     assert difference < 1e-4
+
+
+@pytest.mark.parametrize("name", ["drafted", "distilled"])
+def test_training_on_a_model_with_experts_lowers_the_loss(root, printed, name):
+    logged = training_metrics.read(root / name / run_folder.FOLDER)
+    losses = [line["loss"] for line in logged if line["kind"] == "train"]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+
+
+def test_the_draft_of_a_model_with_experts_is_exported_and_agrees_with_greedy_decoding(
+    root, printed
+):
+    assert (root / "draft_hf" / "model.safetensors").is_file()
+    acceptance = json.loads((root / "validate.json").read_text())["acceptance"]
+    assert acceptance["identical_answers"] == acceptance["answers"] > 0
+
+
+def test_quantizing_at_tp_and_ep_together_is_refused_before_anything_is_loaded(root, model):
+    both = (*EP, "--tensor-model-parallel-size", 2)
+    flags = ("--pretrained-model-path", root / "source", "--save", root / "refused", *both)
+    done = tools.run("quantize.py", *flags, "--check", code=2, MLM_PLANNED_PROCESSES="4")
+    assert "TP=2 EP=2" in done.stderr and "ModelOpt" in done.stderr

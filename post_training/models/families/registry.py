@@ -14,13 +14,32 @@ from post_training.models.families.base import Family
 # One row a file of this folder; each file has a tuple FAMILIES.
 _FILES = (
     "llama",
+    "mistral",
+    "mixtral",
     "qwen",
     "qwen_moe",
+    "seed_oss",
+    "smollm",
 )
 FAMILIES: dict[str, Family] = {
     family.architecture: family
     for name in _FILES
     for family in importlib.import_module(f"{__package__}.{name}").FAMILIES
+}
+# Architectures near to a known one that megatron-core 0.19's layers do not compute.
+_RESIDUAL_FACTOR = (
+    "it multiplies what attention and MLP add to the residual by residual_multiplier, which "
+    "megatron-core's layers do not; weights that absorbed the factor would be rounded"
+)
+_NORMS_AFTER = (
+    "it normalizes what attention and MLP give in place of what they get, and queries and keys "
+    "over all heads at once, which megatron-core's layers do not"
+)
+_NOT_COMPUTED = {
+    "GraniteForCausalLM": _RESIDUAL_FACTOR,
+    "GraniteMoeForCausalLM": _RESIDUAL_FACTOR,
+    "Olmo2ForCausalLM": _NORMS_AFTER,
+    "Olmo3ForCausalLM": _NORMS_AFTER,
 }
 # What a model may have beyond a dense decoder, and the flags that state it.
 PARTS = {
@@ -53,6 +72,12 @@ def from_huggingface(config: Mapping[str, Any]) -> Architecture:
     """
     with values_of("config.json"):
         name = _architecture(config)
+        if name in _NOT_COMPUTED:
+            raise UsageError(
+                f"config.json: architectures = ['{name}']",
+                _NOT_COMPUTED[name],
+                f"convert a model of another architecture: {', '.join(sorted(FAMILIES))}",
+            )
         if name not in FAMILIES:
             raise UsageError(
                 f"config.json: architectures = {config.get('architectures')!r}",
