@@ -409,6 +409,12 @@ WITHOUT_CONF = {
         {**_EIGHT_GROUPS, **_MISTRAL_7B, "vocab_size": 32000, "num_local_experts": 8},
         46_702_792_704,
     ),
+    "Phi-4": (
+        "Phi3ForCausalLM",
+        {"hidden_size": 5120, "intermediate_size": 17920, "num_hidden_layers": 40,
+         "num_attention_heads": 40, "num_key_value_heads": 10, "vocab_size": 100352},
+        14_659_507_200,
+    ),
     "SmolLM3-3B": (
         "SmolLM3ForCausalLM",
         {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,

@@ -16,6 +16,7 @@ _FILES = (
     "llama",
     "mistral",
     "mixtral",
+    "phi3",
     "qwen",
     "qwen_moe",
     "seed_oss",
@@ -116,6 +117,12 @@ def register_weight_mapping(architecture: Architecture) -> None:
 
         mcore_common.all_mcore_hf_import_mapping[name] = dict(mapping.importing)
         mcore_common.all_mcore_hf_export_mapping[name] = dict(mapping.exporting)
+
+
+def joined(architecture: Architecture) -> Mapping[str, Mapping[str, int]]:
+    """Linear layers of the files that hold several of ModelOpt's; see :meth:`Family.joined`."""
+    family = FAMILIES.get(architecture.huggingface_architecture or "", _ANY_DECODER)
+    return family.joined(architecture.resolved())
 
 
 def refuse_quantized(config: Mapping[str, Any], source: str = "config.json") -> None:
