@@ -26,7 +26,12 @@ _PROPERTIES = {
 hypothesis.settings.register_profile(
     "suite", max_examples=2000, derandomize=True, deadline=None, **_PROPERTIES
 )
-hypothesis.settings.register_profile("hour", max_examples=50_000, deadline=1000, **_PROPERTIES)
+hypothesis.settings.register_profile(
+    "hour",
+    max_examples=int(os.environ.get("PROPERTY_EXAMPLES", "50000")),
+    deadline=1000,
+    **_PROPERTIES,
+)
 hypothesis.settings.load_profile("suite")
 
 

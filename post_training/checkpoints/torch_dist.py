@@ -15,11 +15,10 @@ A checkpoint can be loaded at other tensor- and pipeline-parallel sizes than it 
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training.checkpoints import finite
+from post_training.checkpoints import finite, sharding
 from post_training.checkpoints.huggingface import SmallFiles
 from post_training.checkpoints.megatron_arguments import megatron_lm_arguments
 from post_training.checkpoints.unpickling import only_known_classes
@@ -41,8 +40,6 @@ _FILE_BYTES = 1 << 30
 _MOST_FILES = 8
 # Names under which an iteration of training keeps its own state (training/checkpoint.py).
 TRAINING_KEYS = ("optimizer.", "rng_state", "_loss_modules.")
-# Tells loaders how sharded tensors were cut; Megatron-LM reads it back from the checkpoint.
-CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 
 
 def iteration_folder(folder: Path, what: str = "") -> Path:
@@ -100,7 +97,7 @@ def save(
         "args": megatron_lm_arguments(manifest.architecture, model),
         "checkpoint_version": CHECKPOINT_VERSION,
         "iteration": 0,
-        "model": model.sharded_state_dict(metadata=metadata()),
+        "model": sharding.sharded(model),
     }
     write(state, work / RELEASE, model)
 
@@ -130,19 +127,22 @@ def write(state: dict[str, Any], weights: Path, model: MegatronModule) -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
     from modelopt.torch.opt.plugins import save_sharded_modelopt_state
+    from torch.distributed.checkpoint.api import CheckpointException
 
     # Threads of this process answer through it. megatron-core's own, made for a writer in another
     # process, is a process that imports everything again and outlives a killed parent.
     filesystem_async._results_queue = queue.Queue()
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
-    dist_checkpointing.save(
-        state,
-        str(weights),
-        sharded_strategy=TorchDistSaveShardedStrategy(
-            thread_count=max(1, min(_MOST_FILES, size // _FILE_BYTES, threads.cores()))
-        ),
-        content_metadata=dict(CONTENT),
+    strategy = TorchDistSaveShardedStrategy(
+        thread_count=max(1, min(_MOST_FILES, size // _FILE_BYTES, threads.cores()))
     )
+    try:
+        dist_checkpointing.save(
+            state, str(weights), sharded_strategy=strategy, content_metadata=dict(sharding.CONTENT)
+        )
+    except CheckpointException as error:  # a BaseException, which no handler of errors sees
+        first = next((failure for failure, _ in error.failures.values()), error)
+        raise RuntimeError(f"{weights} could not be written: {first}") from error
     if has_modelopt_state(model):
         save_sharded_modelopt_state([model], str(weights))
     torch.distributed.barrier()
@@ -173,7 +173,8 @@ def load(model: MegatronModule, folder: Path, *, only: str = "") -> None:
                 parameter.fill_(1)
         with only_known_classes(f"checkpoint {folder}"):
             restore_sharded_modelopt_state([model], str(weights))
-    tensors = _sharded_tensors(model, only, weights)
+        sharding.keep_dtypes(model, weights)
+    tensors = sharding.sharded(model, weights, only=only)
     try:
         with only_known_classes(f"checkpoint {folder}"):
             state, missing, unexpected = dist_checkpointing.load(
@@ -213,30 +214,6 @@ def holds(folder: Path, name: str) -> bool:
         return False
 
 
-def _sharded_tensors(model: MegatronModule, only: str, weights: Path) -> dict[str, Any]:
-    """The model's, or those of one module: none on a pipeline stage without it.
-
-    ModelOpt (opt/plugins/megatron.py) saves the MLPs of a quantized model, and of modules after
-    them, in two tensors each: a module's are cut as the checkpoint has them.
-    """
-    cut = metadata(weights)
-    if not only:
-        return dict(model.sharded_state_dict(metadata=cut))
-    module = getattr(model, only, None)
-    if module is None:
-        return {}
-    halves = [n for n in _names(weights) if n.startswith(f"{only}.") and n.endswith("_w")]
-    cut["singleton_local_shards"] = bool(halves)
-    return dict(module.sharded_state_dict(prefix=f"{only}.", metadata=cut))
-
-
-def _names(weights: Path) -> Iterable[str]:
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-
-    with only_known_classes(f"checkpoint {weights}"):
-        return FileSystemReader(str(weights)).read_metadata().state_dict_metadata
-
-
 def is_quantized(folder: Path) -> bool:
     """Whether the checkpoint holds a ModelOpt state (quantized, pruned or drafted)."""
     return (iteration_folder(folder) / MODELOPT_STATE).is_dir()
@@ -245,20 +222,8 @@ def is_quantized(folder: Path) -> bool:
 def uses_transformer_engine_keys(folder: Path) -> bool:
     """Whether norms are named as in the fused spec; Megatron-LM's other specs name them apart."""
     unfused = (".input_layernorm.weight", ".pre_mlp_layernorm.weight")
-    names = _names(iteration_folder(folder))
+    names = sharding.stored(iteration_folder(folder))
     return not any(name.endswith(unfused) and "experts" not in name for name in names)
-
-
-def metadata(weights: Path | None = None) -> dict[str, Any]:
-    """How sharded tensors are cut: in a new checkpoint, or in the one at ``weights``."""
-    from megatron.core import dist_checkpointing, parallel_state
-
-    content = dict(CONTENT)
-    if weights is not None:
-        with only_known_classes(f"checkpoint {weights}"):
-            content = dist_checkpointing.load_content_metadata(str(weights)) or {}
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    return {**content, "dp_cp_group": group}
 
 
 def _of_model(names: set[str], only: str) -> list[str]:

@@ -109,16 +109,21 @@ def run[Options: StageOptions, P: Plan, Result](
         if plan.options.sequence_parallel and not stage.sequence_parallel:
             # Confs of large models carry the flag for training.
             logger.info("--sequence-parallel has no effect: %s trains nothing", stage.name)
-        with contextlib.ExitStack() as held:
-            for path, before in found.items() if opened.is_main else ():
-                held.enter_context(locks.hold(path, redaction.command()))
-                if outputs.state(path) != before:
-                    raise UsageError(
-                        f"output {path}", "another run has just made it", "start this one again"
-                    )
-            result = stage.work(plan, opened)
-        if opened.is_main and stage.show is not None:
-            stage.show(plan, result, opened)
+        try:
+            with contextlib.ExitStack() as held:
+                for path, before in found.items() if opened.is_main else ():
+                    held.enter_context(locks.hold(path, redaction.command()))
+                    if outputs.state(path) != before:
+                        raise UsageError(
+                            f"output {path}", "another run has just made it", "start this one again"
+                        )
+                result = stage.work(plan, opened)
+            if opened.is_main and stage.show is not None:
+                stage.show(plan, result, opened)
+        except Exception as error:
+            if full := outputs.full_disk(error, found):
+                raise full from error
+            raise
     if code := stage.exit_code(plan, result):
         sys.exit(code)
 

@@ -97,11 +97,14 @@ def recover(target: Path) -> bool:
 def write_text(path: Path, text: str) -> None:
     """Write a small file atomically: a reader sees the old text or the new one."""
     work = path.with_name(f".{path.name}.{os.getpid()}")
-    with work.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    work.replace(path)
+    try:
+        with work.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        work.replace(path)
+    finally:
+        work.unlink(missing_ok=True)  # a full disk has no room for a part of it
 
 
 def write_json(path: Path, content: Any) -> None:

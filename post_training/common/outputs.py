@@ -5,19 +5,22 @@ Each raises a UsageError that names the path, the cause and the remedy.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from post_training.common import manifest, redaction
-from post_training.common.errors import UsageError
+from post_training.common.errors import UsageError, first_line
 from post_training.common.inputs import nearest_existing
 
 # What an output is, by the stages that make such.
 CHECKPOINT = ("convert", "quantize", "prune", "distill", "eagle3")
 EXPORT = ("export",)
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_NO_ROOM = 1 << 16  # bytes
 
 
 def check_folder(
@@ -162,6 +165,29 @@ def disk_space(folder: Path, needed: int) -> None:
             f"about {_gigabytes(needed)} are needed and {_gigabytes(free)} are free on {parent}",
             "free some space, or set MLM_WORK_DIR to a larger disk",
         )
+
+
+def full_disk(error: Exception, paths: Iterable[Path]) -> UsageError | None:
+    """The error to raise for one that a full disk caused; None for any other.
+
+    Args:
+        error: of a write; torch's do not tell the cause, so a disk without room counts as that.
+        paths: the outputs.
+    """
+    if isinstance(error, UsageError):
+        return None
+    cause: BaseException | None = error
+    while cause is not None and getattr(cause, "errno", None) not in _FULL:
+        cause = cause.__cause__ or cause.__context__
+    free = {path: shutil.disk_usage(nearest_existing(path.absolute())).free for path in paths}
+    full = [path for path, left in free.items() if left < _NO_ROOM]
+    if cause is None and not full:
+        return None
+    return UsageError(
+        f"output {', '.join(map(str, full or free))}",
+        f"a disk became full: {first_line(cause or error)}",
+        "free some space and start this again; what was finished is untouched",
+    )
 
 
 def _what_lies_there(folder: Path) -> str:

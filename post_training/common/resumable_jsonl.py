@@ -119,6 +119,8 @@ class Rows:
         """Rename the complete file and write its manifest. Returns the manifest's content."""
         work = files.incomplete(self.target)
         content = record.content([{"file": self.target.name, **files.describe(work)}])
+        # A run that is killed in between must not leave an earlier file with the new manifest.
+        self.target.unlink(missing_ok=True)
         files.write_json(manifest_path(self.target), content)
         work.replace(self.target)
         state_path(self.target).unlink()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import logging
 import os
 import random
@@ -17,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from post_training.common import threads, versions
 from post_training.common.errors import UsageError, exit_with_usage_error
@@ -98,12 +99,14 @@ def open_session(
         logger.debug("flags without meaning here: %s", " ".join(ignored_flags))
     watch = None
     try:
-        with signals.prompt_exit():
+        with signals.prompt_exit(functools.partial(_end, stage)) as imported:
             versions.check()
             device = _join(timeout_minutes)
             # Before the imports, which take long enough for a rank to be lost.
             watch = liveness.start(placement.placement())
-            yield _start(stage, parallel, device, seed, timeout_minutes)
+            current = _start(stage, parallel, device, seed, timeout_minutes)
+            imported()
+            yield current
     except UsageError as error:
         if watch is not None:
             watch.leave(str(error))
@@ -115,22 +118,23 @@ def open_session(
         _leave(watch)
         _stop()
         raise
-    except signals.Interrupted as error:
-        if placement.placement().rank == 0:
-            print(
-                f"\n{stage}: ended by {error}. Finished outputs are untouched; what was "
-                "being written is discarded by the next run.",
-                file=sys.stderr,
-            )
-        sys.stderr.flush()
-        # Process groups may hold ranks that are gone: waiting for them would hang.
-        signals.exit_now(error.exit_code)
     except Exception as error:
         if watch is not None and watch.follows_a_loss(error):
             signals.exit_now(liveness.EXIT_CODE)
         raise
     _leave(watch)
     _stop()
+
+
+def _end(stage: str, error: signals.Interrupted) -> NoReturn:
+    if placement.placement().rank == 0:
+        said = (
+            f"\n{stage}: ended by {error}. Finished outputs are untouched; what was "
+            "being written is discarded by the next run.\n"
+        )
+        os.write(2, said.encode())  # a handler may have interrupted a print
+    # Process groups may hold ranks that are gone: waiting for them would hang.
+    signals.exit_now(error.exit_code)
 
 
 def _leave(watch: liveness.Watch | None) -> None:

@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NoReturn
 
 GRACE = 5.0
@@ -40,21 +40,30 @@ class Interrupted(KeyboardInterrupt):
         return 128 + self.number
 
 
+def _raise(error: Interrupted) -> NoReturn:
+    raise error
+
+
 @contextlib.contextmanager
-def prompt_exit() -> Iterator[None]:
+def prompt_exit(end: Callable[[Interrupted], NoReturn] = _raise) -> Iterator[Callable[[], None]]:
     """Within this context a signal raises :class:`Interrupted`, and a stuck process still ends.
 
     Signals that are :func:`deferred` stay so.
+
+    Args:
+        end: called when the exception has left the block; further signals are ignored until it is
+            done. It is called at once until the function that this context gives has been: torch's
+            imports run inside C++ code, which aborts on an exception of a signal handler.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    finished = threading.Event()
+    finished, imported = threading.Event(), threading.Event()
 
     def interrupt(number: int, _frame: object) -> None:
         # A second signal must not break the unwinding that the first one began.
         for each in chosen:
             signal.signal(each, signal.SIG_IGN)
-        raise Interrupted(number)
+        (_raise if imported.is_set() else end)(Interrupted(number))
 
     def watch() -> None:
         received = reader.recv(1)
@@ -70,7 +79,9 @@ def prompt_exit() -> Iterator[None]:
     previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     threading.Thread(target=watch, name="signal-watch", daemon=True).start()
     try:
-        yield
+        yield imported.set
+    except Interrupted as error:
+        end(error)
     finally:
         finished.set()
         signal.set_wakeup_fd(previous)

@@ -27,13 +27,28 @@ def unpack(model: torch.nn.Module) -> None:
 
 
 def fake_quantized(module: Any) -> torch.Tensor:
-    """The module's weight as its forward pass uses it."""
+    """The module's weight as its forward pass uses it, in float32: what an exact export
+    dequantizes to."""
     weight = module.weight.detach()
     quantizer = getattr(module, "weight_quantizer", None)
     if quantizer is None:
-        return weight
+        return weight.float()
     with torch.no_grad():
-        return quantizer(weight).detach()
+        return quantizer(weight).detach().float()
+
+
+def step_of_each(module: Any) -> torch.Tensor:
+    """The distance between two codes of each weight, float32 [out, in]; 0 where it has none.
+
+    For integers with a stored maximum of each output channel, or of each block of a row.
+    """
+    weight = module.weight.detach()
+    quantizer = getattr(module, "weight_quantizer", None)
+    if quantizer is None or not quantizer.is_enabled:
+        return torch.zeros_like(weight, dtype=torch.float32)
+    rows, columns = weight.shape
+    steps = quantizer.amax.detach().float().reshape(rows, -1) / quantizer.maxbound
+    return steps.repeat_interleave(columns // steps.shape[1], dim=1)
 
 
 def nvfp4_block_scales(

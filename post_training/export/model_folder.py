@@ -14,13 +14,13 @@ from tqdm import tqdm
 from post_training.checkpoints import huggingface, loading
 from post_training.checkpoints.huggingface import SmallFiles
 from post_training.checkpoints.source import Source
-from post_training.common import files
+from post_training.common import files, safetensors_index
 from post_training.common.quiet import quiet
 from post_training.config.options import StageOptions
 from post_training.distributed.collectives import from_all_ranks, on_first_rank
 from post_training.distributed.session import Session
-from post_training.export import readback
-from post_training.export.fake_quantized import unpack
+from post_training.export import compressed_tensors, readback
+from post_training.export.fake_quantized import fake_quantized, unpack
 from post_training.export.folder import require_equal, write_tensors
 from post_training.export.streaming_exporter import StreamingExporter
 from post_training.models.builder import torch_dtype
@@ -48,9 +48,9 @@ def write(
     Raises:
         UsageError: if the format cannot be exported, or what was written is not the model.
     """
-    if not allow_unexportable:
-        quantizers.judge_model(model, required=True)
+    judged = quantizers.judge_model(model, required=not allow_unexportable)
     unpack(model)
+    scheme = compressed_tensors.SCHEMES.get(judged.quant_algo)
     dtype = torch_dtype(options.precision)
     original = loading.local_huggingface(source, options)
     # ModelOpt announces on stdout what the log says already.
@@ -66,8 +66,9 @@ def write(
     count = len(model.decoder.layers) + 1 + model.pre_process
     progress = partial(tqdm, total=count, unit="layer", disable=not session.show_progress)
     work = on_first_rank(lambda: files.begin(target))
-    write_tensors(work, progress(exporter.groups(), desc="writing"), max_shard_bytes)
-    quantization = exporter.quantization_config()
+    groups = exporter.groups() if scheme is None else scheme.groups(exporter, dtype)
+    write_tensors(work, progress(groups, desc="writing"), max_shard_bytes)
+    quantization = exporter.quantization_config() if scheme is None else None
 
     def write_small_files() -> None:
         # A checkpoint pruned elsewhere comes with the configuration of before.
@@ -78,13 +79,15 @@ def write(
         if quantization is not None:
             config["quantization_config"] = convert_hf_quant_config_format(quantization)
             files.write_json(work / readback.QUANT_CONFIG, quantization)
+        elif scheme is not None:
+            config["quantization_config"] = scheme.configuration(safetensors_index.read(work))
         SmallFiles(original, options.trust_remote_code, config).copy_to(work)
 
     on_first_rank(write_small_files)
     written = readback.Folder(work, session.device)
     problems = written.problems() if session.is_main else []
     mine: list[str] = []
-    for group in progress(exporter.groups(reference=True), desc="reading back"):
+    for (group,) in progress(exporter.views(fake_quantized), desc="reading back"):
         mine += group
         problems += readback.compare(written, group.items(), dtype)
     compared = {name for each in from_all_ranks(mine) for name in each}

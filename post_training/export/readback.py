@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 
 from post_training.common import files, safetensors_index
+from post_training.export.decoders import compressed_tensors
 from post_training.export.decoders.base import Decoder
 from post_training.export.decoders.registry import DECODERS, SCALES
 
@@ -44,7 +45,11 @@ class Folder:
         self.config = files.read_json_object(path / "config.json")
         self.index = safetensors_index.read(path)
         self.quantization: dict[str, Any] = {}
-        if (path / QUANT_CONFIG).is_file():
+        declared = self.config.get("quantization_config") or {}
+        self.is_compressed = declared.get("quant_method") == compressed_tensors.METHOD
+        if self.is_compressed:
+            self.quantization = compressed_tensors.described(declared)
+        elif (path / QUANT_CONFIG).is_file():
             self.quantization = files.read_json_object(path / QUANT_CONFIG)["quantization"]
 
     @cached_property
@@ -82,10 +87,11 @@ class Folder:
         Raises:
             ValueError: if its stored form is not what the configuration says.
         """
-        stored = self.tensor(name)
         decoder = self._decoder(name)
         if decoder is not None:
-            return decoder.decode(self.tensor, name.removesuffix(".weight"), stored)
+            module = name.removesuffix(".weight")
+            return decoder.decode(self.tensor, module, self.tensor(f"{module}.{decoder.stored}"))
+        stored = self.tensor(name)
         if not stored.dtype.is_floating_point or stored.element_size() < 2:
             raise ValueError(f"{name} is stored as {stored.dtype}, but not said to be quantized")
         return stored.float()
@@ -93,15 +99,17 @@ class Folder:
     def problems(self) -> list[str]:
         """Everything about names, shapes, dtypes, scales and configuration that is not right."""
         found: list[str] = []
+        used: set[str] = set()
         for name, shape in self.expected.items():
-            if name in self.index:
+            stored = self._stored_name(name)
+            used.add(stored)
+            if stored in self.index:
                 found += self._form_problems(name, shape)
             else:
-                found.append(f"{name} is missing")
+                found.append(f"{stored} is missing")
         modules = {n.removesuffix(".weight") for n in self.expected if n.endswith(".weight")}
-        for name in self.index:
-            if name not in self.expected:
-                found += self._scale_problems(name, modules)
+        for name in self.index.keys() - used:
+            found += self._scale_problems(name, modules)
         return [*found, *self._configuration_problems(modules)]
 
     def bits_per_weight(self) -> float:
@@ -166,9 +174,17 @@ class Folder:
             raise ValueError(f"{name}: no decoder for quant_algo {algorithm}")
         return DECODERS[algorithm] if algorithm else None
 
+    def _stored_name(self, name: str) -> str:
+        """The tensor that holds a parameter."""
+        try:
+            decoder = self._decoder(name)
+        except ValueError:
+            return name
+        return f"{name.removesuffix('weight')}{decoder.stored}" if decoder else name
+
     def _form_problems(self, name: str, shape: tuple[int, ...]) -> Iterable[str]:
         """Stored dtype and shape against the configuration's, from the file's header alone."""
-        entry = self.index[name]
+        entry = self.index[self._stored_name(name)]
         try:
             decoder = self._decoder(name)
         except ValueError as error:
@@ -192,10 +208,11 @@ class Folder:
             yield f"{name} belongs to no linear layer"
         elif kind in SCALES and self.algorithm(module) is None:
             yield f"{name} is stored for a layer that the configuration calls unquantized"
-        else:
+        elif kind != "weight_shape":  # its decoder compares it
             values = self.tensor(name).float()
             lowest = values.min().item()
-            is_positive = lowest >= 0 if kind == "weight_scale" else lowest > 0
+            may_be_zero = kind == "weight_scale" and not self.is_compressed
+            is_positive = lowest >= 0 if may_be_zero else lowest > 0
             if not (is_positive and values.isfinite().all()):
                 yield f"{name} is not finite and positive"
 
@@ -217,6 +234,9 @@ class Folder:
         algorithm = self.quantization.get("quant_algo")
         if not declared:
             yield "config.json has no quantization_config"
+        elif self.is_compressed:
+            if (self.path / QUANT_CONFIG).exists():
+                yield f"{QUANT_CONFIG} stands beside a configuration of {compressed_tensors.METHOD}"
         elif declared.get("quant_algo") != algorithm:
             yield f"config.json says {declared.get('quant_algo')}, {QUANT_CONFIG} {algorithm}"
         if not algorithm:

@@ -7,7 +7,7 @@ by :mod:`post_training.export.readback`.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from typing import Any
 
@@ -27,40 +27,56 @@ from post_training.export.folder import Tensors
 from post_training.export.joining import Joining
 from post_training.models.families import registry as families
 
+# From a linear layer to a float32 tensor of its weight's shape, [out, in].
+View = Callable[[Any], torch.Tensor]
+
 
 class StreamingExporter(GPTModelExporter):
     """ModelOpt's exporter, one layer at a time. Every rank takes part in every method."""
 
-    _reference = False
+    _view: View | None = None
     _state_dict: Any
 
-    def groups(self, *, reference: bool = False) -> Iterator[Tensors]:
-        """Tensors by Hugging Face name: embedding, each layer, then final norm and head.
+    def groups(self) -> Iterator[Tensors]:
+        """Tensors by Hugging Face name, weights packed by ModelOpt: embedding, each layer, then
+        final norm and head."""
+        return (found for (found,) in self._groups(None))
 
-        Args:
-            reference: instead of packed weights give those that the model itself fake-quantizes,
-                in float32: what an exact export dequantizes to. The scales of inputs, keys and
-                values come along, from the calibrated maxima.
+    def views(self, *views: View) -> Iterator[list[Tensors]]:
+        """The same tensors, with what each view gives for a linear's weight in its place.
+
+        The scales of inputs, keys and values come along, from the calibrated maxima.
         """
-        self._reference = reference
+        return self._groups(*views)
+
+    def _groups(self, *views: View | None) -> Iterator[list[Tensors]]:
+        for write in self._writers():
+            found = []
+            for self._view in views:
+                write()
+                found.append(self._joining.tensors(self._take()))
+            yield found
+
+    def _writers(self) -> Iterator[Callable[[], None]]:
+        """What puts the tensors of one group into the state dict."""
         model = self.model
         # With a draft the last pipeline stage has a copy of the embedding too.
         if model.pre_process:
-            self.rules["word_embeddings"](model.embedding.word_embeddings)
-            yield self._take()
+            yield lambda: self.rules["word_embeddings"](model.embedding.word_embeddings)
         for layer in model.decoder.layers:
-            number = layer.layer_number - 1
-            if isinstance(layer, TransformerLayer):
-                self._get_transformer_layer_state_dict(layer, number)
-            else:
-                self._get_mamba_layer_state_dict(layer, number)
-            yield self._take()
+            is_transformer = isinstance(layer, TransformerLayer)
+            write = self._get_transformer_layer_state_dict
+            write = write if is_transformer else self._get_mamba_layer_state_dict
+            yield partial(write, layer, layer.layer_number - 1)
+        yield self._write_end
+
+    def _write_end(self) -> None:
+        model = self.model
         for norm in ("final_layernorm", "final_norm"):
             if getattr(model.decoder, norm, None):
                 self.rules[norm](getattr(model.decoder, norm))
         if hasattr(model, "output_layer") and not model.share_embeddings_and_output_weights:
             self.rules["output_layer"](model.output_layer)
-        yield self._take()
 
     def draft(self, architecture: str) -> Tensors:
         """The tensors of an attached draft, by the rules of ``architecture``."""
@@ -90,7 +106,7 @@ class StreamingExporter(GPTModelExporter):
 
     def _take(self) -> Tensors:
         tensors, self._state_dict = dict(self._state_dict), OrderedDict()
-        return self._joining.tensors(tensors)
+        return tensors
 
     @cached_property
     def _joining(self) -> Joining:
@@ -136,17 +152,17 @@ class StreamingExporter(GPTModelExporter):
         order of multiplying and dividing than the kernel's rounds weights that lie between
         two codes the other way. Fake-quantized weights lie on their codes.
         """
-        if self._reference:
+        if self._view is not None:
             state = self._get_weight_bias(module, torch.float32)
             if "weight" in state:
-                state["weight"] = fake_quantized(module).float()
+                state["weight"] = self._view(module)
             scale = calibrated_scale(getattr(module, "input_quantizer", None))
             if scale is not None:
                 state["input_scale"] = scale
             return state, None, 0
         state, quantization, block_size = super()._get_quantized_state(module, dtype, prefix)
         if "weight_scale" in state:
-            state["weight"] = fake_quantized(module).float()
+            state["weight"] = fake_quantized(module)
         if quantization in (QUANTIZATION_NVFP4, QUANTIZATION_W4A16_NVFP4):
             state["weight_scale"] = nvfp4_block_scales(
                 module.weight_quantizer,
@@ -157,7 +173,7 @@ class StreamingExporter(GPTModelExporter):
         return state, quantization, block_size
 
     def _self_attention_scaling(self, module: Any, prefix: str, **options: Any) -> None:
-        if not self._reference:
+        if self._view is None:
             super()._self_attention_scaling(module, prefix, **options)
             return
         for kind in ("k", "v"):

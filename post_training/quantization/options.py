@@ -6,8 +6,9 @@ A name of the table, a recipe file, or ``auto``; and whether the result could be
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from post_training.common.errors import UsageError
 from post_training.config.checks import at_least, positive
@@ -17,9 +18,11 @@ from post_training.data.options import CalibrationOptions
 from post_training.inference.smoke_generation import SmokeOptions
 from post_training.models.architecture import Architecture
 from post_training.quantization import recipes
+from post_training.quantization.engines import registry as engines
+from post_training.quantization.engines.base import Support
 from post_training.quantization.formats import exportable
 from post_training.quantization.formats import registry as formats
-from post_training.quantization.formats.base import NO_KV_CACHE, Format
+from post_training.quantization.formats.base import FOLDED_METHODS, NO_KV_CACHE, Format
 from post_training.quantization.recipes import Recipe
 
 Choice = Format | Recipe | str
@@ -188,10 +191,11 @@ def _check_format(options: QuantizeOptions, choice: Format) -> None:
     ranks, replicas = options.parallel.tensor, options.parallel.data
     if ranks > 1 and choice.linear and formats.WEIGHTS[choice.linear.weight].stored_block_scales:
         raise exportable.unsavable(what, ranks)
-    if choice.method == "local_hessian" and replicas > 1:
+    if choice.method in ("local_hessian", "awq_lite") and replicas > 1:
         raise UsageError(
             f"{what} with DP={replicas}",
-            "ModelOpt does not sum the Hessians of the replicas, and their scales would differ",
+            "ModelOpt adds up neither Hessians nor losses of the replicas, whose scales would "
+            "differ",
             "set DP=1; PP may be larger",
         )
 
@@ -218,12 +222,42 @@ def _check_layers(options: QuantizeOptions, choice: Format, architecture: Archit
             "choose a format without blocks, such as FP8_DEFAULT_CFG"
             + (", or a smaller TP" if ranks > 1 else ""),
         )
+    _check_kernels(what, options, choice, values)
     if choice.layers == "experts" and not values["num_moe_experts"]:
         raise UsageError(
             what,
             "it quantizes experts, and the model has none",
             "NVFP4_MLP_ONLY_CFG quantizes the MLP of a dense model",
         )
+
+
+def _check_kernels(
+    what: str, options: QuantizeOptions, choice: Format, values: Mapping[str, Any]
+) -> None:
+    """Refuse linears whose sizes the first engine's kernels do not take, as it fuses them."""
+    found = exportable.verdict(choice, weight_only=options.weight_only)
+    if options.allow_unexportable or not found.exportable:
+        return
+    engine = engines.ENGINES[0]
+    rows, columns = engine.algorithms.get(found.quant_algo, Support()).multiples
+    hidden, heads, groups = (
+        values[name] for name in ("hidden_size", "num_attention_heads", "num_query_groups")
+    )
+    attention, head = heads * values["kv_channels"], values["kv_channels"]
+    ffn = values["moe_ffn_hidden_size"] if values["num_moe_experts"] else values["ffn_hidden_size"]
+    gate = 2 if values["gated_linear_unit"] else 1
+    sizes = {"gate, up": (gate * ffn, hidden), "down": (hidden, ffn)}
+    if not values["multi_latent_attention"]:
+        qkv = attention + 2 * groups * head
+        sizes = {"q, k, v": (qkv, hidden), "o": (hidden, attention), **sizes}
+    for name, (outputs, inputs) in sizes.items():
+        if outputs % rows or inputs % columns:
+            raise UsageError(
+                what,
+                f"{name} has {outputs} outputs and {inputs} inputs; {engine.name}'s kernel for "
+                f"{found.quant_algo} takes multiples of {rows} and {columns}",
+                "choose another format, such as FP8_DEFAULT_CFG, or give --allow-unexportable",
+            )
 
 
 def _require_hadamard(what: str) -> None:
@@ -238,6 +272,14 @@ def _require_hadamard(what: str) -> None:
 def _check_search(options: QuantizeOptions) -> None:
     names, bits = options.auto.auto_quantize_formats, options.auto.auto_quantize_bits
     rows = [formats.find(name, "--auto-quantize-formats") for name in names.split(",")]
+    folded = [row.name for row in rows if row.method in FOLDED_METHODS]
+    if folded:
+        raise UsageError(
+            f"--auto-quantize-formats {names}",
+            f"{', '.join(folded)} changes the norms before the layers, which a search compares "
+            "with one another",
+            "leave it out, or quantize the whole model in it",
+        )
     linears = [row.linear for row in rows if row.linear is not None]
     attention = any(row.attention for row in rows)
     found = exportable.judge(linears, options.export_kv_cache_quant, attention=attention)

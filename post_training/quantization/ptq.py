@@ -17,11 +17,11 @@ from modelopt.torch.quantization.mode import QuantizeModeRegistry
 
 from post_training.common.quiet import quiet
 from post_training.distributed.collectives import from_all_ranks
-from post_training.quantization import auto, calibration, coverage, quantizers
+from post_training.quantization import auto, calibration, coverage, quantizers, smoothing
 from post_training.quantization.calibration import Calibration
 from post_training.quantization.configuration import Config, configuration, method_of
 from post_training.quantization.coverage import Coverage
-from post_training.quantization.formats.base import Format
+from post_training.quantization.formats.base import FOLDED_METHODS, Format
 from post_training.quantization.formats.exportable import Verdict
 from post_training.quantization.options import Choice, QuantizeOptions, is_search
 from post_training.quantization.recipes import Recipe
@@ -62,6 +62,7 @@ def quantize(
     if isinstance(choice, str) or is_search(choice):
         config, search = auto.search(model, options, choice, data)
         calibration.settle_zeros(model)
+        calibration.round_scales(model)
         calibration.check_scales(model, data.probe(model))
     else:
         config = with_format(model, options, choice, data)
@@ -95,8 +96,12 @@ def with_format(
         forward_loop = data if _needs_data(model, method) else None
         if method:
             with quiet(stdout=True):
-                mtq.calibrate(model, config["algorithm"], forward_loop=forward_loop)
+                if method in FOLDED_METHODS:
+                    smoothing.calibrate(model, config["algorithm"], method, data)
+                else:
+                    mtq.calibrate(model, config["algorithm"], forward_loop=forward_loop)
     calibration.settle_zeros(model)
+    calibration.round_scales(model)
     calibration.check_scales(model, data.probe(model, seen), dynamic_inputs=not method)
     return config
 

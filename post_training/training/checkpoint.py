@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training.checkpoints import megatron_arguments, torch_dist
+from post_training.checkpoints import megatron_arguments, sharding, torch_dist
 from post_training.checkpoints.huggingface import SmallFiles
 from post_training.checkpoints.unpickling import only_known_classes
 from post_training.common import files
@@ -93,7 +93,7 @@ class TrainingCheckpoints:
         if "SLURM_JOB_ID" in os.environ:
             record.extra[JOB] = os.environ["SLURM_JOB_ID"]
         work = collectives.on_first_rank(lambda: files.begin(target))
-        tensors = model.sharded_state_dict(metadata=torch_dist.metadata())
+        tensors = sharding.sharded(model)
         state = {
             "args": megatron_arguments.megatron_lm_arguments(record.architecture, model),
             "checkpoint_version": torch_dist.CHECKPOINT_VERSION,
@@ -102,7 +102,7 @@ class TrainingCheckpoints:
             _PROGRESS: vars(progress),
             "model": tensors,
             "optimizer": training_state.optimizer_state(
-                optimizer, tensors, torch_dist.metadata(), progress.iteration
+                optimizer, tensors, sharding.metadata(), progress.iteration
             ),
             "rng_state": training_state.sharded_random_state(),
         }
@@ -131,7 +131,7 @@ class TrainingCheckpoints:
         from megatron.core import dist_checkpointing
 
         weights = torch_dist.iteration_folder(self.folder)
-        tensors = model.sharded_state_dict(metadata=torch_dist.metadata(weights))
+        tensors = sharding.sharded(model, weights)
         with only_known_classes(f"checkpoint {weights}"):
             common = dist_checkpointing.load_common_state_dict(str(weights))
         progress = Progress(**common[_PROGRESS])
@@ -139,7 +139,7 @@ class TrainingCheckpoints:
             "optimizer": training_state.optimizer_state(
                 optimizer,
                 tensors,
-                torch_dist.metadata(weights),
+                sharding.metadata(weights),
                 progress.iteration,
                 is_loading=True,
             )

@@ -21,6 +21,7 @@ import torch
 
 from post_training.common import redaction, resumable_jsonl
 from post_training.common.errors import UsageError
+from post_training.common.manifest import Manifest
 from post_training.data import prompts
 
 ANSWER = 10
@@ -276,6 +277,29 @@ def test_other_settings_do_not_go_on_with_the_rows_of_a_killed_run(tmp_path):
     resumable_jsonl.check(target, {"temperature": 1.0}, overwrite=True)
     assert resumable_jsonl.Rows(target, {"temperature": 0.0}).done == 1
     assert resumable_jsonl.Rows(target, {"temperature": 1.0}).done == 0
+
+
+def test_rows_that_are_replaced_never_lie_beside_the_manifest_of_others(tmp_path):
+    target = tmp_path / "out.jsonl"
+
+    def make(text):
+        rows = resumable_jsonl.Rows(target, {})
+        rows.append([{"text": text}], done=1, totals={})
+        return rows
+
+    make("old").finish(Manifest("generate", {}))
+    manifest_path = resumable_jsonl.manifest_path(target)
+    rows = make("new")
+    manifest_path.unlink()
+    manifest_path.mkdir()  # the run ends where it writes the manifest
+    with pytest.raises(OSError):
+        rows.finish(Manifest("generate", {}))
+    assert not target.exists()
+    manifest_path.rmdir()
+    again = resumable_jsonl.Rows(target, {})
+    assert again.done == 1
+    again.finish(Manifest("generate", {}))
+    assert json.loads(target.read_text()) == {"text": "new"}
 
 
 def test_a_finished_file_is_not_overwritten_unasked(tmp_path):

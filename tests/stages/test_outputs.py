@@ -169,3 +169,25 @@ def test_an_output_that_another_run_has_made_since_the_check_is_not_replaced(wor
     done = tools.run(str(program), *words(work, "export", output), code=2)
     assert f"output {output}" in done.stderr and "another run has just made it" in done.stderr
     assert list(output.iterdir()) == []
+
+
+def test_a_disk_that_becomes_full_is_named_and_a_larger_one_is_enough(work, tmp_path):
+    """Weights fit three times, so the checks pass; with the optimizer's state they do not fit."""
+    disk, size = tmp_path / "disk", 3 * files.size_of(work / "mlm")
+    disk.mkdir()
+    mounted = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    mount = f'mount -t tmpfs -o size={size} tmpfs "$0" && "$@"'
+    if subprocess.run([*mounted, mount, disk, "true"], capture_output=True).returncode:
+        pytest.skip("this user may not mount a file system")
+    given = words(work, "distill", disk / "run")
+    done = subprocess.run(
+        [*mounted, mount, str(disk), *tools.command("distill.py", *given)],
+        cwd=tools.ROOT,
+        env=tools.environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert f"error: output {disk / 'run'}\n  cause: a disk became full" in done.stderr
+    assert "Traceback" not in done.stderr
+    tools.run("distill.py", *given)

@@ -35,8 +35,17 @@ def flags(source, save, *more):
 TP, PP = ("--tensor-model-parallel-size", 2), ("--pipeline-model-parallel-size", 2)
 REFUSED = {
     "unknown name": (("--export-quant-cfg", "nvfp5"), "nvfp5", "Did you mean: nvfp4"),
-    "int8": (("--export-quant-cfg", "int8"), "int8", "INT8"),
-    "awq": (("--export-quant-cfg", "NVFP4_AWQ_LITE_CFG"), "NVFP4_AWQ_LITE_CFG", "pre_quant_scale"),
+    "int8 and keys in fp8": (
+        ("--export-quant-cfg", "int8", "--export-kv-cache-quant", "fp8"),
+        "--export-kv-cache-quant fp8",
+        "16 bits only",
+    ),
+    "awq": (("--export-quant-cfg", "NVFP4_AWQ_FULL_CFG"), "NVFP4_AWQ_FULL_CFG", "pre_quant_scale"),
+    "auto with awq": (
+        ("--export-quant-cfg", "auto", "--auto-quantize-formats", "nvfp4_awq_lite,fp8"),
+        "nvfp4_awq_lite,fp8",
+        "changes the norms",
+    ),
     "weight-only fp8": (("--weight-only",), "--weight-only", "static input scale"),
     "kv alone": (("--export-quant-cfg", "FP8_KV_CFG"), "FP8_KV_CFG", "--allow-unexportable"),
     "affine kv": (("--export-kv-cache-quant", "fp8_affine"), "fp8_affine", "zero points"),
@@ -94,7 +103,7 @@ def test_replicas_whose_scales_would_differ_are_refused(source, tmp_path):
 
 
 def test_a_refusal_takes_less_than_a_second_and_no_torch(source, tmp_path):
-    words = flags(source, tmp_path / "q", "--export-quant-cfg", "int4_awq")
+    words = flags(source, tmp_path / "q", "--export-quant-cfg", "nvfp4_awq_full")
     seconds = []
     for _ in range(3):
         started = time.monotonic()
@@ -154,18 +163,18 @@ def test_a_failing_smoke_generation_keeps_the_checkpoint_and_the_exit_code(sourc
 
 
 def test_an_unexportable_format_runs_when_it_is_allowed(source, tmp_path):
-    more = ("--export-quant-cfg", "int8_sq", "--allow-unexportable", "--skip-generate")
+    more = ("--export-quant-cfg", "mxfp4", "--allow-unexportable", "--skip-generate")
     done = tools.run("quantize.py", *flags(source, tmp_path / "q", *more))
     assert "export will refuse this checkpoint" in done.stderr
     found = manifest.read(tmp_path / "q")["quantization"]
     assert not found["exportable"]
-    assert "pre_quant_scale" in found["reason"]
+    assert "MXFP4" in found["reason"]
 
 
 def test_an_unexportable_recipe_is_refused_before_calibration(source, tmp_path):
-    recipe = ("--recipe", "general/ptq/int4_blockwise_weight_only")
+    recipe = ("--recipe", "general/ptq/mxfp4_mlp_weight_only")
     done = tools.run("quantize.py", *flags(source, tmp_path / "q", *recipe), code=2)
-    assert "INT4" in done.stderr
+    assert "MXFP4" in done.stderr
     assert not (tmp_path / "q").exists()
 
 

@@ -162,3 +162,12 @@ def test_a_volume_is_emptied_and_other_folders_are_kept_until_they_are_replaced(
         assert list(volume.iterdir()) == []
     finally:
         subprocess.run(["umount", volume], check=True)
+
+
+def test_a_small_file_that_cannot_be_written_leaves_nothing_beside_it(tmp_path):
+    path = tmp_path / "report.json"
+    files.write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        files.write_text(path, "a half of a surrogate pair: \ud800")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -480,6 +480,19 @@ def test_an_unwritable_value_is_reported_with_the_free_space(tmp_path):
         outputs.disk_space(tmp_path / "a" / "b", 10**15)
 
 
+def test_a_full_disk_is_reported_for_the_output_and_other_errors_are_not(tmp_path):
+    output = tmp_path / "output"
+    with pytest.raises(OSError) as full, Path("/dev/full").open("w", encoding="utf-8") as device:
+        device.write("x")
+    outer = RuntimeError("failed writing file")  # as torch's writers put it
+    outer.__cause__ = full.value
+    for error in (full.value, outer):
+        message = str(outputs.full_disk(error, [output]))
+        assert f"output {output}" in message and "No space left on device" in message
+    for error in (RuntimeError("x"), FileNotFoundError(2, "x"), UsageError("a", "b", "c")):
+        assert outputs.full_disk(error, [output]) is None
+
+
 @pytest.mark.parametrize("check", [checks.positive, checks.at_least(1)])
 def test_a_number_of_a_flag_is_finite_and_not_too_small(check):
     check("--calib-size", 1)

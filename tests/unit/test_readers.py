@@ -4,7 +4,8 @@ Each property changes a sound file at one to three places, or its text, or its b
 as the stages do before they load anything. No other exception may come out, and no example may take
 a second. For a long run, with other examples every time:
 
-    python -m pytest tests/unit/test_readers.py -n 8 --hypothesis-profile=hour
+    PROPERTY_EXAMPLES=50000 python -m pytest tests/unit/test_readers.py -n 8 --timeout=0 \\
+        --hypothesis-profile=hour
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -153,6 +154,32 @@ def test_a_deferred_signal_is_noted_and_ends_nothing():
     with pytest.raises(signals.Interrupted), signals.prompt_exit():
         os.kill(os.getpid(), signal.SIGTERM)
         signal.pause()
+
+
+def test_a_signal_ends_a_process_at_once_until_its_imports_are_done():
+    """torch's run Python inside C++ code, which aborts on an exception."""
+    ended = []
+
+    def end(error):
+        ended.append(error.number)
+        raise error
+
+    with pytest.raises(signals.Interrupted), signals.prompt_exit(end):
+        with contextlib.suppress(signals.Interrupted):
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        assert ended == [signal.SIGTERM]
+        os.kill(os.getpid(), signal.SIGINT)  # ignored: the process is about to end
+        raise signals.Interrupted(signal.SIGTERM)
+    ended.clear()
+    with pytest.raises(signals.Interrupted), signals.prompt_exit(end) as imported:
+        imported()
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pause()
+        finally:
+            assert not ended  # what the block has to undo comes first
+    assert ended == [signal.SIGTERM]
 
 
 def test_a_run_is_resumed_with_the_model_it_started_from(tmp_path, monkeypatch):

@@ -16,11 +16,13 @@ class Decoder:
     """How the weights of one ``quant_algo`` are stored.
 
     Attributes:
-        algorithm: ``quant_algo`` of ``hf_quant_config.json``.
+        algorithm: ``quant_algo`` of ``hf_quant_config.json``, or our name for what a configuration
+            of compressed-tensors describes.
         dtype: of the stored weight, as safetensors names it.
         decode: of (read, module, stored weight) -> float32 [out, in].
         per_element: weights that an element of the stored tensor holds.
         scales: names of the tensors that stand beside the weight.
+        stored: name of the tensor that holds it.
     """
 
     algorithm: str
@@ -28,6 +30,7 @@ class Decoder:
     decode: Callable[[Read, str, torch.Tensor], torch.Tensor]
     per_element: int = 1
     scales: tuple[str, ...] = ("weight_scale", "input_scale")
+    stored: str = "weight"
 
 
 def require_dtype(what: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:

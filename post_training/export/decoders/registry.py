@@ -6,6 +6,7 @@ To add one: a file that ends in its ``Decoder`` rows, and a row here (docs/exten
 from __future__ import annotations
 
 from post_training.export.decoders.base import Decoder
+from post_training.export.decoders.compressed_tensors import COMPRESSED_TENSORS
 from post_training.export.decoders.fp8 import FP8
 from post_training.export.decoders.mx import MX
 from post_training.export.decoders.nvfp4 import NVFP4
@@ -14,6 +15,7 @@ _ROWS: tuple[Decoder, ...] = (
     *FP8,
     *NVFP4,
     *MX,
+    *COMPRESSED_TENSORS,
 )
 
 DECODERS: dict[str, Decoder] = {row.algorithm: row for row in _ROWS}

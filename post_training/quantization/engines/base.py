@@ -8,6 +8,8 @@ from dataclasses import dataclass
 # In order of age.
 GENERATIONS = ("Ampere", "Ada", "Hopper", "Blackwell")
 MIXED = "MIXED_PRECISION"
+# Written in the layout of compressed-tensors, not in ModelOpt's.
+COMPRESSED_TENSORS = frozenset(("INT8_W8A8", "INT8_W8A16", "INT4_W4A16"))
 
 
 @dataclass(frozen=True)
@@ -17,11 +19,15 @@ class Support:
     Attributes:
         native: GPU generations whose kernels compute in the format; empty for a mixture, which
             runs where the formats inside it do.
+        loader: the file that reads it, where that is not the engine's.
+        multiples: what kernels need of a linear: outputs and inputs divisible by these.
         weights_alone: generations on which weights are unpacked and inputs stay in 16 bits.
     """
 
     native: tuple[str, ...] = ()
     weights_alone: tuple[str, ...] = ()
+    loader: str = ""
+    multiples: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True)

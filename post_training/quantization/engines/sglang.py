@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from post_training.quantization.engines.base import Engine, Support
+from post_training.quantization.engines.base import GENERATIONS, Engine, Support
+
+_COMPRESSED = "sglang/srt/layers/quantization/compressed_tensors/compressed_tensors.py"
 
 SGLANG = Engine(
     name="SGLang",
@@ -11,5 +13,8 @@ SGLANG = Engine(
     algorithms={
         "FP8": Support(native=("Ada", "Hopper", "Blackwell")),
         "NVFP4": Support(native=("Blackwell",)),
+        "INT8_W8A8": Support(native=("Ampere", "Ada", "Hopper"), loader=_COMPRESSED),
+        "INT8_W8A16": Support(native=GENERATIONS, loader=_COMPRESSED),
+        "INT4_W4A16": Support(native=GENERATIONS, loader=_COMPRESSED),
     },
 )

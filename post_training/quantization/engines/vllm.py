@@ -5,6 +5,9 @@ from __future__ import annotations
 from post_training.quantization.engines.base import MIXED, Engine, Support
 
 _BEFORE_BLACKWELL = ("Ampere", "Ada", "Hopper")
+_ALL = (*_BEFORE_BLACKWELL, "Blackwell")
+_SCHEMES = "vllm/model_executor/layers/quantization/compressed_tensors/schemes/compressed_tensors"
+_MARLIN = (64, 128)  # the tiles of its kernel for weights alone
 
 VLLM = Engine(
     name="vLLM",
@@ -13,9 +16,15 @@ VLLM = Engine(
     algorithms={
         "FP8": Support(native=("Ada", "Hopper", "Blackwell")),
         "NVFP4": Support(native=("Blackwell",), weights_alone=_BEFORE_BLACKWELL),
-        "W4A16_NVFP4": Support(native=(*_BEFORE_BLACKWELL, "Blackwell")),
+        "W4A16_NVFP4": Support(native=_ALL),
         "MXFP8": Support(native=("Blackwell",), weights_alone=_BEFORE_BLACKWELL),
         MIXED: Support(),
+        # The kernel for Blackwell fails when the engine starts (vLLM's issue 54311).
+        "INT8_W8A8": Support(
+            native=_BEFORE_BLACKWELL, loader=f"{_SCHEMES}_w8a8_int8.py", multiples=(16, 16)
+        ),
+        "INT8_W8A16": Support(native=_ALL, loader=f"{_SCHEMES}_wNa16.py", multiples=_MARLIN),
+        "INT4_W4A16": Support(native=_ALL, loader=f"{_SCHEMES}_wNa16.py", multiples=_MARLIN),
     },
     # A layer of any other algorithm would silently be read as an unquantized one.
     mixes=frozenset(("FP8", "NVFP4", "W4A16_NVFP4")),

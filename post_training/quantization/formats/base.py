@@ -20,11 +20,11 @@ PRE_QUANT_SCALE = (
 LOW_RANK = "a low-rank product is added to each linear layer, which no engine computes"
 # ModelOpt's algorithms that add something to a linear layer, and what.
 EXTRA_OF_METHOD = {
-    "smoothquant": PRE_QUANT_SCALE,
-    "awq_lite": PRE_QUANT_SCALE,
     "awq_full": PRE_QUANT_SCALE,
     "svdquant": LOW_RANK,
 }
+# Those whose factors go into the norms before the layers, so that nothing is added.
+FOLDED_METHODS = ("smoothquant", "awq_lite")
 # Value of --export-kv-cache-quant that leaves keys and values in 16 bits.
 NO_KV_CACHE = "none"
 
@@ -47,6 +47,8 @@ class NumberFormat:
         block_size: inputs of a row that share a scale; 1 where there are no blocks.
         largest: what a calibrated maximum is divided by to get the scale that is exported; None
             where nothing is calibrated or the scale is not one per tensor.
+        bf16_scales: the scales of weights are numbers of bfloat16, in which engines read them:
+            calibration rounds the maxima so.
         stored_block_scales: block scales lie in a buffer of the quantizer, which ModelOpt cannot
             save at TP > 1.
         exported_as: number format of the input (empty: 16 bits) -> ``quant_algo``.
@@ -61,6 +63,7 @@ class NumberFormat:
     bits: float = 16.0
     block_size: int = 1
     largest: float | None = None
+    bf16_scales: bool = False
     stored_block_scales: bool = False
     exported_as: Mapping[str, str] = field(default_factory=dict)
     refused: str = ""

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 from post_training.quantization.formats.base import Format, FormatFamily, NumberFormat
 
-_NO_INT8 = "vLLM reads no INT8 that ModelOpt writes"
-
 INTEGER = FormatFamily(
     inputs=(NumberFormat("int8_token", 8, "token"),),
     weights=(
-        NumberFormat("int8", 8, bits=8.0, refused=_NO_INT8),
-        NumberFormat("int8_channel", 8, "channel", bits=8.0, refused=_NO_INT8),
+        NumberFormat(
+            "int8",
+            8,
+            bits=8.0,
+            largest=127.0,
+            refused="a weight with one scale is not exported; INT8_DEFAULT_CFG has one a channel",
+        ),
+        NumberFormat(
+            "int8_channel",
+            8,
+            "channel",
+            bits=8.0,
+            bf16_scales=True,
+            exported_as={"int8": "INT8_W8A8", "": "INT8_W8A16"},
+        ),
         NumberFormat(
             "int4_block",
             4,
             "block",
             bits=4.125,  # a bf16 scale per 128
             block_size=128,
-            refused="ModelOpt's exporter writes INT4 without a configuration, as if it were plain",
+            bf16_scales=True,
+            exported_as={"": "INT4_W4A16"},
         ),
         NumberFormat(
             "int4_block_fp8",
