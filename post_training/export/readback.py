@@ -137,12 +137,12 @@ class Folder:
         tokens = output[0, prompt.input_ids.shape[1] :]
         return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def _untrained(self) -> PreTrainedModel:
+    def _untrained(self, **options: Any) -> PreTrainedModel:
         """A transformers model of this architecture with weights that are not quantized."""
         # Late, because the command line of post_training.answer is checked without it.
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_config(self._plain_config())
+        return AutoModelForCausalLM.from_config(self._plain_config(), **options)
 
     def _loaded(self) -> Any:
         """The model with its dequantized weights, in float32."""

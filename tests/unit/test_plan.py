@@ -168,13 +168,13 @@ def dry_run(script: str, *words: str, code: int = 0, **variables: str):
 
 
 def test_a_large_model_at_many_ranks_is_planned_in_a_second_without_torch():
-    sizes = {"TP": "8", "PP": "16", "EP": "64", "ETP": "1", "NNODES": "128"}
+    sizes = {"PP": "16", "EP": "64", "NNODES": "128"}
     first_and_last = ["--decoder-first-pipeline-num-layers", "3"]
     first_and_last += ["--decoder-last-pipeline-num-layers", "2"]
     shown = dry_run(
         "quantize.sh", "moonshotai/Kimi-K2-Instruct", "NVFP4_DEFAULT_CFG", *first_and_last, **sizes
     ).stdout
-    assert "1024: TP=8 PP=16 CP=1 EP=64 ETP=1 DP=8, on 128 nodes with 8 each" in shown
+    assert "1024: TP=1 PP=16 CP=1 EP=64 ETP=1 DP=64, on 128 nodes with 8 each" in shown
     assert "1,026,408,209,408" in shown
     assert "stages 1 to 14: 4 layers" in shown
     assert "--nproc_per_node=8 --nnodes=128" in shown
