@@ -118,6 +118,8 @@ def quantize(plan: Plan, session: Session) -> Quantized:
 
 
 def show(plan: Plan, quantized: Quantized, session: Session) -> None:
+    from post_training.quantization import experts
+
     options, content = plan.options, quantized.content
     reached, found = quantized.result.reached, quantized.result.found
     used = content["metrics"]["calibration"]
@@ -126,6 +128,8 @@ def show(plan: Plan, quantized: Quantized, session: Session) -> None:
     readers, gpus = engines.describe(found.quant_algo)
     exported = f"{found.quant_algo}: {readers}; {gpus}" if found.exportable else "no engine"
     kv = found.kv_cache_quant_algo
+    tokens = used["expert_tokens"]
+    routed = {"experts": experts.describe(tokens)} if tokens else {}
     report.summary(
         f"quantized: {content['quantization']['format']}",
         {
@@ -136,6 +140,7 @@ def show(plan: Plan, quantized: Quantized, session: Session) -> None:
             "scales included",
             "calibrated on": f"{used['sequences']:,} sequences of {used['sequence_length']:,}, "
             f"{used['tokens']:,} tokens{speed}",
+            **routed,
             "exports as": exported + (f"; keys and values {kv}" if kv else ""),
             "checkpoint": f"{plan.save} ({report.size(plan.save)})",
             "layout saved": f"{options.parallel}, loads at any",

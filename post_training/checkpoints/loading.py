@@ -1,8 +1,8 @@
 """The model of a stage's source: this rank's part with its weights, tokenizer, end tokens.
 
-ModelOpt's importer maps each Hugging Face architecture's tensors to megatron-core's. It is extended
-here: the names that are read are recorded, and a source with tensors that were not read is an error
-instead of a silently wrong model.
+ModelOpt's importer maps each Hugging Face architecture's tensors to megatron-core's. It records the
+names that it reads (importer.py): a source with tensors that were not read is an error instead of a
+silently wrong model.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from post_training.config.options import StageOptions
 from post_training.distributed.session import Session
 from post_training.models import builder
 from post_training.models.builder import BuildOptions
+from post_training.models.families import registry as families
 
 if TYPE_CHECKING:
-    import torch
     from megatron.core.transformer import MegatronModule
 
 logger = logging.getLogger(__name__)
@@ -127,19 +127,10 @@ def _import_weights(
     Host memory beyond the model itself: the tensors of one linear layer. Each is read (this rank's
     slice), copied and freed before the next.
     """
-    from modelopt.torch.export.plugins.megatron_importer import GPTModelImporter
-
+    from post_training.checkpoints.importer import Importer
     from post_training.distributed import collectives
 
     index = safetensors_index.read(Path(source.location))
-    names_read: set[str] = set()
-
-    class RecordingImporter(GPTModelImporter):
-        def _get_safetensor(self, key: str, parallel_config: Any = None) -> torch.Tensor:
-            if key not in index:
-                raise KeyError(f"the source has no tensor {key}")
-            names_read.add(key)
-            return super()._get_safetensor(key, parallel_config=parallel_config)
 
     def does_not_fit(reason: str) -> UsageError:
         return UsageError(
@@ -148,12 +139,14 @@ def _import_weights(
             "the conf does not describe this model: compare it with config.json",
         )
 
-    importer = RecordingImporter(
+    importer = Importer(
         model,
         source.location,
         dtype=builder.torch_dtype(options.precision),
         trust_remote_code=options.trust_remote_code,
     )
+    importer.index, importer.names_read = index, set()
+    importer.joined = families.joined(source.architecture)
     importer.disable_tqdm = not show_progress
     with collectives.fail_together(
         _DOES_NOT_FIT,
@@ -171,7 +164,7 @@ def _import_weights(
     sizes = {name: entry.numel for name, entry in index.items() if not name.endswith(_RECOMPUTED)}
     if source.architecture.share_embeddings_and_output_weights:
         sizes.pop("lm_head.weight", None)
-    leftover = sorted(sizes.keys() - set().union(*collectives.from_all_ranks(names_read)))
+    leftover = sorted(sizes.keys() - set().union(*collectives.from_all_ranks(importer.names_read)))
     if leftover:
         raise does_not_fit(
             f"{len(leftover)} of its tensors have no place in the Megatron model: "

@@ -145,9 +145,21 @@ def _find_checkpoint(options: StageOptions, location: str) -> Source:
     # A checkpoint of Megatron-LM has no manifest: only the flags describe it.
     if content is not None:
         _check_content(options, folder, content)
+        _check_quantized_layout(options, content)
     if (folder / torch_dist.HUGGINGFACE).is_dir():
         origin = str(folder / torch_dist.HUGGINGFACE)
     return Source(location, True, architecture(options, manifest=content), origin, content)
+
+
+def _check_quantized_layout(options: StageOptions, content: Mapping[str, Any]) -> None:
+    """Raise UsageError for a layout in which ModelOpt cannot restore quantized experts."""
+    sizes = options.parallel
+    if content.get("quantization") and sizes.expert > 1 and sizes.tensor > 1:
+        raise UsageError(
+            f"TP={sizes.tensor} EP={sizes.expert} with --load {options.load}",
+            "it is quantized, and ModelOpt divides quantized experts by TP or by EP, not by both",
+            "set TP=1, or EP=1; PP may be larger",
+        )
 
 
 def _check_content(options: StageOptions, folder: Path, content: dict[str, Any]) -> None:

@@ -54,10 +54,18 @@ class Folder:
 
     @cached_property
     def expected(self) -> dict[str, tuple[int, ...]]:
-        """Name and shape of each parameter that transformers' own model of this config has."""
+        """Name and shape of each tensor that transformers' own model of this config is saved as.
+
+        Its parameters, but for those that it joins while loading: the experts of a layer are one
+        parameter, and a tensor for each in the folder.
+        """
+        # Late, as in _untrained.
+        from transformers.core_model_loading import revert_weight_conversion
+
         with torch.device("meta"):
             model = self._untrained()
-        return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+            saved = revert_weight_conversion(model, dict(model.named_parameters()))
+        return {name: tuple(tensor.shape) for name, tensor in saved.items()}
 
     def tensor(self, name: str) -> torch.Tensor:
         """One stored tensor, as it is."""
@@ -114,10 +122,7 @@ class Folder:
         from transformers import AutoTokenizer, GenerationConfig
 
         tokenizer: Any = AutoTokenizer.from_pretrained(self.path)
-        model: Any = self._untrained(dtype=torch.float32).eval()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(self.dequantized(name))
+        model = self._loaded().eval()
         if (self.path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(self.path)
         has_template = bool(tokenizer.chat_template)
@@ -135,12 +140,27 @@ class Folder:
     def _untrained(self, **options: Any) -> PreTrainedModel:
         """A transformers model of this architecture with weights that are not quantized."""
         # Late, because the command line of post_training.answer is checked without it.
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_config(self._plain_config(), **options)
+
+    def _loaded(self) -> Any:
+        """The model with its dequantized weights, in float32."""
+        from transformers import AutoModelForCausalLM
+
+        weights = {name: self.dequantized(name) for name in self.expected}
+        model_class: Any = AutoModelForCausalLM
+        return model_class.from_pretrained(
+            None, config=self._plain_config(), state_dict=weights, dtype=torch.float32
+        )
+
+    def _plain_config(self) -> Any:
+        from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(self.path)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        return AutoModelForCausalLM.from_config(config, **options)
+        return config
 
     def _is_excluded(self, module: str) -> bool:
         patterns = self.quantization.get("exclude_modules") or []

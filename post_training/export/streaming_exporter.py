@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import modelopt
@@ -24,6 +24,8 @@ from post_training.export.fake_quantized import (
     nvfp4_block_scales,
 )
 from post_training.export.folder import Tensors
+from post_training.export.joining import Joining
+from post_training.models.families import registry as families
 
 # From a linear layer to a float32 tensor of its weight's shape, [out, in].
 View = Callable[[Any], torch.Tensor]
@@ -52,7 +54,7 @@ class StreamingExporter(GPTModelExporter):
             found = []
             for self._view in views:
                 write()
-                found.append(self._take())
+                found.append(self._joining.tensors(self._take()))
             yield found
 
     def _writers(self) -> Iterator[Callable[[], None]]:
@@ -105,6 +107,17 @@ class StreamingExporter(GPTModelExporter):
     def _take(self) -> Tensors:
         tensors, self._state_dict = dict(self._state_dict), OrderedDict()
         return tensors
+
+    @cached_property
+    def _joining(self) -> Joining:
+        family = families.FAMILIES.get(self.arch)
+        return Joining(family.joined(vars(self.model.config)) if family else {})
+
+    def _record_layer_quant_config(self, prefix: str, *described: Any) -> None:
+        super()._record_layer_quant_config(self._joining.module(prefix), *described)
+
+    def _record_excluded_module(self, prefix: str) -> None:
+        super()._record_excluded_module(self._joining.module(prefix))
 
     def _populate_rule_book(self) -> dict[str, Any]:
         """KV scales get the names that ModelOpt's Hugging Face path writes.

@@ -110,6 +110,7 @@ def build(
     context = torch.device("meta") if options.meta_device else contextlib.nullcontext()
     with context:
         model = _MODEL_TYPES[architecture.model_type](architecture, config, options)
+    _weigh_experts_outputs(model)
     if not layers:
         model.decoder.layers = torch.nn.ModuleList()
     if options.meta_device:
@@ -187,6 +188,34 @@ def _layer_spec(config: TransformerConfig, options: BuildOptions) -> Any:
         remap_te_layernorm=options.transformer_engine_keys,
         qk_l2_norm=config.qk_l2_norm,
     )
+
+
+def _weigh_experts_outputs(model: torch.nn.Module) -> None:
+    """Multiply what an expert gives by the router's probability, as transformers and engines do.
+
+    megatron-core multiplies the input of an expert's second linear layer. The product is the same,
+    but the maxima of that input are not: a scale calibrated on them clips what an engine sees.
+    """
+    from megatron.core.transformer.moe.experts import SequentialMLP
+
+    for module in model.modules():
+        if isinstance(module, SequentialMLP):
+            for expert in module.local_experts:
+                expert.register_forward_pre_hook(_keep_probabilities)
+                expert.register_forward_hook(_weigh)
+
+
+def _keep_probabilities(expert: Any, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+    hidden, expert.kept_probabilities = arguments
+    return (hidden,)
+
+
+def _weigh(expert: Any, _arguments: Any, output: tuple[Any, Any]) -> tuple[torch.Tensor, None]:
+    result, bias = output
+    probabilities, expert.kept_probabilities = expert.kept_probabilities, None
+    if bias is not None:
+        result = result + bias
+    return (result * probabilities.unsqueeze(-1)).to(result.dtype), None
 
 
 def _materialize(model: torch.nn.Module) -> None:

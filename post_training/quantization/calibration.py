@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from post_training.common.errors import UsageError
 from post_training.data.calibration_data import CalibrationData
 from post_training.distributed.collectives import from_all_ranks
 from post_training.inference import forward, generation
-from post_training.quantization import quantizers
+from post_training.quantization import experts, quantizers
 from post_training.quantization.coverage import first_names, global_name
 from post_training.quantization.formats import registry as formats
 
@@ -38,6 +38,7 @@ class Calibration:
         show_progress: draw a progress bar.
         tokens: tokens computed so far by all ranks; some algorithms make several passes.
         seconds: time that took.
+        expert_tokens: tokens that the experts of each layer got.
     """
 
     data: CalibrationData
@@ -45,6 +46,7 @@ class Calibration:
     show_progress: bool = False
     tokens: int = 0
     seconds: float = 0.0
+    expert_tokens: experts.ExpertTokens = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The data really used, for a manifest."""
@@ -59,6 +61,7 @@ class Calibration:
             "seconds": round(self.seconds, 3),
             "tokens_per_second": round(self.tokens / self.seconds, 1) if self.seconds else 0.0,
             "notes": list(self.data.notes),
+            "expert_tokens": {str(layer): n for layer, n in self.expert_tokens.items()},
         }
 
     def batches(self) -> list[torch.Tensor]:
@@ -70,7 +73,9 @@ class Calibration:
 
     def __call__(self, model: torch.nn.Module) -> None:
         """Run everything once; every rank of the model takes part."""
-        self._run(model, self.batches())
+        with experts.counting(model, self.expert_tokens):
+            self._run(model, self.batches())
+        experts.settle_idle(model)
 
     def probe(
         self, model: torch.nn.Module, seen: Mapping[str, int] | None = None
@@ -170,21 +175,24 @@ def check_scales(
 ) -> None:
     """Raise UsageError, on every rank, if an enabled quantizer has no usable scale.
 
+    An expert that no token chose needs a scale too (:func:`experts.settle_idle`); that its
+    quantizers are used is seen by other experts of the layer.
+
     Args:
         model: this rank's part, calibrated.
         rows: how many rows each quantizer saw (:func:`watching`).
         dynamic_inputs: the recipe has no calibration, so inputs without a stored maximum take
             their own; weights never do.
     """
+    in_use = {experts.layer_name(model, name) for name, count in rows.items() if count}
+    in_use = in_use.union(*from_all_ranks(in_use))
     broken = []
     for name, quantizer in quantizers.enabled(model):
         problem = ""
         if quantizers.needs_amax(quantizer) and ("weight_quantizer" in name or not dynamic_inputs):
             problem = _scale_problem(getattr(quantizer, "_amax", None))
-        if rows.get(name, 1) == 0:
-            # A place for a fallback: an expert that no token chose could take its siblings'.
-            idle = "no calibration token chose this expert" if "experts" in name else ""
-            problem = idle or "the layer's forward pass does not use it"
+        if experts.layer_name(model, name) not in in_use and name in rows:
+            problem = "the layer's forward pass does not use it"
         if problem:
             broken.append(f"{global_name(model, name)} ({problem})")
     found = list(dict.fromkeys(each for part in from_all_ranks(broken) for each in part))

@@ -153,6 +153,13 @@ def check(options: QuantizeOptions, choice: Choice, architecture: Architecture |
         _check_format(options, choice)
         if architecture is not None:
             _check_layers(options, choice, architecture)
+    sizes = options.parallel
+    if sizes.expert > 1 and max(sizes.tensor, sizes.expert_tensor) > 1:
+        raise UsageError(
+            f"TP={sizes.tensor} EP={sizes.expert} ETP={sizes.expert_tensor}",
+            "ModelOpt quantizes experts at EP > 1 only where TP and ETP are 1",
+            "set TP=1 ETP=1, or EP=1; PP may be larger",
+        )
     if choice == formats.AUTO:
         _check_search(options)
     stages = options.parallel.pipeline

@@ -2,8 +2,8 @@
 
 Starting Python with megatron-core and ModelOpt takes many seconds; the stages' own work on tiny
 models takes one. The argument is a JSON list of [stage, [flags...]]; all share the parallel sizes
-of the first. ``logits`` is one more stage: it loads a model as the others do and writes its logits;
-speculative_jobs.py has others.
+of the first. ``logits`` is one more stage: it loads a model as the others do, writes its logits and
+the tokens that it generates; speculative_jobs.py has others.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from post_training.config.options import StageOptions
 class LogitsOptions(StageOptions):
     ids: Path = flag(help="token ids")
     output: Path = flag(help="where the logits go")
+    new_tokens: int = flag(0, help="greedy tokens to generate, with the KV cache")
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,21 @@ class LogitsPlan:
 
 def logits(plan: LogitsPlan, session: Any) -> None:
     from safetensors.torch import load_file, save_file
+    from torch import tensor
     from whole_logits import prefill_logits
+
+    from post_training.inference import generation
 
     source = fetch_source(plan.source, plan.options)
     model = loading.load(source, plan.options, session)
     ids = load_file(plan.options.ids)["ids"].to(session.device)
     result = prefill_logits(model, ids)
+    found = {"logits": result.float().cpu().contiguous()}
+    if count := plan.options.new_tokens:
+        new = generation.generate(model, ids.tolist(), max_new_tokens=count, batch_size=len(ids))
+        found["tokens"] = tensor(new)
     if session.is_main:
-        save_file({"logits": result.float().cpu().contiguous()}, plan.options.output)
+        save_file(found, plan.options.output)
 
 
 LOGITS = Stage(

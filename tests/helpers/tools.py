@@ -31,9 +31,16 @@ LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {
         2,
         ("--pipeline-model-parallel-size", 2, "--decoder-first-pipeline-num-layers", 4),
     ),
+    "EP=2": (2, ("--expert-model-parallel-size", 2)),
 }
 # Name -> family. What is registered is tested.
 FAMILIES = {family.name: family for family in families.FAMILIES.values()}
+
+
+def families_at(layout: str) -> list[str]:
+    """Names of the families whose models can be divided so."""
+    has_experts = (name for name, family in FAMILIES.items() if "experts" in family.parts)
+    return list(has_experts if layout.startswith("EP") else FAMILIES)
 
 
 def random_model(
@@ -186,6 +193,21 @@ def read_logits(work: Path) -> torch.Tensor:
     from safetensors.torch import load_file
 
     return load_file(work / "logits.safetensors")["logits"]
+
+
+def read_tokens(work: Path) -> list[list[int]]:
+    """The tokens that a logits job with ``--new-tokens`` generated."""
+    from safetensors.torch import load_file
+
+    return load_file(work / "logits.safetensors")["tokens"].tolist()
+
+
+def transformers_tokens(model, ids: torch.Tensor, count: int) -> list[list[int]]:
+    """Greedy continuations of ``count`` tokens each."""
+    kept = {"eos_token_id": None, "pad_token_id": 0}
+    with torch.inference_mode():
+        new = model.generate(ids, max_new_tokens=count, do_sample=False, **kept)
+    return new[:, ids.shape[1] :].tolist()
 
 
 def transformers_logits(model, ids: torch.Tensor) -> torch.Tensor:

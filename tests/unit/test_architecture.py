@@ -10,6 +10,7 @@ from confs import conf_flags, parse
 
 from post_training.common.errors import UsageError
 from post_training.config import model_description
+from post_training.models import parameter_count
 from post_training.models.architecture import Architecture
 from post_training.models.families.registry import from_huggingface
 
@@ -57,6 +58,18 @@ _QWEN3 = {
     "use_sliding_window": False,
     "num_key_value_heads": 8,
     "vocab_size": 151936,
+}
+_QWEN3_MOE = {
+    **_QWEN3,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "norm_topk_prob": True,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_key_value_heads": 4,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
 }
 # The config.json of each released model, as far as it decides the architecture.
 RELEASED: dict[str, dict[str, Any]] = {
@@ -111,6 +124,24 @@ RELEASED: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 36,
         "num_attention_heads": 32,
         "tie_word_embeddings": False,
+    },
+    "Qwen/Qwen3-30B-A3B": {
+        **_QWEN3_MOE,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "max_window_layers": 48,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+    },
+    "Qwen/Qwen3-235B-A22B": {
+        **_QWEN3_MOE,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "max_window_layers": 94,
+        "moe_intermediate_size": 1536,
+        "num_hidden_layers": 94,
+        "num_attention_heads": 64,
     },
 }
 QWEN3 = RELEASED["Qwen/Qwen3-0.6B"]
@@ -319,3 +350,88 @@ def test_a_conf_of_another_model_is_refused_with_both_values():
     unpruned = {"architecture": pruned()["architecture"]}
     with pytest.raises(UsageError, match="num_layers is 28 in the conf and 24"):
         model_description.architecture(args, manifest=unpruned)
+
+
+@pytest.mark.parametrize(
+    "architecture", ["DeepseekV3ForCausalLM", "Llama4ForCausalLM", "Qwen3NextForCausalLM"]
+)
+def test_another_models_name_is_not_taken_for_a_misspelling(architecture):
+    with pytest.raises(UsageError) as refused:
+        from_huggingface({**QWEN3, "architectures": [architecture]})
+    assert architecture in str(refused.value)
+    assert "Did you mean" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [("GraniteForCausalLM", "residual_multiplier"), ("Olmo2ForCausalLM", "over all heads at once")],
+)
+def test_an_architecture_that_megatron_core_lacks_is_refused_with_the_reason(architecture, reason):
+    with pytest.raises(UsageError) as refused:
+        from_huggingface({**QWEN3, "architectures": [architecture]})
+    assert architecture in str(refused.value) and reason in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("stated", "refused"), [({"sliding_window": 4096}, True), ({}, True),
+                            ({"sliding_window": None}, False), ({"sliding_window": 32768}, False)],
+)  # fmt: skip
+def test_mistrals_window_is_refused_where_a_text_can_be_longer(stated, refused):
+    config = {
+        **{key: QWEN3[key] for key in ("num_hidden_layers", "hidden_size", "num_attention_heads")},
+        **{"architectures": ["MistralForCausalLM"], "vocab_size": 512, **stated},
+        **{"intermediate_size": 64, "max_position_embeddings": 32768},
+    }
+    if not refused:
+        assert from_huggingface(config).value("window_size") is None
+        return
+    with pytest.raises(UsageError, match="sliding window of 4096 tokens"):
+        from_huggingface(config)
+
+
+_EIGHT_GROUPS = {"num_attention_heads": 32, "num_key_value_heads": 8}
+_MISTRAL_7B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+# Architecture, what decides the tensors of a released model without a conf, its parameters.
+WITHOUT_CONF = {
+    "Mistral-7B-v0.3": (
+        "MistralForCausalLM",
+        {**_EIGHT_GROUPS, **_MISTRAL_7B, "vocab_size": 32768, "sliding_window": None},
+        7_248_023_552,
+    ),
+    "Mistral-Nemo-2407": (
+        "MistralForCausalLM",
+        {**_EIGHT_GROUPS, "hidden_size": 5120, "intermediate_size": 14336, "head_dim": 128,
+         "num_hidden_layers": 40, "vocab_size": 131072, "sliding_window": None},
+        12_247_782_400,
+    ),
+    "Mixtral-8x7B-v0.1": (
+        "MixtralForCausalLM",
+        {**_EIGHT_GROUPS, **_MISTRAL_7B, "vocab_size": 32000, "num_local_experts": 8},
+        46_702_792_704,
+    ),
+    "Phi-4": (
+        "Phi3ForCausalLM",
+        {"hidden_size": 5120, "intermediate_size": 17920, "num_hidden_layers": 40,
+         "num_attention_heads": 40, "num_key_value_heads": 10, "vocab_size": 100352},
+        14_659_507_200,
+    ),
+    "SmolLM3-3B": (
+        "SmolLM3ForCausalLM",
+        {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
+         "num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 128256},
+        3_075_098_624,
+    ),
+    "Seed-OSS-36B": (
+        "SeedOssForCausalLM",
+        {"hidden_size": 5120, "intermediate_size": 27648, "num_hidden_layers": 64, "head_dim": 128,
+         "num_attention_heads": 80, "num_key_value_heads": 8, "vocab_size": 155136},
+        36_151_104_512,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITHOUT_CONF)
+def test_a_released_model_without_a_conf_has_its_published_size(name):
+    architecture, config, published = WITHOUT_CONF[name]
+    found = from_huggingface({"architectures": [architecture], **config})
+    assert parameter_count.total(found) == published

@@ -27,6 +27,8 @@ from post_training.models.architecture import Architecture
 PUBLISHED = {
     "Qwen/Qwen3-0.6B": 596_049_920,
     "Qwen/Qwen3-8B": 8_190_735_360,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen/Qwen3-235B-A22B": 235_093_634_560,
     "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
     "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
     "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
@@ -54,6 +56,16 @@ LAYOUTS = [
         "deepseek-ai/DeepSeek-R1",
         {"num_layers": 5, "moe_layer_freq": [0, 0, 0, 1, 1]},
         {"tensor": 4, "pipeline": 3, "expert": 64, "expert_tensor": 1, "last_layers": 1},
+    ),
+    (
+        "Qwen/Qwen3-30B-A3B",
+        {"num_layers": 3, "moe_layer_freq": [1, 1, 1]},
+        {"tensor": 2, "pipeline": 3, "expert": 8, "expert_tensor": 1},
+    ),
+    (
+        "Qwen/Qwen3-235B-A22B",
+        {"num_layers": 2, "moe_layer_freq": [1, 1]},
+        {"tensor": 4, "pipeline": 2, "expert": 16, "expert_tensor": 2},
     ),
     (
         "moonshotai/Kimi-K2-Instruct",
@@ -156,13 +168,13 @@ def dry_run(script: str, *words: str, code: int = 0, **variables: str):
 
 
 def test_a_large_model_at_many_ranks_is_planned_in_a_second_without_torch():
-    sizes = {"TP": "8", "PP": "16", "EP": "64", "ETP": "1", "NNODES": "128"}
+    sizes = {"PP": "16", "EP": "64", "NNODES": "128"}
     first_and_last = ["--decoder-first-pipeline-num-layers", "3"]
     first_and_last += ["--decoder-last-pipeline-num-layers", "2"]
     shown = dry_run(
         "quantize.sh", "moonshotai/Kimi-K2-Instruct", "NVFP4_DEFAULT_CFG", *first_and_last, **sizes
     ).stdout
-    assert "1024: TP=8 PP=16 CP=1 EP=64 ETP=1 DP=8, on 128 nodes with 8 each" in shown
+    assert "1024: TP=1 PP=16 CP=1 EP=64 ETP=1 DP=64, on 128 nodes with 8 each" in shown
     assert "1,026,408,209,408" in shown
     assert "stages 1 to 14: 4 layers" in shown
     assert "--nproc_per_node=8 --nnodes=128" in shown

@@ -205,6 +205,14 @@ class Family:
         """
         return None
 
+    def joined(self, values: Mapping[str, Any]) -> Mapping[str, Mapping[str, int]]:
+        """Linear layers of the files that hold several of ModelOpt's rules, and each part's rows.
+
+        ``{"gate_up_proj": {"gate_proj": 8192, "up_proj": 8192}}``, the parts in the order of the
+        rows; ``values`` has all fields of TransformerConfig.
+        """
+        return {}
+
     def tiny_config(self, **changes: Any) -> dict[str, Any]:
         """The tests' tiny model as ``transformers.AutoConfig.for_model`` takes it."""
         return {**TINY_SIZES, **self.tiny, "architectures": [self.architecture], **changes}

@@ -14,12 +14,33 @@ from post_training.models.families.base import Family
 # One row a file of this folder; each file has a tuple FAMILIES.
 _FILES = (
     "llama",
+    "mistral",
+    "mixtral",
+    "phi3",
     "qwen",
+    "qwen_moe",
+    "seed_oss",
+    "smollm",
 )
 FAMILIES: dict[str, Family] = {
     family.architecture: family
     for name in _FILES
     for family in importlib.import_module(f"{__package__}.{name}").FAMILIES
+}
+# Architectures near to a known one that megatron-core 0.19's layers do not compute.
+_RESIDUAL_FACTOR = (
+    "it multiplies what attention and MLP add to the residual by residual_multiplier, which "
+    "megatron-core's layers do not; weights that absorbed the factor would be rounded"
+)
+_NORMS_AFTER = (
+    "it normalizes what attention and MLP give in place of what they get, and queries and keys "
+    "over all heads at once, which megatron-core's layers do not"
+)
+_NOT_COMPUTED = {
+    "GraniteForCausalLM": _RESIDUAL_FACTOR,
+    "GraniteMoeForCausalLM": _RESIDUAL_FACTOR,
+    "Olmo2ForCausalLM": _NORMS_AFTER,
+    "Olmo3ForCausalLM": _NORMS_AFTER,
 }
 # What a model may have beyond a dense decoder, and the flags that state it.
 PARTS = {
@@ -52,11 +73,17 @@ def from_huggingface(config: Mapping[str, Any]) -> Architecture:
     """
     with values_of("config.json"):
         name = _architecture(config)
+        if name in _NOT_COMPUTED:
+            raise UsageError(
+                f"config.json: architectures = ['{name}']",
+                _NOT_COMPUTED[name],
+                f"convert a model of another architecture: {', '.join(sorted(FAMILIES))}",
+            )
         if name not in FAMILIES:
             raise UsageError(
                 f"config.json: architectures = {config.get('architectures')!r}",
                 f"known are {', '.join(sorted(FAMILIES))}",
-                suggest(str(name), FAMILIES) or "convert a model of one of the known architectures",
+                _misspelt(str(name)) or "convert a model of one of the known architectures",
             )
         refuse_quantized(config)
         return FAMILIES[name].read(config)
@@ -92,6 +119,12 @@ def register_weight_mapping(architecture: Architecture) -> None:
         mcore_common.all_mcore_hf_export_mapping[name] = dict(mapping.exporting)
 
 
+def joined(architecture: Architecture) -> Mapping[str, Mapping[str, int]]:
+    """Linear layers of the files that hold several of ModelOpt's; see :meth:`Family.joined`."""
+    family = FAMILIES.get(architecture.huggingface_architecture or "", _ANY_DECODER)
+    return family.joined(architecture.resolved())
+
+
 def refuse_quantized(config: Mapping[str, Any], source: str = "config.json") -> None:
     """Raise UsageError if the weights described by ``config`` are already quantized."""
     found = config.get("quantization_config") or config.get("compression_config")
@@ -107,6 +140,18 @@ def refuse_quantized(config: Mapping[str, Any], source: str = "config.json") -> 
         f"{source}: quantization_config with quant_method {shown}",
         "the weights are already quantized, and converting them would read codes as values",
         "take the unquantized (BF16) release of the model, or dequantize it first",
+    )
+
+
+def _misspelt(name: str) -> str:
+    """A hint for a known name that is misspelt; empty for the name of another model.
+
+    Names of different models are alike ("Llama4ForCausalLM" and "LlamaForCausalLM"), so what comes
+    before "For" must be the same.
+    """
+    model = name.lower().partition("for")[0]
+    return suggest(
+        name, [known for known in FAMILIES if known.lower().partition("for")[0] == model]
     )
 
 

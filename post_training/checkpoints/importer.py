@@ -1,0 +1,64 @@
+"""ModelOpt's importer of Hugging Face folders, extended where it falls short."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from modelopt.torch.export.plugins.megatron_importer import GPTModelImporter
+from safetensors import safe_open
+
+from post_training.common.safetensors_index import Entry
+
+
+class Importer(GPTModelImporter):
+    """Reads one tensor at a time, this rank's slice, and records the names that were read.
+
+    Attributes:
+        index: what the folder has.
+        joined: linear layers of the folder that hold several of the importer's, with the rows of
+            each part (:meth:`Family.joined`).
+        names_read: of the folder's tensors.
+    """
+
+    index: Mapping[str, Entry]
+    joined: Mapping[str, Mapping[str, int]]
+    names_read: set[str]
+
+    def _get_safetensor(self, key: str, parallel_config: Any = None) -> torch.Tensor:
+        if key in self.index:
+            self.names_read.add(key)
+            return super()._get_safetensor(key, parallel_config=parallel_config)
+        module, _, kind = key.rpartition(".")
+        parent, _, part = module.rpartition(".")
+        for whole, parts in self.joined.items():
+            name = f"{parent}.{whole}.{kind}"
+            if part in parts and name in self.index:
+                self.names_read.add(name)
+                return self._part(name, parts, part, parallel_config)
+        raise KeyError(f"the source has no tensor {key}")
+
+    def _part(
+        self, name: str, parts: Mapping[str, int], part: str, parallel_config: Any
+    ) -> torch.Tensor:
+        """This rank's rows of one part of a joined tensor."""
+        names = list(parts)
+        start, rows = sum(parts[each] for each in names[: names.index(part)]), parts[part]
+        if parallel_config is not None:
+            rows //= parallel_state.get_tensor_model_parallel_world_size()
+            start += rows * parallel_state.get_tensor_model_parallel_rank()
+        if self.index[name].shape[0] != sum(parts.values()):
+            raise ValueError(f"{name} has {self.index[name].shape[0]} rows, not {parts}")
+        with safe_open(self.index[name].path, framework="pt") as file:
+            return file.get_slice(name)[start : start + rows].contiguous()
+
+    def _gated_mlp_merging(self, module: Any, *args: Any, **kwargs: Any) -> None:
+        """It passes no _extra_state on to Transformer Engine's linears without a norm."""
+        with module.register_load_state_dict_post_hook(_extra_state_may_be_missing):
+            super()._gated_mlp_merging(module, *args, **kwargs)
+
+
+def _extra_state_may_be_missing(module: torch.nn.Module, found: Any) -> None:
+    found.missing_keys[:] = [key for key in found.missing_keys if "_extra_state" not in key]

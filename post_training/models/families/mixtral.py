@@ -1,0 +1,81 @@
+"""Mixtral 8x7B and 8x22B: Mistral's attention, experts in place of the MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from post_training.models.families.base import (
+    DECODER_DEFAULTS,
+    DECODER_KEYS,
+    ONLY_SILU,
+    WeightMapping,
+)
+from post_training.models.families.mistral import Mistral
+
+
+class Mixtral(Mistral):
+    """Every layer has experts, whose three matrices are called w1, w2 and w3."""
+
+    absent_window: ClassVar[int | None] = None
+
+    def transformer(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        return super().transformer(config) | {
+            "moe_ffn_hidden_size": config["intermediate_size"],
+            "moe_layer_freq": [1] * config["num_hidden_layers"],
+        }
+
+    def weight_mapping(self) -> WeightMapping:
+        from modelopt.torch.export.plugins.mcore_custom import (
+            COL_ETP,
+            ROW_ETP,
+            GatedMLPMerging,
+            GatedMLPSlicing,
+            NameRemapping,
+        )
+
+        importing, exporting = super().weight_mapping()
+        mlp = "model.layers.{}.block_sparse_moe."
+        expert, names = f"{mlp}experts.{{}}.", {"gate_proj_name": "w1", "up_proj_name": "w3"}
+        return WeightMapping(
+            importing={
+                **importing,
+                "router": NameRemapping(f"{mlp}gate."),
+                "local_experts.linear_fc1": GatedMLPMerging(expert, {**COL_ETP, **names}),
+                "local_experts.linear_fc2": NameRemapping(f"{expert}w2.", ROW_ETP),
+            },
+            exporting={
+                **exporting,
+                "router": NameRemapping(f"{mlp}gate."),
+                "local_experts.linear_fc1": GatedMLPSlicing(expert, names),
+                "local_experts.linear_fc2": NameRemapping(f"{expert}w2."),
+            },
+        )
+
+
+FAMILIES = (
+    Mixtral(
+        name="mixtral",
+        architecture="MixtralForCausalLM",
+        keys={
+            **DECODER_KEYS,
+            "num_moe_experts": "num_local_experts",
+            "moe_router_topk": "num_experts_per_tok",
+        },
+        defaults={
+            **DECODER_DEFAULTS,
+            "rms_norm_eps": 1e-5,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        refused=(ONLY_SILU,),
+        parts=frozenset({"experts"}),
+        tiny={
+            "model_type": "mixtral",
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "tie_word_embeddings": False,
+        },
+    ),
+)

@@ -1,0 +1,45 @@
+"""Phi-3 and Phi-4: Llama with query, key and value in one matrix, gate and up in another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from post_training.models.families.base import DECODER_DEFAULTS, NO_ATTENTION_BIAS, ONLY_SILU
+from post_training.models.families.mistral import Mistral
+
+
+class Phi3(Mistral):
+    """Windows as Mistral's; ``partial_rotary_factor`` may leave a part of each head unrotated."""
+
+    absent_window: ClassVar[int | None] = None
+
+    def joined(self, values: Mapping[str, Any]) -> Mapping[str, Mapping[str, int]]:
+        heads, groups = values["num_attention_heads"], values["num_query_groups"]
+        size, ffn = values["kv_channels"], values["ffn_hidden_size"]
+        return {
+            "qkv_proj": {"q_proj": heads * size, "k_proj": groups * size, "v_proj": groups * size},
+            "gate_up_proj": {"gate_proj": ffn, "up_proj": ffn},
+        }
+
+
+FAMILIES = (
+    Phi3(
+        name="phi3",
+        architecture="Phi3ForCausalLM",
+        defaults={**DECODER_DEFAULTS, "rms_norm_eps": 1e-5},
+        refused=(ONLY_SILU, NO_ATTENTION_BIAS),
+        tiny={
+            "model_type": "phi3",
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.75,
+            },
+            "pad_token_id": 0,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "tie_word_embeddings": False,
+        },
+    ),
+)

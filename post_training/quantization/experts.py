@@ -1,0 +1,100 @@
+"""Experts during calibration: how many tokens each got, and a scale for those that got none."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.router import Router
+from modelopt.torch.quantization.calib import MaxCalibrator
+
+from post_training.distributed.collectives import from_all_ranks
+from post_training.inference import generation
+from post_training.quantization import quantizers
+from post_training.quantization.coverage import global_name
+
+# Number of the layer, from 0 -> tokens that each of its experts got.
+ExpertTokens = dict[int, list[int]]
+_EXPERT = re.compile(r"\.local_experts\.\d+\.")
+
+
+@contextlib.contextmanager
+def counting(model: torch.nn.Module, counts: ExpertTokens) -> Iterator[None]:
+    """Add to ``counts`` the tokens that the routers of all ranks send to each expert in the block.
+
+    The end of the block is a collective call.
+    """
+    mine: dict[int, torch.Tensor] = {}
+
+    def count(layer: int, _module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+        chosen = output[1].sum(0)  # of bool [tokens, experts]
+        mine[layer] = mine[layer] + chosen if layer in mine else chosen
+
+    with contextlib.ExitStack() as stack:
+        for router in model.modules():
+            if isinstance(router, Router):
+                layer: Any = router.layer_number
+                stack.callback(router.register_forward_hook(partial(count, layer - 1)).remove)
+        yield
+    # Tensor- and expert-parallel ranks of a replica routed the same tokens.
+    replica, _, _ = generation.data_parallel()
+    gathered = from_all_ranks({(n, replica): chosen.tolist() for n, chosen in mine.items()})
+    found = {key: chosen for each in gathered for key, chosen in each.items()}
+    for (layer, _), chosen in sorted(found.items()):
+        before = counts.get(layer, [0] * len(chosen))
+        counts[layer] = [a + b for a, b in zip(before, chosen, strict=True)]
+
+
+def describe(counts: ExpertTokens) -> str:
+    """``40 in 5 layers, 12 to 310 tokens each``, and what those without any have."""
+    tokens = [count for layer in counts.values() for count in layer]
+    idle = tokens.count(0)
+    if not idle:
+        return f"{len(tokens)} in {len(counts)} layers, {min(tokens)} to {max(tokens)} tokens each"
+    return (
+        f"{idle} of {len(tokens)} got no calibration token: their inputs have the scale of their "
+        f"layer's other experts; more data (--calib-size) may reach them"
+    )
+
+
+def settle_idle(model: torch.nn.Module) -> None:
+    """While maxima are collected, give experts that got no token their layer's largest input.
+
+    A collective call. ModelOpt gives all experts of a layer the largest of their maxima, but only
+    within a rank: it fails if one expert-parallel rank got no token at all.
+    """
+    collecting: dict[str, list[Any]] = {}
+    for name, quantizer in quantizers.enabled(model):
+        calibrator = getattr(quantizer, "_calibrator", None)
+        is_input = name.endswith("input_quantizer") and quantizer._if_calib
+        if is_input and is_expert(name) and isinstance(calibrator, MaxCalibrator):
+            collecting.setdefault(layer_name(model, name), []).append(quantizer)
+    largest: dict[str, float] = {}
+    for name, siblings in collecting.items():
+        maxima = [each._calibrator.compute_amax() for each in siblings]
+        # One value a tensor; other granularities have no common maximum.
+        known = [float(amax) for amax in maxima if amax is not None and amax.numel() == 1]
+        if known:
+            largest[name] = max(known)
+    for each in from_all_ranks(dict(largest)):
+        for name, value in each.items():
+            largest[name] = max(value, largest.get(name, value))
+    device = next(model.parameters()).device
+    for name, siblings in collecting.items():
+        for quantizer in siblings:
+            if quantizer._calibrator.compute_amax() is None and name in largest:
+                quantizer._calibrator.collect(torch.tensor([largest[name]], device=device))
+
+
+def is_expert(name: str) -> bool:
+    """Whether a module is part of an expert that the router chooses."""
+    return _EXPERT.search(name) is not None
+
+
+def layer_name(model: torch.nn.Module, name: str) -> str:
+    """The module's name in the whole model, without the number of the expert."""
+    return _EXPERT.sub(".local_experts.*.", global_name(model, name))

@@ -1,0 +1,238 @@
+"""A model with experts through the stages, half of which no token ever chooses.
+
+Its router has two pairs of opposite rows and zeros for the other four experts: of each pair one
+has a positive logit, so the two that a token chooses are never among the four. At EP=2 they are all
+on the second rank.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import tools
+import torch
+from questions import FEW_SHOTS, write_questions
+from test_mmlu_stage import reference_answers
+from test_quantized_export import TOLERANCES, decode, rounded_input, rounding_hook, stored_tensors
+from torch.nn import functional
+
+from post_training.training import metrics as training_metrics
+from post_training.training import run_folder
+
+EXPERTS, IDLE = 8, (4, 5, 6, 7)
+EP = ("--expert-model-parallel-size", 2)
+# Of three layers the second is dense.
+SPARSE = (0, 2)
+PRUNED = {"num_moe_experts": 4, "moe_ffn_hidden_size": 32, "hidden_size": 64}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("experts")
+
+
+@pytest.fixture(scope="module")
+def model(root):
+    sizes = {"num_hidden_layers": 3, "num_experts": EXPERTS, "max_position_embeddings": 2048}
+    model = tools.random_model(root / "source", "qwen3-moe", **sizes)
+    with torch.no_grad():
+        for layer in SPARSE:
+            router = model.model.layers[layer].mlp.gate.weight
+            router[1], router[3] = -router[0], -router[2]
+            router[list(IDLE)] = 0
+    model.save_pretrained(root / "source")
+    return model
+
+
+@pytest.fixture(scope="module")
+def printed(root, model):
+    """What the stages printed that ran at TP=1, after one at EP=2."""
+    (root / "text.jsonl").write_text(
+        "\n".join(json.dumps({"text": f"line {i}: " + "some text " * 9}) for i in range(60))
+    )
+    (root / "questions").mkdir()
+    ids = tools.tokens()
+    source = ("--pretrained-model-path", root / "source", "--fp32")
+    data = ("--calib-size", 8, "--calib-max-sequence-length", 64, "--skip-generate")
+    text = ("--calib-dataset-path-or-name", root / "text.jsonl")
+
+    def quantize(name, save, *more):
+        flags = (*source, "--save", root / save, "--export-quant-cfg", name, *text, *data, *more)
+        return ("quantize", flags)
+
+    def export(name):
+        return ("export", ("--load", root / name, "--export-dir", root / f"{name}_hf", "--fp32"))
+
+    def logits(name):
+        return tools.logits_job(root / f"{name}_logits", ids, "--load", root / name, "--fp32")
+
+    at_two = tools.run_stages(quantize("FP8_DEFAULT_CFG", "EP=2", *EP), processes=2).stderr
+    jobs = [export("EP=2")]
+    for name in TOLERANCES:
+        jobs += [quantize(name, name), logits(name), export(name)]
+    sizes = ("--prune-export-config", json.dumps(PRUNED))
+    text = ("--calib-dataset", root / "text.jsonl")
+    mmlu = ("--few-shots", FEW_SHOTS, "--mmlu-dataset", write_questions(root / "questions"))
+    jobs += [
+        ("mmlu", (*source, *mmlu, "--mmlu-output", root / "mmlu.json")),
+        ("prune", (*source, "--save", root / "pruned", *sizes, *text, *data)),
+        export("pruned"),
+        logits("pruned"),
+    ]
+    tools.write_conversations(root / "chat.jsonl")
+    (root / "prompts.jsonl").write_text(json.dumps({"turns": ["What is 3 + 4?"]}) + "\n")
+    training = (
+        *("--finetune-data-files", root / "chat.jsonl", "--fp32", "--seq-length", 128),
+        *("--train-iters", 6, "--micro-batch-size", 2, "--log-interval", 1, "--eval-iters", 0),
+        *("--lr", 2e-3),
+    )
+    jobs += [
+        ("eagle3", (*source, *training, "--save", root / "drafted")),
+        ("export", ("--load", root / "drafted", "--export-dir", root / "draft_hf", "--fp32",
+                    "--export-extra-modules")),
+        ("validate", ("--load", root / "drafted", "--fp32", "--osl", 8, "--steps", 2,
+                      "--prompts-path", root / "prompts.jsonl", "--require-identical",
+                      "--validate-output", root / "validate.json")),
+        ("distill", ("--load", root / "pruned", "--teacher", root / "source", *training,
+                     "--save", root / "distilled")),
+    ]  # fmt: skip
+    return at_two + tools.run_stages(*jobs).stderr
+
+
+def experts_as_an_engine(tensors, prefix, hidden, chosen, weights):
+    """What a layer's experts give, from the stored tensors of each and its rounded inputs.
+
+    Args:
+        hidden: [tokens, hidden size].
+        chosen: experts of each token, [tokens, k]; ``weights`` alike.
+    """
+
+    def linear(name, x):
+        is_fp8 = tensors[f"{name}.weight"].dtype == torch.float8_e4m3fn
+        x = rounded_input(x, tensors[f"{name}.input_scale"].float(), is_fp8)
+        return functional.linear(x, decode(tensors, name))
+
+    output = torch.zeros_like(hidden)
+    for expert in range(EXPERTS):
+        rows, place = torch.where(chosen == expert)
+        if len(rows):
+            name = f"{prefix}.{expert}"
+            gate, up = (linear(f"{name}.{n}_proj", hidden[rows]) for n in ("gate", "up"))
+            result = linear(f"{name}.down_proj", functional.silu(gate) * up)
+            output.index_add_(0, rows, result * weights[rows, place, None])
+    return output
+
+
+def engine_logits(folder, ids):
+    """transformers' model with the folder's weights and rounded inputs."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    reference = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    tensors = stored_tensors(folder)
+    with torch.no_grad():
+        for name, module in reference.named_modules():
+            if f"{name}.weight" in tensors:
+                module.weight.copy_(decode(tensors, name))
+            scale = tensors.get(f"{name}.input_scale")
+            if scale is not None:
+                is_fp8 = tensors[f"{name}.weight"].dtype == torch.float8_e4m3fn
+                module.register_forward_pre_hook(rounding_hook(scale, is_fp8))
+            if name.endswith("mlp.experts"):
+                module.forward = partial(experts_as_an_engine, tensors, name)
+    return tools.transformers_logits(reference, ids)
+
+
+@pytest.mark.parametrize("name", list(TOLERANCES))
+def test_engine_logits_equal_the_quantized_models(root, printed, name):
+    actual = engine_logits(root / f"{name}_hf", tools.tokens())
+    wanted = tools.read_logits(root / f"{name}_logits")
+    assert (actual - wanted).abs().mean() < TOLERANCES[name] * wanted.std()
+
+
+@pytest.mark.parametrize("name", list(TOLERANCES))
+def test_routers_are_named_as_not_quantized(root, printed, name):
+    quantization = json.loads((root / f"{name}_hf" / "hf_quant_config.json").read_text())
+    excluded = quantization["quantization"]["exclude_modules"]
+    assert {f"model.layers.{layer}.mlp.gate" for layer in SPARSE} <= set(excluded)
+
+
+@pytest.mark.parametrize("name", [*TOLERANCES, "EP=2"])
+def test_experts_without_tokens_are_counted_and_have_scales(root, printed, name):
+    used = json.loads((root / name / "run.json").read_text())["metrics"]["calibration"]
+    for layer in SPARSE:
+        tokens = used["expert_tokens"][str(layer)]
+        assert sum(tokens) == 2 * used["tokens"], "each token chooses two"
+        assert [n for n, count in enumerate(tokens) if count == 0] == list(IDLE)
+    assert "8 of 16 got no calibration token" in " ".join(printed.replace("│", " ").split())
+    tensors = stored_tensors(root / f"{name}_hf")
+    for layer in SPARSE:
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            names = [f"model.layers.{layer}.mlp.experts.{n}.{part}" for n in range(EXPERTS)]
+            inputs = {float(tensors[f"{each}.input_scale"]) for each in names}
+            assert len(inputs) == 1 and inputs.pop() > 0
+            assert all((tensors[f"{each}.weight_scale"].float() > 0).any() for each in names)
+
+
+def test_quantized_at_ep_2_it_is_exported_as_at_ep_1(root, printed):
+    one, two = (stored_tensors(root / f"{name}_hf") for name in ("FP8_DEFAULT_CFG", "EP=2"))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        if name.endswith("input_scale"):
+            torch.testing.assert_close(two[name], tensor, rtol=1e-5, atol=0)
+        else:
+            assert torch.equal(two[name].float(), tensor.float()), name
+
+
+def test_export_at_ep_2_is_refused_before_anything_is_loaded(root, printed):
+    flags = ("--load", root / "EP=2", "--export-dir", root / "refused", *EP)
+    done = tools.run("export.py", *flags, processes=2, code=1)
+    assert "EP=2" in done.stderr and "export at TP=1 EP=1" in done.stderr
+    assert not (root / "refused").exists()
+
+
+def test_mmlu_answers_are_those_of_transformers(root, model, printed):
+    report = json.loads((root / "mmlu.json").read_text())
+    expected = reference_answers(SimpleNamespace(questions=root / "questions", model=model))
+    assert report["answers"] == expected
+
+
+def test_pruned_experts_give_transformers_the_same_logits(root, printed):
+    from transformers import AutoModelForCausalLM
+
+    config = json.loads((root / "pruned_hf" / "config.json").read_text())
+    assert config["num_local_experts"] == PRUNED["num_moe_experts"]
+    assert config["moe_intermediate_size"] == PRUNED["moe_ffn_hidden_size"]
+    assert config["hidden_size"] == PRUNED["hidden_size"]
+    model = AutoModelForCausalLM.from_pretrained(root / "pruned_hf", dtype=torch.float32).eval()
+    wanted = tools.transformers_logits(model, tools.tokens())
+    assert wanted.std() > 0.3
+    difference = (tools.read_logits(root / "pruned_logits") - wanted).abs().max()
+    assert difference < 1e-4
+
+
+@pytest.mark.parametrize("name", ["drafted", "distilled"])
+def test_training_on_a_model_with_experts_lowers_the_loss(root, printed, name):
+    logged = training_metrics.read(root / name / run_folder.FOLDER)
+    losses = [line["loss"] for line in logged if line["kind"] == "train"]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+
+
+def test_the_draft_of_a_model_with_experts_is_exported_and_agrees_with_greedy_decoding(
+    root, printed
+):
+    assert (root / "draft_hf" / "model.safetensors").is_file()
+    acceptance = json.loads((root / "validate.json").read_text())["acceptance"]
+    assert acceptance["identical_answers"] == acceptance["answers"] > 0
+
+
+def test_quantizing_at_tp_and_ep_together_is_refused_before_anything_is_loaded(root, model):
+    both = (*EP, "--tensor-model-parallel-size", 2)
+    flags = ("--pretrained-model-path", root / "source", "--save", root / "refused", *both)
+    done = tools.run("quantize.py", *flags, "--check", code=2, MLM_PLANNED_PROCESSES="4")
+    assert "TP=2 EP=2" in done.stderr and "ModelOpt" in done.stderr

@@ -1,0 +1,85 @@
+"""Every family, quantized and exported, gives an engine the logits of the quantized model.
+
+Models with experts are in test_experts.py, but for what the export itself reads back.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tools
+import torch
+from test_quantized_export import TOLERANCES, engine_logits
+
+from post_training.export.joining import Joining
+
+# One matrix for query, key and value: scales of blocks are joined too.
+FORMATS = dict.fromkeys(tools.FAMILIES, "FP8_DEFAULT_CFG") | {"phi3": "NVFP4_DEFAULT_CFG"}
+DENSE = [name for name, family in tools.FAMILIES.items() if "experts" not in family.parts]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Folder, and the transformers model of each family."""
+    root = tmp_path_factory.mktemp("families")
+    (root / "text.jsonl").write_text(
+        "\n".join(json.dumps({"text": f"line {i}: " + "some text " * 9}) for i in range(60))
+    )
+    models, jobs = {}, []
+    for family, name in FORMATS.items():
+        models[family] = tools.random_model(root / f"{family} source", family, num_hidden_layers=4)
+        work = root / family
+        jobs += [
+            (
+                "quantize",
+                (
+                    *("--pretrained-model-path", root / f"{family} source", "--save", work),
+                    *("--export-quant-cfg", name, "--skip-generate", "--fp32"),
+                    *("--calib-dataset-path-or-name", root / "text.jsonl"),
+                    *("--calib-size", 8, "--calib-max-sequence-length", 64),
+                ),
+            ),
+            tools.logits_job(root / f"{family} logits", tools.tokens(), "--load", work, "--fp32"),
+            ("export", ("--load", work, "--export-dir", root / f"{family} hf", "--fp32")),
+        ]
+    tools.run_stages(*jobs)
+    return root, models
+
+
+@pytest.mark.parametrize("family", DENSE)
+def test_engine_logits_equal_the_quantized_models(exported, family):
+    root, models = exported
+    actual, quantized = engine_logits(root / f"{family} hf", models[family], tools.tokens())
+    wanted = tools.read_logits(root / f"{family} logits")
+    linears = [m for m in models[family].modules() if isinstance(m, torch.nn.Linear)]
+    assert quantized == len(linears) - 1, "all but the output layer"
+    assert (actual - wanted).abs().mean() < TOLERANCES[FORMATS[family]] * wanted.std()
+
+
+@pytest.mark.parametrize("family", sorted(FORMATS.keys() - set(DENSE)))
+def test_each_expert_of_an_exported_model_has_its_scales(exported, family):
+    root, _ = exported
+    names = {name for name, _ in tools.tensors(root / f"{family} hf")}
+    linears = [n.removesuffix("weight") for n in names if ".experts." in n and n.endswith("weight")]
+    config = tools.FAMILIES[family].tiny_config()
+    count = config.get("num_experts") or config["num_local_experts"]
+    # Three matrices an expert; Qwen3-MoE's tiny model has a dense layer among its four.
+    assert len(linears) == 3 * count * (3 if family == "qwen3-moe" else 4)
+    for linear in linears:
+        assert {f"{linear}weight_scale", f"{linear}input_scale"} <= names
+
+
+def test_parts_with_different_scales_are_not_joined():
+    joining = Joining({"gate_up_proj": {"gate_proj": 2, "up_proj": 2}})
+    parts = {
+        f"mlp.{part}_proj.{kind}": value
+        for part in ("gate", "up")
+        for kind, value in (("weight", torch.ones(2, 3)), ("weight_scale", torch.tensor(2.0)))
+    }
+    joined = joining.tensors(parts)
+    assert joined.keys() == {"mlp.gate_up_proj.weight", "mlp.gate_up_proj.weight_scale"}
+    assert joined["mlp.gate_up_proj.weight"].shape == (4, 3)
+    parts["mlp.up_proj.weight_scale"] = torch.tensor(3.0)
+    with pytest.raises(ValueError, match="gate_up_proj differ in weight_scale"):
+        joining.tensors(parts)
