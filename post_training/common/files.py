@@ -48,7 +48,8 @@ def publish(target: Path) -> None:
         OSError: if a rename fails; the previous output is then where :func:`recover` finds it.
     """
     work = incomplete(target)
-    _allow_reading(work)
+    for path in tree(work):
+        allow_reading(path)
     for path in (*tree(work), work):
         _sync(path)
     previous = _previous(target)
@@ -243,15 +244,14 @@ def sibling(target: Path, ending: str) -> Path:
     return target.parent / f"{target.name}{ending}"
 
 
-def _allow_reading(folder: Path) -> None:
-    """Give every file the permissions of the user's umask.
+def allow_reading(path: Path) -> None:
+    """Give a file the permissions of the user's umask.
 
     Some libraries write weights with mode 0600, which a server of another account cannot read.
     """
     mask = os.umask(0)
     os.umask(mask)
-    for path in tree(folder):
-        path.chmod(path.stat().st_mode | (0o666 & ~mask))
+    path.chmod(path.stat().st_mode | (0o666 & ~mask))
 
 
 def _sync(path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from post_training.common import memory
 from post_training.common.errors import UsageError, suggest
 from post_training.data import records
 from post_training.data.records import Row
@@ -24,6 +25,7 @@ from post_training.data.records import Row
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_TEMPLATE_BYTES = 2 << 30  # most memory that a chat template may take: it comes with the model
 _ROWS_CHECKED = 20_000  # about a second of JSONL; later rows are checked when they are read
 TEXT_KEYS = ("text", "article", "content", "document")
 CHAT_KEYS = ("messages", "conversations", "conversation")
@@ -121,7 +123,7 @@ def _conversation(
     messages: tuple[dict[str, Any], ...],
 ) -> Document:
     """The document of these turns and of what goes with them in columns of its own."""
-    tools, history = _from_json(values.get("tools")) or (), _from_json(values.get("history")) or ()
+    tools, history = (_from_json(values.get(name)) or () for name in ("tools", "history"))
     if not isinstance(history, list | tuple) or not all(
         isinstance(pair, list | tuple) and len(pair) == 2 for pair in history
     ):
@@ -247,15 +249,16 @@ def render(
         return "\n\n".join(turn["content"] for turn in document.messages)
 
     try:
-        rendered = tokenizer.apply_chat_template(
-            list(document.messages),
-            tools=list(document.tools) or None,
-            tokenize=False,
-            add_generation_prompt=ask,
-            chat_template=template,
-            **(template_options or {}),
-        )
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        with memory.limited(_TEMPLATE_BYTES):
+            rendered = tokenizer.apply_chat_template(
+                list(document.messages),
+                tools=list(document.tools) or None,
+                tokenize=False,
+                add_generation_prompt=ask,
+                chat_template=template,
+                **(template_options or {}),
+            )
+    except (jinja2.TemplateError, TypeError, ValueError, MemoryError) as error:
         roles = ", ".join(turn["role"] for turn in document.messages)
         raise UsageError(
             f"{option} {document.place}",

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from post_training.checkpoints import finite
-from post_training.common import outputs
+from post_training.common import files, outputs
 from post_training.common.errors import UsageError
 from post_training.data.packing import PackedConversations
 from post_training.distributed.session import Session
@@ -145,4 +145,5 @@ def _write_shard(path: Path, parts: Sequence[Mapping[str, torch.Tensor]]) -> Non
     path.parent.mkdir(parents=True, exist_ok=True)
     work = path.with_name(f".{path.name}.incomplete")
     save_file({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, work)
+    files.allow_reading(work)
     work.replace(path)

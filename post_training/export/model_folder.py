@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.transformer import MegatronModule
 from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
 from tqdm import tqdm
@@ -28,6 +29,16 @@ from post_training.models.families import registry as families
 from post_training.quantization import quantizers
 
 logger = logging.getLogger("post_training")
+
+
+def state_dtype(config: dict[str, Any], dtype: torch.dtype) -> None:
+    """Say in ``config.json`` what the weights are stored in, under one name.
+
+    transformers has renamed it; engines of either time read the name that the source has.
+    """
+    key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
+    config.pop("torch_dtype", None)
+    config[key] = str(dtype).removeprefix("torch.")
 
 
 def write(
@@ -73,8 +84,7 @@ def write(
     def write_small_files() -> None:
         # A checkpoint pruned elsewhere comes with the configuration of before.
         config = families.with_shape(huggingface.read_config(original), vars(model.config))
-        key = "torch_dtype" if "torch_dtype" in config else "dtype"
-        config[key] = str(dtype).removeprefix("torch.")
+        state_dtype(config, dtype)
         config.pop("quantization_config", None)
         if quantization is not None:
             config["quantization_config"] = convert_hf_quant_config_format(quantization)

@@ -1,6 +1,7 @@
 """Calibration data: every source form, exact packing, and errors that name the place."""
 
 import json
+import resource
 from pathlib import Path
 
 import pyarrow
@@ -266,3 +267,15 @@ def test_an_unreachable_hub_is_a_usage_error_that_says_how_to_go_on(name, tokeni
     with pytest.raises(UsageError, match=r"hub.invalid cannot be reached") as caught:
         calibration_data.load_calibration_data(name, tokenizer, 1, 4)
     assert "give a local file or folder instead" in str(caught.value)
+
+
+def test_a_chat_template_that_takes_all_memory_is_stopped():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ 'x' * 10000000000 }}"
+    document = document_formats.Document(
+        "a.jsonl, line 1", messages=({"role": "user", "content": "Hi"},)
+    )
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(UsageError, match="takes more than 2 GiB"):
+        document_formats.render(document, tokenizer, "--data")
+    assert resource.getrlimit(resource.RLIMIT_AS) == before

@@ -85,3 +85,12 @@ def test_decoders_and_reader_share_nothing_with_the_exporter():
         "assert not [name for name in ours if 'quantization' in name or 'exporter' in name], ours"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=tools.environment())
+
+
+@pytest.mark.parametrize("before", [["dtype"], ["torch_dtype"], ["torch_dtype", "dtype"], []])
+def test_an_export_states_its_dtype_once(before):
+    from post_training.export.model_folder import state_dtype
+
+    config = dict.fromkeys(before, "float32")
+    state_dtype(config, torch.bfloat16)
+    assert config == {"torch_dtype" if before == ["torch_dtype"] else "dtype": "bfloat16"}
