@@ -146,10 +146,9 @@ class Folder:
 
     def _loaded(self) -> Any:
         """The model with its dequantized weights, in float32."""
-        from transformers import AutoModelForCausalLM
-
         weights = {name: self.dequantized(name) for name in self.expected}
-        model_class: Any = AutoModelForCausalLM
+        with torch.device("meta"):
+            model_class: Any = type(self._untrained())
         return model_class.from_pretrained(
             None, config=self._plain_config(), state_dict=weights, dtype=torch.float32
         )

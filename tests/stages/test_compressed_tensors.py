@@ -349,3 +349,9 @@ def test_sizes_that_no_kernel_takes_are_refused(tmp_path, name, sizes, shown):
         check(arguments.parse("quantize", QuantizeOptions, words))
     assert shown in error.value.cause
     check(arguments.parse("quantize", QuantizeOptions, [*words, "--allow-unexportable"]))
+
+
+@pytest.mark.parametrize(("family", "name"), EXPORTS)
+def test_the_folder_answers_by_the_librarys_own_reader(exported, family, name):
+    folder = readback.Folder(exported[0] / f"{family} {name} hf")
+    assert isinstance(folder.answer("What is 1 plus 1?", 4), str)
