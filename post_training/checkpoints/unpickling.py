@@ -12,12 +12,15 @@ from __future__ import annotations
 import contextlib
 import enum
 import io
+import logging
 import pickle
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from post_training.common.errors import UsageError
+from post_training.common.errors import UsageError, first_line
+
+logger = logging.getLogger("post_training")
 
 # Plain data, and what rebuilds tensors and arrays from bytes. Each is harmless with any arguments;
 # torch's _load_from_bytes unpickles again, with the same restriction, and megatron-core's, which
@@ -59,6 +62,19 @@ _KNOWN = {
     "torch.storage": {"TypedStorage", "UntypedStorage", "_load_from_bytes"},
     "types": {"SimpleNamespace"},
 }
+
+
+# What parsing a damaged file raises. A RuntimeError may be anything else: a lost rank, no memory.
+_OF_DAMAGE = (
+    pickle.UnpicklingError,
+    EOFError,
+    ValueError,  # JSON and text too
+    LookupError,
+    AttributeError,
+    TypeError,
+    AssertionError,
+    ImportError,
+)
 
 
 class UnknownClass(pickle.UnpicklingError):
@@ -108,7 +124,8 @@ def only_known_classes(what: str) -> Iterator[None]:
         what: is being loaded, in the message (``checkpoint <path>``).
 
     Raises:
-        UsageError: if a file names anything else; on every rank of a collective load.
+        UsageError: if a file names anything else, or is damaged; on every rank of a collective
+            load.
     """
     own = {"Unpickler": _Unpickler, "load": _load, "loads": _loads}
     before = {name: getattr(pickle, name) for name in own}
@@ -118,6 +135,12 @@ def only_known_classes(what: str) -> Iterator[None]:
         yield
     except BaseException as error:  # torch's CheckpointException is no Exception
         unknown = _refused[0] if _refused else _unknown_class(error)
+        damage = _damage(error)
+        if unknown is None and damage is not None:
+            cause = f"it cannot be read: {type(damage).__name__}: {first_line(damage)}"
+            logger.debug("%s cannot be read", what, exc_info=True)
+            remedy = "it is damaged, or made by other versions: copy or make it again"
+            raise UsageError(what, cause, remedy) from error
         if unknown is None:
             raise
         raise UsageError(
@@ -127,6 +150,16 @@ def only_known_classes(what: str) -> Iterator[None]:
         ) from None
     finally:
         vars(pickle).update(before)
+
+
+def _damage(error: BaseException) -> BaseException | None:
+    """What reading bytes that no checkpoint has gives; torch wraps the errors of all ranks."""
+    if isinstance(error, UsageError):
+        return None
+    if isinstance(error, _OF_DAMAGE) or str(error).startswith("PytorchStreamReader"):
+        return error
+    failures = [failure[0] for failure in getattr(error, "failures", {}).values()]
+    return next((found for each in failures if (found := _damage(each)) is not None), None)
 
 
 def _load(file: Any, **options: Any) -> Any:

@@ -103,3 +103,25 @@ def test_a_payload_is_refused_and_does_not_run(work, tmp_path, vector):
         done = tools.run("distill.py", *training(work, folder, 2), code=2)
     assert "io.open" in done.stderr and "any code" in done.stderr
     assert not ran.exists()
+
+
+def garble(path):
+    content = bytearray(path.read_bytes())
+    for place in range(min(300, len(content) // 2), len(content), 97):
+        content[place] ^= 0xFF
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "name", [".metadata", f"{torch_dist.MODELOPT_STATE}/.metadata", "metadata.json"]
+)
+def test_a_damaged_checkpoint_is_said_to_be_damaged(work, tmp_path, name):
+    """Also where the hashes are not compared, or there are none."""
+    damaged = tmp_path / "damaged"
+    shutil.copytree(work / "q", damaged)
+    garble(damaged / "release" / name)
+    flags = ("--load", damaged, "--no-verify", "--export-dir", tmp_path / "out")
+    done = tools.run("export.py", *flags, code=2)
+    assert f"checkpoint {damaged}" in done.stderr
+    assert "cannot be read" in done.stderr
+    assert "Traceback" not in done.stderr
