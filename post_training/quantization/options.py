@@ -6,9 +6,8 @@ A name of the table, a recipe file, or ``auto``; and whether the result could be
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from post_training.common.errors import UsageError
 from post_training.config.checks import at_least, positive
@@ -17,9 +16,7 @@ from post_training.config.options import StageOptions
 from post_training.data.options import CalibrationOptions
 from post_training.inference.smoke_generation import SmokeOptions
 from post_training.models.architecture import Architecture
-from post_training.quantization import recipes
-from post_training.quantization.engines import registry as engines
-from post_training.quantization.engines.base import Support
+from post_training.quantization import kernels, recipes
 from post_training.quantization.formats import exportable
 from post_training.quantization.formats import registry as formats
 from post_training.quantization.formats.base import FOLDED_METHODS, NO_KV_CACHE, Format
@@ -222,42 +219,14 @@ def _check_layers(options: QuantizeOptions, choice: Format, architecture: Archit
             "choose a format without blocks, such as FP8_DEFAULT_CFG"
             + (", or a smaller TP" if ranks > 1 else ""),
         )
-    _check_kernels(what, options, choice, values)
+    if not options.allow_unexportable:
+        kernels.check(what, choice, values, weight_only=options.weight_only)
     if choice.layers == "experts" and not values["num_moe_experts"]:
         raise UsageError(
             what,
             "it quantizes experts, and the model has none",
             "NVFP4_MLP_ONLY_CFG quantizes the MLP of a dense model",
         )
-
-
-def _check_kernels(
-    what: str, options: QuantizeOptions, choice: Format, values: Mapping[str, Any]
-) -> None:
-    """Refuse linears whose sizes the first engine's kernels do not take, as it fuses them."""
-    found = exportable.verdict(choice, weight_only=options.weight_only)
-    if options.allow_unexportable or not found.exportable:
-        return
-    engine = engines.ENGINES[0]
-    rows, columns = engine.algorithms.get(found.quant_algo, Support()).multiples
-    hidden, heads, groups = (
-        values[name] for name in ("hidden_size", "num_attention_heads", "num_query_groups")
-    )
-    attention, head = heads * values["kv_channels"], values["kv_channels"]
-    ffn = values["moe_ffn_hidden_size"] if values["num_moe_experts"] else values["ffn_hidden_size"]
-    gate = 2 if values["gated_linear_unit"] else 1
-    sizes = {"gate, up": (gate * ffn, hidden), "down": (hidden, ffn)}
-    if not values["multi_latent_attention"]:
-        qkv = attention + 2 * groups * head
-        sizes = {"q, k, v": (qkv, hidden), "o": (hidden, attention), **sizes}
-    for name, (outputs, inputs) in sizes.items():
-        if outputs % rows or inputs % columns:
-            raise UsageError(
-                what,
-                f"{name} has {outputs} outputs and {inputs} inputs; {engine.name}'s kernel for "
-                f"{found.quant_algo} takes multiples of {rows} and {columns}",
-                "choose another format, such as FP8_DEFAULT_CFG, or give --allow-unexportable",
-            )
 
 
 def _require_hadamard(what: str) -> None:

@@ -355,3 +355,12 @@ def test_sizes_that_no_kernel_takes_are_refused(tmp_path, name, sizes, shown):
 def test_the_folder_answers_by_the_librarys_own_reader(exported, family, name):
     folder = readback.Folder(exported[0] / f"{family} {name} hf")
     assert isinstance(folder.answer("What is 1 plus 1?", 4), str)
+
+
+@pytest.mark.parametrize("name", ["int8", "int8_sq"])
+def test_experts_with_static_inputs_are_refused(tmp_path, name):
+    tools.random_model(tmp_path / "model", "qwen3-moe")
+    flags = ("--pretrained-model-path", tmp_path / "model", "--save", tmp_path / "q", "--check")
+    words = [*map(str, flags), "--export-quant-cfg", name]
+    with pytest.raises(UsageError, match="does not read experts in INT8_W8A8"):
+        check(arguments.parse("quantize", QuantizeOptions, words))

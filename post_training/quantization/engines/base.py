@@ -20,6 +20,7 @@ class Support:
         native: GPU generations whose kernels compute in the format; empty for a mixture, which
             runs where the formats inside it do.
         loader: the file that reads it, where that is not the engine's.
+        experts: whether linears of experts may have it too.
         multiples: what kernels need of a linear: outputs and inputs divisible by these.
         weights_alone: generations on which weights are unpacked and inputs stay in 16 bits.
     """
@@ -27,6 +28,7 @@ class Support:
     native: tuple[str, ...] = ()
     weights_alone: tuple[str, ...] = ()
     loader: str = ""
+    experts: bool = True
     multiples: tuple[int, int] = (1, 1)
 
 

@@ -20,8 +20,12 @@ VLLM = Engine(
         "MXFP8": Support(native=("Blackwell",), weights_alone=_BEFORE_BLACKWELL),
         MIXED: Support(),
         # The kernel for Blackwell fails when the engine starts (vLLM's issue 54311).
+        # Experts need scales of inputs that are found for each token.
         "INT8_W8A8": Support(
-            native=_BEFORE_BLACKWELL, loader=f"{_SCHEMES}_w8a8_int8.py", multiples=(16, 16)
+            native=_BEFORE_BLACKWELL,
+            loader=f"{_SCHEMES}_w8a8_int8.py",
+            experts=False,
+            multiples=(16, 16),
         ),
         "INT8_W8A16": Support(native=_ALL, loader=f"{_SCHEMES}_wNa16.py", multiples=_MARLIN),
         "INT4_W4A16": Support(native=_ALL, loader=f"{_SCHEMES}_wNa16.py", multiples=_MARLIN),
