@@ -131,8 +131,7 @@ def size_estimate(source: Source, bytes_per_parameter: float) -> int:
         return 0
     folder = Path(source.location)
     if source.is_checkpoint:
-        size = files.size_of(torch_dist.iteration_folder(folder))
-        return int(size * max(1.0, bytes_per_parameter / 2))  # its weights are in 16 bits
+        return files.size_of(torch_dist.iteration_folder(folder))
     entries = safetensors_index.read(folder).values()
     return int(sum(entry.numel for entry in entries) * bytes_per_parameter)
 
