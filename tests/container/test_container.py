@@ -32,6 +32,7 @@ pytestmark = [
     pytest.mark.skipif(not needs, reason="NOT TESTED: building the image needs root on Debian"),
 ]
 RELEASE = "trixie"  # Python 3.13
+NOT_STARTED = "sealing memfd copy: Device or resource busy"
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 # Of Ubuntu 26.04, a release whose files stay: Debian's stable releases have no apptainer.
 APPTAINER = (
@@ -99,7 +100,17 @@ def built(base, cache):
         places = ("--root", store / driver, "--runroot", store / "run")
         # Only what the build needs of this environment: none of pip's settings.
         variables = {"STORAGE_DRIVER": driver, "BUILDAH_ISOLATION": "chroot"}
-        return run("buildah", *places, *words, code=code, TMPDIR=str(temporary), **variables)
+        for attempt in range(10):
+            try:
+                return run(
+                    "buildah", *places, *words, code=code, TMPDIR=str(temporary), **variables
+                )
+            except AssertionError as error:
+                # buildah starts itself from a sealed copy in memory, and the kernel refuses the
+                # seal (EBUSY) while a page of the copy is still being written. Nothing ran yet.
+                if NOT_STARTED not in str(error) or attempt == 9:
+                    raise
+                time.sleep(1 + attempt)
 
     driver = "overlay" if works(buildah, "overlay") else "vfs"
     try:
