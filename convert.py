@@ -66,7 +66,7 @@ class ConvertOptions(StageOptions):
 
 @dataclass(frozen=True)
 class Plan:
-    """``draft`` is the draft to attach; None without one, and until a hub name is fetched."""
+    """``draft`` is the draft to attach, if any."""
 
     options: ConvertOptions
     source: Source
@@ -84,7 +84,7 @@ def check(options: ConvertOptions) -> Plan:
         parallel_check.check(source.described, options.parallel)
     if options.extra_model_path:
         model_config(options.extra_model_path, "--extra-model-path")
-    outputs.check_folder(save, overwrite=options.overwrite, needed=size_estimate(source, 2))
+    outputs.check_folder(save, overwrite=options.overwrite, needed=size_estimate(source, options))
     return Plan(options, source, save, draft)
 
 
@@ -137,7 +137,7 @@ def convert(plan: Plan, session: Session) -> dict[str, Any]:
     parameters = count_parameters(model)
     metrics = {"parameters": parameters, "dtype": options.precision}
     extra = source.carried()
-    draft = plan.draft or plan_draft(options, source.architecture)
+    draft = plan.draft
     if draft is not None:
         algorithm = registry.find(draft.algorithm)
         algorithm.attach(model, draft, options.seed)

@@ -90,7 +90,7 @@ def check(options: DistillOptions) -> Plan:
         training_run.check_model(source, options, training.seq_length)
     text = options.text.source(options.given)
     (conversation_data if options.answers_only else text_data).check(text)
-    needed = 2 * size_estimate(start.source, 8)  # weights and optimizer, twice
+    needed = 2 * size_estimate(start.source, options, optimizer=True)  # one is being written
     outputs.disk_space(start.folder, needed)
     return Plan(options, start, training, of_teacher, teacher, config, text)
 
@@ -106,7 +106,6 @@ def distill(plan: Plan, session: Session) -> TrainingResult:
     options, config = plan.options, plan.config
     this = Run.open(plan, session)
     teacher_source = fetch_source(plan.teacher, plan.of_teacher)
-    distillation_options.check_pair(config, this.source, teacher_source, options.parallel.pipeline)
     prepare = conversation_data.prepare if options.answers_only else text_data.prepare
     parts, _ = this.data(prepare, plan.text)
     exit_if_asked(session)

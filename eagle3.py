@@ -77,7 +77,7 @@ def check(options: Eagle3Options) -> Plan:
         conversation_data.check(text)
     elif draft is not None:
         features.check_model(stored, source, draft, options.precision)
-    needed = 2 * size_estimate(source, 2)  # two checkpoints, of which one is being written
+    needed = 2 * size_estimate(source, options)  # two checkpoints, of which one is being written
     outputs.disk_space(start.folder, needed)
     return Plan(options, start, training, draft, text, stored)
 
@@ -104,7 +104,8 @@ def eagle3(plan: Plan, session: Session) -> TrainingResult | None:
         parts, prompts = stored.parts(), stored.prompts()
         inputs = [manifest.describe_input("features", str(stored.folder))]
     exit_if_asked(session)
-    draft = plan.draft or to_train(options.draft, options, this.source, offline=stored is not None)
+    draft = plan.draft
+    assert draft is not None  # None with --dry-run alone
     # ModelOpt turns sequence parallelism off in a model without the target's layers.
     split = options.sequence_parallel and not draft.offline
     model = loading.load(this.source, options, session, sequence_parallel=split)

@@ -97,7 +97,7 @@ def check(options: ExportOptions) -> Plan:
                 f"{recorded.get('reason')}",
                 "quantize the model in an exportable format (docs/formats.md has the table)",
             )
-        needed = size_estimate(source, 2)
+        needed = size_estimate(source, options)
         outputs.check_folder(folder, outputs.EXPORT, overwrite=options.overwrite, needed=needed)
     return Plan(options, source, folder)
 

@@ -65,7 +65,7 @@ class ExtractOptions(StageOptions):
 
 @dataclass(frozen=True)
 class Plan:
-    """``draft`` says which layers are read; None until a hub name is fetched."""
+    """``draft`` says which layers are read; None until a hub name's configuration is there."""
 
     options: ExtractOptions
     source: Source
@@ -107,7 +107,7 @@ def _settings(plan: Plan, source: Source, draft: Draft) -> dict[str, Any]:
         "num_samples": options.num_samples,
         "shard_size": options.shard_size,
         "data": plan.text.describe(),
-        "model": str(Path(source.location).resolve() if source.is_local else source.location),
+        "model": str(Path(source.location).resolve()) if source.is_local else source.huggingface,
     }
 
 
@@ -122,7 +122,8 @@ def extract_features(plan: Plan, session: Session) -> dict[str, Any]:
 
     options, folder = plan.options, plan.folder
     source = fetch_source(plan.source, options)
-    draft = plan.draft or recorded_or_planned(options.draft, options, source)
+    draft = plan.draft
+    assert draft is not None  # None with --dry-run alone
     settings = _settings(plan, source, draft)
 
     def begin() -> None:
@@ -141,15 +142,17 @@ def extract_features(plan: Plan, session: Session) -> dict[str, Any]:
         session.show_progress,
     )
     logger.info("data: %s", conversation_data.describe(content))
+    shards = extraction.plan_shards(data, options.num_samples, options.shard_size)
+    size = source.architecture.value("hidden_size")
+    extraction.check_room(folder, shards, plan.seq_length, size, draft, options.precision)
     model = loading.load(source, options, session)
     algorithm = registry.find(draft.algorithm)
     if draft_of(source) is None:
         # The hooks on the auxiliary layers come with a draft; its weights do not matter.
         algorithm.attach(model, draft, options.seed)
     model.eval()
-    shards = extraction.plan_shards(data, options.num_samples, options.shard_size)
     work = extraction.Extraction(model, algorithm, data, folder, options.micro_batch_size, session)
-    work.announce(shards, plan.seq_length, draft, options.precision)
+    work.announce(shards)
     work.write(shards)
     fingerprints = collectives.from_all_ranks(features.fingerprint(model))
     made = record.of_run(

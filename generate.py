@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from post_training.checkpoints import record
 from post_training.checkpoints.source import Source, fetch_source, find_source
 from post_training.cli.stage import Stage, run
-from post_training.common import manifest, report, resumable_jsonl
+from post_training.common import manifest, outputs, report, resumable_jsonl
 from post_training.common.errors import UsageError
 from post_training.config import checks
 from post_training.config.flags import flag, group
@@ -130,6 +130,7 @@ def generate(plan: Plan, session: Session) -> dict[str, Any]:
     options = plan.options
     read = on_first_rank(lambda: prompt_options.load(options.prompts))
     logger.info("%s", read.describe())
+    outputs.disk_space(plan.output, read.size(options.max_new_tokens))
     source = fetch_source(plan.source, options)
     speaker = dialogues.load_speaker(
         source,

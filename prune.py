@@ -49,7 +49,8 @@ class Plan:
 
     Attributes:
         target: sizes by name, or a search.
-        space: None until a hub name is fetched; so is ``cache`` then, as without a folder for it.
+        space: None until a hub name's configuration is there.
+        cache: None without a folder for it, and for a hub name.
         benchmark: questions that are on this machine.
     """
 
@@ -89,12 +90,13 @@ def check(options: PruneOptions) -> Plan:
         space = pruning_options.space(options, source.described)
         if not isinstance(target, SizeSearch):
             check_sizes(target, space.dimensions)
-        cache = pruning_options.cache(options, source)
+        # Scores are of a revision of a hub name, which is known with its weights.
+        cache = pruning_options.cache(options, source) if source.is_local else None
         if cache is not None:
             cache.described()
     calibration_options.check(options.calibration)
     benchmark = mmlu_options.load_local(options.mmlu)
-    outputs.check_folder(save, overwrite=options.overwrite, needed=size_estimate(source, 2))
+    outputs.check_folder(save, overwrite=options.overwrite, needed=size_estimate(source, options))
     return Plan(options, source, save, target, space, cache, benchmark)
 
 
@@ -110,7 +112,8 @@ def prune(plan: Plan, session: Session) -> Pruned:
     options, target = plan.options, plan.target
     source = fetch_source(plan.source, options)
     original = source.architecture
-    space = plan.space or pruning_options.space(options, original)
+    space = plan.space
+    assert space is not None  # None with --dry-run alone
     transformer = builder.transformer_config(original, loading.build_options(source, options))
     if isinstance(target, SizeSearch):
         search.check_reachable(original, transformer, space.dimensions, target)

@@ -74,7 +74,7 @@ def check(options: QuantizeOptions) -> Plan:
     if options.tokenizer_model:
         tokenizer_files.check(options.tokenizer_model)
     calibration_options.check(options.calibration)
-    outputs.check_folder(save, overwrite=options.overwrite, needed=size_estimate(source, 2))
+    outputs.check_folder(save, overwrite=options.overwrite, needed=size_estimate(source, options))
     return Plan(options, source, save, choice)
 
 

@@ -22,6 +22,7 @@ SMALL_FILES = tuple(
 )
 _CHAT_TEMPLATES = "additional_chat_templates"
 QUANTIZATION = "hf_quant_config.json"  # ModelOpt's; read, and never copied
+_resolved: dict[str, Path] = {}
 _WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 
 
@@ -60,7 +61,13 @@ def resolve(name_or_path: str, *, weights: bool, trust_remote_code: bool = False
                 found = snapshot_download(
                     name_or_path, allow_patterns=patterns, local_files_only=number == 2
                 )
+    _resolved[name_or_path] = Path(found)
     return Path(found)
+
+
+def resolved(name: str) -> Path | None:
+    """The folder of a hub name that this process has resolved before; None otherwise."""
+    return _resolved.get(name)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

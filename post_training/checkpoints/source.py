@@ -1,23 +1,23 @@
 """Where a stage's model comes from: a Megatron checkpoint, a Hugging Face folder, or a hub name.
 
 :func:`find_source` resolves what the options name into a :class:`Source`, without torch and without
-the network; :func:`fetch_source` downloads a hub name.
+the network. A hub name is described after :func:`fetch_configuration`; :func:`fetch_source`
+downloads the weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
 from post_training.checkpoints import huggingface, torch_dist
-from post_training.common import files, forms, inputs, manifest, safetensors_index
+from post_training.common import forms, inputs, manifest, safetensors_index
 from post_training.common.errors import UsageError
 from post_training.config.model_description import architecture
 from post_training.config.options import StageOptions
-from post_training.models import parallel_check
+from post_training.models import parameter_count
 from post_training.models.architecture import Architecture
 from post_training.models.families import registry as families
 
@@ -30,7 +30,7 @@ class Source:
         location: Megatron checkpoint folder, Hugging Face folder, or hub name.
         is_checkpoint: whether it is a Megatron checkpoint.
         described: the architecture, from the manifest, ``config.json`` or, for a checkpoint of
-            Megatron-LM, the flags; None for a hub name until :func:`fetch_source`.
+            Megatron-LM, the flags; None for a hub name until :func:`fetch_configuration`.
         huggingface: folder or hub name with configuration and tokenizer; None if unknown.
         manifest: content of the checkpoint's ``run.json``, if it has one.
         entry: how manifests record it as an input, from before anything of it is loaded.
@@ -52,9 +52,9 @@ class Source:
 
     @property
     def architecture(self) -> Architecture:
-        """The architecture; known for local sources and after :func:`fetch_source`."""
+        """The architecture; known for local sources and after :func:`fetch_configuration`."""
         if self.described is None:
-            raise RuntimeError(f"{self.location} is not fetched yet")
+            raise RuntimeError(f"the configuration of {self.location} is not fetched yet")
         return self.described
 
     def inputs(self, role: str = "model") -> list[dict[str, Any]]:
@@ -96,44 +96,56 @@ def find_source(options: StageOptions) -> Source:
             "neither --load nor --pretrained-model-path is given",
             "set MLM_MODEL_CKPT (a Megatron checkpoint) or HF_MODEL_CKPT (a Hugging Face folder)",
         )
-    described = None
+    described, origin = None, location
     if not inputs.is_hub_name(location):
         described = architecture(options, model_folder(Path(location)))
+    elif (folder := huggingface.resolved(location)) is not None:
+        described, origin = architecture(options, _unquantized(folder)), str(folder)
     elif not options.dry_run and (reason := families.unconvertible(options.stated)):
         raise UsageError(
             f"--pretrained-model-path {location}",
             reason,
             "name a Megatron checkpoint in MLM_MODEL_CKPT; --dry-run shows what would run",
         )
-    return Source(location, is_checkpoint=False, described=described, huggingface=location)
+    return Source(location, is_checkpoint=False, described=described, huggingface=origin)
+
+
+def fetch_configuration(source: Source, options: StageOptions) -> bool:
+    """Download configuration and tokenizer of a hub name; whether it is one. A collective call.
+
+    What a stage refuses, it refuses then, before hours of downloading weights: its check is run
+    again, and :func:`find_source` finds the architecture.
+    """
+    if source.is_checkpoint or source.is_local:
+        return False
+    trusted = options.trust_remote_code
+    huggingface.resolve(source.location, weights=False, trust_remote_code=trusted)
+    return True
 
 
 def fetch_source(source: Source, options: StageOptions) -> Source:
-    """The same source, local: a hub name is downloaded and checked as a folder would have been.
-
-    Its weights come last: a model that is refused costs no hours of download.
-    """
+    """The same source, local: the weights of a hub name are downloaded. A collective call."""
     if source.is_checkpoint or source.is_local:
         return source
-    download = partial(
-        huggingface.resolve, source.location, trust_remote_code=options.trust_remote_code
-    )
-    described = architecture(options, _unquantized(download(weights=False)))
-    parallel_check.check(described, options.parallel)
-    folder = download(weights=True)
+    trusted = options.trust_remote_code
+    folder = huggingface.resolve(source.location, weights=True, trust_remote_code=trusted)
     model_folder(folder)
-    return replace(source, location=str(folder), described=described, huggingface=str(folder))
+    return replace(source, location=str(folder), huggingface=str(folder))
 
 
-def size_estimate(source: Source, bytes_per_parameter: float) -> int:
-    """Bytes that a copy of the source will take on disk, for the check of free space."""
-    if not source.is_local:
+def size_estimate(source: Source, options: StageOptions, *, optimizer: bool = False) -> int:
+    """Bytes that a checkpoint or an export of the source takes, for the check of free space.
+
+    With the state of Adam: its two moments and the weights in float32 besides. 0 for a hub name
+    whose configuration is not there yet.
+    """
+    per_parameter = (4 if options.precision == "fp32" else 2) + (12 if optimizer else 0)
+    if source.is_local and not source.is_checkpoint:
+        entries = safetensors_index.read(Path(source.location)).values()
+        return sum(entry.numel for entry in entries) * per_parameter
+    if source.described is None:
         return 0
-    folder = Path(source.location)
-    if source.is_checkpoint:
-        return files.size_of(torch_dist.iteration_folder(folder))
-    entries = safetensors_index.read(folder).values()
-    return int(sum(entry.numel for entry in entries) * bytes_per_parameter)
+    return parameter_count.total(source.described) * per_parameter
 
 
 def _find_checkpoint(options: StageOptions, location: str) -> Source:

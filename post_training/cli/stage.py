@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
-from post_training.checkpoints.source import Source
+from post_training.checkpoints.source import Source, fetch_configuration
 from post_training.cli import dry_run
 from post_training.common import locks, outputs, redaction
 from post_training.common.errors import UsageError, exit_with_usage_error, first_line
@@ -45,7 +46,8 @@ class Stage[Options: StageOptions, P: Plan, Result]:
         name: its ``.py`` and ``.sh``, e.g. ``convert``.
         options: class of its options; the fields are its flags.
         check: from options to a plan; raises UsageError for what cannot work. Must not import
-            torch, load weights or use the network.
+            torch, load weights or use the network. It runs again when the configuration of a hub
+            name has been downloaded.
         work: does it, on every rank.
         show: prints the summary, on rank 0, from the plan, what ``work`` returned and the session.
         exit_code: from the plan and the result, the same on every rank.
@@ -104,6 +106,7 @@ def run[Options: StageOptions, P: Plan, Result](
         exit_with_usage_error(error)
     if plan.options.dry_run or plan.options.check:
         return
+    threading.excepthook = outputs.thread_failed
     found = {path: outputs.state(path) for path in _outputs(stage, plan.options).values()}
     with open_session(plan.options) as opened:
         if plan.options.sequence_parallel and not stage.sequence_parallel:
@@ -117,6 +120,7 @@ def run[Options: StageOptions, P: Plan, Result](
                         raise UsageError(
                             f"output {path}", "another run has just made it", "start this one again"
                         )
+                plan = _with_hub_names(stage, plan)
                 result = stage.work(plan, opened)
             if opened.is_main and stage.show is not None:
                 stage.show(plan, result, opened)
@@ -126,6 +130,16 @@ def run[Options: StageOptions, P: Plan, Result](
             raise
     if code := stage.exit_code(plan, result):
         sys.exit(code)
+
+
+def _with_hub_names[Options: StageOptions, P: Plan, Result](
+    stage: Stage[Options, P, Result], plan: P
+) -> P:
+    """The plan, checked again if it names models of a hub, which are described now."""
+    held = [plan.source, *(each for each in vars(plan).values() if isinstance(each, Source))]
+    by_location = {source.location: source for source in held}
+    fetched = [fetch_configuration(source, plan.options) for source in by_location.values()]
+    return stage.check(cast(Options, plan.options)) if any(fetched) else plan
 
 
 def _outputs(stage: Stage[Any, Any, Any], options: StageOptions) -> dict[str, Path]:

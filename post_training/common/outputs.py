@@ -8,11 +8,13 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from post_training.common import manifest, redaction
+from post_training.common import manifest, redaction, report
 from post_training.common.errors import UsageError, first_line
 from post_training.common.inputs import nearest_existing
 
@@ -21,6 +23,7 @@ CHECKPOINT = ("convert", "quantize", "prune", "distill", "eagle3")
 EXPORT = ("export",)
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _NO_ROOM = 1 << 16  # bytes
+_REPORT = 1 << 20  # bytes: all answers of MMLU, one letter each, take less than a tenth
 
 
 def check_folder(
@@ -86,6 +89,7 @@ def check_file(path: Path, option: str, stage: str) -> None:
         if found != stage:
             cause = f"it exists, and is no report of {stage}"
             raise UsageError(f"{option} {path}", cause, "name another file")
+    disk_space(path, _REPORT)
     writable(path, f"{option} {path}")
 
 
@@ -157,12 +161,13 @@ def disk_space(folder: Path, needed: int) -> None:
     """Raise UsageError unless the file system of ``folder`` has ``needed`` bytes free."""
     parent = nearest_existing(folder)
     if not parent.is_dir():
-        raise UsageError(f"output {folder}", f"{parent} is a file", "name another folder")
+        raise UsageError(f"output {folder}", f"{parent} is a file", "name another place")
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise UsageError(
             f"output {folder}",
-            f"about {_gigabytes(needed)} are needed and {_gigabytes(free)} are free on {parent}",
+            f"about {report.number_of_bytes(needed)} are needed and "
+            f"{report.number_of_bytes(free)} are free on {parent}",
             "free some space, or set MLM_WORK_DIR to a larger disk",
         )
 
@@ -190,6 +195,17 @@ def full_disk(error: Exception, paths: Iterable[Path]) -> UsageError | None:
     )
 
 
+def thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """For ``threading.excepthook``: one line where a thread, such as TensorBoard's, finds no room.
+
+    The stage itself stops at the next file that it writes, with the output's name.
+    """
+    if getattr(failure.exc_value, "errno", None) in _FULL:
+        print(f"a disk became full: {first_line(failure.exc_value)}", file=sys.stderr)
+    else:
+        threading.__excepthook__(failure)
+
+
 def _what_lies_there(folder: Path) -> str:
     """What an occupied output folder holds: why it is not overwritten."""
     content = manifest.read(folder)
@@ -201,7 +217,3 @@ def _what_lies_there(folder: Path) -> str:
     if content.get("command") == redaction.command():
         return f"{made}, complete, made by this same command"
     return f"{made}, complete, made by: {content.get('command')}"
-
-
-def _gigabytes(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"

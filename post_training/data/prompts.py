@@ -50,6 +50,10 @@ class Dialogue:
         """Number of user turns."""
         return sum(message["role"] == "user" for message in self.messages)
 
+    def size(self, answer_tokens: int) -> int:
+        """Bytes of its answered row at the most: four characters a token."""
+        return len(str(self.messages)) + 4 * answer_tokens * self.questions
+
     def first_turn(self) -> Dialogue:
         """The same, up to the first user turn."""
         roles = [message["role"] for message in self.messages]
@@ -63,6 +67,10 @@ class Prompts:
     source: str
     dialogues: list[Dialogue]
     left_out: Counter[str] = field(default_factory=Counter)
+
+    def size(self, answer_tokens: int) -> int:
+        """Bytes of the answered rows at the most, with answers of so many tokens."""
+        return sum(dialogue.size(answer_tokens) for dialogue in self.dialogues)
 
     def describe(self) -> str:
         """One line for the log."""

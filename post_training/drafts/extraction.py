@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from post_training.checkpoints import finite
-from post_training.common import files, outputs
+from post_training.common import files, outputs, report
 from post_training.common.errors import UsageError
 from post_training.data.packing import PackedConversations
 from post_training.distributed.session import Session
@@ -53,6 +53,30 @@ def plan_shards(data: Mapping[str, PackedConversations], samples: int, size: int
     return shards
 
 
+def missing(folder: Path, shards: Sequence[Shard]) -> list[Shard]:
+    """The shards that ``folder`` lacks."""
+    return [each for each in shards if not (folder / each.file).exists()]
+
+
+def check_room(
+    folder: Path, shards: Sequence[Shard], length: int, hidden_size: int, draft: Draft, dtype: str
+) -> None:
+    """Raise UsageError unless the missing shards fit on the disk; log what they take.
+
+    ``length`` is that of a sequence, in tokens.
+    """
+    count = sum(len(shard.rows) for shard in missing(folder, shards))
+    # A token's states, its id (int32) and its mask (uint8).
+    states = 1 + len(draft.aux_hidden_state_layer_ids)
+    per_token = hidden_size * states * (4 if dtype == "fp32" else 2) + 5
+    needed = count * length * per_token
+    logger.info(
+        "%d sequences to write: %s on disk, %s a token",
+        *(count, report.number_of_bytes(needed), report.number_of_bytes(per_token)),
+    )
+    outputs.disk_space(folder, needed)
+
+
 @dataclass(frozen=True)
 class Extraction:
     """One run of extract_features.py: of ``data`` by part, ``batch`` sequences at a time.
@@ -67,36 +91,28 @@ class Extraction:
     batch: int
     session: Session
 
-    def announce(self, shards: Sequence[Shard], length: int, draft: Draft, dtype: str) -> None:
-        """Log what is still to do, with the disk and time that it takes; check the disk's room."""
-        todo = self._missing(shards)
+    def announce(self, shards: Sequence[Shard]) -> None:
+        """Log what is still to do, with the time that it takes; a collective call."""
+        todo = missing(self.folder, shards)
         count = sum(len(shard.rows) for shard in todo)
         if not count:
             logger.info("all %d shards are there already", len(shards))
             return
-        # A token's states, its id (int32) and its mask (uint8).
-        states = 1 + len(draft.aux_hidden_state_layer_ids)
-        per_token = self.model.config.hidden_size * states * (4 if dtype == "fp32" else 2) + 5
-        needed = count * length * per_token
         probe = todo[0].rows[: self.batch]
         self._features(todo[0].part, probe)  # the first pass also sets things up
         started = time.monotonic()
         self._features(todo[0].part, probe)
         seconds = (time.monotonic() - started) / len(probe) * count / self.session.parallel.data
         logger.info(
-            "%d of %d shards to write: %d sequences, %.2f GB on disk (%.1f kB a token), about %s",
+            "%d of %d shards to write, about %s",
             len(todo),
             len(shards),
-            count,
-            needed / 1e9,
-            per_token / 1e3,
             f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{seconds:.0f} s",
         )
-        outputs.disk_space(self.folder, needed)
 
     def write(self, shards: Sequence[Shard]) -> None:
         """Write what is missing, shards in turn over the data-parallel ranks; a collective call."""
-        todo = self._missing(shards)
+        todo = missing(self.folder, shards)
         rank = parallel_state.get_data_parallel_rank()
         ranks = parallel_state.get_data_parallel_world_size()
         first_of_tensor = parallel_state.get_tensor_model_parallel_rank() == 0
@@ -111,9 +127,6 @@ class Extraction:
                 if first_of_tensor and first + rank < len(todo):
                     _write_shard(self.folder / mine.file, [part for part in parts if part])
                 bar.update(min(ranks, len(todo) - first))
-
-    def _missing(self, shards: Sequence[Shard]) -> list[Shard]:
-        return [each for each in shards if not (self.folder / each.file).exists()]
 
     def _features(self, part: str, rows: list[int]) -> dict[str, torch.Tensor]:
         """Features of some sequences on the last pipeline stage, nothing on the others."""

@@ -83,3 +83,37 @@ def test_every_machine_downloads_into_its_own_cache(source, tmp_path):
     back, wanted = dict(tools.tensors(tmp_path / "back")), dict(tools.tensors(source))
     assert back.keys() == wanted.keys()
     assert all(torch.equal(back[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags", "cause"),
+    [
+        ("quantize.py", ("--export-quant-cfg", "NVFP4_EXPERTS_ONLY_CFG"), "has none"),
+        ("prune.py", ("--prune-export-config", '{"num_layers": 40}'), "num_layers"),
+        ("convert.py", ("--algorithm", "eagle3", "--draft-vocab-size", 9999), "--draft-vocab-size"),
+        ("eagle3.py", ("--draft-vocab-size", 9999, "--finetune-data-files", "text"), "9999"),
+        (
+            "distill.py",
+            ("--teacher", "teacher", "--seq-length", 64, "--finetune-data-files", "text"),
+            "vocabulary",
+        ),
+    ],
+)
+def test_what_a_stage_refuses_is_refused_before_the_weights_are_downloaded(
+    source, tmp_path, stage, flags, cause
+):
+    """Checks that need the model's sizes, of a model whose sizes are on the hub."""
+    tools.write_conversations(tmp_path / "text.jsonl", 4)
+    tools.random_model(tmp_path / "teacher", "qwen3", torch.bfloat16, vocab_size=640)
+    named = {"text": tmp_path / "text.jsonl", "teacher": tmp_path / "teacher"}
+    with hub.serving(source, NAME) as server:
+        done = tools.run(
+            *(stage, "--pretrained-model-path", NAME, "--save", tmp_path / "out"),
+            *(named.get(word, word) for word in flags),
+            code=2,
+            HF_HOME=str(tmp_path / "cache"),
+            **server.environment,
+        )
+    assert cause in done.stderr, done.stderr
+    assert not [name for name in server.sent if name.endswith(".safetensors")]
+    assert not (tmp_path / "out").exists()

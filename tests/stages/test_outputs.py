@@ -172,13 +172,17 @@ def test_an_output_that_another_run_has_made_since_the_check_is_not_replaced(wor
 
 
 def test_a_disk_that_becomes_full_is_named_and_a_larger_one_is_enough(work, tmp_path):
-    """Weights fit three times, so the checks pass; with the optimizer's state they do not fit."""
-    disk, size = tmp_path / "disk", 3 * files.size_of(work / "mlm")
+    """The room that is asked for is there when the run starts, and taken before it saves."""
+    disk, size = tmp_path / "disk", 30 * files.size_of(work / "mlm")
     disk.mkdir()
     mounted = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
     mount = f'mount -t tmpfs -o size={size} tmpfs "$0" && "$@"'
     if subprocess.run([*mounted, mount, disk, "true"], capture_output=True).returncode:
         pytest.skip("this user may not mount a file system")
+    fill = f'until [ -d "$0/run" ]; do sleep 0.05; done; head -c {size} /dev/zero >"$0/other"'
+    mount = mount.replace(
+        '"$@"', f'{{ ({fill}) 2>"$0.full" & "$@"; code=$?; kill $! 2>/dev/null; exit $code; }}'
+    )
     given = words(work, "distill", disk / "run")
     done = subprocess.run(
         [*mounted, mount, str(disk), *tools.command("distill.py", *given)],

@@ -244,7 +244,7 @@ def no_disk_space(work: Path):
         write_model(work / "m", huge=[1 << 21, 1 << 21])
     except OSError:
         pytest.skip("this file system has no files of 8 TB, not even empty ones")
-    return ["--pretrained-model-path", work / "m"], ["GB are needed", "are free", "MLM_WORK_DIR"]
+    return ["--pretrained-model-path", work / "m"], ["TB are needed", "are free", "MLM_WORK_DIR"]
 
 
 def missing_checkpoint(work: Path):
@@ -476,7 +476,7 @@ def test_experts_are_divided_by_their_own_sizes():
 
 
 def test_an_unwritable_value_is_reported_with_the_free_space(tmp_path):
-    with pytest.raises(UsageError, match=r"about 1000000\.0 GB are needed and \d"):
+    with pytest.raises(UsageError, match=r"about 1000\.00 TB are needed and \d"):
         outputs.disk_space(tmp_path / "a" / "b", 10**15)
 
 
