@@ -10,6 +10,8 @@ from post_training.models.families.base import (
     DECODER_KEYS,
     ONLY_SILU,
     WeightMapping,
+    check_router,
+    refuse,
 )
 from post_training.models.families.mistral import Mistral
 
@@ -18,6 +20,13 @@ class Mixtral(Mistral):
     """Every layer has experts, whose three matrices are called w1, w2 and w3."""
 
     absent_window: ClassVar[int | None] = None
+
+    def check(self, config: Mapping[str, Any]) -> None:
+        super().check(config)
+        experts = config["num_local_experts"]
+        if config.get("num_experts", experts) != experts:
+            refuse(f"num_experts = {config['num_experts']!r}", f"num_local_experts is {experts}")
+        check_router(experts, config["num_experts_per_tok"], normalized=True)
 
     def transformer(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return super().transformer(config) | {
@@ -66,6 +75,7 @@ FAMILIES = (
             **DECODER_DEFAULTS,
             "rms_norm_eps": 1e-5,
             "num_key_value_heads": 8,
+            "rope_theta": 1e6,
             "num_local_experts": 8,
             "num_experts_per_tok": 2,
         },
