@@ -177,6 +177,12 @@ def test_a_size_that_the_file_leaves_to_the_default_is_written_after_pruning():
     assert families.with_shape(config, values)["moe_intermediate_size"] == 32
 
 
+def test_the_size_of_pruned_experts_is_written_under_the_familys_key():
+    config = FAMILIES["mixtral"].tiny_config()
+    values = families.from_huggingface(config).resolved() | {"moe_ffn_hidden_size": 32}
+    assert families.with_shape(config, values)["intermediate_size"] == 32
+
+
 def test_quantized_weights_are_refused(family):
     config = family.tiny_config(quantization_config={"quant_method": "awq", "bits": 4})
     with pytest.raises(UsageError, match="already quantized"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from post_training.models.families.base import (
@@ -33,6 +33,15 @@ class Mixtral(Mistral):
             "moe_ffn_hidden_size": config["intermediate_size"],
             "moe_layer_freq": [1] * config["num_hidden_layers"],
         }
+
+    def with_shape(
+        self,
+        config: Mapping[str, Any],
+        values: Mapping[str, Any],
+        kept_layers: Sequence[int] | None = None,
+    ) -> dict[str, Any]:
+        sizes = {**values, "ffn_hidden_size": values["moe_ffn_hidden_size"]}
+        return super().with_shape(config, sizes, kept_layers)
 
     def weight_mapping(self) -> WeightMapping:
         from modelopt.torch.export.plugins.mcore_custom import (
