@@ -149,7 +149,7 @@ def judge_model(model: torch.nn.Module, method: str = "", *, required: bool = Fa
     return found
 
 
-def require_savable(model: torch.nn.Module) -> None:
+def require_savable(model: torch.nn.Module, *, packed: bool) -> None:
     """Raise UsageError, before calibration, for scales that ModelOpt cannot save at TP > 1."""
     size = parallel_state.get_tensor_model_parallel_world_size()
     used = {linear.weight for linear in map(linear_of, model.modules()) if linear}
@@ -157,3 +157,6 @@ def require_savable(model: torch.nn.Module) -> None:
     mine = sorted(used.intersection(static))
     if size > 1 and any(from_all_ranks(mine)):
         raise exportable.unsavable(", ".join(mine) or "stored block scales", size)
+    integers = sorted(filter(formats.packs_integers, used))
+    if size > 1 and packed and any(from_all_ranks(integers)):
+        raise exportable.unpackable(", ".join(integers) or "integers", size)

@@ -117,3 +117,12 @@ def unsavable(what: str, tensor_size: int) -> UsageError:
         "ModelOpt cannot save stored block scales that are split over ranks",
         "set TP=1; PP may be larger",
     )
+
+
+def unpackable(what: str, tensor_size: int) -> UsageError:
+    """The error for integers that ``--compress`` would pack on several tensor-parallel ranks."""
+    return UsageError(
+        f"{what} --compress with TP={tensor_size}",
+        "ModelOpt packs each rank's part of a row with a scale of its own, which no other TP loads",
+        "set TP=1, or leave --compress out; PP may be larger",
+    )
