@@ -139,12 +139,21 @@ def _import_weights(
             "the conf does not describe this model: compare it with config.json",
         )
 
-    importer = Importer(
-        model,
-        source.location,
-        dtype=builder.torch_dtype(options.precision),
-        trust_remote_code=options.trust_remote_code,
-    )
+    # transformers has errors of its own for the values that it refuses.
+    with collectives.fail_together(
+        (Exception,),
+        lambda reason: UsageError(
+            f"{source.location}/config.json",
+            f"transformers cannot read it: {reason}",
+            "compare it with the original",
+        ),
+    ):
+        importer = Importer(
+            model,
+            source.location,
+            dtype=builder.torch_dtype(options.precision),
+            trust_remote_code=options.trust_remote_code,
+        )
     importer.index, importer.names_read = index, set()
     importer.joined = families.joined(source.architecture)
     importer.disable_tqdm = not show_progress

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
 # Tells loaders how sharded tensors were cut; Megatron-LM reads it back from the checkpoint.
 CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-# Maxima of the rows of the layer that computes gate and up, of both parts of a double quantizer.
-_GATE_UP = re.compile(r"linear_fc1\.weight_quantizer\.(\d+\.)?_amax$")
+# Of the layer that computes gate and up: maxima of rows, of both parts of a double quantizer, and
+# scales of packed rows.
+_GATE_UP = re.compile(r"linear_fc1\.weight_quantizer\.(\d+\.)?_(amax|scale)$")
 
 
 def sharded(
@@ -50,7 +51,7 @@ def sharded(
 
 
 def _in_halves(tensor: Any, there: Mapping[str, Any] | None) -> Any:
-    """The maxima of a rank's gate and up, cut like the weights: all of gate before all of up.
+    """The maxima or scales of a rank's gate and up, cut like the weights: all of gate, then of up.
 
     ModelOpt's pattern for them (quantization/plugins/megatron.py, ``_QuantMegatronMLP``) matches no
     name: it saves each rank's gate and up together, which another tensor-parallel size reads as the

@@ -164,6 +164,7 @@ def load(model: MegatronModule, folder: Path, *, only: str = "") -> None:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.validation import StrictHandling
     from modelopt.torch.opt.plugins import restore_sharded_modelopt_state
+    from torch.distributed.checkpoint.api import CheckpointException
 
     weights = iteration_folder(folder)
     if (weights / MODELOPT_STATE).is_dir() and not only:
@@ -180,11 +181,13 @@ def load(model: MegatronModule, folder: Path, *, only: str = "") -> None:
             state, missing, unexpected = dist_checkpointing.load(
                 {"model": tensors}, str(weights), strict=StrictHandling.RETURN_ALL
             )
-    except dist_checkpointing.core.CheckpointingException as error:
+    except (dist_checkpointing.core.CheckpointingException, CheckpointException) as error:
+        # Of several ranks' failures the last line says what is wrong.
+        reason = str(error).strip().splitlines()[-1]
         raise UsageError(
             f"checkpoint {folder}",
-            f"it does not fit this model: {error}",
-            "use the conf of the model that was saved",
+            f"it does not fit this model: {reason}",
+            "use the conf of the model that was saved; packed integers (--compress) need its TP",
         ) from error
     missing, unexpected = _of_model(missing, only), _of_model(unexpected, only)
     if missing or unexpected:

@@ -6,6 +6,8 @@ format by construction. Every stage of a pipeline would search alone: PP=1 is re
 
 from __future__ import annotations
 
+import fnmatch
+from collections.abc import Sequence
 from typing import Any
 
 import modelopt.torch.quantization as mtq
@@ -14,8 +16,9 @@ from modelopt.torch.opt.conversion import ModeloptStateManager
 from modelopt.torch.quantization.config import QuantizeConfig
 
 from post_training.common.quiet import quiet
+from post_training.distributed.collectives import from_all_ranks
 from post_training.inference import forward
-from post_training.quantization import recipes
+from post_training.quantization import quantizers, recipes
 from post_training.quantization.calibration import Calibration
 from post_training.quantization.configuration import (
     ALL_OFF,
@@ -24,7 +27,9 @@ from post_training.quantization.configuration import (
     cache_entries,
     named,
 )
+from post_training.quantization.formats import exportable
 from post_training.quantization.formats import registry as formats
+from post_training.quantization.formats.exportable import Verdict
 from post_training.quantization.options import Choice, QuantizeOptions
 from post_training.quantization.recipes import Recipe
 
@@ -47,6 +52,8 @@ def search(
         kv_entries = kv_entries or of_recipe
     else:
         arguments, score_size = _of_options(options), options.auto.auto_quantize_score_size
+    if not options.allow_unexportable:
+        _require_exportable(core, arguments, weight_only=options.weight_only)
     device = forward.device_of(core)
     batches = [batch.to(device) for batch in data.batches()]
     by_gradient = arguments["method"] == "gradient"
@@ -81,6 +88,66 @@ def search(
             name.removesuffix(".quant_recipe"): str(v) for name, v in best["recipe"].items()
         },
     }
+
+
+def _require_exportable(model: Any, arguments: dict[str, Any], *, weight_only: bool) -> None:
+    """Refuse candidates that no engine reads, alone or in a layer that may get them.
+
+    Asked of layers of the same names and sizes without weights, before the search; a collective
+    call.
+    """
+    everywhere = [*arguments.get("quantization_formats", ())]
+    everywhere += filter(None, [arguments.get("fixed_quantization_config")])
+    candidates = [(config, ["*"]) for config in everywhere]
+    for space in arguments.get("module_search_spaces", ()):
+        patterns = space["module_name_patterns"]
+        candidates += [(config, patterns) for config in space["quantization_formats"]]
+    linears, refused = set(), []
+    for candidate, patterns in candidates:
+        config = candidate if isinstance(candidate, dict) else named(candidate)
+        copy = _without_weights(model, patterns, arguments["disabled_layers"])
+        with quiet(stdout=True):
+            mtq.replace_quant_module(copy)
+        mtq.set_quantizer_by_cfg(copy, config["quant_cfg"])
+        if weight_only:
+            mtq.disable_quantizer(copy, "*input_quantizer")
+        for name, module in copy.named_modules():
+            form = quantizers.linear_of(module)
+            if form is not None:
+                linears.add(form)
+                sizes = quantizers.whole_sizes(module)
+                refused.append(quantizers.kernel_refusal(name, form, *sizes))
+    gathered = from_all_ranks((linears, next(filter(None, refused), "")))
+    found = exportable.judge(set().union(*(each for each, _ in gathered)))
+    reason = found.reason or next((each for _, each in gathered if each), "")
+    if reason:
+        raise exportable.unexportable("the search's formats", Verdict(reason=reason))
+
+
+def _without_weights(
+    model: Any, patterns: Sequence[str], disabled: Sequence[str]
+) -> torch.nn.Module:
+    """The linear layers of ``model`` that a search may quantize, by name, on the meta device."""
+    copy = torch.nn.Module()
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is None or weight.ndim != 2 or "Embedding" in type(module).__name__:
+            continue
+        if not _matches(name, patterns) or _matches(name, disabled):
+            continue
+        outputs, inputs = quantizers.whole_sizes(module)
+        *parents, own = name.split(".")
+        place = copy
+        for each in parents:
+            if not hasattr(place, each):
+                place.add_module(each, torch.nn.Module())
+            place = getattr(place, each)
+        place.add_module(own, torch.nn.Linear(inputs, outputs, bias=False, device="meta"))
+    return copy
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def _of_options(options: QuantizeOptions) -> dict[str, Any]:

@@ -2,54 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from post_training.common.errors import UsageError
+from post_training.models import parameter_count
 from post_training.quantization.engines import registry as engines
 from post_training.quantization.engines.base import Support
 from post_training.quantization.formats import exportable
 from post_training.quantization.formats.base import Format
 
+_REMEDY = (
+    "choose another format, such as FP8_DEFAULT_CFG or, for experts, INT8_WEIGHT_ONLY_CFG; or give "
+    "--allow-unexportable"
+)
 
-def check(what: str, choice: Format, values: Mapping[str, Any], *, weight_only: bool) -> None:
-    """Refuse what the first engine's kernels do not take: experts, sizes of its fused linears.
+
+def refusal(
+    name: str, algorithm: str, outputs: int, inputs: int, *, of_experts: bool = False
+) -> str:
+    """Why the first engine's kernel does not take a linear layer; empty if it does.
+
+    Args:
+        name: of the layer, in the message.
+        algorithm: ``quant_algo`` of the layer.
+        outputs: of the whole layer as the engine fuses it (q, k and v; gate and up).
+    """
+    engine = engines.ENGINES[0]
+    support = engine.algorithms.get(algorithm, Support())
+    rows, columns = support.multiples
+    if of_experts and not support.experts:
+        return f"{engine.name} does not read experts in {algorithm}"
+    if outputs % rows or inputs % columns:
+        return (
+            f"{name} has {outputs} outputs and {inputs} inputs; {engine.name}'s kernel for "
+            f"{algorithm} takes multiples of {rows} and {columns}"
+        )
+    return ""
+
+
+def check(
+    what: str,
+    choice: Format,
+    values: Mapping[str, Any],
+    *,
+    weight_only: bool,
+    without_qkv: bool,
+) -> None:
+    """Refuse a format in which the first engine's kernels do not take the model's layers.
 
     Args:
         what: names the format in a message.
         values: of the architecture, resolved.
         weight_only: inputs stay in 16 bits.
+        without_qkv: q, k and v stay in 16 bits.
 
     Raises:
         UsageError: naming the layer and its sizes.
     """
     found = exportable.verdict(choice, weight_only=weight_only)
-    if not found.exportable:
-        return
-    engine = engines.ENGINES[0]
-    support = engine.algorithms.get(found.quant_algo, Support())
-    rows, columns = support.multiples
-    if values["num_moe_experts"] and not support.experts:
-        raise UsageError(
-            what,
-            f"{engine.name} does not read experts in {found.quant_algo}",
-            "choose another format, such as INT8_WEIGHT_ONLY_CFG or FP8_DEFAULT_CFG",
-        )
-    hidden, heads, groups = (
-        values[name] for name in ("hidden_size", "num_attention_heads", "num_query_groups")
-    )
-    attention, head = heads * values["kv_channels"], values["kv_channels"]
-    ffn = values["moe_ffn_hidden_size"] if values["num_moe_experts"] else values["ffn_hidden_size"]
+    for name, outputs, inputs in _layers(values) if found.exportable else ():
+        of_experts = name.startswith("experts'")
+        why = refusal(name, found.quant_algo, outputs, inputs, of_experts=of_experts)
+        if why and not (without_qkv and name == "q, k, v"):
+            raise UsageError(what, why, _REMEDY)
+
+
+def _layers(values: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
+    """Name, outputs and inputs of each kind of linear layer as an engine fuses them."""
+    hidden, head = values["hidden_size"], values["kv_channels"]
+    attention, groups = values["num_attention_heads"] * head, values["num_query_groups"]
     gate = 2 if values["gated_linear_unit"] else 1
-    sizes = {"gate, up": (gate * ffn, hidden), "down": (hidden, ffn)}
     if not values["multi_latent_attention"]:
-        qkv = attention + 2 * groups * head
-        sizes = {"q, k, v": (qkv, hidden), "o": (hidden, attention), **sizes}
-    for name, (outputs, inputs) in sizes.items():
-        if outputs % rows or inputs % columns:
-            raise UsageError(
-                what,
-                f"{name} has {outputs} outputs and {inputs} inputs; {engine.name}'s kernel for "
-                f"{found.quant_algo} takes multiples of {rows} and {columns}",
-                "choose another format, such as FP8_DEFAULT_CFG, or give --allow-unexportable",
-            )
+        yield "q, k, v", attention + 2 * groups * head, hidden
+        yield "o", hidden, attention
+    sparse = parameter_count.moe_layers(dict(values))
+    sizes = {
+        "": 0 if all(sparse) else values["ffn_hidden_size"],
+        "experts' ": values["moe_ffn_hidden_size"] if any(sparse) else 0,
+        "shared experts' ": values["moe_shared_expert_intermediate_size"] if any(sparse) else 0,
+    }
+    for kind, size in sizes.items():
+        if size:
+            yield f"{kind}gate, up", gate * size, hidden
+            yield f"{kind}down", hidden, size

@@ -147,9 +147,7 @@ def check(options: QuantizeOptions, choice: Choice, architecture: Architecture |
     if options.export_kv_cache_quant == "nvfp4_rotate":
         _require_hadamard("--export-kv-cache-quant nvfp4_rotate")
     if isinstance(choice, Format):
-        _check_format(options, choice)
-        if architecture is not None:
-            _check_layers(options, choice, architecture)
+        _check_format(options, choice, architecture)
     sizes = options.parallel
     if sizes.expert > 1 and max(sizes.tensor, sizes.expert_tensor) > 1:
         raise UsageError(
@@ -158,7 +156,7 @@ def check(options: QuantizeOptions, choice: Choice, architecture: Architecture |
             "set TP=1 ETP=1, or EP=1; PP may be larger",
         )
     if choice == formats.AUTO:
-        _check_search(options)
+        _check_search(options, architecture)
     stages = options.parallel.pipeline
     if is_search(choice) and stages > 1:
         raise UsageError(
@@ -168,26 +166,38 @@ def check(options: QuantizeOptions, choice: Choice, architecture: Architecture |
         )
 
 
-def _check_format(options: QuantizeOptions, choice: Format) -> None:
+def _check_format(
+    options: QuantizeOptions, choice: Format, architecture: Architecture | None
+) -> None:
     """Refuse what cannot be exported, or not be saved, before the work."""
     what = f"--export-quant-cfg {options.export_quant_cfg or choice.name}"
     what += " --weight-only" if options.weight_only else ""
+    with_cache = what
     if options.export_kv_cache_quant != NO_KV_CACHE:
-        what += f" --export-kv-cache-quant {options.export_kv_cache_quant}"
+        with_cache += f" --export-kv-cache-quant {options.export_kv_cache_quant}"
+    _check_runs(options, choice, with_cache)
+    found = exportable.verdict(
+        choice, weight_only=options.weight_only, kv_cache=options.export_kv_cache_quant
+    )
+    if not found.exportable and not options.allow_unexportable:
+        raise exportable.unexportable(with_cache, found)
+    if architecture is not None:
+        _check_layers(options, choice, what, architecture)
+
+
+def _check_runs(options: QuantizeOptions, choice: Format, what: str) -> None:
+    """Refuse a format that ModelOpt cannot calibrate, or not save, in this layout."""
     if choice.broken:
         raise UsageError(
             what, choice.broken, "choose another format; docs/formats.md has the table"
         )
     if choice.kv == "nvfp4_rotate" and options.allow_unexportable:
         _require_hadamard(what)
-    found = exportable.verdict(
-        choice, weight_only=options.weight_only, kv_cache=options.export_kv_cache_quant
-    )
-    if not found.exportable and not options.allow_unexportable:
-        raise exportable.unexportable(what, found)
     ranks, replicas = options.parallel.tensor, options.parallel.data
     if ranks > 1 and choice.linear and formats.WEIGHTS[choice.linear.weight].stored_block_scales:
         raise exportable.unsavable(what, ranks)
+    if ranks > 1 and options.packed and formats.packs_integers(choice.weight):
+        raise exportable.unpackable(what, ranks)
     if choice.method in ("local_hessian", "awq_lite") and replicas > 1:
         raise UsageError(
             f"{what} with DP={replicas}",
@@ -197,9 +207,11 @@ def _check_format(options: QuantizeOptions, choice: Format) -> None:
         )
 
 
-def _check_layers(options: QuantizeOptions, choice: Format, architecture: Architecture) -> None:
-    """Refuse layers that the model lacks, and blocks that do not fit into a rank's rows."""
-    what = f"--export-quant-cfg {options.export_quant_cfg or choice.name}"
+def _check_layers(
+    options: QuantizeOptions, choice: Format, what: str, architecture: Architecture
+) -> None:
+    """Refuse layers that the model lacks, blocks that do not fit into a rank's rows, and sizes that
+    an engine's kernels do not take."""
     values, ranks = architecture.resolved(), options.parallel.tensor
     size = formats.WEIGHTS[choice.linear.weight].block_size if choice.linear else 1
     heads = values["num_attention_heads"] * values["kv_channels"]
@@ -220,7 +232,11 @@ def _check_layers(options: QuantizeOptions, choice: Format, architecture: Archit
             + (", or a smaller TP" if ranks > 1 else ""),
         )
     if not options.allow_unexportable:
-        kernels.check(what, choice, values, weight_only=options.weight_only)
+        kernels.check(
+            *(what, choice, values),
+            weight_only=options.weight_only,
+            without_qkv=options.disable_qkv_quant,
+        )
     if choice.layers == "experts" and not values["num_moe_experts"]:
         raise UsageError(
             what,
@@ -238,7 +254,7 @@ def _require_hadamard(what: str) -> None:
         )
 
 
-def _check_search(options: QuantizeOptions) -> None:
+def _check_search(options: QuantizeOptions, architecture: Architecture | None) -> None:
     names, bits = options.auto.auto_quantize_formats, options.auto.auto_quantize_bits
     rows = [formats.find(name, "--auto-quantize-formats") for name in names.split(",")]
     folded = [row.name for row in rows if row.method in FOLDED_METHODS]
@@ -249,11 +265,18 @@ def _check_search(options: QuantizeOptions) -> None:
             "with one another",
             "leave it out, or quantize the whole model in it",
         )
-    linears = [row.linear for row in rows if row.linear is not None]
+    what = f"--auto-quantize-formats {names}"
+    what += " --weight-only" if options.weight_only else ""
+    for row in rows:
+        _check_runs(options, row, what)
+    linears = [each for row in rows for each in exportable.linears_of(row, options.weight_only)]
     attention = any(row.attention for row in rows)
     found = exportable.judge(linears, options.export_kv_cache_quant, attention=attention)
     if not found.exportable and not options.allow_unexportable:
-        raise exportable.unexportable(f"--auto-quantize-formats {names}", found)
+        raise exportable.unexportable(what, found)
+    if architecture is not None:
+        for row in rows:
+            _check_layers(options, row, what, architecture)
     least = min((formats.WEIGHTS[linear.weight].bits for linear in linears), default=16.0)
     if not least <= bits <= 16:
         raise UsageError(

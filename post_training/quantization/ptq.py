@@ -17,7 +17,7 @@ from modelopt.torch.quantization.mode import QuantizeModeRegistry
 
 from post_training.common.quiet import quiet
 from post_training.distributed.collectives import from_all_ranks
-from post_training.quantization import auto, calibration, coverage, quantizers, smoothing
+from post_training.quantization import auto, calibration, coverage, packing, quantizers, smoothing
 from post_training.quantization.calibration import Calibration
 from post_training.quantization.configuration import Config, configuration, method_of
 from post_training.quantization.coverage import Coverage
@@ -61,6 +61,7 @@ def quantize(
     search = None
     if isinstance(choice, str) or is_search(choice):
         config, search = auto.search(model, options, choice, data)
+        quantizers.require_savable(model, packed=options.packed)
         calibration.settle_zeros(model)
         calibration.round_scales(model)
         calibration.check_scales(model, data.probe(model))
@@ -73,8 +74,7 @@ def quantize(
     if not found.exportable:
         logger.warning("export will refuse this checkpoint: %s", found.reason)
     if options.packed:
-        with quiet(stdout=True):
-            mtq.compress(model)
+        packing.pack(model)
     return PtqResult(config, reached, found, search)
 
 
@@ -91,7 +91,7 @@ def with_format(
         mtq.calibrate(model, None)
     coverage.survey(model, config)
     quantizers.judge_model(model, method, required=not options.allow_unexportable)
-    quantizers.require_savable(model)
+    quantizers.require_savable(model, packed=options.packed)
     with calibration.watching(model) as seen:
         forward_loop = data if _needs_data(model, method) else None
         if method:

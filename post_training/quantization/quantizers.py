@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 
 from post_training.distributed.collectives import from_all_ranks
+from post_training.quantization import kernels
 from post_training.quantization.formats import exportable
 from post_training.quantization.formats import registry as formats
 from post_training.quantization.formats.base import (
@@ -89,6 +90,31 @@ def _kv_format(model: torch.nn.Module) -> tuple[str, bool]:
     return form or NO_KV_CACHE, attention
 
 
+def kernel_refusal(name: str, form: Linear, outputs: int, inputs: int) -> str:
+    """Why the first engine's kernel does not take a layer; empty if it does.
+
+    Args:
+        name: of its module; the kernels of experts are others.
+    """
+    algorithm = exportable.judge([form]).quant_algo
+    of_experts = ".local_experts." in name
+    own = f"experts' {name.rpartition('.')[2]}" if of_experts else name.rpartition(".")[2]
+    return kernels.refusal(own, algorithm, outputs, inputs, of_experts=of_experts)
+
+
+def whole_sizes(module: Any) -> tuple[int, int]:
+    """Outputs and inputs of a linear layer over all tensor-parallel ranks.
+
+    megatron-core's layers say them; of others this rank's divide them.
+    """
+    if hasattr(module, "output_size"):
+        return module.output_size, module.input_size
+    # A packed weight has another shape.
+    weight: Any = module._parameters["weight"]
+    rows, columns = getattr(weight, "metadata", {}).get("shape", weight.shape)
+    return rows, columns
+
+
 def judge_model(model: torch.nn.Module, method: str = "", *, required: bool = False) -> Verdict:
     """What the model can be exported as; the same on all ranks, a collective call.
 
@@ -96,11 +122,18 @@ def judge_model(model: torch.nn.Module, method: str = "", *, required: bool = Fa
         method: of the calibration that is still to come.
         required: raise UsageError if it cannot be exported.
     """
-    linears = [each for each in (linear_of(each, method) for each in model.modules()) if each]
+    forms = {name: linear_of(module, method) for name, module in model.named_modules()}
+    linears = [form for form in forms.values() if form]
+    refused = (
+        kernel_refusal(name, form, *whole_sizes(model.get_submodule(name)))
+        for name, form in forms.items()
+        if form
+    )
     tied = getattr(model, "share_embeddings_and_output_weights", False)
     output = getattr(model, "output_layer", None) if tied else None
     tied_output = output is not None and linear_of(output) is not None
-    gathered = from_all_ranks((linears, *_kv_format(model), tied_output))
+    unread = next(filter(None, refused), "")
+    gathered = from_all_ranks((linears, *_kv_format(model), tied_output, unread))
     if any(each[3] for each in gathered):
         found = Verdict(reason="the output layer is quantized, and the embedding shares its weight")
     else:
@@ -109,12 +142,14 @@ def judge_model(model: torch.nn.Module, method: str = "", *, required: bool = Fa
             next((each[1] for each in gathered if each[1] != NO_KV_CACHE), NO_KV_CACHE),
             attention=any(each[2] for each in gathered),
         )
+        unread = next((each[4] for each in gathered if each[4]), "")
+        found = Verdict(reason=unread) if found.exportable and unread else found
     if required and not found.exportable:
         raise exportable.unexportable("the quantized model", found)
     return found
 
 
-def require_savable(model: torch.nn.Module) -> None:
+def require_savable(model: torch.nn.Module, *, packed: bool) -> None:
     """Raise UsageError, before calibration, for scales that ModelOpt cannot save at TP > 1."""
     size = parallel_state.get_tensor_model_parallel_world_size()
     used = {linear.weight for linear in map(linear_of, model.modules()) if linear}
@@ -122,3 +157,6 @@ def require_savable(model: torch.nn.Module) -> None:
     mine = sorted(used.intersection(static))
     if size > 1 and any(from_all_ranks(mine)):
         raise exportable.unsavable(", ".join(mine) or "stored block scales", size)
+    integers = sorted(filter(formats.packs_integers, used))
+    if size > 1 and packed and any(from_all_ranks(integers)):
+        raise exportable.unpackable(", ".join(integers) or "integers", size)

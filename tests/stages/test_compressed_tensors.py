@@ -122,9 +122,13 @@ def exported(tmp_path_factory):
             *("--calib-dataset-path-or-name", text, "--calib-size", 8, "--skip-generate"),
             *("--calib-max-sequence-length", 64, "--save", root / f"{name} bf16"),
         )
+        packed = (*flags, "--compress", "--save", root / f"{name} packed")
         two.append(("quantize", (*flags, *tp)))
-        load = ("--load", root / f"{name} bf16")
-        last.append(("export", (*load, "--export-dir", root / f"{name} bf16 hf")))
+        whole = (*flags, "--save", root / f"{name} whole")
+        one += [("quantize", packed), ("quantize", whole)]
+        for each in ("bf16", "packed", "whole"):
+            load = ("--load", root / f"{name} {each}")
+            last.append(("export", (*load, "--export-dir", root / f"{name} {each} hf")))
     tools.run_stages(*one)
     tools.run_stages(*two, processes=2)
     tools.run_stages(*last)
@@ -246,6 +250,14 @@ def test_scales_of_a_bf16_model_are_numbers_of_bf16(exported, name):
     for scale in scales:
         assert scale.dtype == wanted
         assert torch.equal(scale.float(), scale.bfloat16().float())
+
+
+@pytest.mark.parametrize("name", IN_BF16)
+def test_packed_weights_are_exported_as_those_that_were_not(exported, name):
+    plain = dict(tools.tensors(exported[0] / f"{name} whole hf"))
+    packed = dict(tools.tensors(exported[0] / f"{name} packed hf"))
+    assert plain.keys() == packed.keys()
+    assert [key for key, value in plain.items() if not torch.equal(value, packed[key])] == []
 
 
 MODULE = "model.layers.0.self_attn.q_proj"

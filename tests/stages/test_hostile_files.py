@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import shutil
 
@@ -125,3 +126,16 @@ def test_a_damaged_checkpoint_is_said_to_be_damaged(work, tmp_path, name):
     assert f"checkpoint {damaged}" in done.stderr
     assert "cannot be read" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_config_json_that_transformers_refuses_is_named(work, tmp_path):
+    """Every value that decides the architecture is right."""
+    source = tmp_path / "model"
+    shutil.copytree(work / "model", source)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "initializer_range": None}))
+    flags = ("--pretrained-model-path", source, "--save", tmp_path / "out")
+    done = tools.run("convert.py", *flags, code=2)
+    assert f"{source}/config.json" in done.stderr and "initializer_range" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -89,6 +89,100 @@ def test_each_value_that_it_refuses_is_named(family):
         assert meaning in str(refused.value)
 
 
+@pytest.mark.parametrize("how", ["absent", "null"])
+def test_a_key_that_is_absent_or_null_means_what_it_means_to_transformers(family, tmp_path, how):
+    from transformers import AutoConfig
+
+    # Twice the heads of other tiny models, which are as many as some families' default.
+    config = written(family, tmp_path, num_attention_heads=8)
+    for key in sorted(config.keys() - {"architectures", "model_type"}):
+        stated = {k: v for k, v in config.items() if k != key}
+        stated |= {} if how == "absent" else {key: None}
+        (tmp_path / "config.json").write_text(json.dumps(stated))
+        try:
+            AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)
+        except Exception:  # transformers refuses it, with errors of its own
+            continue
+        filled = json.loads((tmp_path / "config.json").read_text())
+        try:
+            found = families.from_huggingface(stated)
+        except UsageError:
+            continue
+        assert found.differences(families.from_huggingface(filled)) == [], key
+
+
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_type": "llama3"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({"is_causal": False}, "is_causal = False"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers = 0"),
+        ({"num_attention_heads": 0}, "num_attention_heads = 0"),
+        ({"num_key_value_heads": 3}, "4 attention heads"),
+        ({"intermediate_size": None}, "intermediate_size = None"),
+        ({"vocab_size": "512"}, "vocab_size = '512'"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps = '1e-6'"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings = 'false'"),
+        ({"layer_types": ["chunked_attention"] * 6}, "chunked_attention"),
+        ({"rope_parameters": ROPE, "rope_scaling": {"type": "linear", "factor": 2.0}}, "differ"),
+        ({"rope_parameters": {"full_attention": ROPE}}, "rope_parameters of full_attention"),
+        (
+            {"rope_parameters": None, "rope_scaling": LLAMA3},
+            "original_max_position_embeddings = None",
+        ),
+    ],
+)
+def test_a_value_that_changes_the_model_is_refused_by_name(family, changes, shown):
+    with pytest.raises(UsageError) as refused:
+        families.from_huggingface(family.tiny_config(**changes))
+    assert shown in str(refused.value)
+
+
+def test_partial_rotation_is_read_only_where_transformers_heeds_it(family):
+    config = family.tiny_config(rope_parameters={**ROPE, "partial_rotary_factor": 0.5})
+    if family.partial_rotary:
+        assert families.from_huggingface(config).rotary_percent == 0.5
+    else:
+        with pytest.raises(UsageError, match=r"partial_rotary_factor = 0\.5"):
+            families.from_huggingface(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "shown"),
+    [
+        ("mixtral", {"num_experts_per_tok": 9}, "each token needs 9"),
+        ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok = 1"),
+        ("mixtral", {"num_experts": 3}, "num_experts = 3"),
+        ("qwen3-moe", {"num_experts_per_tok": 1}, "num_experts_per_tok = 1"),
+    ],
+)
+def test_experts_that_cannot_be_chosen_so_are_refused(name, changes, shown):
+    with pytest.raises(UsageError) as refused:
+        families.from_huggingface(FAMILIES[name].tiny_config(**changes))
+    assert shown in str(refused.value)
+
+
+def test_one_expert_for_each_token_is_read_where_its_weight_is_a_probability():
+    config = FAMILIES["qwen3-moe"].tiny_config(num_experts_per_tok=1, norm_topk_prob=False)
+    assert families.from_huggingface(config).value("moe_router_topk") == 1
+
+
+def test_a_size_that_the_file_leaves_to_the_default_is_written_after_pruning():
+    config = FAMILIES["qwen3-moe"].tiny_config()
+    del config["moe_intermediate_size"]
+    values = families.from_huggingface(config).resolved() | {"moe_ffn_hidden_size": 32}
+    assert families.with_shape(config, values)["moe_intermediate_size"] == 32
+
+
+def test_the_size_of_pruned_experts_is_written_under_the_familys_key():
+    config = FAMILIES["mixtral"].tiny_config()
+    values = families.from_huggingface(config).resolved() | {"moe_ffn_hidden_size": 32}
+    assert families.with_shape(config, values)["intermediate_size"] == 32
+
+
 def test_quantized_weights_are_refused(family):
     config = family.tiny_config(quantization_config={"quant_method": "awq", "bits": 4})
     with pytest.raises(UsageError, match="already quantized"):

@@ -38,6 +38,14 @@ _LLAMA3_SCALING = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+# Fields that count something; a file states at least the first ones.
+_NEEDED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+_COUNTS = (
+    *(*_NEEDED, "num_query_groups", "kv_channels"),
+    *("num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk"),
+)
+# A null there means what megatron-core derives, and not the family's default.
+_DERIVED = ("num_key_value_heads", "head_dim")
 # Sizes of the tiny models of the tests. Six layers, so that 4 + 2 is an uneven pipeline split.
 TINY_SIZES = {
     "vocab_size": 512,
@@ -59,6 +67,7 @@ class Refused(NamedTuple):
     meaning: str
 
 
+_CAUSAL = Refused("is_causal", True, "attention to later tokens too")
 ONLY_SILU = Refused("hidden_act", "silu", "another activation")
 NO_ATTENTION_BIAS = Refused("attention_bias", False, "a bias in the attention's output projection")
 NO_MLP_BIAS = Refused("mlp_bias", False, "biases in the MLP")
@@ -88,6 +97,7 @@ class Family:
         refused: what cannot be represented.
         parts: what its models may have beyond a dense decoder, of ``registry.PARTS``.
         per_layer_keys: keys that hold a list with one entry for each layer.
+        partial_rotary: its models heed ``partial_rotary_factor``.
         tiny: keys of a tiny model for the tests, ``model_type`` included; the sizes are
             ``TINY_SIZES`` where it does not give them. Switch the family's peculiarities on.
     """
@@ -101,10 +111,12 @@ class Family:
     refused: tuple[Refused, ...] = ()
     parts: frozenset[str] = frozenset()
     per_layer_keys: tuple[str, ...] = ("layer_types", "mlp_layer_types", "no_rope_layers")
+    partial_rotary: bool = False
 
     def read(self, config: Mapping[str, Any]) -> Architecture:
         """The architecture of a ``config.json``; UsageError for what cannot be represented."""
-        config = {**self.defaults, **{k: v for k, v in config.items() if v is not None}}
+        config = self._filled(config)
+        self.check_types(config)
         self.check(config)
         return Architecture(
             transformer=self.transformer(config),
@@ -115,18 +127,40 @@ class Family:
             **self.rotary(config),
         )
 
+    def _filled(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """``config`` without its nulls, and with the family's defaults."""
+        derived = {key for key in _DERIVED if config.get(key, 0) is None}
+        defaults = {k: v for k, v in self.defaults.items() if k not in derived}
+        return {**defaults, **{k: v for k, v in config.items() if v is not None}}
+
     def check(self, config: Mapping[str, Any]) -> None:
         """Raise UsageError for what cannot be represented; the defaults are filled in."""
-        for key, only, meaning in self.refused:
+        for key, only, meaning in (*self.refused, _CAUSAL):
             if config.get(key, only) != only:
                 refuse(f"{key} = {config[key]!r}", f"{meaning}; only {only!r} can be represented")
         self.check_windows(config)
-        for key in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size"):
-            if not isinstance(config.get(key), int):
-                refuse(f"{key} = {config.get(key)!r}", "a whole number is needed")
+
+    def check_types(self, config: Mapping[str, Any]) -> None:
+        """Raise UsageError for a value of another type than the key has, and for no size."""
+        for key, default in self.defaults.items():
+            value = config.get(key, default)
+            number = type(default) is float and type(value) is int
+            if type(value) is not type(default) and not number:
+                refuse(f"{key} = {value!r}", f"it has to be like {default!r}")
+        counts = {self.keys[name]: name in _NEEDED for name in _COUNTS if name in self.keys}
+        for key, is_needed in {**counts, "vocab_size": True}.items():
+            value = config.get(key)
+            if (is_needed or key in config) and (type(value) is not int or value < 1):
+                refuse(f"{key} = {value!r}", "a whole number from 1 on is needed")
+        heads, groups = (config.get(self.keys.get(name, "")) for name in _COUNTS[3:5])
+        if heads and groups and heads % groups:
+            refuse(f"{heads} attention heads", f"{groups} heads of keys do not divide them")
 
     def check_windows(self, config: Mapping[str, Any]) -> None:
         """Raise UsageError if a layer attends within a window; one that no layer uses is fine."""
+        others = set(config.get("layer_types", [])) - {"full_attention", "sliding_attention"}
+        if others:
+            refuse(f"layer_types with {', '.join(sorted(others))}", "only full attention is known")
         sliding = "sliding_attention" in config.get("layer_types", [])
         if config.get("use_sliding_window") and "layer_types" not in config:
             sliding = config.get("max_window_layers", 0) < config.get("num_hidden_layers", 0)
@@ -148,23 +182,34 @@ class Family:
         transformers 5 writes ``rope_parameters`` with ``rope_theta`` inside; earlier versions
         wrote ``rope_theta`` and ``rope_scaling`` (null without scaling) at the top level.
 
-        UsageError for a scaling other than Llama 3's with megatron-core's fixed constants.
+        UsageError for a scaling other than Llama 3's with megatron-core's fixed constants, and for
+        files whose readers disagree about what is rotated.
         """
-        scaling = {**config.get("rope_scaling", {}), **config.get("rope_parameters", {})}
+        scaling, newer = config.get("rope_scaling", {}), config.get("rope_parameters", {})
+        if scaling and newer and scaling != newer:
+            refuse("rope_scaling and rope_parameters", "they differ, and readers take one of them")
+        scaling = scaling or newer
+        if any(isinstance(value, Mapping) for value in scaling.values()):
+            refuse(f"rope_parameters of {', '.join(scaling)}", "layers are rotated differently")
         stated = {**config, **scaling}
         values = {
             "rotary_base": float(stated.get("rope_theta", 10000.0)),
             "rotary_percent": float(stated.get("partial_rotary_factor", 1.0)),
         }
+        if values["rotary_percent"] != 1.0 and not self.partial_rotary:
+            refuse(
+                f"partial_rotary_factor = {values['rotary_percent']:g}",
+                "transformers' model of this family ignores it, and other readers do not",
+            )
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind == "default":
             return values
         if kind != "llama3":
             refuse(f"rope type {kind!r}", "only 'default' and 'llama3' can be represented so far")
         for key, fixed in _LLAMA3_SCALING.items():
-            if scaling.get(key, fixed) != fixed:
+            if scaling.get(key) != fixed:
                 refuse(
-                    f"rope scaling {key} = {scaling[key]!r}",
+                    f"rope scaling {key} = {scaling.get(key)!r}",
                     f"megatron-core's Llama 3 scaling has it fixed at {fixed!r}",
                 )
         return values | {"rope_scaling": True, "rope_scaling_factor": float(scaling["factor"])}
@@ -181,10 +226,8 @@ class Family:
         TransformerConfig; ``kept_layers`` are numbers from 1, by default the first ones.
         """
         # The head size that a file without the key means.
-        head_size = self.defaults.get(
-            "head_dim", values["hidden_size"] // values["num_attention_heads"]
-        )
-        before = {"head_dim": head_size, **{k: v for k, v in config.items() if v is not None}}
+        head_size = values["hidden_size"] // values["num_attention_heads"]
+        before = {"head_dim": head_size, **self._filled(config)}
         changed = dict(config)
         for name, key in self.keys.items():
             now = values.get(name)
@@ -216,6 +259,18 @@ class Family:
     def tiny_config(self, **changes: Any) -> dict[str, Any]:
         """The tests' tiny model as ``transformers.AutoConfig.for_model`` takes it."""
         return {**TINY_SIZES, **self.tiny, "architectures": [self.architecture], **changes}
+
+
+def check_router(experts: Any, chosen: Any, *, normalized: bool) -> None:
+    """Raise UsageError unless each token chooses some of the experts.
+
+    Args:
+        normalized: the weights of the chosen ones sum to 1.
+    """
+    if not isinstance(experts, int) or not 1 <= chosen <= experts:
+        refuse(f"num_experts = {experts!r}", f"each token needs {chosen} of them")
+    if normalized and chosen == 1:
+        refuse("num_experts_per_tok = 1", "megatron-core does not weigh a single expert with 1")
 
 
 def refuse(what: str, cause: str, remedy: str = "convert another model of this family") -> NoReturn:

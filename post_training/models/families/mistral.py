@@ -25,6 +25,7 @@ class Mistral(Family):
         return super().read({"sliding_window": self.absent_window, **config})
 
     def check_windows(self, config: Mapping[str, Any]) -> None:
+        super().check_windows(config)
         window = config.get("sliding_window")
         if window is not None and window < config.get("max_position_embeddings", window + 1):
             refuse(

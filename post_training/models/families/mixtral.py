@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from post_training.models.families.base import (
@@ -10,6 +10,8 @@ from post_training.models.families.base import (
     DECODER_KEYS,
     ONLY_SILU,
     WeightMapping,
+    check_router,
+    refuse,
 )
 from post_training.models.families.mistral import Mistral
 
@@ -19,11 +21,27 @@ class Mixtral(Mistral):
 
     absent_window: ClassVar[int | None] = None
 
+    def check(self, config: Mapping[str, Any]) -> None:
+        super().check(config)
+        experts = config["num_local_experts"]
+        if config.get("num_experts", experts) != experts:
+            refuse(f"num_experts = {config['num_experts']!r}", f"num_local_experts is {experts}")
+        check_router(experts, config["num_experts_per_tok"], normalized=True)
+
     def transformer(self, config: Mapping[str, Any]) -> dict[str, Any]:
         return super().transformer(config) | {
             "moe_ffn_hidden_size": config["intermediate_size"],
             "moe_layer_freq": [1] * config["num_hidden_layers"],
         }
+
+    def with_shape(
+        self,
+        config: Mapping[str, Any],
+        values: Mapping[str, Any],
+        kept_layers: Sequence[int] | None = None,
+    ) -> dict[str, Any]:
+        sizes = {**values, "ffn_hidden_size": values["moe_ffn_hidden_size"]}
+        return super().with_shape(config, sizes, kept_layers)
 
     def weight_mapping(self) -> WeightMapping:
         from modelopt.torch.export.plugins.mcore_custom import (
@@ -66,6 +84,7 @@ FAMILIES = (
             **DECODER_DEFAULTS,
             "rms_norm_eps": 1e-5,
             "num_key_value_heads": 8,
+            "rope_theta": 1e6,
             "num_local_experts": 8,
             "num_experts_per_tok": 2,
         },

@@ -29,6 +29,7 @@ FAMILIES = (
         architecture="Phi3ForCausalLM",
         defaults={**DECODER_DEFAULTS, "rms_norm_eps": 1e-5},
         refused=(ONLY_SILU, NO_ATTENTION_BIAS),
+        partial_rotary=True,
         tiny={
             "model_type": "phi3",
             "rope_parameters": {

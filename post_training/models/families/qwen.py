@@ -10,12 +10,14 @@ from post_training.models.families.base import (
     Family,
 )
 
+_DEFAULTS = {**DECODER_DEFAULTS, "num_key_value_heads": 32, "max_window_layers": 28}
+
 FAMILIES = (
     Family(
         name="qwen2.5",
         architecture="Qwen2ForCausalLM",
         constants={**RMSNORM_SWIGLU, "add_qkv_bias": True},
-        defaults={**DECODER_DEFAULTS, "max_window_layers": 28},
+        defaults=_DEFAULTS,
         refused=(ONLY_SILU,),
         tiny={"model_type": "qwen2", "tie_word_embeddings": True},
     ),
@@ -23,7 +25,7 @@ FAMILIES = (
         name="qwen3",
         architecture="Qwen3ForCausalLM",
         constants={**RMSNORM_SWIGLU, "qk_layernorm": True},
-        defaults={**DECODER_DEFAULTS, "head_dim": 128, "max_window_layers": 28},
+        defaults={**_DEFAULTS, "head_dim": 128},
         refused=(ONLY_SILU, NO_ATTENTION_BIAS),
         tiny={"model_type": "qwen3", "head_dim": 64, "tie_word_embeddings": True},
     ),

@@ -12,6 +12,7 @@ from post_training.models.families.base import (
     ONLY_SILU,
     RMSNORM_SWIGLU,
     Family,
+    check_router,
     refuse,
 )
 
@@ -25,9 +26,8 @@ class Qwen3Moe(Family):
 
     def check(self, config: Mapping[str, Any]) -> None:
         super().check(config)
-        experts, chosen = _experts(config), config["num_experts_per_tok"]
-        if not isinstance(experts, int) or not 1 <= chosen <= experts:
-            refuse(f"num_experts = {experts!r}", f"each token needs {chosen} of them")
+        chosen, normalized = config["num_experts_per_tok"], config["norm_topk_prob"]
+        check_router(_experts(config), chosen, normalized=normalized)
         if not any(_pattern(config)):
             refuse("mlp_only_layers", "no layer has experts")
 
@@ -87,6 +87,7 @@ FAMILIES = (
         constants={**RMSNORM_SWIGLU, "qk_layernorm": True},
         defaults={
             **DECODER_DEFAULTS,
+            "num_key_value_heads": 4,
             "moe_intermediate_size": 768,
             "num_experts_per_tok": 8,
             "norm_topk_prob": False,

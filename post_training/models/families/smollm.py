@@ -64,6 +64,7 @@ FAMILIES = (
             **DECODER_DEFAULTS,
             "tie_word_embeddings": True,
             "num_key_value_heads": 4,
+            "rope_theta": 2e6,
             "no_rope_layer_interval": 4,
         },
         refused=(ONLY_SILU, NO_ATTENTION_BIAS, NO_MLP_BIAS),

@@ -89,11 +89,15 @@ def verdict(row: Format, *, weight_only: bool = False, kv_cache: str = NO_KV_CAC
         weight_only: ``--weight-only``: inputs stay in 16 bits.
         kv_cache: value of ``--export-kv-cache-quant``.
     """
-    linears = [row.linear] if row.linear else []
-    if weight_only:
-        linears = [Linear(each.weight, "", each.extra) for each in linears]
     kv = row.kv if kv_cache == NO_KV_CACHE else kv_cache
-    return judge(linears, kv, attention=row.attention)
+    return judge(linears_of(row, weight_only), kv, attention=row.attention)
+
+
+def linears_of(row: Format, weight_only: bool) -> list[Linear]:
+    """How a format quantizes linear layers, with ``--weight-only`` or without: one or none."""
+    if row.linear is None:
+        return []
+    return [Linear(row.linear.weight, "", row.linear.extra) if weight_only else row.linear]
 
 
 def unexportable(what: str, found: Verdict) -> UsageError:
@@ -112,4 +116,13 @@ def unsavable(what: str, tensor_size: int) -> UsageError:
         f"{what} with TP={tensor_size}",
         "ModelOpt cannot save stored block scales that are split over ranks",
         "set TP=1; PP may be larger",
+    )
+
+
+def unpackable(what: str, tensor_size: int) -> UsageError:
+    """The error for integers that ``--compress`` would pack on several tensor-parallel ranks."""
+    return UsageError(
+        f"{what} --compress with TP={tensor_size}",
+        "ModelOpt packs each rank's part of a row with a scale of its own, which no other TP loads",
+        "set TP=1, or leave --compress out; PP may be larger",
     )

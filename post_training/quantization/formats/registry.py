@@ -63,3 +63,8 @@ def number_format(quantizer: Any, *, is_input: bool = False) -> NumberFormat | N
     """
     candidates = (*INPUTS.values(), *WEIGHTS.values()) if is_input else WEIGHTS.values()
     return next((row for row in candidates if row.is_used_by(quantizer)), None)
+
+
+def packs_integers(weight: str) -> bool:
+    """Whether ``--compress`` divides weights of this number format by scales that it finds anew."""
+    return weight in WEIGHTS and WEIGHTS[weight].bf16_scales

@@ -1,0 +1,133 @@
+"""Layers that no kernel of vLLM takes are refused before the work, whatever asks for the format."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tools
+
+from post_training.common.errors import UsageError
+from post_training.config import arguments
+from quantize import QuantizeOptions, check
+
+SIZES = {"hidden_size": 256, "head_dim": 32, "num_hidden_layers": 2}
+# q, k and v have (3 + 2) * 32 outputs.
+ODD = {**SIZES, "intermediate_size": 512, "num_attention_heads": 3, "num_key_value_heads": 1}
+EXPERTS = {
+    **SIZES,
+    **{"num_attention_heads": 8, "num_key_value_heads": 4, "moe_intermediate_size": 128},
+    **{"intermediate_size": 512, "mlp_only_layers": [1], "num_experts": 2},
+}
+WEIGHTS = """
+    - {quantizer_name: '*', enable: false}
+    - {quantizer_name: '*%sweight_quantizer', cfg: {num_bits: 8, axis: 0}}
+"""
+INPUTS = "    - {quantizer_name: '*%sinput_quantizer', cfg: {num_bits: 8, axis: null}}\n"
+NEVER = """    - {quantizer_name: '*output_layer*', enable: false}
+    - {quantizer_name: '*router*', enable: false}
+"""
+PTQ = "metadata: {recipe_type: ptq}\nquantize:\n  algorithm: max\n  quant_cfg:"
+SEARCH = """
+metadata: {recipe_type: auto_quantize}
+auto_quantize:
+  constraints: {effective_bits: 12}
+  auto_quantize_method: gradient
+  score_size: 1
+  candidate_formats:
+  - algorithm: max
+    quant_cfg:"""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("kernels")
+    tools.random_model(root / "odd", "qwen3", **ODD)
+    tools.random_model(root / "experts", "qwen3-moe", **EXPERTS)
+    tools.random_model(root / "odd dense", "qwen3-moe", **{**EXPERTS, "intermediate_size": 160})
+    tools.write_texts(root / "text.jsonl")
+    return root
+
+
+def flags(models, name, save, *more):
+    return (
+        *("--pretrained-model-path", models / name, "--save", save, "--skip-generate"),
+        *("--calib-dataset-path-or-name", models / "text.jsonl", "--calib-size", 2),
+        *("--calib-max-sequence-length", 64, *more),
+    )
+
+
+AUTO = ("--export-quant-cfg", "auto", "--auto-quantize-bits", "12", "--auto-quantize-formats")
+REFUSED = {
+    "a search": ("odd", (*AUTO, "int8_wo"), "q, k, v has 160 outputs"),
+    "a search with weights alone": ("odd", (*AUTO, "int8", "--weight-only"), "q, k, v has 160"),
+    "a search whose weights alone nothing reads": ("odd", (*AUTO, "fp8", "--weight-only"), "scale"),
+    "a search for experts": ("experts", (*AUTO, "int8"), "does not read experts in INT8_W8A8"),
+    "the dense layer beside experts": (
+        "odd dense",
+        ("--export-quant-cfg", "int8_wo"),
+        "down has 256 outputs and 160 inputs",
+    ),
+    "blocks in a search": (
+        "odd dense",
+        (*AUTO, "int4_blockwise_weight_only"),
+        "128 inputs share a scale, which does not divide FFN size 160",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_it_is_refused_by_the_checks(models, tmp_path, case):
+    name, given, shown = REFUSED[case]
+    words = [str(each) for each in flags(models, name, tmp_path / "q", *given)]
+    with pytest.raises(UsageError) as error:
+        check(arguments.parse("quantize", QuantizeOptions, words))
+    assert shown in error.value.cause
+
+
+def test_layers_that_stay_in_16_bits_may_have_any_size(models, tmp_path):
+    more = ("--export-quant-cfg", "int8_wo", "--disable-qkv-quant")
+    words = [str(each) for each in flags(models, "odd", tmp_path / "q", *more)]
+    with pytest.raises(UsageError, match="o has 256 outputs and 96 inputs"):
+        check(arguments.parse("quantize", QuantizeOptions, words))
+
+
+RECIPES = {
+    "sizes": ("odd", PTQ + WEIGHTS % "" + NEVER, "linear_proj has 256 outputs and 96 inputs"),
+    "experts": ("experts", PTQ + WEIGHTS % "" + INPUTS % "" + NEVER, "does not read experts"),
+    "a search": ("odd", SEARCH + WEIGHTS % "", "linear_proj has 256 outputs and 96 inputs"),
+}
+
+
+@pytest.mark.parametrize("case", RECIPES)
+def test_a_recipe_is_refused_before_data_runs_through_the_model(models, tmp_path, case):
+    name, content, shown = RECIPES[case]
+    (tmp_path / "recipe.yaml").write_text(content)
+    more = ("--recipe", tmp_path / "recipe.yaml")
+    done = tools.run("quantize.py", *flags(models, name, tmp_path / "q", *more), code=2)
+    assert shown in done.stderr
+    assert "calibrating" not in done.stderr and "AutoQuantize" not in done.stdout
+    assert not (tmp_path / "q").exists()
+
+
+def test_recipes_that_kernels_take_are_exported(models, tmp_path):
+    """Inputs in INT8 where there are no experts, and a search with room for all layers."""
+    (tmp_path / "attention.yaml").write_text(
+        PTQ + WEIGHTS % "self_attention*" + INPUTS % "self_attention*"
+    )
+    (tmp_path / "search.yaml").write_text(SEARCH + WEIGHTS % "")
+    jobs = []
+    for name in ("attention", "search"):
+        more = ("--recipe", tmp_path / f"{name}.yaml")
+        jobs += [
+            ("quantize", flags(models, "experts", tmp_path / name, *more)),
+            ("export", ("--load", tmp_path / name, "--export-dir", tmp_path / f"{name} hf")),
+        ]
+    tools.run_stages(*jobs)
+    for name, algorithm in (("attention", "INT8_W8A8"), ("search", "INT8_W8A16")):
+        content = json.loads((tmp_path / f"{name} hf" / "run.json").read_text())
+        assert content["metrics"]["quant_algo"] == algorithm
+    config = json.loads((tmp_path / "attention hf" / "config.json").read_text())
+    ignored = config["quantization_config"]["ignore"]
+    assert "model.layers.0.mlp.experts.0.gate_proj" in ignored
+    assert "model.layers.0.self_attn.q_proj" not in ignored
