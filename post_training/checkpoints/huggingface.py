@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-from post_training.common import files, forms
+from post_training.common import files, forms, inputs
 from post_training.common.errors import UsageError
 from post_training.distributed import placement
 
@@ -66,6 +66,21 @@ def resolve(name_or_path: str, *, weights: bool, trust_remote_code: bool = False
 def read_config(folder: Path) -> dict[str, Any]:
     """``config.json`` of a model folder."""
     return files.read_json_object(folder / "config.json")
+
+
+def known_config(name_or_path: str) -> dict[str, Any] | None:
+    """``config.json`` of a folder, or of a hub name that was downloaded before; no network."""
+    path = Path(name_or_path) / "config.json"
+    if not path.is_file():
+        if not inputs.is_hub_name(name_or_path):
+            return None
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(name_or_path, "config.json")
+        if not isinstance(found, str):
+            return None
+        path = Path(found)
+    return files.read_json_object(path)
 
 
 class _EndTokens(TypedDict, total=False):

@@ -105,6 +105,9 @@ def find_source(options: StageOptions) -> Source:
             reason,
             "name a Megatron checkpoint in MLM_MODEL_CKPT; --dry-run shows what would run",
         )
+    elif options.dry_run and not options.states_model:
+        config = huggingface.known_config(location)
+        described = architecture(options, config) if config else None
     return Source(location, is_checkpoint=False, described=described, huggingface=location)
 
 
@@ -142,13 +145,16 @@ def _find_checkpoint(options: StageOptions, location: str) -> Source:
     if folder.exists() or not options.dry_run:
         checkpoint_folder(folder)
         content = manifest.read(folder)
-    # A checkpoint of Megatron-LM has no manifest: only the flags describe it.
     if content is not None:
         _check_content(options, folder, content)
         _check_quantized_layout(options, content)
     if (folder / torch_dist.HUGGINGFACE).is_dir():
         origin = str(folder / torch_dist.HUGGINGFACE)
-    return Source(location, True, architecture(options, manifest=content), origin, content)
+    # A checkpoint of Megatron-LM has no manifest: the flags describe it, or its model's folder.
+    config = None
+    if content is None and origin and not options.states_model:
+        config = huggingface.known_config(origin)
+    return Source(location, True, architecture(options, config, content), origin, content)
 
 
 def _check_quantized_layout(options: StageOptions, content: Mapping[str, Any]) -> None:

@@ -122,6 +122,8 @@ def _add_flag(parser: Any, field: dataclasses.Field[Any], hint: Any, default: An
         kind = typing.get_args(kind)[0]
     if kind is Path:
         kind = _path_or_none
+    elif kind is str and kind is not hint:
+        kind = _text_or_none
     declared.setdefault("type", kind)
     parser.add_argument(*names, dest=field.name, default=default, **declared)
 
@@ -129,6 +131,11 @@ def _add_flag(parser: Any, field: dataclasses.Field[Any], hint: Any, default: An
 def _path_or_none(text: str) -> Path | None:
     """Empty text, such as a script's unset variable, is no path; ``Path("")`` would be ``.``."""
     return Path(text) if text else None
+
+
+def _text_or_none(text: str) -> str | None:
+    """Empty text, such as a script's unset variable, is no name."""
+    return text or None
 
 
 def _without_none(hint: Any) -> Any:

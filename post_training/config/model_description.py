@@ -68,7 +68,7 @@ def check_division(options: StageOptions) -> None:
     A checkpoint (``--load``) may be a pruned form of the conf's model: then the stage checks.
     """
     said = options.stated
-    if not options.load and all(said.get(name) for name in REQUIRED):
+    if not options.load and options.states_model:
         stated = Architecture(_transformer_fields(said), said.get("vocab_size", 0), 0)
         parallel_check.check(stated, options.parallel)
 
@@ -92,8 +92,10 @@ def _from_flags(options: StageOptions) -> Architecture:
     if missing:
         raise UsageError(
             f"the model's architecture: no {', '.join(missing)}",
-            "there is no config.json or run.json to take it from, and the flags do not state it",
-            "name a conf (conf/<org>/<model>.sh), or give these flags",
+            "there is no config.json or run.json on this machine to take it from, and the flags do "
+            "not state it",
+            "name a conf (conf/<org>/<model>.sh) or, for auto, a local folder in HF_MODEL_CKPT; or "
+            "give these flags",
         )
     transformer = _transformer_fields(said)
     own = {n: v for n, v in said.items() if n not in transformer}

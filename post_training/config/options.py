@@ -12,6 +12,7 @@ from typing import Any
 
 from post_training.config.flags import flag
 from post_training.distributed.parallel import Parallel
+from post_training.models.architecture import REQUIRED
 from post_training.models.builder import BuildOptions
 
 
@@ -65,3 +66,8 @@ class StageOptions:
     seq_length: int | None
     stated: Mapping[str, Any]
     vocabulary_multiple: int
+
+    @property
+    def states_model(self) -> bool:
+        """Whether the flags describe a model, as a conf's do; those of "auto" do not."""
+        return all(self.stated.get(name) for name in REQUIRED)
