@@ -54,6 +54,7 @@ class Plan(TrainingPlan):
 
 
 def check(options: Eagle3Options) -> Plan:
+    draft_options.check_existing(options)
     start = training_run.find_start(options, after="convert")
     source = start.source
     if start.in_place and draft_of(source) is None:
@@ -62,6 +63,7 @@ def check(options: Eagle3Options) -> Plan:
             "it holds a checkpoint without a draft",
             "name another folder in MLM_MODEL_SAVE, and this one in MLM_MODEL_CKPT",
         )
+    options = draft_options.noting(options, source)
     stored = None
     length = draft_options.sequence_length(options, source.described)
     if options.offline_distillation_data:

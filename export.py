@@ -3,16 +3,16 @@
 Inputs:  --load, a checkpoint of ours (quantized, pruned, drafted); --pretrained-model-name, a
          folder or hub name with configuration and tokenizer, unless the checkpoint carries them.
 Outputs: --export-dir with safetensors, tokenizer, config.json and, for a quantized model,
-         hf_quant_config.json; run.json beside them. The folder is read back by independent code and
-         compared with the model before it gets its name. With --export-extra-modules the draft
-         of a drafted checkpoint is written instead, as a folder of its own.
+         hf_quant_config.json; run.json beside them. The draft of a drafted checkpoint is written
+         to its subfolder draft/; with --export-extra-modules, or from a checkpoint without the
+         target's layers, it is written alone. The folder is read back by independent code and
+         compared with the model before it gets its name.
 
     MLM_MODEL_CKPT=/work/Qwen3-0.6B_quant bash export.sh Qwen/Qwen3-0.6B
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,8 +26,9 @@ from post_training.common.errors import UsageError
 from post_training.config import checks
 from post_training.config.flags import flag
 from post_training.config.options import StageOptions
+from post_training.drafts import report as draft_report
 from post_training.drafts.eagle3.draft import require_exportable
-from post_training.drafts.record import draft_of, require_draft
+from post_training.drafts.record import SUBFOLDER, draft_of, require_draft
 from post_training.models import parallel_check
 
 if TYPE_CHECKING:
@@ -46,7 +47,10 @@ class ExportOptions(StageOptions):
         help="configuration and tokenizer, if the checkpoint carries none",
     )
     export_extra_modules: bool = flag(
-        False, help="write the draft (EAGLE-3) of the checkpoint instead of the model"
+        False, help="write the draft (EAGLE-3) of the checkpoint alone, without the model"
+    )
+    export_offline_model: bool = flag(
+        False, help="the checkpoint has a draft and not its target's layers; the draft is written"
     )
     max_shard_size: float = flag(
         5.0,
@@ -61,11 +65,18 @@ class ExportOptions(StageOptions):
 
 @dataclass(frozen=True)
 class Plan:
-    """``options`` have in ``pretrained_model_path`` what --pretrained-model-name says too."""
+    """``options`` have in ``pretrained_model_path`` what --pretrained-model-name says too.
+
+    Attributes:
+        writes_model: not the draft alone.
+        writes_draft: alone, or in a subfolder of the model's.
+    """
 
     options: ExportOptions
     source: Source
     folder: Path
+    writes_model: bool
+    writes_draft: bool
 
 
 def check(options: ExportOptions) -> Plan:
@@ -82,9 +93,19 @@ def check(options: ExportOptions) -> Plan:
     source = find_source(options)
     if source.described:
         parallel_check.check(source.described, sizes)
-    if options.export_extra_modules:
+    draft = draft_of(source)
+    alone = options.export_extra_modules or options.export_offline_model
+    if draft is not None and draft.offline:
+        alone = True
+    elif options.export_offline_model and source.is_local:
+        raise UsageError(
+            f"--export-offline-model --load {options.load}",
+            "the checkpoint has its target's layers",
+            "leave the flag out: model and draft are written; --export-extra-modules writes the "
+            "draft alone",
+        )
+    if alone:
         require_draft(source, options)
-        draft = draft_of(source)
         if draft is not None:
             require_exportable(draft.config, f"--load {options.load}")
         outputs.check_folder(folder, outputs.EXPORT, overwrite=options.overwrite)
@@ -99,7 +120,7 @@ def check(options: ExportOptions) -> Plan:
             )
         needed = size_estimate(source, 2)
         outputs.check_folder(folder, outputs.EXPORT, overwrite=options.overwrite, needed=needed)
-    return Plan(options, source, folder)
+    return Plan(options, source, folder, not alone, alone or draft is not None)
 
 
 def export(plan: Plan, session: Session) -> dict[str, Any]:
@@ -116,15 +137,22 @@ def export(plan: Plan, session: Session) -> dict[str, Any]:
     model = loading.load(source, options, session)
     shard = int(options.max_shard_size * 10**9)
     where = (source, options, session, plan.folder)
-    if options.export_extra_modules:
-        metrics = eagle3_exporter.write(model, *where, max_shard_bytes=shard)
-    else:
+    if plan.writes_model:
+        unwritable = eagle3_exporter.why_not(model) if plan.writes_draft else None
         metrics = model_folder.write(
             model,
             *where,
             max_shard_bytes=shard,
             allow_unexportable=options.allow_unexportable,
         )
+        if unwritable:
+            logger.warning("the draft is not written: %s", unwritable)
+        elif plan.writes_draft:
+            metrics["draft"] = eagle3_exporter.write(
+                model, *where, max_shard_bytes=shard, beside_target=True
+            )
+    else:
+        metrics = eagle3_exporter.write(model, *where, max_shard_bytes=shard)
     manifest = record.of_run(options, session, source, metrics=metrics, extra=source.pruned_from())
 
     def publish() -> dict[str, Any]:
@@ -137,28 +165,24 @@ def export(plan: Plan, session: Session) -> dict[str, Any]:
 
 def show(plan: Plan, content: dict[str, Any], session: Session) -> None:
     metrics = content["metrics"]
-    if plan.options.export_extra_modules:
-        layers = metrics["auxiliary_layers"]
-        draft = {"method": "eagle3", "model": str(plan.folder), "num_speculative_tokens": 3}
-        next_step = f"vllm serve <exported target> --speculative-config '{json.dumps(draft)}'"
-        rows = {
-            "draft": f"EAGLE-3, {metrics['draft_vocab_size']:,} tokens",
-            "auxiliary layers": f"outputs of {layers} from 0; vLLM counts "
-            f"{[layer + 1 for layer in layers]}",
-            "read back": f"{metrics['tensors_compared']} tensors equal the draft's",
-        }
-    else:
-        next_step = f"vllm serve {plan.folder}"
-        rows = {
+    rows: dict[str, str] = {}
+    target, served = "<exported target>", ""
+    if plan.writes_model:
+        target = str(plan.folder)
+        rows |= {
             "format": metrics["quant_algo"] or "not quantized",
             "KV cache": metrics["kv_cache_quant_algo"] or "not quantized",
             "bits per weight": f"{metrics['bits_per_weight']:.2f}, scales included",
             "read back": f"{metrics['tensors_compared']} tensors equal the model's",
         }
+    draft = metrics.get("draft") if plan.writes_model else metrics
+    if draft:
+        place = plan.folder / SUBFOLDER if plan.writes_model else plan.folder
+        rows |= draft_report.exported(draft, place)
+        served = draft_report.served(place)
     rows["folder"] = f"{plan.folder} ({report.size(plan.folder)})"
+    next_step = f"vllm serve {target}{served}"
     report.summary("exported and verified", {**rows, **report.cost(content)}, next_step)
-    if draft_of(plan.source) is not None and not plan.options.export_extra_modules:
-        logger.info("the draft is exported by: export.sh --export-extra-modules")
 
 
 STAGE = Stage("export", ExportOptions, check, export, show, outputs=("export_dir",))

@@ -21,6 +21,8 @@ start export "$@"
 require MLM_MODEL_CKPT "the Megatron checkpoint to export"
 TP=1 ETP=1 EP=1 CP=1 DP=1
 suffix="export"
-[[ " ${MLM_EXTRA_ARGS:-} ${REST[*]} " != *" --export-extra-modules "* ]] || suffix="draft"
+case " ${MLM_EXTRA_ARGS:-} ${REST[*]} " in
+  *" --export-extra-modules "* | *" --export-offline-model "*) suffix="draft" ;;
+esac
 launch export --load "$MLM_MODEL_CKPT" --pretrained-model-name "$HF_MODEL_CKPT" \
   --export-dir "${EXPORT_DIR:-$MLM_WORK_DIR/${MLM_MODEL_CFG}_$suffix}"

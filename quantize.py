@@ -71,6 +71,7 @@ def check(options: QuantizeOptions) -> Plan:
         parallel_check.check(source.described, options.parallel)
     choice = quantization_options.chosen(options)
     quantization_options.check(options, choice, source.described)
+    options = quantization_options.noting(options, choice)
     if options.tokenizer_model:
         tokenizer_files.check(options.tokenizer_model)
     calibration_options.check(options.calibration)

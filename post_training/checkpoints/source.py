@@ -177,7 +177,8 @@ def _check_content(options: StageOptions, folder: Path, content: dict[str, Any])
             f"{len(damaged)} of its files are missing or cut short, e.g. {damaged[0]}",
             "copy or make it again",
         )
-    if (content.get("draft") or {}).get("offline") and options.stage not in ("eagle3", "convert"):
+    offline = (content.get("draft") or {}).get("offline")
+    if offline and options.stage not in ("eagle3", "convert", "export"):
         raise UsageError(
             f"checkpoint {folder}",
             "it has a draft and not the target's layers (convert.sh --export-offline-model)",

@@ -42,7 +42,7 @@ def show(options: StageOptions, source: Source) -> None:
     reason = families.unconvertible(options.stated)
     if reason and not source.is_checkpoint:
         rows["note"] = f"this cannot run yet: {reason}"
-    for name, text in rows.items():
+    for name, text in (*rows.items(), *(("note", text) for text in options.notices)):
         print(f"{name:13} {text}")
 
 

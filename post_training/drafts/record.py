@@ -21,6 +21,8 @@ from post_training.drafts.options import DraftOptions
 
 logger = logging.getLogger("post_training")
 
+SUBFOLDER = "draft"  # of an exported target
+
 
 def draft_of(source: Source) -> Draft | None:
     """The draft of a checkpoint; None without one."""

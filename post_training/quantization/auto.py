@@ -24,7 +24,6 @@ from post_training.quantization.configuration import (
     cache_entries,
     named,
 )
-from post_training.quantization.formats import registry as formats
 from post_training.quantization.options import Choice, QuantizeOptions
 from post_training.quantization.recipes import Recipe
 
@@ -85,10 +84,10 @@ def search(
 
 def _of_options(options: QuantizeOptions) -> dict[str, Any]:
     """Arguments for ModelOpt."""
-    rows = [formats.find(name) for name in options.auto.auto_quantize_formats.split(",")]
+    rows = options.auto.formats
     qkv = [pattern.removesuffix(".*") for pattern in QKV_PATTERNS]
     return {
-        "constraints": {"effective_bits": options.auto.auto_quantize_bits},
+        "constraints": {"effective_bits": options.auto.bits},
         "method": options.auto.auto_quantize_method,
         "disabled_layers": [*_NEVER, *(qkv if options.disable_qkv_quant else ())],
         # ModelOpt knows its own configurations by their names, which then show in the result.

@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from typing import ClassVar
 
 from post_training.common.errors import UsageError
-from post_training.config.checks import at_least, positive
-from post_training.config.flags import flag, group
+from post_training.config.flags import flag, group, spelled
 from post_training.config.options import StageOptions
 from post_training.data.options import CalibrationOptions
 from post_training.inference.smoke_generation import SmokeOptions
 from post_training.models.architecture import Architecture
-from post_training.quantization import kernels, recipes
+from post_training.quantization import kernels, recipes, search_options
 from post_training.quantization.formats import exportable
 from post_training.quantization.formats import registry as formats
-from post_training.quantization.formats.base import FOLDED_METHODS, NO_KV_CACHE, Format
+from post_training.quantization.formats.base import NO_KV_CACHE, Format
 from post_training.quantization.recipes import Recipe
+from post_training.quantization.search_options import AutoQuantizeOptions
 
 Choice = Format | Recipe | str
 # Values of --export-real-quant-cfg in earlier versions of Megatron-LM.
@@ -28,34 +27,6 @@ _OLD_REAL_CONFIGS = {
     "fp8_real_quant": "FP8_DEFAULT_CFG",
     "fp8_blockwise_real_quant": "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class AutoQuantizeOptions:
-    TITLE: ClassVar[str] = "auto: a search for the format of each layer"
-
-    auto_quantize_bits: float = flag(
-        4.8,
-        metavar="X",
-        check=positive,
-        help="stored bits per weight of the linear layers, at most (%(default)s)",
-    )
-    auto_quantize_formats: str = flag(
-        "FP8_DEFAULT_CFG,NVFP4_DEFAULT_CFG",
-        metavar="A,B",
-        help="formats to choose from (%(default)s)",
-    )
-    auto_quantize_method: str = flag(
-        "gradient",
-        choices=("gradient", "kl_div"),
-        help="how sensitivity is measured (%(default)s)",
-    )
-    auto_quantize_score_size: int = flag(
-        128, metavar="N", check=at_least(1), help="sequences to measure it on (%(default)s)"
-    )
-    auto_quantize_checkpoint: str | None = flag(
-        metavar="FILE", help="keep the measurements here; the rank is added to its name"
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,20 +77,43 @@ def chosen(options: QuantizeOptions) -> Choice:
         UsageError: for an unknown name, or both a format and a recipe.
     """
     name = options.real_format or options.export_quant_cfg
+    bits = options.given.get("auto_quantize_bits")
     if options.recipe:
-        if name:
+        if name or bits:
+            other = f"--export-quant-cfg {name}" if name else f"--auto-quantize-bits {bits}"
             raise UsageError(
-                f"--recipe {options.recipe} with --export-quant-cfg {name}",
+                f"--recipe {options.recipe} with {other}",
                 "each says how to quantize",
                 "give one of them",
             )
         return recipes.find(options.recipe)
     name = name or formats.DEFAULT
-    if name == formats.AUTO:
+    if name in formats.AUTO_NAMES or bits:
         return formats.AUTO
     # Megatron-LM's script tells a recipe file from a name by this rule.
     is_recipe = "/" in name or name.endswith((".yaml", ".yml"))
     return recipes.find(name) if is_recipe else formats.find(name)
+
+
+def noting(options: QuantizeOptions, choice: Choice) -> QuantizeOptions:
+    """``options`` with what there is to say about flags of the search that are given."""
+    auto, name = options.auto, options.export_quant_cfg
+    given = [spelled(n) for n in options.given if n.startswith("auto_quantize_")]
+    if choice != formats.AUTO:
+        unused = ", ".join(each for each in given if each != "--auto-quantize-checkpoint")
+        said = f"unused without auto or --auto-quantize-bits: {unused}"
+        return options.noting(said) if unused and not is_search(choice) else options
+    if name and name not in formats.AUTO_NAMES:
+        options = options.noting(
+            f"--auto-quantize-bits {auto.auto_quantize_bits:g} asks for a search of each layer's "
+            f"format: --export-quant-cfg {name} is not used"
+        )
+    if auto.bits != auto.auto_quantize_bits:
+        options = options.noting(
+            f"--auto-quantize-bits {auto.auto_quantize_bits:g} leaves no room for scales: taken "
+            f"as {auto.bits:g}, the smallest format's bits with its scales"
+        )
+    return options
 
 
 def is_search(choice: Choice) -> bool:
@@ -158,7 +152,8 @@ def check(options: QuantizeOptions, choice: Choice, architecture: Architecture |
             "set TP=1 ETP=1, or EP=1; PP may be larger",
         )
     if choice == formats.AUTO:
-        _check_search(options)
+        kv_cache = options.export_kv_cache_quant
+        search_options.check(options.auto, kv_cache, allow_unexportable=options.allow_unexportable)
     stages = options.parallel.pipeline
     if is_search(choice) and stages > 1:
         raise UsageError(
@@ -235,29 +230,4 @@ def _require_hadamard(what: str) -> None:
             what,
             "ModelOpt rotates with the package fast_hadamard_transform, which is not installed",
             "install it (it needs CUDA), or use fp8 or nvfp4",
-        )
-
-
-def _check_search(options: QuantizeOptions) -> None:
-    names, bits = options.auto.auto_quantize_formats, options.auto.auto_quantize_bits
-    rows = [formats.find(name, "--auto-quantize-formats") for name in names.split(",")]
-    folded = [row.name for row in rows if row.method in FOLDED_METHODS]
-    if folded:
-        raise UsageError(
-            f"--auto-quantize-formats {names}",
-            f"{', '.join(folded)} changes the norms before the layers, which a search compares "
-            "with one another",
-            "leave it out, or quantize the whole model in it",
-        )
-    linears = [row.linear for row in rows if row.linear is not None]
-    attention = any(row.attention for row in rows)
-    found = exportable.judge(linears, options.export_kv_cache_quant, attention=attention)
-    if not found.exportable and not options.allow_unexportable:
-        raise exportable.unexportable(f"--auto-quantize-formats {names}", found)
-    least = min((formats.WEIGHTS[linear.weight].bits for linear in linears), default=16.0)
-    if not least <= bits <= 16:
-        raise UsageError(
-            f"--auto-quantize-bits {bits}",
-            f"these formats need between {least:g} and 16 bits a weight",
-            "give a number in between",
         )
