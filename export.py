@@ -27,8 +27,7 @@ from post_training.config import checks
 from post_training.config.flags import flag
 from post_training.config.options import StageOptions
 from post_training.drafts import report as draft_report
-from post_training.drafts.eagle3.draft import require_exportable
-from post_training.drafts.record import SUBFOLDER, draft_of, require_draft
+from post_training.drafts.record import SUBFOLDER, draft_of, is_exported_alone
 from post_training.models import parallel_check
 
 if TYPE_CHECKING:
@@ -51,6 +50,9 @@ class ExportOptions(StageOptions):
     )
     export_offline_model: bool = flag(
         False, help="the checkpoint has a draft and not its target's layers; the draft is written"
+    )
+    export_vllm_fq: bool = flag(
+        False, help="rounded weights in 16 bits, for ModelOpt's vllm_serve_fakequant.py"
     )
     max_shard_size: float = flag(
         5.0,
@@ -93,25 +95,18 @@ def check(options: ExportOptions) -> Plan:
     source = find_source(options)
     if source.described:
         parallel_check.check(source.described, sizes)
-    draft = draft_of(source)
-    alone = options.export_extra_modules or options.export_offline_model
-    if draft is not None and draft.offline:
-        alone = True
-    elif options.export_offline_model and source.is_local:
-        raise UsageError(
-            f"--export-offline-model --load {options.load}",
-            "the checkpoint has its target's layers",
-            "leave the flag out: model and draft are written; --export-extra-modules writes the "
-            "draft alone",
-        )
+    alone = is_exported_alone(
+        source,
+        options,
+        asked=options.export_extra_modules,
+        offline=options.export_offline_model,
+    )
     if alone:
-        require_draft(source, options)
-        if draft is not None:
-            require_exportable(draft.config, f"--load {options.load}")
         outputs.check_folder(folder, outputs.EXPORT, overwrite=options.overwrite)
     else:
         recorded = (source.manifest or {}).get("quantization") or {}
-        if recorded.get("exportable") is False and not options.allow_unexportable:
+        simulated = options.export_vllm_fq or options.allow_unexportable
+        if recorded.get("exportable") is False and not simulated:
             raise UsageError(
                 f"--load {options.load}",
                 f"it is quantized as {recorded.get('format')}, which cannot be exported: "
@@ -120,7 +115,7 @@ def check(options: ExportOptions) -> Plan:
             )
         needed = size_estimate(source, 2)
         outputs.check_folder(folder, outputs.EXPORT, overwrite=options.overwrite, needed=needed)
-    return Plan(options, source, folder, not alone, alone or draft is not None)
+    return Plan(options, source, folder, not alone, alone or draft_of(source) is not None)
 
 
 def export(plan: Plan, session: Session) -> dict[str, Any]:
@@ -130,7 +125,7 @@ def export(plan: Plan, session: Session) -> dict[str, Any]:
         UsageError: if the format cannot be exported, or what was written is not the model.
     """
     from post_training.distributed.collectives import on_first_rank
-    from post_training.export import eagle3_exporter, model_folder
+    from post_training.export import eagle3_exporter, model_folder, vllm_fakequant
 
     options = plan.options
     source = fetch_source(plan.source, options)
@@ -139,12 +134,15 @@ def export(plan: Plan, session: Session) -> dict[str, Any]:
     where = (source, options, session, plan.folder)
     if plan.writes_model:
         unwritable = eagle3_exporter.why_not(model) if plan.writes_draft else None
-        metrics = model_folder.write(
-            model,
-            *where,
-            max_shard_bytes=shard,
-            allow_unexportable=options.allow_unexportable,
-        )
+        if options.export_vllm_fq:
+            metrics = vllm_fakequant.write(model, *where, max_shard_bytes=shard)
+        else:
+            metrics = model_folder.write(
+                model,
+                *where,
+                max_shard_bytes=shard,
+                allow_unexportable=options.allow_unexportable,
+            )
         if unwritable:
             logger.warning("the draft is not written: %s", unwritable)
         elif plan.writes_draft:
@@ -167,10 +165,12 @@ def show(plan: Plan, content: dict[str, Any], session: Session) -> None:
     metrics = content["metrics"]
     rows: dict[str, str] = {}
     target, served = "<exported target>", ""
+    simulated = plan.options.export_vllm_fq
+    plain = "rounded, in 16 bits, to be simulated" if simulated else "not quantized"
     if plan.writes_model:
         target = str(plan.folder)
         rows |= {
-            "format": metrics["quant_algo"] or "not quantized",
+            "format": metrics["quant_algo"] or plain,
             "KV cache": metrics["kv_cache_quant_algo"] or "not quantized",
             "bits per weight": f"{metrics['bits_per_weight']:.2f}, scales included",
             "read back": f"{metrics['tensors_compared']} tensors equal the model's",
@@ -181,7 +181,8 @@ def show(plan: Plan, content: dict[str, Any], session: Session) -> None:
         rows |= draft_report.exported(draft, place)
         served = draft_report.served(place)
     rows["folder"] = f"{plan.folder} ({report.size(plan.folder)})"
-    next_step = f"vllm serve {target}{served}"
+    serve = "vllm_serve_fakequant.py" if simulated else "vllm serve"
+    next_step = f"{serve} {target}{served}"
     report.summary("exported and verified", {**rows, **report.cost(content)}, next_step)
 
 

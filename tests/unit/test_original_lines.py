@@ -29,6 +29,11 @@ OFFLINE = "--export-offline-model --offline-distillation-data {work}/features"
 LINES = {
     "NVFP4": ("quantize.sh", [LLAMA, "NVFP4_DEFAULT_CFG"], {**HUB, "TP": "1"}),
     "its export": ("export.sh", [LLAMA], {**HUB, **MADE, "PP": "1", "EXPORT_DIR": "{work}/out"}),
+    "export for a simulation in vLLM": (
+        "export.sh",
+        [LLAMA],
+        {**HUB, **MADE, "PP": "1", "MLM_EXTRA_ARGS": "--export-vllm-fq"},
+    ),
     "keys and values": (
         "quantize.sh",
         [LLAMA, "NVFP4_DEFAULT_CFG"],
@@ -242,7 +247,7 @@ def test_every_flag_of_a_stage_is_accepted_by_every_other():
             if values.get("unused_flags") != [flag]:
                 readers[flag].append(stage.name)
     nowhere = {flag for flag, stages in readers.items() if not stages}
-    assert nowhere == {"--modelopt-enabled", "--export-legacy-megatron", "--export-vllm-fq"}
+    assert nowhere == {"--modelopt-enabled", "--export-legacy-megatron"}
     assert max(map(len, readers.values())) < len(list(ROOT.glob("*.py")))
 
 
