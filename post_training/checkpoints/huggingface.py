@@ -71,16 +71,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 def known_config(name_or_path: str) -> dict[str, Any] | None:
     """``config.json`` of a folder, or of a hub name that was downloaded before; no network."""
     path = Path(name_or_path) / "config.json"
-    if not path.is_file():
-        if not inputs.is_hub_name(name_or_path):
-            return None
-        from huggingface_hub import try_to_load_from_cache
-
-        found = try_to_load_from_cache(name_or_path, "config.json")
-        if not isinstance(found, str):
-            return None
-        path = Path(found)
-    return files.read_json_object(path)
+    found = path if path.is_file() else inputs.cached(name_or_path, path.name)
+    return files.read_json_object(found) if found else None
 
 
 class _EndTokens(TypedDict, total=False):

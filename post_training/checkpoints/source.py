@@ -97,7 +97,9 @@ def find_source(options: StageOptions) -> Source:
             "set MLM_MODEL_CKPT (a Megatron checkpoint) or HF_MODEL_CKPT (a Hugging Face folder)",
         )
     described = None
-    if not inputs.is_hub_name(location):
+    # With --dry-run a folder may be one of another machine, or yet to be downloaded.
+    elsewhere = options.dry_run and options.states_model and not Path(location).exists()
+    if not elsewhere and not inputs.is_hub_name(location):
         described = architecture(options, model_folder(Path(location)))
     elif not options.dry_run and (reason := families.unconvertible(options.stated)):
         raise UsageError(

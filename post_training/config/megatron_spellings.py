@@ -18,6 +18,7 @@ CONSTANTS: dict[str, dict[str, Any]] = {
     "--no-bias-gelu-fusion": {"bias_activation_fusion": False},
     "--no-bias-swiglu-fusion": {"bias_activation_fusion": False},
     "--recompute-activations": {"recompute_granularity": "selective"},
+    "--enable-gpt-oss": {"position_embedding_type": "yarn"},
     "--export-qk-l2-norm": {"qk_l2_norm": True},
     "--export-moe-apply-probs-on-input": {"moe_apply_probs_on_input": True},
 }
@@ -50,16 +51,15 @@ WITHOUT_MEANING: dict[str, int | str] = {
     **dict.fromkeys(
         """
         --adam-beta1 --adam-beta2 --adam-eps --ckpt-format --clip-grad --data-args-path
-        --data-cache-path
-        --dataloader-type --dist-ckpt-format --dist-ckpt-strictness --distributed-backend
-        --eval-interval --eval-iters --exit-duration-in-mins --exit-interval
+        --data-cache-path --dataloader-type --dist-ckpt-format --dist-ckpt-strictness
+        --distributed-backend --eval-interval --eval-iters --exit-duration-in-mins --exit-interval
         --global-batch-size --inference-batch-times-seqlen-threshold --inference-max-seq-length
         --log-interval --logging-level --lr --lr-decay-iters --lr-decay-samples --lr-decay-style
         --lr-warmup-fraction --lr-warmup-iters --lr-warmup-samples --manual-gc-interval
         --micro-batch-size --min-lr --num-workers --optimizer --per-split-data-args-path
-        --save-interval --split --tensorboard-dir --tokenizer-hf-include-special-tokens
-        --train-iters --train-samples --transformer-impl --wandb-exp-name --wandb-project
-        --weight-decay
+        --save-interval --split --tensorboard-dir --tiktoken-pattern
+        --tokenizer-hf-include-special-tokens --train-iters --train-samples --transformer-impl
+        --wandb-exp-name --wandb-project --weight-decay
         """.split(),
         1,
     ),

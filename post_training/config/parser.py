@@ -147,7 +147,8 @@ def _add_model(group: _Group) -> None:
     add("--group-query-attention", action="store_true", help="with --num-query-groups")
     add("--hybrid-layer-pattern", "--hybrid-override-pattern", metavar="TEXT",
         help="layers of a hybrid model: M mamba, * attention, - MLP, E experts")  # fmt: skip
-    add("--enable-gpt-oss", action="store_true", help="gpt-oss' rotary scaling")
+    add("--rotary-seq-len-interpolation-factor", type=_one, metavar="1",
+        help="positions are divided by it; 1 is the only value")  # fmt: skip
 
 
 class _Constants(argparse.Action):
@@ -220,6 +221,13 @@ def _add_ignored(group: _Group, name: str, count: int | str, dest: str, text: st
         metavar="VALUE",
         help=text,
     )
+
+
+def _one(text: str) -> float:
+    """1, in any spelling: no linear scaling of positions."""
+    if float(text) != 1:
+        raise argparse.ArgumentTypeError("positions are not scaled linearly here; give 1")
+    return 1.0
 
 
 def numbers(text: str) -> int | list[int]:
