@@ -102,7 +102,8 @@ name_model() {
   MLM_MODEL_CFG=${model%_mlm}
 }
 
-# read_set_up: source the set-up files and export what they set.
+# read_set_up: source the set-up files and export what they set. Megatron-LM's documents call
+# MLM_MODEL_CKPT by another name, MLM_MODEL_LOAD.
 read_set_up() {
   local variable
   for variable in SANDBOX_ENV_SETUP MLM_ENV_SETUP; do
@@ -112,6 +113,7 @@ read_set_up() {
     read_loosely "${!variable}"
     set +a
   done
+  [[ -z "${MLM_MODEL_LOAD:-}" ]] || export MLM_MODEL_CKPT=${MLM_MODEL_CKPT:-$MLM_MODEL_LOAD}
 }
 
 # read_loosely FILE: source a file that was not written for strict mode.

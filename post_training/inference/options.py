@@ -175,7 +175,11 @@ def load(options: PromptOptions, fraction: float = 1.0) -> prompts.Prompts:
             found.append(prompts.load(source, OPTION, limit=left, split=options.split))
     dialogues = [dialogue for each in found for dialogue in each.dialogues]
     if len(found) > 1:
-        dialogues = [replace(each, number=i) for i, each in enumerate(dialogues)]
+        numbered = [each.id == each.number for each in dialogues]  # without an id of its own
+        dialogues = [
+            replace(each, number=i, id=i if numbered[i] else each.id)
+            for i, each in enumerate(dialogues)
+        ]
     kept = dialogues[: math.ceil(fraction * len(dialogues))]
     left_out = sum((each.left_out for each in found), Counter[str]())
     return prompts.Prompts(", ".join(each.source for each in found), kept, left_out)

@@ -303,7 +303,8 @@ def test_a_checkpoint_with_its_targets_layers_is_not_called_offline(drafted, tmp
 def test_a_draft_that_no_engine_loads_stays_behind(drafted, tmp_path):
     """The base is what was asked for; the log says why its draft is not there."""
     flags = ("--load", drafted.work / "qwen3 deep", "--fp32", "--export-dir", tmp_path / "out")
-    done = tools.run("export.py", *flags)
+    done = tools.run("export.py", *flags, "--few-shots", 3, "--few-shots", 5)
+    assert done.stderr.count("--few-shots (a flag of mmlu)") == 1
     assert "the draft is not written: engines load one layer" in done.stderr
     assert not (tmp_path / "out" / "draft").exists()
 

@@ -70,6 +70,15 @@ def test_outputs_are_named_after_the_model(model, environment):
     assert option(words, "--export-dir") == f"{work}/Name-1B_export"
 
 
+def test_a_pipeline_of_jobs_takes_it_too(model, environment):
+    environment["HF_MODEL_CKPT"] = str(model)
+    (model / "tokenizer.json").write_text("{}")
+    shown = bash("slurm/pipeline.sh", "--dry-run", "quantize", "auto", "fp8", **environment).stdout
+    work = environment["MLM_WORK_DIR"]
+    assert f"--load {work}/Tiny_quant" in shown and f"--export-dir {work}/Tiny_export" in shown
+    assert shown.count("num_layers=6") == 4
+
+
 def test_without_a_model_auto_is_refused(environment, tmp_path):
     done = bash("convert.sh", "auto", **environment, code=2)
     assert "neither HF_MODEL_CKPT nor MLM_MODEL_CKPT names a model" in done.stderr

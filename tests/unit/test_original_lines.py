@@ -98,6 +98,11 @@ LINES = {
         [LLAMA, "FP8_DEFAULT_CFG"],
         {"SANDBOX_ENV_SETUP": "{work}/setup.sh"},
     ),
+    "a checkpoint by the name of the documents": (
+        "mmlu.sh",
+        [LLAMA],
+        {"MLM_MODEL_LOAD": "{work}/made"},
+    ),
     "Kimi-K2's draft": (
         "eagle3.sh",
         ["moonshotai/Kimi-K2-Instruct"],
@@ -135,6 +140,8 @@ def test_a_line_of_the_documents_is_planned(line, environment, work, capsys):
     plan = plan_of(script, words, variables, environment, work)
     dry_run.show(plan.options, plan.source)
     assert "launch line" in capsys.readouterr().out
+    loads = {"MLM_MODEL_CKPT", "MLM_MODEL_LOAD"} & variables.keys()
+    assert plan.source.is_checkpoint == bool(loads)
 
 
 def refused(environment, work, script, *words, **variables) -> UsageError:
@@ -201,7 +208,7 @@ def test_prompts_may_be_named_as_training_data_is(environment, tmp_path):
     plan = planned("generate.sh", LLAMA, *words, **environment)
     assert plan.options.max_new_tokens == 7
     read = prompt_options.load(plan.options.prompts, plan.options.prompts.fraction)
-    assert [each.number for each in read.dialogues] == list(range(7))
+    assert [(each.number, each.id) for each in read.dialogues] == [(i, i) for i in range(7)]
     assert plan.settings["further_prompts"][0]["path"].endswith("b.jsonl")
     words = ("--finetune-hf-dataset", "org/chat", "--finetune-data-split", "test")
     prompts = planned("generate.sh", LLAMA, *words, **environment).options.prompts
