@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 from post_training.checkpoints import loading, record
 from post_training.checkpoints.source import Source, fetch_source, find_source, size_estimate
 from post_training.cli.stage import Stage, run
-from post_training.common import files, outputs, report
+from post_training.common import files, outputs
 from post_training.common.errors import UsageError
 from post_training.config import checks
 from post_training.config.flags import flag
 from post_training.config.options import StageOptions
-from post_training.drafts import report as draft_report
-from post_training.drafts.record import SUBFOLDER, draft_of, is_exported_alone
+from post_training.drafts.record import draft_of, is_exported_alone
+from post_training.export import summary
 from post_training.models import parallel_check
 
 if TYPE_CHECKING:
@@ -162,28 +162,8 @@ def export(plan: Plan, session: Session) -> dict[str, Any]:
 
 
 def show(plan: Plan, content: dict[str, Any], session: Session) -> None:
-    metrics = content["metrics"]
-    rows: dict[str, str] = {}
-    target, served = "<exported target>", ""
     simulated = plan.options.export_vllm_fq
-    plain = "rounded, in 16 bits, to be simulated" if simulated else "not quantized"
-    if plan.writes_model:
-        target = str(plan.folder)
-        rows |= {
-            "format": metrics["quant_algo"] or plain,
-            "KV cache": metrics["kv_cache_quant_algo"] or "not quantized",
-            "bits per weight": f"{metrics['bits_per_weight']:.2f}, scales included",
-            "read back": f"{metrics['tensors_compared']} tensors equal the model's",
-        }
-    draft = metrics.get("draft") if plan.writes_model else metrics
-    if draft:
-        place = plan.folder / SUBFOLDER if plan.writes_model else plan.folder
-        rows |= draft_report.exported(draft, place)
-        served = draft_report.served(place)
-    rows["folder"] = f"{plan.folder} ({report.size(plan.folder)})"
-    serve = "vllm_serve_fakequant.py" if simulated else "vllm serve"
-    next_step = f"{serve} {target}{served}"
-    report.summary("exported and verified", {**rows, **report.cost(content)}, next_step)
+    summary.show(plan.folder, content, has_model=plan.writes_model, simulated=simulated)
 
 
 STAGE = Stage("export", ExportOptions, check, export, show, outputs=("export_dir",))
