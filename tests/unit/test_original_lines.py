@@ -64,6 +64,7 @@ LINES = {
         [LLAMA],
         {**HUB, "MLM_EXTRA_ARGS": "--algorithm eagle3 --export-offline-model"},
     ),
+    "its training": ("finetune.sh", [LLAMA], {**MADE, "MLM_EXTRA_ARGS": OFFLINE}),
     "export of an offline draft": (
         "export.sh",
         [LLAMA],
@@ -307,6 +308,11 @@ def test_distill_refuses_data_and_targets_that_it_cannot_train_on(words, cause, 
     assert cause in refused(distilled, work, "distill.sh", LLAMA, *words).cause
 
 
+def test_a_blend_of_indexed_data_sets_is_refused(distilled, work):
+    error = refused(distilled, work, "distill.sh", LLAMA, BLEND_PATH="/data/blend.json")
+    assert error.what == "--per-split-data-args-path"
+
+
 def test_distill_takes_what_changes_nothing(distilled, tmp_path, work):
     words = ("--export-kd-teacher-ckpt-format", "torch_dist", "--qad-train-target", "base")
     (said,) = planned(
@@ -322,9 +328,6 @@ def test_finetune_trains_a_draft_and_refuses_a_model_without_one(environment, wo
     model = write_checkpoint(work / "plain")
     error = refused(environment, work, "finetune.sh", LLAMA, MLM_MODEL_CKPT=str(model))
     assert "it has no draft" in error.cause
-    given = {**MADE, "MLM_EXTRA_ARGS": OFFLINE}
-    error = refused(environment, work, "finetune.sh", LLAMA, **given)
-    assert error.what.startswith("--offline-distillation-data")
     given = {**MADE, "MLM_EXTRA_ARGS": "--export-offline-model"}
     error = refused(environment, work, "finetune.sh", LLAMA, **given)
     assert "stored features" in error.cause
