@@ -24,11 +24,14 @@ from post_training.cli.stage import Stage, run
 from post_training.common import files, outputs, report
 from post_training.common.errors import UsageError
 from post_training.config import checks
-from post_training.config.flags import flag
+from post_training.config.flags import flag, shows
 from post_training.config.options import StageOptions
 from post_training.drafts.eagle3.draft import require_exportable
 from post_training.drafts.record import draft_of, require_draft
+from post_training.export import target as export_target
 from post_training.models import parallel_check
+from post_training.quantization import format_table
+from post_training.quantization.engines import registry as engines
 
 if TYPE_CHECKING:
     from post_training.distributed.session import Session
@@ -54,18 +57,32 @@ class ExportOptions(StageOptions):
         check=checks.positive,
         help="largest safetensors file, in 10^9 bytes (%(default)s)",
     )
+    target: str | None = flag(
+        choices=tuple(engines.TARGETS),
+        help=f"engine that is to read it (the one that quantize was told, else {engines.DEFAULT})",
+    )
+    list_formats: bool = flag(
+        False,
+        nargs=0,
+        action=shows(format_table.show),
+        help="show formats, engines and GPUs, and exit",
+    )
     allow_unexportable: bool = flag(
-        False, help="write the folder although no engine reads this format correctly"
+        False, help="write the folder although the engine does not read this format correctly"
     )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """``options`` have in ``pretrained_model_path`` what --pretrained-model-name says too."""
+    """``options`` have in ``pretrained_model_path`` what --pretrained-model-name says too.
+
+    ``target`` is the engine that the folder is for.
+    """
 
     options: ExportOptions
     source: Source
     folder: Path
+    target: str
 
 
 def check(options: ExportOptions) -> Plan:
@@ -82,6 +99,7 @@ def check(options: ExportOptions) -> Plan:
     source = find_source(options)
     if source.described:
         parallel_check.check(source.described, sizes)
+    target = export_target.choose(options.target, source)
     if options.export_extra_modules:
         require_draft(source, options)
         draft = draft_of(source)
@@ -89,17 +107,11 @@ def check(options: ExportOptions) -> Plan:
             require_exportable(draft.config, f"--load {options.load}")
         outputs.check_folder(folder, outputs.EXPORT, overwrite=options.overwrite)
     else:
-        recorded = (source.manifest or {}).get("quantization") or {}
-        if recorded.get("exportable") is False and not options.allow_unexportable:
-            raise UsageError(
-                f"--load {options.load}",
-                f"it is quantized as {recorded.get('format')}, which cannot be exported: "
-                f"{recorded.get('reason')}",
-                "quantize the model in an exportable format (docs/formats.md has the table)",
-            )
+        if not options.allow_unexportable:
+            export_target.check(source, target)
         needed = size_estimate(source, 2)
         outputs.check_folder(folder, outputs.EXPORT, overwrite=options.overwrite, needed=needed)
-    return Plan(options, source, folder)
+    return Plan(options, source, folder, target)
 
 
 def export(plan: Plan, session: Session) -> dict[str, Any]:
@@ -123,9 +135,11 @@ def export(plan: Plan, session: Session) -> dict[str, Any]:
             model,
             *where,
             max_shard_bytes=shard,
+            target=plan.target,
             allow_unexportable=options.allow_unexportable,
         )
-    manifest = record.of_run(options, session, source, metrics=metrics, extra=source.pruned_from())
+    extra = {"target": plan.target, **source.pruned_from()}
+    manifest = record.of_run(options, session, source, metrics=metrics, extra=extra)
 
     def publish() -> dict[str, Any]:
         content = manifest.write(files.incomplete(plan.folder))
