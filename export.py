@@ -24,11 +24,14 @@ from post_training.cli.stage import Stage, run
 from post_training.common import files, outputs
 from post_training.common.errors import UsageError
 from post_training.config import checks
-from post_training.config.flags import flag
+from post_training.config.flags import flag, shows
 from post_training.config.options import StageOptions
 from post_training.drafts.record import draft_of, is_exported_alone
 from post_training.export import summary
+from post_training.export import target as export_target
 from post_training.models import parallel_check
+from post_training.quantization import format_table
+from post_training.quantization.engines import registry as engines
 
 if TYPE_CHECKING:
     from post_training.distributed.session import Session
@@ -60,8 +63,18 @@ class ExportOptions(StageOptions):
         check=checks.positive,
         help="largest safetensors file, in 10^9 bytes (%(default)s)",
     )
+    target: str | None = flag(
+        choices=tuple(engines.TARGETS),
+        help=f"engine that is to read it (the one that quantize was told, else {engines.DEFAULT})",
+    )
+    list_formats: bool = flag(
+        False,
+        nargs=0,
+        action=shows(format_table.show),
+        help="show formats, engines and GPUs, and exit",
+    )
     allow_unexportable: bool = flag(
-        False, help="write the folder although no engine reads this format correctly"
+        False, help="write the folder although the engine does not read this format correctly"
     )
 
 
@@ -72,6 +85,7 @@ class Plan:
     Attributes:
         writes_model: not the draft alone.
         writes_draft: alone, or in a subfolder of the model's.
+        target: the engine that the folder is for.
     """
 
     options: ExportOptions
@@ -79,6 +93,7 @@ class Plan:
     folder: Path
     writes_model: bool
     writes_draft: bool
+    target: str
 
 
 def check(options: ExportOptions) -> Plan:
@@ -95,6 +110,7 @@ def check(options: ExportOptions) -> Plan:
     source = find_source(options)
     if source.described:
         parallel_check.check(source.described, sizes)
+    target = export_target.choose(options.target, source)
     alone = is_exported_alone(
         source,
         options,
@@ -104,18 +120,12 @@ def check(options: ExportOptions) -> Plan:
     if alone:
         outputs.check_folder(folder, outputs.EXPORT, overwrite=options.overwrite)
     else:
-        recorded = (source.manifest or {}).get("quantization") or {}
-        simulated = options.export_vllm_fq or options.allow_unexportable
-        if recorded.get("exportable") is False and not simulated:
-            raise UsageError(
-                f"--load {options.load}",
-                f"it is quantized as {recorded.get('format')}, which cannot be exported: "
-                f"{recorded.get('reason')}",
-                "quantize the model in an exportable format (docs/formats.md has the table)",
-            )
+        if not (options.export_vllm_fq or options.allow_unexportable):
+            export_target.check(source, target)
         needed = size_estimate(source, 2)
         outputs.check_folder(folder, outputs.EXPORT, overwrite=options.overwrite, needed=needed)
-    return Plan(options, source, folder, not alone, alone or draft_of(source) is not None)
+    has_draft = draft_of(source) is not None
+    return Plan(options, source, folder, not alone, alone or has_draft, target)
 
 
 def export(plan: Plan, session: Session) -> dict[str, Any]:
@@ -141,6 +151,7 @@ def export(plan: Plan, session: Session) -> dict[str, Any]:
                 model,
                 *where,
                 max_shard_bytes=shard,
+                target=plan.target,
                 allow_unexportable=options.allow_unexportable,
             )
         if unwritable:
@@ -151,7 +162,8 @@ def export(plan: Plan, session: Session) -> dict[str, Any]:
             )
     else:
         metrics = eagle3_exporter.write(model, *where, max_shard_bytes=shard)
-    manifest = record.of_run(options, session, source, metrics=metrics, extra=source.pruned_from())
+    extra = {"target": plan.target, **source.pruned_from()}
+    manifest = record.of_run(options, session, source, metrics=metrics, extra=extra)
 
     def publish() -> dict[str, Any]:
         content = manifest.write(files.incomplete(plan.folder))

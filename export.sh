@@ -3,6 +3,7 @@
 #
 #   MLM_MODEL_CKPT=/work/quant bash export.sh <conf> [flags]
 #   MLM_MODEL_CKPT=/work/quant EXPORT_DIR=/models/out PP=2 bash export.sh Qwen/Qwen3-0.6B
+#   bash export.sh --list-formats   # formats, engines and GPUs
 #   MLM_MODEL_CKPT=/work/eagle3 bash export.sh Qwen/Qwen3-0.6B --export-extra-modules   # the draft
 #
 #   MLM_MODEL_CKPT  Megatron checkpoint to export (needed)

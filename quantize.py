@@ -106,6 +106,7 @@ def quantize(plan: Plan, session: Session) -> Quantized:
         "format": quantization_options.name_of(plan.choice),
         "weight_only": options.weight_only,
         "compressed": options.packed,
+        "target": options.target,
         "exportable": result.found.exportable,
         **asdict(result.found),
         "configuration": configuration.as_json(result.config),

@@ -67,7 +67,7 @@ start() {
   read_set_up
   choose_python
   case "${1:-}" in
-    -h | --help | --help-all) exec "$PYTHON" "$SCRIPT_DIR/$stage.py" "$@" ;;
+    -h | --help | --help-all | --list-formats) exec "$PYTHON" "$SCRIPT_DIR/$stage.py" "$@" ;;
     "" | -*) fail "bash $stage.sh ${1:-}" "the first word names the model" \
       "bash $stage.sh <conf>, auto or one of: $(conf_names | paste -sd ' ')" ;;
   esac

@@ -53,6 +53,17 @@ def group(options: type) -> Any:
     return dataclasses.field(metadata={_GROUP: options})
 
 
+def shows(show: Callable[[], None]) -> type[argparse.Action]:
+    """The ``action`` of a flag that prints something and exits with code 0; ``nargs`` is 0."""
+
+    class Show(argparse.Action):
+        def __call__(self, parser: Any, *_: Any) -> None:
+            show()
+            parser.exit()
+
+    return Show
+
+
 def add(
     parser: argparse.ArgumentParser,
     options: type,

@@ -7,49 +7,58 @@ from typing import Any
 
 from post_training.common.errors import UsageError
 from post_training.quantization.engines import registry as engines
-from post_training.quantization.engines.base import Support
-from post_training.quantization.formats import exportable
-from post_training.quantization.formats.base import Format
 
 
-def check(what: str, choice: Format, values: Mapping[str, Any], *, weight_only: bool) -> None:
-    """Refuse what the first engine's kernels do not take: experts, sizes of its fused linears.
+def check(what: str, algorithm: str, values: Mapping[str, Any], target: str) -> None:
+    """Refuse what an engine's kernels do not take: experts, sizes of its fused linears.
 
     Args:
         what: names the format in a message.
+        algorithm: what the model is exported as.
         values: of the architecture, resolved.
-        weight_only: inputs stay in 16 bits.
+        target: the engine, by its name in ``--target``.
 
     Raises:
         UsageError: naming the layer and its sizes.
     """
-    found = exportable.verdict(choice, weight_only=weight_only)
-    if not found.exportable:
+    engine = engines.TARGETS[target]
+    support = engine.algorithms.get(algorithm)
+    if support is None:
         return
-    engine = engines.ENGINES[0]
-    support = engine.algorithms.get(found.quant_algo, Support())
     rows, columns = support.multiples
     if values["num_moe_experts"] and not support.experts:
         raise UsageError(
             what,
-            f"{engine.name} does not read experts in {found.quant_algo}",
+            f"{engine.name} does not read experts in {algorithm}",
             "choose another format, such as INT8_WEIGHT_ONLY_CFG or FP8_DEFAULT_CFG",
         )
+    for name, (outputs, inputs) in linear_sizes(values, separate=support.separate).items():
+        if outputs % rows or inputs % columns:
+            raise UsageError(
+                what,
+                f"{name} has {outputs} outputs and {inputs} inputs; {engine.name}'s kernel for "
+                f"{algorithm} takes multiples of {rows} and {columns}",
+                "choose another format, such as FP8_DEFAULT_CFG, or give --allow-unexportable",
+            )
+
+
+def linear_sizes(values: Mapping[str, Any], *, separate: bool) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of a layer's linears, by what a message calls them.
+
+    Args:
+        values: of the architecture, resolved.
+        separate: q, k, v and gate, up apart, as Hugging Face's files have them.
+    """
     hidden, heads, groups = (
         values[name] for name in ("hidden_size", "num_attention_heads", "num_query_groups")
     )
     attention, head = heads * values["kv_channels"], values["kv_channels"]
     ffn = values["moe_ffn_hidden_size"] if values["num_moe_experts"] else values["ffn_hidden_size"]
-    gate = 2 if values["gated_linear_unit"] else 1
+    gate = 2 if values["gated_linear_unit"] and not separate else 1
     sizes = {"gate, up": (gate * ffn, hidden), "down": (hidden, ffn)}
-    if not values["multi_latent_attention"]:
-        qkv = attention + 2 * groups * head
-        sizes = {"q, k, v": (qkv, hidden), "o": (hidden, attention), **sizes}
-    for name, (outputs, inputs) in sizes.items():
-        if outputs % rows or inputs % columns:
-            raise UsageError(
-                what,
-                f"{name} has {outputs} outputs and {inputs} inputs; {engine.name}'s kernel for "
-                f"{found.quant_algo} takes multiples of {rows} and {columns}",
-                "choose another format, such as FP8_DEFAULT_CFG, or give --allow-unexportable",
-            )
+    if values["multi_latent_attention"]:
+        return sizes
+    rows = {"q, k, v": attention + 2 * groups * head}
+    if separate:
+        rows = {"q": attention, "k and v": groups * head}
+    return {**{name: (n, hidden) for name, n in rows.items()}, "o": (hidden, attention), **sizes}

@@ -15,6 +15,7 @@ from post_training.data.options import CalibrationOptions
 from post_training.inference.smoke_generation import SmokeOptions
 from post_training.models.architecture import Architecture
 from post_training.quantization import kernels, recipes, search_options
+from post_training.quantization.engines import registry as engines
 from post_training.quantization.formats import exportable
 from post_training.quantization.formats import registry as formats
 from post_training.quantization.formats.base import NO_KV_CACHE, Format
@@ -51,8 +52,13 @@ class QuantizeOptions(StageOptions):
     sync_expert_weight_amax: bool = flag(
         False, help="give all experts of a layer the same weight scale"
     )
+    target: str = flag(
+        engines.DEFAULT,
+        choices=tuple(engines.TARGETS),
+        help="engine that the export is for (%(default)s)",
+    )
     allow_unexportable: bool = flag(
-        False, help="quantize even if no engine would read the export correctly"
+        False, help="quantize even if the engine would not read the export correctly"
     )
     calibration: CalibrationOptions = group(CalibrationOptions)
     auto: AutoQuantizeOptions = group(AutoQuantizeOptions)
@@ -153,7 +159,12 @@ def check(options: QuantizeOptions, choice: Choice, architecture: Architecture |
         )
     if choice == formats.AUTO:
         kv_cache = options.export_kv_cache_quant
-        search_options.check(options.auto, kv_cache, allow_unexportable=options.allow_unexportable)
+        search_options.check(
+            options.auto,
+            kv_cache,
+            target=options.target,
+            allow_unexportable=options.allow_unexportable,
+        )
     stages = options.parallel.pipeline
     if is_search(choice) and stages > 1:
         raise UsageError(
@@ -167,6 +178,7 @@ def _check_format(options: QuantizeOptions, choice: Format) -> None:
     """Refuse what cannot be exported, or not be saved, before the work."""
     what = f"--export-quant-cfg {options.export_quant_cfg or choice.name}"
     what += " --weight-only" if options.weight_only else ""
+    what += f" --target {options.target}" if options.target != engines.DEFAULT else ""
     if options.export_kv_cache_quant != NO_KV_CACHE:
         what += f" --export-kv-cache-quant {options.export_kv_cache_quant}"
     if choice.broken:
@@ -175,9 +187,7 @@ def _check_format(options: QuantizeOptions, choice: Format) -> None:
         )
     if choice.kv == "nvfp4_rotate" and options.allow_unexportable:
         _require_hadamard(what)
-    found = exportable.verdict(
-        choice, weight_only=options.weight_only, kv_cache=options.export_kv_cache_quant
-    )
+    found = _verdict(options, choice)
     if not found.exportable and not options.allow_unexportable:
         raise exportable.unexportable(what, found)
     ranks, replicas = options.parallel.tensor, options.parallel.data
@@ -190,6 +200,15 @@ def _check_format(options: QuantizeOptions, choice: Format) -> None:
             "differ",
             "set DP=1; PP may be larger",
         )
+
+
+def _verdict(options: QuantizeOptions, choice: Format) -> exportable.Verdict:
+    return exportable.verdict(
+        choice,
+        weight_only=options.weight_only,
+        kv_cache=options.export_kv_cache_quant,
+        target=options.target,
+    )
 
 
 def _check_layers(options: QuantizeOptions, choice: Format, architecture: Architecture) -> None:
@@ -215,7 +234,7 @@ def _check_layers(options: QuantizeOptions, choice: Format, architecture: Archit
             + (", or a smaller TP" if ranks > 1 else ""),
         )
     if not options.allow_unexportable:
-        kernels.check(what, choice, values, weight_only=options.weight_only)
+        kernels.check(what, _verdict(options, choice).quant_algo, values, options.target)
     if choice.layers == "experts" and not values["num_moe_experts"]:
         raise UsageError(
             what,

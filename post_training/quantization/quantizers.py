@@ -10,6 +10,7 @@ from megatron.core import parallel_state
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 
 from post_training.distributed.collectives import from_all_ranks
+from post_training.quantization.engines import registry as engines
 from post_training.quantization.formats import exportable
 from post_training.quantization.formats import registry as formats
 from post_training.quantization.formats.base import (
@@ -89,12 +90,19 @@ def _kv_format(model: torch.nn.Module) -> tuple[str, bool]:
     return form or NO_KV_CACHE, attention
 
 
-def judge_model(model: torch.nn.Module, method: str = "", *, required: bool = False) -> Verdict:
+def judge_model(
+    model: torch.nn.Module,
+    method: str = "",
+    *,
+    required: bool = False,
+    target: str = engines.DEFAULT,
+) -> Verdict:
     """What the model can be exported as; the same on all ranks, a collective call.
 
     Args:
         method: of the calibration that is still to come.
         required: raise UsageError if it cannot be exported.
+        target: the engine, by its name in ``--target``.
     """
     linears = [each for each in (linear_of(each, method) for each in model.modules()) if each]
     tied = getattr(model, "share_embeddings_and_output_weights", False)
@@ -108,6 +116,7 @@ def judge_model(model: torch.nn.Module, method: str = "", *, required: bool = Fa
             [linear for each in gathered for linear in each[0]],
             next((each[1] for each in gathered if each[1] != NO_KV_CACHE), NO_KV_CACHE),
             attention=any(each[2] for each in gathered),
+            target=target,
         )
     if required and not found.exportable:
         raise exportable.unexportable("the quantized model", found)

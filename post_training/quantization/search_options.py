@@ -66,11 +66,14 @@ class AutoQuantizeOptions:
         return (least.bits, least.code_bits) if least else (16.0, 16.0)
 
 
-def check(auto: AutoQuantizeOptions, kv_cache: str, *, allow_unexportable: bool) -> None:
+def check(
+    auto: AutoQuantizeOptions, kv_cache: str, *, target: str, allow_unexportable: bool
+) -> None:
     """Raise UsageError for formats or bits that a search cannot have.
 
     Args:
         kv_cache: what keys and values are quantized to.
+        target: engine that is to read the export.
         allow_unexportable: formats that no engine reads side by side are let pass.
     """
     names, rows = ",".join(auto.auto_quantize_formats), auto.formats
@@ -84,7 +87,7 @@ def check(auto: AutoQuantizeOptions, kv_cache: str, *, allow_unexportable: bool)
         )
     linears = [row.linear for row in rows if row.linear is not None]
     attention = any(row.attention for row in rows)
-    found = exportable.judge(linears, kv_cache, attention=attention)
+    found = exportable.judge(linears, kv_cache, attention=attention, target=target)
     if not found.exportable and not allow_unexportable:
         raise exportable.unexportable(f"--auto-quantize-formats {names}", found)
     least, _ = auto.smallest
