@@ -11,7 +11,7 @@ Outputs: --save, a Megatron-LM checkpoint (torch_dist) with run.json, that loads
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,8 @@ from post_training.models.builder import count_parameters
 class ConvertOptions(StageOptions):
     extra_model_path: Path | None = flag(
         metavar="FOLDER",
-        help="take tokenizer and configuration files from here instead of the model's folder",
+        help="take tokenizer and configuration files from here instead of the model's folder; a "
+        "Megatron checkpoint with a draft is the same as --draft-model-path",
     )
     algorithm: str = flag(
         "None",
@@ -76,6 +77,10 @@ class Plan:
 
 def check(options: ConvertOptions) -> Plan:
     save = Path(required("--save", options.save, "MLM_MODEL_SAVE"))
+    extra = options.extra_model_path
+    if extra and options.algorithm != "None" and draft_options.holds_draft(extra):
+        options = replace(options, draft_model_path=str(extra), extra_model_path=None)
+        options = options.noting("--extra-model-path is taken as --draft-model-path")
     source = find_source(options)
     _check_draft_flags(options, source)
     draft = None

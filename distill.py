@@ -84,6 +84,7 @@ def check(options: DistillOptions) -> Plan:
     of_teacher, teacher = distillation_options.find_teacher(
         options, options.distillation.export_kd_teacher_load
     )
+    options = distillation_options.noting(options, options.distillation, teacher)
     start = training_run.find_start(options)
     distillation_options.check_pair(config, start.source, teacher, options.parallel.pipeline)
     for source in (start.source, teacher):

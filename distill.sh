@@ -9,6 +9,7 @@
 #   MLM_MODEL_CKPT  the student, a Megatron checkpoint
 #   MLM_MODEL_SAVE  where checkpoints go (default: $MLM_WORK_DIR/<conf>_distilled); a run that is
 #                   there is continued
+#   DATASET         what to train on: a name on the hub, a file or a folder
 #   MLM_DATA_ARGS MLM_TRAIN_ARGS MLM_OPTIM_ARGS MLM_EVAL_ARGS MLM_RESUME_ARGS
 #                   groups of training flags; what they leave out has the defaults of --help
 #
@@ -27,6 +28,8 @@ require MLM_MODEL_CKPT "the student, which prune.sh or quantize.sh saved,"
 flags=(--load "$MLM_MODEL_CKPT")
 flags+=(--save "${MLM_MODEL_SAVE:-$MLM_WORK_DIR/${MLM_MODEL_CFG}_distilled}")
 [[ -z "${TEACHER_CKPT:-}" ]] || flags+=(--export-kd-teacher-load "$TEACHER_CKPT")
+[[ -z "${BLEND_PATH:-}" ]] || flags+=(--per-split-data-args-path "$BLEND_PATH") # refused
+[[ -z "${DATASET:-}" ]] || flags+=(--finetune-hf-dataset "$DATASET")
 for group in MLM_DATA_ARGS MLM_TRAIN_ARGS MLM_OPTIM_ARGS MLM_EVAL_ARGS MLM_RESUME_ARGS; do
   to_array flags "$group"
 done

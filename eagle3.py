@@ -54,6 +54,7 @@ class Plan(TrainingPlan):
 
 
 def check(options: Eagle3Options) -> Plan:
+    draft_options.check_existing(options)
     start = training_run.find_start(options, after="convert")
     source = start.source
     if start.in_place and draft_of(source) is None:
@@ -62,20 +63,23 @@ def check(options: Eagle3Options) -> Plan:
             "it holds a checkpoint without a draft",
             "name another folder in MLM_MODEL_SAVE, and this one in MLM_MODEL_CKPT",
         )
+    options = draft_options.noting(options, source)
     stored = None
     length = draft_options.sequence_length(options, source.described)
-    if options.offline_distillation_data:
-        stored = features.find(options.offline_distillation_data, options.seq_length)
+    folder = options.offline_distillation_data
+    # With --dry-run an earlier job may be going to extract the features.
+    if folder and (folder.exists() or not options.dry_run):
+        stored = features.find(folder, options.seq_length)
         length = stored.sequence_length
     training = training_options.decide(options.training, options, length)
     training_run.check_model(source, options, length)
     draft = None
     if source.described:
-        draft = to_train(options.draft, options, source, offline=stored is not None)
+        draft = to_train(options.draft, options, source, offline=folder is not None)
     text = options.text.source(options.given)
-    if stored is None:
+    if folder is None:
         conversation_data.check(text)
-    elif draft is not None:
+    elif stored is not None and draft is not None:
         features.check_model(stored, source, draft, options.precision)
     needed = 2 * size_estimate(source, options)  # two checkpoints, of which one is being written
     outputs.disk_space(start.folder, needed)

@@ -9,6 +9,7 @@
 #                   folder or hub name
 #   MLM_MODEL_SAVE  where checkpoints go (default: $MLM_WORK_DIR/<conf>-Eagle3); a run that is there
 #                   is continued, a draft that convert.sh attached there is trained
+#   DATASET         what to train on: a name on the hub, a file or a folder
 #   MLM_DATA_ARGS MLM_TRAIN_ARGS MLM_OPTIM_ARGS MLM_EVAL_ARGS MLM_RESUME_ARGS
 #                   groups of training flags; what they leave out has the defaults of --help: 128000
 #                   sequences, cosine from 5e-5 to 1e-7, checkpoint and evaluation every 1000
@@ -27,6 +28,7 @@ start eagle3 "$@"
 flags=(--save "${MLM_MODEL_SAVE:-$MLM_WORK_DIR/$MLM_MODEL_CFG-Eagle3}")
 [[ -z "${MLM_MODEL_CKPT:-}" ]] || flags+=(--load "$MLM_MODEL_CKPT")
 flags+=(--pretrained-model-path "$HF_MODEL_CKPT")
+[[ -z "${DATASET:-}" ]] || flags+=(--finetune-hf-dataset "$DATASET")
 for group in MLM_DATA_ARGS MLM_TRAIN_ARGS MLM_OPTIM_ARGS MLM_EVAL_ARGS MLM_RESUME_ARGS; do
   to_array flags "$group"
 done

@@ -3,16 +3,16 @@
 Inputs:  --load, a checkpoint of ours (quantized, pruned, drafted); --pretrained-model-name, a
          folder or hub name with configuration and tokenizer, unless the checkpoint carries them.
 Outputs: --export-dir with safetensors, tokenizer, config.json and, for a quantized model,
-         hf_quant_config.json; run.json beside them. The folder is read back by independent code and
-         compared with the model before it gets its name. With --export-extra-modules the draft
-         of a drafted checkpoint is written instead, as a folder of its own.
+         hf_quant_config.json; run.json beside them. The draft of a drafted checkpoint is written
+         to its subfolder draft/; with --export-extra-modules, or from a checkpoint without the
+         target's layers, it is written alone. The folder is read back by independent code and
+         compared with the model before it gets its name.
 
     MLM_MODEL_CKPT=/work/Qwen3-0.6B_quant bash export.sh Qwen/Qwen3-0.6B
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,14 +21,17 @@ from typing import TYPE_CHECKING, Any
 from post_training.checkpoints import loading, record
 from post_training.checkpoints.source import Source, fetch_source, find_source, size_estimate
 from post_training.cli.stage import Stage, run
-from post_training.common import files, outputs, report
+from post_training.common import files, outputs
 from post_training.common.errors import UsageError
 from post_training.config import checks
-from post_training.config.flags import flag
+from post_training.config.flags import flag, shows
 from post_training.config.options import StageOptions
-from post_training.drafts.eagle3.draft import require_exportable
-from post_training.drafts.record import draft_of, require_draft
+from post_training.drafts.record import draft_of, is_exported_alone
+from post_training.export import summary
+from post_training.export import target as export_target
 from post_training.models import parallel_check
+from post_training.quantization import format_table
+from post_training.quantization.engines import registry as engines
 
 if TYPE_CHECKING:
     from post_training.distributed.session import Session
@@ -46,7 +49,13 @@ class ExportOptions(StageOptions):
         help="configuration and tokenizer, if the checkpoint carries none",
     )
     export_extra_modules: bool = flag(
-        False, help="write the draft (EAGLE-3) of the checkpoint instead of the model"
+        False, help="write the draft (EAGLE-3) of the checkpoint alone, without the model"
+    )
+    export_offline_model: bool = flag(
+        False, help="the checkpoint has a draft and not its target's layers; the draft is written"
+    )
+    export_vllm_fq: bool = flag(
+        False, help="rounded weights in 16 bits, for ModelOpt's vllm_serve_fakequant.py"
     )
     max_shard_size: float = flag(
         5.0,
@@ -54,18 +63,37 @@ class ExportOptions(StageOptions):
         check=checks.positive,
         help="largest safetensors file, in 10^9 bytes (%(default)s)",
     )
+    target: str | None = flag(
+        choices=tuple(engines.TARGETS),
+        help=f"engine that is to read it (the one that quantize was told, else {engines.DEFAULT})",
+    )
+    list_formats: bool = flag(
+        False,
+        nargs=0,
+        action=shows(format_table.show),
+        help="show formats, engines and GPUs, and exit",
+    )
     allow_unexportable: bool = flag(
-        False, help="write the folder although no engine reads this format correctly"
+        False, help="write the folder although the engine does not read this format correctly"
     )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """``options`` have in ``pretrained_model_path`` what --pretrained-model-name says too."""
+    """``options`` have in ``pretrained_model_path`` what --pretrained-model-name says too.
+
+    Attributes:
+        writes_model: not the draft alone.
+        writes_draft: alone, or in a subfolder of the model's.
+        target: the engine that the folder is for.
+    """
 
     options: ExportOptions
     source: Source
     folder: Path
+    writes_model: bool
+    writes_draft: bool
+    target: str
 
 
 def check(options: ExportOptions) -> Plan:
@@ -82,24 +110,22 @@ def check(options: ExportOptions) -> Plan:
     source = find_source(options)
     if source.described:
         parallel_check.check(source.described, sizes)
-    if options.export_extra_modules:
-        require_draft(source, options)
-        draft = draft_of(source)
-        if draft is not None:
-            require_exportable(draft.config, f"--load {options.load}")
+    target = export_target.choose(options.target, source)
+    alone = is_exported_alone(
+        source,
+        options,
+        asked=options.export_extra_modules,
+        offline=options.export_offline_model,
+    )
+    if alone:
         outputs.check_folder(folder, outputs.EXPORT, overwrite=options.overwrite)
     else:
-        recorded = (source.manifest or {}).get("quantization") or {}
-        if recorded.get("exportable") is False and not options.allow_unexportable:
-            raise UsageError(
-                f"--load {options.load}",
-                f"it is quantized as {recorded.get('format')}, which cannot be exported: "
-                f"{recorded.get('reason')}",
-                "quantize the model in an exportable format (docs/formats.md has the table)",
-            )
+        if not (options.export_vllm_fq or options.allow_unexportable):
+            export_target.check(source, target)
         needed = size_estimate(source, options)
         outputs.check_folder(folder, outputs.EXPORT, overwrite=options.overwrite, needed=needed)
-    return Plan(options, source, folder)
+    has_draft = draft_of(source) is not None
+    return Plan(options, source, folder, not alone, alone or has_draft, target)
 
 
 def export(plan: Plan, session: Session) -> dict[str, Any]:
@@ -109,23 +135,35 @@ def export(plan: Plan, session: Session) -> dict[str, Any]:
         UsageError: if the format cannot be exported, or what was written is not the model.
     """
     from post_training.distributed.collectives import on_first_rank
-    from post_training.export import eagle3_exporter, model_folder
+    from post_training.export import eagle3_exporter, model_folder, vllm_fakequant
 
     options = plan.options
     source = fetch_source(plan.source, options)
     model = loading.load(source, options, session)
     shard = int(options.max_shard_size * 10**9)
     where = (source, options, session, plan.folder)
-    if options.export_extra_modules:
-        metrics = eagle3_exporter.write(model, *where, max_shard_bytes=shard)
+    if plan.writes_model:
+        unwritable = eagle3_exporter.why_not(model) if plan.writes_draft else None
+        if options.export_vllm_fq:
+            metrics = vllm_fakequant.write(model, *where, max_shard_bytes=shard)
+        else:
+            metrics = model_folder.write(
+                model,
+                *where,
+                max_shard_bytes=shard,
+                target=plan.target,
+                allow_unexportable=options.allow_unexportable,
+            )
+        if unwritable:
+            logger.warning("the draft is not written: %s", unwritable)
+        elif plan.writes_draft:
+            metrics["draft"] = eagle3_exporter.write(
+                model, *where, max_shard_bytes=shard, beside_target=True
+            )
     else:
-        metrics = model_folder.write(
-            model,
-            *where,
-            max_shard_bytes=shard,
-            allow_unexportable=options.allow_unexportable,
-        )
-    manifest = record.of_run(options, session, source, metrics=metrics, extra=source.pruned_from())
+        metrics = eagle3_exporter.write(model, *where, max_shard_bytes=shard)
+    extra = {"target": plan.target, **source.pruned_from()}
+    manifest = record.of_run(options, session, source, metrics=metrics, extra=extra)
 
     def publish() -> dict[str, Any]:
         content = manifest.write(files.incomplete(plan.folder))
@@ -136,29 +174,8 @@ def export(plan: Plan, session: Session) -> dict[str, Any]:
 
 
 def show(plan: Plan, content: dict[str, Any], session: Session) -> None:
-    metrics = content["metrics"]
-    if plan.options.export_extra_modules:
-        layers = metrics["auxiliary_layers"]
-        draft = {"method": "eagle3", "model": str(plan.folder), "num_speculative_tokens": 3}
-        next_step = f"vllm serve <exported target> --speculative-config '{json.dumps(draft)}'"
-        rows = {
-            "draft": f"EAGLE-3, {metrics['draft_vocab_size']:,} tokens",
-            "auxiliary layers": f"outputs of {layers} from 0; vLLM counts "
-            f"{[layer + 1 for layer in layers]}",
-            "read back": f"{metrics['tensors_compared']} tensors equal the draft's",
-        }
-    else:
-        next_step = f"vllm serve {plan.folder}"
-        rows = {
-            "format": metrics["quant_algo"] or "not quantized",
-            "KV cache": metrics["kv_cache_quant_algo"] or "not quantized",
-            "bits per weight": f"{metrics['bits_per_weight']:.2f}, scales included",
-            "read back": f"{metrics['tensors_compared']} tensors equal the model's",
-        }
-    rows["folder"] = f"{plan.folder} ({report.size(plan.folder)})"
-    report.summary("exported and verified", {**rows, **report.cost(content)}, next_step)
-    if draft_of(plan.source) is not None and not plan.options.export_extra_modules:
-        logger.info("the draft is exported by: export.sh --export-extra-modules")
+    simulated = plan.options.export_vllm_fq
+    summary.show(plan.folder, content, has_model=plan.writes_model, simulated=simulated)
 
 
 STAGE = Stage("export", ExportOptions, check, export, show, outputs=("export_dir",))

@@ -3,6 +3,7 @@
 #
 #   MLM_MODEL_CKPT=/work/quant bash export.sh <conf> [flags]
 #   MLM_MODEL_CKPT=/work/quant EXPORT_DIR=/models/out PP=2 bash export.sh Qwen/Qwen3-0.6B
+#   bash export.sh --list-formats   # formats, engines and GPUs
 #   MLM_MODEL_CKPT=/work/eagle3 bash export.sh Qwen/Qwen3-0.6B --export-extra-modules   # the draft
 #
 #   MLM_MODEL_CKPT  Megatron checkpoint to export (needed)
@@ -21,6 +22,8 @@ start export "$@"
 require MLM_MODEL_CKPT "the Megatron checkpoint to export"
 TP=1 ETP=1 EP=1 CP=1 DP=1
 suffix="export"
-[[ " ${MLM_EXTRA_ARGS:-} ${REST[*]} " != *" --export-extra-modules "* ]] || suffix="draft"
+case " ${MLM_EXTRA_ARGS:-} ${REST[*]} " in
+  *" --export-extra-modules "* | *" --export-offline-model "*) suffix="draft" ;;
+esac
 launch export --load "$MLM_MODEL_CKPT" --pretrained-model-name "$HF_MODEL_CKPT" \
   --export-dir "${EXPORT_DIR:-$MLM_WORK_DIR/${MLM_MODEL_CFG}_$suffix}"

@@ -7,6 +7,7 @@
 #     --finetune-data-files /data/answers.jsonl --output-dir /data/features
 #
 #   MLM_MODEL_CKPT  Megatron checkpoint; else HF_MODEL_CKPT, a Hugging Face folder or hub name
+#   DATASET         conversations: a name on the hub, a file or a folder
 #   MLM_DATA_ARGS   flags that name the conversations
 #
 # Further variables: conf/arguments.sh. All flags: bash extract_features.sh --help
@@ -19,5 +20,6 @@ start extract_features "$@"
 flags=()
 [[ -z "${MLM_MODEL_CKPT:-}" ]] || flags+=(--load "$MLM_MODEL_CKPT")
 flags+=(--pretrained-model-path "$HF_MODEL_CKPT")
+[[ -z "${DATASET:-}" ]] || flags+=(--finetune-hf-dataset "$DATASET")
 to_array flags MLM_DATA_ARGS
 launch extract_features "${flags[@]}"

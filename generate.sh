@@ -5,7 +5,7 @@
 #   MLM_MODEL_CKPT=/work/quant PROMPTS_PATH=chat.jsonl OUTPUT_PATH=/data/regenerated.jsonl \
 #     bash generate.sh Qwen/Qwen3-0.6B --max-new-tokens 1024 --temperature 0.7
 #
-#   PROMPTS_PATH    prompts or conversations: a file, a folder or a hub name (needed)
+#   PROMPTS_PATH    prompts or conversations: a file, a folder or a hub name (MT-Bench's questions)
 #   OUTPUT_PATH     where to write (default: $MLM_WORK_DIR/<conf>_generated.jsonl)
 #   MLM_MODEL_CKPT  Megatron checkpoint; else HF_MODEL_CKPT, a Hugging Face folder or hub name
 #
@@ -18,5 +18,6 @@ source "$SCRIPT_DIR/conf/arguments.sh"
 start generate "$@"
 flags=(--output "${OUTPUT_PATH:-$MLM_WORK_DIR/${MLM_MODEL_CFG}_generated.jsonl}")
 [[ -z "${PROMPTS_PATH:-}" ]] || flags+=(--prompts-path "$PROMPTS_PATH")
+[[ -z "${DRAFT_LEN:-}" ]] || flags+=(--draft-length "$DRAFT_LEN")
 [[ -z "${MLM_MODEL_CKPT:-}" ]] || flags+=(--load "$MLM_MODEL_CKPT")
 launch generate "${flags[@]}" --pretrained-model-path "$HF_MODEL_CKPT"

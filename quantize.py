@@ -22,10 +22,10 @@ from post_training.checkpoints.source import Source, fetch_source, find_source, 
 from post_training.cli.stage import Stage, run
 from post_training.common import outputs, report
 from post_training.common.errors import UsageError
-from post_training.config import checks
+from post_training.config import checks, model_description
 from post_training.data import options as calibration_options
 from post_training.inference import smoke_generation
-from post_training.models import parallel_check, tokenizer_files
+from post_training.models import parallel_check
 from post_training.quantization import options as quantization_options
 from post_training.quantization.engines import registry as engines
 from post_training.quantization.options import Choice, QuantizeOptions
@@ -71,8 +71,8 @@ def check(options: QuantizeOptions) -> Plan:
         parallel_check.check(source.described, options.parallel)
     choice = quantization_options.chosen(options)
     quantization_options.check(options, choice, source.described)
-    if options.tokenizer_model:
-        tokenizer_files.check(options.tokenizer_model)
+    options = quantization_options.noting(options, choice)
+    model_description.check_tokenizer(options, own=True)
     calibration_options.check(options.calibration)
     outputs.check_folder(save, overwrite=options.overwrite, needed=size_estimate(source, options))
     return Plan(options, source, save, choice)
@@ -106,6 +106,7 @@ def quantize(plan: Plan, session: Session) -> Quantized:
         "format": quantization_options.name_of(plan.choice),
         "weight_only": options.weight_only,
         "compressed": options.packed,
+        "target": options.target,
         "exportable": result.found.exportable,
         **asdict(result.found),
         "configuration": configuration.as_json(result.config),

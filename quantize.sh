@@ -25,6 +25,7 @@ if [[ -n "${REST[0]:-}" && "${REST[0]}" != -* ]]; then
 fi
 case "$configuration" in
   */* | *.yaml | *.yml) flags=(--recipe "$configuration") ;;
+  auto | AUTO | auto_quantize) flags=(--export-quant-cfg auto) ;;
   *) flags=(--export-quant-cfg "$configuration") ;;
 esac
 flags+=(--save "${MLM_MODEL_SAVE:-$MLM_WORK_DIR/${MLM_MODEL_CFG}_quant}")

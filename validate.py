@@ -45,7 +45,7 @@ logger = logging.getLogger("post_training")
 
 @dataclass(frozen=True, kw_only=True)
 class ValidateOptions(StageOptions):
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {"prompts_path": "HuggingFaceH4/mt_bench_prompts"}
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {"prompts_path": prompt_options.MT_BENCH}
 
     steps: int = flag(
         1, metavar="N", check=checks.at_least(1), help="draft tokens at a time (%(default)s)"

@@ -33,6 +33,7 @@
 #                        "check" runs the checks of --check
 #
 # A conf sets MODEL_ARGS, the model's flags: an array here; a string, as in Megatron-LM, works too.
+# Instead of a conf's name, "auto" takes the architecture from config.json or the checkpoint.
 
 # Set by start: the stage's shared flags, and the words after the conf's name. By count_processes:
 # the number of processes.
@@ -66,22 +67,43 @@ start() {
   read_set_up
   choose_python
   case "${1:-}" in
-    -h | --help | --help-all) exec "$PYTHON" "$SCRIPT_DIR/$stage.py" "$@" ;;
+    -h | --help | --help-all | --list-formats) exec "$PYTHON" "$SCRIPT_DIR/$stage.py" "$@" ;;
     "" | -*) fail "bash $stage.sh ${1:-}" "the first word names the model" \
-      "bash $stage.sh <conf>, one of: $(conf_names | paste -sd ' ')" ;;
+      "bash $stage.sh <conf>, auto or one of: $(conf_names | paste -sd ' ')" ;;
   esac
   MLM_MODEL_CFG=${1%.sh}
   shift
   REST=("$@")
   MLM_WORK_DIR=${MLM_WORK_DIR:-${TMPDIR:-/tmp}/megatron_workspace}
-  read_conf
-  HF_MODEL_CKPT=${HF_MODEL_CKPT:-$MLM_MODEL_CFG}
+  if [[ "$MLM_MODEL_CFG" == auto ]]; then
+    name_model
+  else
+    read_conf
+    HF_MODEL_CKPT=${HF_MODEL_CKPT:-$MLM_MODEL_CFG}
+    to_array FLAGS MODEL_ARGS
+  fi
+  # A checkpoint alone brings its own tokenizer.
   TOKENIZER_MODEL=${TOKENIZER_MODEL:-$HF_MODEL_CKPT}
-  to_array FLAGS MODEL_ARGS
   FLAGS+=(--tokenizer-model "$TOKENIZER_MODEL")
 }
 
-# read_set_up: source the set-up files and export what they set.
+# name_model: for "auto", set MLM_MODEL_CFG, by which outputs are named, to the model's hub name or
+# the name of its folder, without the _mlm of convert.sh.
+name_model() {
+  local model=${HF_MODEL_CKPT:-${MLM_MODEL_CKPT:-}}
+  [[ -n "$model" ]] || fail "conf auto" "neither HF_MODEL_CKPT nor MLM_MODEL_CKPT names a model" \
+    "HF_MODEL_CKPT=<folder or hub name> bash $(basename "$0") auto, or name a conf"
+  HF_MODEL_CKPT=${HF_MODEL_CKPT:-}
+  if [[ -d "$model" ]]; then
+    model=$(basename "$(cd "$model" && pwd)")
+  elif [[ ! "$model" =~ ^[[:alnum:]_][^/]*/[^/]+$ ]]; then
+    model=$(basename "$model")
+  fi
+  MLM_MODEL_CFG=${model%_mlm}
+}
+
+# read_set_up: source the set-up files and export what they set. Megatron-LM's documents call
+# MLM_MODEL_CKPT by another name, MLM_MODEL_LOAD.
 read_set_up() {
   local variable
   for variable in SANDBOX_ENV_SETUP MLM_ENV_SETUP; do
@@ -91,6 +113,7 @@ read_set_up() {
     read_loosely "${!variable}"
     set +a
   done
+  [[ -z "${MLM_MODEL_LOAD:-}" ]] || export MLM_MODEL_CKPT=${MLM_MODEL_CKPT:-$MLM_MODEL_LOAD}
 }
 
 # read_loosely FILE: source a file that was not written for strict mode.

@@ -41,7 +41,7 @@ choose_chain() {
 # stage_of NAME: set what that stage reads and writes: INPUT, OUTPUT, STAGE_WORDS, and STAGE_ENV,
 # the variables for its launcher. MODEL is what the stages before it made.
 stage_of() {
-  local base=$MLM_WORK_DIR/$CONF name
+  local base=$MLM_WORK_DIR/$MLM_MODEL_CFG name
   INPUT=$MODEL STAGE_WORDS=()
   case "$1" in
     convert) OUTPUT=${base}_mlm ;;
@@ -126,7 +126,8 @@ main() {
   unset SANDBOX_ENV_SETUP # its variables are exported now; each job gets its own MLM_MODEL_CKPT
   choose_python
   export MLM_WORK_DIR=${MLM_WORK_DIR:-${USER_FSW:-$PWD}/megatron_workspace} PYTHON
-  HF_MODEL_CKPT=${HF_MODEL_CKPT:-$CONF}
+  MLM_MODEL_CFG=$CONF
+  if [[ "$CONF" == auto ]]; then name_model; else HF_MODEL_CKPT=${HF_MODEL_CKPT:-$CONF}; fi
   export HF_MODEL_CKPT
   cd "$SCRIPT_DIR"
 
@@ -161,7 +162,7 @@ main() {
     next_model "$stage"
   done
 
-  FOLDER=$MLM_WORK_DIR/pipeline/$CONF-$(date +%Y%m%d-%H%M%S)
+  FOLDER=$MLM_WORK_DIR/pipeline/$MLM_MODEL_CFG-$(date +%Y%m%d-%H%M%S)
   mkdir -p "$FOLDER"
   MODEL=$first
   for stage in "${STAGES[@]}"; do

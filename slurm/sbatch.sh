@@ -28,8 +28,8 @@ find_root() {
   local candidate command=
   [[ -z "${SLURM_JOB_ID:-}" ]] || command=$(scontrol show job "$SLURM_JOB_ID" |
     sed -n 's#^ *Command=\(.*\)/slurm/sbatch\.sh.*#\1#p')
-  for candidate in "$(dirname "${BASH_SOURCE[0]}")/.." "${POST_TRAINING_ROOT:-}" "$command" \
-    "${SLURM_SUBMIT_DIR:-}" "${SLURM_SUBMIT_DIR:-}/.."; do
+  for candidate in "$(dirname "${BASH_SOURCE[0]}")/.." "${POST_TRAINING_ROOT:-}" "${SANDBOX_DIR:-}" \
+    "$command" "${SLURM_SUBMIT_DIR:-}" "${SLURM_SUBMIT_DIR:-}/.."; do
     if [[ -n "$candidate" && -f "$candidate/slurm/job.sh" ]]; then
       (cd "$candidate" && pwd)
       return

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-from post_training.common import files, forms
+from post_training.common import files, forms, inputs
 from post_training.common.errors import UsageError
 from post_training.distributed import placement
 
@@ -73,6 +73,13 @@ def resolved(name: str) -> Path | None:
 def read_config(folder: Path) -> dict[str, Any]:
     """``config.json`` of a model folder."""
     return files.read_json_object(folder / "config.json")
+
+
+def known_config(name_or_path: str) -> dict[str, Any] | None:
+    """``config.json`` of a folder, or of a hub name that was downloaded before; no network."""
+    path = Path(name_or_path) / "config.json"
+    found = path if path.is_file() else inputs.cached(name_or_path, path.name)
+    return files.read_json_object(found) if found else None
 
 
 class _EndTokens(TypedDict, total=False):

@@ -97,7 +97,9 @@ def find_source(options: StageOptions) -> Source:
             "set MLM_MODEL_CKPT (a Megatron checkpoint) or HF_MODEL_CKPT (a Hugging Face folder)",
         )
     described, origin = None, location
-    if not inputs.is_hub_name(location):
+    # With --dry-run a folder may be one of another machine, or yet to be downloaded.
+    elsewhere = options.dry_run and options.states_model and not Path(location).exists()
+    if not elsewhere and not inputs.is_hub_name(location):
         described = architecture(options, model_folder(Path(location)))
     elif (folder := huggingface.resolved(location)) is not None:
         described, origin = architecture(options, _unquantized(folder)), str(folder)
@@ -107,6 +109,9 @@ def find_source(options: StageOptions) -> Source:
             reason,
             "name a Megatron checkpoint in MLM_MODEL_CKPT; --dry-run shows what would run",
         )
+    elif options.dry_run and not options.states_model:
+        config = huggingface.known_config(location)
+        described = architecture(options, config) if config else None
     return Source(location, is_checkpoint=False, described=described, huggingface=origin)
 
 
@@ -154,13 +159,16 @@ def _find_checkpoint(options: StageOptions, location: str) -> Source:
     if folder.exists() or not options.dry_run:
         checkpoint_folder(folder)
         content = manifest.read(folder)
-    # A checkpoint of Megatron-LM has no manifest: only the flags describe it.
     if content is not None:
         _check_content(options, folder, content)
         _check_quantized_layout(options, content)
     if (folder / torch_dist.HUGGINGFACE).is_dir():
         origin = str(folder / torch_dist.HUGGINGFACE)
-    return Source(location, True, architecture(options, manifest=content), origin, content)
+    # A checkpoint of Megatron-LM has no manifest: the flags describe it, or its model's folder.
+    config = None
+    if content is None and origin and not options.states_model:
+        config = huggingface.known_config(origin)
+    return Source(location, True, architecture(options, config, content), origin, content)
 
 
 def _check_quantized_layout(options: StageOptions, content: Mapping[str, Any]) -> None:
@@ -183,7 +191,8 @@ def _check_content(options: StageOptions, folder: Path, content: dict[str, Any])
             f"{len(damaged)} of its files are missing or cut short, e.g. {damaged[0]}",
             "copy or make it again",
         )
-    if (content.get("draft") or {}).get("offline") and options.stage not in ("eagle3", "convert"):
+    offline = (content.get("draft") or {}).get("offline")
+    if offline and options.stage not in ("eagle3", "convert", "export"):
         raise UsageError(
             f"checkpoint {folder}",
             "it has a draft and not the target's layers (convert.sh --export-offline-model)",

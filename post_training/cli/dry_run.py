@@ -14,7 +14,8 @@ from itertools import groupby
 
 from post_training.checkpoints.source import Source
 from post_training.common import redaction
-from post_training.config.model_description import architecture
+from post_training.common.errors import UsageError
+from post_training.config import model_description
 from post_training.config.options import StageOptions
 from post_training.distributed.parallel import Parallel
 from post_training.models import parallel_check, parameter_count
@@ -27,22 +28,32 @@ _ALWAYS = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
 
 def show(options: StageOptions, source: Source) -> None:
     """Print what checked options ask for; UsageError for an unknown or indivisible model."""
-    described = source.described or architecture(options)
+    described = source.described or model_description.architecture(options)
     sizes = options.parallel
     parallel_check.check(described, sizes)
+    ranks = {}
+    try:
+        parameters = f"{parameter_count.total(described):,} ({options.precision})"
+    except UsageError as error:  # a part whose parameters are not counted
+        parameters = f"{error.what}: {error.cause}"
+    else:
+        ranks = {"per rank": _ranks(described, sizes)}
     rows = {
         "stage": options.stage,
         "model": f"{source.location}{'' if source.is_local else ' (not on this machine yet)'}",
         "architecture": _architecture(described),
-        "parameters": f"{parameter_count.total(described):,} ({options.precision})",
+        "parameters": parameters,
         "processes": _processes(sizes),
-        "per rank": _ranks(described, sizes),
+        **ranks,
         "launch line": launch_line(sizes.world),
     }
+    from_flags = source.described is None or (source.is_checkpoint and source.manifest is None)
+    assumed = model_description.assumption(options) if from_flags else None
+    notes = [*([assumed] if assumed else []), *options.notices]
     reason = families.unconvertible(options.stated)
     if reason and not source.is_checkpoint:
-        rows["note"] = f"this cannot run yet: {reason}"
-    for name, text in rows.items():
+        notes.insert(0, f"this cannot run yet: {reason}")
+    for name, text in (*rows.items(), *(("note", text) for text in notes)):
         print(f"{name:13} {text}")
 
 

@@ -157,4 +157,6 @@ def open_session(options: StageOptions) -> AbstractContextManager[Session]:
         timeout_minutes=options.distributed_timeout_minutes,
         log_level=options.log_level,
         ignored_flags=options.ignored_flags,
+        notices=options.notices,
+        progress_bars=not options.disable_tqdm,
     )

@@ -19,6 +19,14 @@ def is_hub_name(value: str) -> bool:
     return _HUB_NAME.fullmatch(value) is not None and not Path(value).exists()
 
 
+def cached(hub_name: str, file: str) -> Path | None:
+    """A file of a hub name that was downloaded before; None otherwise. No network."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(hub_name, file) if is_hub_name(hub_name) else None
+    return Path(found) if isinstance(found, str) else None
+
+
 def check_folder(folder: Path, what: str, remedy: str) -> None:
     """Raise UsageError unless ``folder`` exists and is not empty."""
     files.recover(folder)

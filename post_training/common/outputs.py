@@ -200,8 +200,9 @@ def thread_failed(failure: threading.ExceptHookArgs) -> None:
 
     The stage itself stops at the next file that it writes, with the output's name.
     """
-    if getattr(failure.exc_value, "errno", None) in _FULL:
-        print(f"a disk became full: {first_line(failure.exc_value)}", file=sys.stderr)
+    error = failure.exc_value
+    if isinstance(error, OSError) and error.errno in _FULL:
+        print(f"a disk became full: {first_line(error)}", file=sys.stderr)
     else:
         threading.__excepthook__(failure)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from post_training.common.errors import UsageError
-from post_training.config import flags
+from post_training.config import flags, other_stages
 from post_training.config.model_description import padded
 from post_training.config.options import StageOptions
 from post_training.config.parser import make_parser
@@ -45,6 +45,7 @@ def parse[Options: StageOptions](
     words = list(sys.argv[1:] if argv is None else argv)
     defaults, given = make_parser(stage, options, show_all="--help-all" in words).split(words)
     ignored = given.pop("ignored_flags", [])
+    unused = list(dict.fromkeys(given.pop("unused_flags", [])))
     args = argparse.Namespace(**{**defaults, **given})
     vocabulary_multiple = args.tensor_model_parallel_size * (
         args.make_vocab_size_divisible_by or _VOCABULARY_MULTIPLE
@@ -54,6 +55,7 @@ def parse[Options: StageOptions](
         # run.json records them.
         given={n: str(v) if isinstance(v, Path) else v for n, v in given.items()},
         ignored_flags=tuple(dict.fromkeys(ignored)),
+        notices=(other_stages.notice(unused),) if unused else (),
         parallel=_parallel(args),
         precision=_precision(args),
         build=BuildOptions(

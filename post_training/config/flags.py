@@ -53,6 +53,17 @@ def group(options: type) -> Any:
     return dataclasses.field(metadata={_GROUP: options})
 
 
+def shows(show: Callable[[], None]) -> type[argparse.Action]:
+    """The ``action`` of a flag that prints something and exits with code 0; ``nargs`` is 0."""
+
+    class Show(argparse.Action):
+        def __call__(self, parser: Any, *_: Any) -> None:
+            show()
+            parser.exit()
+
+    return Show
+
+
 def add(
     parser: argparse.ArgumentParser,
     options: type,
@@ -122,6 +133,8 @@ def _add_flag(parser: Any, field: dataclasses.Field[Any], hint: Any, default: An
         kind = typing.get_args(kind)[0]
     if kind is Path:
         kind = _path_or_none
+    elif kind is str and kind is not hint:
+        kind = _text_or_none
     declared.setdefault("type", kind)
     parser.add_argument(*names, dest=field.name, default=default, **declared)
 
@@ -129,6 +142,11 @@ def _add_flag(parser: Any, field: dataclasses.Field[Any], hint: Any, default: An
 def _path_or_none(text: str) -> Path | None:
     """Empty text, such as a script's unset variable, is no path; ``Path("")`` would be ``.``."""
     return Path(text) if text else None
+
+
+def _text_or_none(text: str) -> str | None:
+    """Empty text, such as a script's unset variable, is no name."""
+    return text or None
 
 
 def _without_none(hint: Any) -> Any:

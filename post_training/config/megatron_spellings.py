@@ -18,6 +18,7 @@ CONSTANTS: dict[str, dict[str, Any]] = {
     "--no-bias-gelu-fusion": {"bias_activation_fusion": False},
     "--no-bias-swiglu-fusion": {"bias_activation_fusion": False},
     "--recompute-activations": {"recompute_granularity": "selective"},
+    "--enable-gpt-oss": {"position_embedding_type": "yarn"},
     "--export-qk-l2-norm": {"qk_l2_norm": True},
     "--export-moe-apply-probs-on-input": {"moe_apply_probs_on_input": True},
 }
@@ -35,13 +36,13 @@ WITHOUT_MEANING: dict[str, int | str] = {
         """
         --async-save --auto-detect-ckpt-format --deprecated-use-mcore-models
         --disable-gloo-process-groups --dist-ckpt-save-pre-mcore-014
-        --enable-experimental --exit-on-missing-checkpoint --finetune
+        --enable-experimental --eod-mask-loss --exit-on-missing-checkpoint --finetune
         --inference-ckpt-non-strict --mock-data --no-async-tensor-model-parallel-allreduce
         --no-check-for-nan-in-loss-and-grad --no-create-attention-mask-in-dataloader
         --no-load-optim --no-load-rng --no-position-embedding --no-save-optim --no-save-rng
         --no-use-tokenizer-model-from-checkpoint-args --overlap-grad-reduce
         --overlap-param-gather --override-opt_param-scheduler --reset-attention-mask
-        --reset-position-ids --skip-train --use-checkpoint-args --use-dist-ckpt
+        --reset-position-ids --sft --skip-train --use-checkpoint-args --use-dist-ckpt
         --use-distributed-optimizer --use-flash-attn --use-legacy-models --use-mcore-models
         --use-mp-args-from-checkpoint-args
         """.split(),
@@ -49,17 +50,20 @@ WITHOUT_MEANING: dict[str, int | str] = {
     ),
     **dict.fromkeys(
         """
-        --adam-beta1 --adam-beta2 --adam-eps --ckpt-format --clip-grad --data-cache-path
-        --dataloader-type --dist-ckpt-format --dist-ckpt-strictness --distributed-backend
-        --eod-mask-loss --eval-interval --eval-iters --exit-duration-in-mins --exit-interval
+        --adam-beta1 --adam-beta2 --adam-eps --ckpt-format --clip-grad --data-args-path
+        --data-cache-path --dataloader-type --dist-ckpt-format --dist-ckpt-strictness
+        --distributed-backend --eval-interval --eval-iters --exit-duration-in-mins --exit-interval
         --global-batch-size --inference-batch-times-seqlen-threshold --inference-max-seq-length
         --log-interval --logging-level --lr --lr-decay-iters --lr-decay-samples --lr-decay-style
         --lr-warmup-fraction --lr-warmup-iters --lr-warmup-samples --manual-gc-interval
-        --micro-batch-size --min-lr --num-workers --optimizer --save-interval --split
-        --tensorboard-dir --tokenizer-hf-include-special-tokens --train-iters --train-samples
-        --transformer-impl --wandb-exp-name --wandb-project --weight-decay
+        --micro-batch-size --min-lr --num-workers --optimizer --per-split-data-args-path
+        --save-interval --split --tensorboard-dir --tiktoken-pattern
+        --tokenizer-hf-include-special-tokens --train-iters --train-samples --transformer-impl
+        --wandb-exp-name --wandb-project --weight-decay
         """.split(),
         1,
     ),
-    "--data-path": "+",
+    **dict.fromkeys(
+        "--data-path --test-data-path --train-data-path --valid-data-path".split(), "+"
+    ),
 }

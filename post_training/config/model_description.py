@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from post_training.common import inputs
 from post_training.common.errors import UsageError
 from post_training.config.flags import spelled
 from post_training.config.options import StageOptions
@@ -68,15 +69,20 @@ def check_division(options: StageOptions) -> None:
     A checkpoint (``--load``) may be a pruned form of the conf's model: then the stage checks.
     """
     said = options.stated
-    if not options.load and all(said.get(name) for name in REQUIRED):
+    if not options.load and options.states_model:
         stated = Architecture(_transformer_fields(said), said.get("vocab_size", 0), 0)
         parallel_check.check(stated, options.parallel)
 
 
-def check_tokenizer(options: StageOptions) -> None:
-    """Check a tokenizer folder that is not the model's own; a hub name has no folder."""
+def check_tokenizer(options: StageOptions, *, own: bool = False) -> None:
+    """Check a tokenizer folder that is not the model's ``own``, or that too.
+
+    A hub name has no folder; with ``--dry-run`` it may be one of another machine.
+    """
     named = options.tokenizer_model
-    if named and named != options.pretrained_model_path:
+    if not named or (options.dry_run and not Path(named).exists()):
+        return
+    if own or named != options.pretrained_model_path:
         tokenizer_files.check(named)
 
 
@@ -84,22 +90,49 @@ def _from_flags(options: StageOptions) -> Architecture:
     said = dict(options.stated)
     missing = [spelled(name) for name in REQUIRED if not said.get(name)]
     if "vocab_size" not in said:
-        found = tokenizer_files.vocabulary(Path(options.tokenizer_model or ""))
-        if found is None:
-            missing.append("--padded-vocab-size")
+        tokens, _ = _tokens(options)
+        if tokens is None:
+            missing.append("--padded-vocab-size (or a folder with a tokenizer in TOKENIZER_MODEL)")
         else:
-            said["vocab_size"] = padded(found, options.vocabulary_multiple)
+            said["vocab_size"] = padded(tokens, options.vocabulary_multiple)
     if missing:
         raise UsageError(
             f"the model's architecture: no {', '.join(missing)}",
-            "there is no config.json or run.json to take it from, and the flags do not state it",
-            "name a conf (conf/<org>/<model>.sh), or give these flags",
+            "there is no config.json or run.json on this machine to take it from, and the flags do "
+            "not state it",
+            "name a conf (conf/<org>/<model>.sh) or, for auto, a local folder in HF_MODEL_CKPT; or "
+            "give these flags",
         )
     transformer = _transformer_fields(said)
+    if transformer.get("multi_latent_attention"):
+        # Megatron-LM's flag has no default; that of megatron-core's field, 512, is another model.
+        transformer.setdefault("q_lora_rank", None)
     own = {n: v for n, v in said.items() if n not in transformer}
     own.setdefault("max_position_embeddings", options.seq_length or 4096)
     own.setdefault("share_embeddings_and_output_weights", True)
     return Architecture(transformer=transformer, **own)
+
+
+def _tokens(options: StageOptions) -> tuple[int | None, bool]:
+    """Tokens of the tokenizer, if they are known; whether they are, without having seen it."""
+    named = options.tokenizer_model or ""
+    found = tokenizer_files.vocabulary(Path(named))
+    if found is None and (cached := inputs.cached(named, "tokenizer.json")):
+        found = tokenizer_files.vocabulary(cached.parent)
+    return (tokenizer_files.published(named), True) if found is None else (found, False)
+
+
+def assumption(options: StageOptions) -> str | None:
+    """What :func:`architecture` assumes about a model that only the flags describe."""
+    tokens, assumed = _tokens(options)
+    if "vocab_size" in options.stated or tokens is None or not assumed or not options.states_model:
+        return None
+    size = padded(tokens, options.vocabulary_multiple)
+    return (
+        f"the tokenizer {options.tokenizer_model} is not on this machine: {tokens:,} tokens are "
+        f"assumed, padded to {size:,} (a multiple of {options.vocabulary_multiple:,}); "
+        "--padded-vocab-size states another number"
+    )
 
 
 def _transformer_fields(said: Mapping[str, Any]) -> dict[str, Any]:

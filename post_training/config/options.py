@@ -7,11 +7,12 @@ an instance: what a stage decides it hands on in its plan. No torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from post_training.config.flags import flag
 from post_training.distributed.parallel import Parallel
+from post_training.models.architecture import REQUIRED
 from post_training.models.builder import BuildOptions
 
 
@@ -24,6 +25,7 @@ class StageOptions:
         given: what the command line (the conf's flags included) really gave, by name; ``run.json``
             records it as the configuration.
         ignored_flags: given flags of Megatron-LM that mean nothing here.
+        notices: what is said once about the command line, before the work.
         precision: ``fp32``, ``fp16`` or ``bf16``.
         build: how the model is built, but for what a stage and a checkpoint decide.
         sequence_parallel: split activations over the tensor-parallel ranks too.
@@ -51,6 +53,7 @@ class StageOptions:
     distributed_timeout_minutes: int = flag(
         10, metavar="N", help="limit of a collective operation (default: %(default)s)"
     )
+    disable_tqdm: bool = flag(False, help="draw no progress bars")
     log_level: str = flag(
         "info", choices=("debug", "info", "warning", "error"), help="default: %(default)s"
     )
@@ -58,6 +61,7 @@ class StageOptions:
     stage: str
     given: Mapping[str, Any]
     ignored_flags: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
     parallel: Parallel
     precision: str
     build: BuildOptions
@@ -65,3 +69,12 @@ class StageOptions:
     seq_length: int | None
     stated: Mapping[str, Any]
     vocabulary_multiple: int
+
+    def noting(self, notice: str) -> Self:
+        """These options with one more notice."""
+        return replace(self, notices=(*self.notices, notice))
+
+    @property
+    def states_model(self) -> bool:
+        """Whether the flags describe a model, as a conf's do; those of "auto" do not."""
+        return all(self.stated.get(name) for name in REQUIRED)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from post_training.common.errors import UsageError, suggest
-from post_training.config import flags, megatron_spellings
+from post_training.config import flags, megatron_spellings, other_stages
 from post_training.config.flags import spelled
 from post_training.config.options import StageOptions
 from post_training.models import transformer_fields
@@ -98,6 +98,7 @@ def make_parser(stage: str, options: type[StageOptions], show_all: bool) -> Pars
     _add_model(_Group(parser, "the model (the conf sets these)", show_all))
     _add_transformer_fields(_Group(parser, "all fields of TransformerConfig", show_all))
     _add_spellings(_Group(parser, "Megatron-LM's spellings", show_all))
+    _add_unused(_Group(parser, "flags without a use in this stage", show_all))
     return parser
 
 
@@ -146,7 +147,8 @@ def _add_model(group: _Group) -> None:
     add("--group-query-attention", action="store_true", help="with --num-query-groups")
     add("--hybrid-layer-pattern", "--hybrid-override-pattern", metavar="TEXT",
         help="layers of a hybrid model: M mamba, * attention, - MLP, E experts")  # fmt: skip
-    add("--enable-gpt-oss", action="store_true", help="gpt-oss' rotary scaling")
+    add("--rotary-seq-len-interpolation-factor", type=_one, metavar="1",
+        help="positions are divided by it; 1 is the only value")  # fmt: skip
 
 
 class _Constants(argparse.Action):
@@ -157,10 +159,11 @@ class _Constants(argparse.Action):
 
 
 class _Ignored(argparse.Action):
-    """A flag without meaning here; its name is remembered."""
+    """A flag whose value is not read; its name is remembered in a list."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        namespace.ignored_flags = [*getattr(namespace, "ignored_flags", []), str(option_string)]
+        names = getattr(namespace, self.dest, [])
+        setattr(namespace, self.dest, [*names, str(option_string)])
 
 
 class _OneOrMore(argparse.Action):
@@ -201,14 +204,30 @@ def _add_spellings(group: _Group) -> None:
             name, action=_Constants, nargs=0, const=constants, dest=argparse.SUPPRESS, help=shown
         )
     for name, count in megatron_spellings.WITHOUT_MEANING.items():
-        group.add_argument(
-            name,
-            action=_Ignored,
-            nargs=None if count == 1 else count,  # one value is nargs=None to argparse
-            dest="ignored_flags",
-            metavar="VALUE",
-            help="no meaning here",
-        )
+        _add_ignored(group, name, count, "ignored_flags", "no meaning here")
+
+
+def _add_unused(group: _Group) -> None:
+    for name, (count, reason) in other_stages.UNUSED.items():
+        _add_ignored(group, name, count, "unused_flags", reason)
+
+
+def _add_ignored(group: _Group, name: str, count: int | str, dest: str, text: str) -> None:
+    group.add_argument(
+        name,
+        action=_Ignored,
+        nargs=None if count == 1 else count,  # one value is nargs=None to argparse
+        dest=dest,
+        metavar="VALUE",
+        help=text,
+    )
+
+
+def _one(text: str) -> float:
+    """1, in any spelling: no linear scaling of positions."""
+    if float(text) != 1:
+        raise argparse.ArgumentTypeError("positions are not scaled linearly here; give 1")
+    return 1.0
 
 
 def numbers(text: str) -> int | list[int]:

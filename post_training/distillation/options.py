@@ -43,6 +43,34 @@ class DistillConfig:
     logit_kl_topk: int | None = None
 
 
+def _require_torch_dist(option: str, value: str) -> None:
+    """Raise UsageError for a checkpoint format that cannot be read."""
+    if value != "torch_dist":
+        raise UsageError(
+            f"{option} {value}",
+            "only checkpoints in torch_dist are read",
+            "name the teacher's Hugging Face folder, or convert that with convert.sh",
+        )
+
+
+def _refuse_features(option: str, value: str) -> None:
+    raise UsageError(
+        f"{option} {value}",
+        "stored features are for training a draft; a student learns from the teacher's own logits",
+        f"leave it out and name the teacher in {TEACHER}; eagle3.sh reads features",
+    )
+
+
+def _require_base(option: str, value: str | bool) -> None:
+    """Raise UsageError for training MTP heads."""
+    if value not in (False, "base"):
+        raise UsageError(
+            option if value is True else f"{option} {value}",
+            "MTP heads are not trained here: the model without them is",
+            "leave it out (--qad-train-target base)",
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class DistillationOptions:
     """Flags of what is distilled, from whom."""
@@ -56,8 +84,32 @@ class DistillationOptions:
     )
     export_kd_cfg: str | None = flag(
         metavar="YAML",
+        names=("--export-kd-distill-cfg",),
         help="file with logit_layers, intermediate_layer_pairs, skip_lm_loss, kd_loss_scale, "
         "logit_kl_temperature, logit_kl_topk",
+    )
+    export_kd_teacher_model_config: str | None = flag(
+        metavar="YAML", help="unused: the teacher's run.json or config.json describes it"
+    )
+    export_kd_teacher_ckpt_format: str = flag(
+        "torch_dist",
+        choices=("torch", "torch_dist", "torch_dcp"),
+        check=_require_torch_dist,
+        help="of a teacher's Megatron checkpoint; torch_dist is the only one that is read",
+    )
+    offline_distillation_data: str | None = flag(
+        metavar="DIR",
+        check=_refuse_features,
+        help="of eagle3; refused, a student needs its teacher",
+    )
+    qad_train_target: str = flag(
+        "base",
+        choices=("base", "mtp", "both"),
+        check=_require_base,
+        help="what is trained of a model with MTP heads; base is the only one",
+    )
+    freeze_base_for_mtp: bool = flag(
+        False, check=_require_base, help="refused: MTP heads are not trained"
     )
 
 
@@ -145,6 +197,33 @@ def find_teacher[Options: StageOptions](
     except UsageError as error:
         what = re.sub(r"--load|--pretrained-model-path", TEACHER, error.what)
         raise UsageError(what, error.cause, error.remedy) from error
+
+
+def noting[Options: StageOptions](
+    options: Options, wanted: DistillationOptions, teacher: Source
+) -> Options:
+    """``options`` with what there is to say about ``--export-kd-teacher-model-config``.
+
+    Raises:
+        UsageError: for a teacher that nothing but that file would describe.
+    """
+    path = wanted.export_kd_teacher_model_config
+    if path is None:
+        return options
+    if (
+        teacher.is_checkpoint
+        and teacher.is_local
+        and not (teacher.manifest or {}).get("architecture")
+    ):
+        raise UsageError(
+            f"--export-kd-teacher-model-config {path}",
+            f"a teacher is described by its run.json or config.json, and {teacher.location} has "
+            "none",
+            "name the teacher's Hugging Face folder, or what convert.sh makes of it",
+        )
+    return options.noting(
+        f"--export-kd-teacher-model-config {path} is unused: the teacher's own files describe it"
+    )
 
 
 def check_pair(config: DistillConfig, student: Source, teacher: Source, stages: int) -> None:

@@ -48,6 +48,7 @@ class Session:
     device: torch.device
     rank: int
     world: int
+    progress_bars: bool = True
     started: float = field(default_factory=time.time)
 
     @property
@@ -57,7 +58,7 @@ class Session:
     @property
     def show_progress(self) -> bool:
         """Whether this rank draws progress bars."""
-        return self.is_main and sys.stderr.isatty()
+        return self.is_main and self.progress_bars and sys.stderr.isatty()
 
     def peak_memory(self) -> dict[str, int]:
         """Largest peak over all ranks, in bytes: host (resident set) and, on CUDA, device."""
@@ -81,6 +82,8 @@ def open_session(
     timeout_minutes: float = 10,
     log_level: str = "info",
     ignored_flags: Sequence[str] = (),
+    notices: Sequence[str] = (),
+    progress_bars: bool = True,
 ) -> Iterator[Session]:
     """Start and end everything a stage runs in. Exits the process on errors that it explains.
 
@@ -93,10 +96,14 @@ def open_session(
         timeout_minutes: limit of a collective operation.
         log_level: ``debug``, ``info``, ``warning`` or ``error``.
         ignored_flags: given flags without meaning, logged at level debug.
+        notices: logged on rank 0, at level info.
+        progress_bars: whether rank 0 draws them on a terminal.
     """
     configure_logging(stage, log_level)
     if ignored_flags:
         logger.debug("flags without meaning here: %s", " ".join(ignored_flags))
+    for notice in notices:
+        logger.info("%s", notice)
     watch = None
     try:
         with signals.prompt_exit(functools.partial(_end, stage)) as imported:
@@ -105,6 +112,7 @@ def open_session(
             # Before the imports, which take long enough for a rank to be lost.
             watch = liveness.start(placement.placement())
             current = _start(stage, parallel, device, seed, timeout_minutes)
+            current.progress_bars = progress_bars
             imported()
             yield current
     except UsageError as error:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from post_training.checkpoints.source import checkpoint_folder
+from post_training.checkpoints import torch_dist
+from post_training.checkpoints.source import Source, checkpoint_folder
 from post_training.common import files, manifest
 from post_training.common.errors import UsageError
 from post_training.config.checks import at_least
@@ -76,6 +77,12 @@ class Eagle3Options(StageOptions):
         metavar="DIR",
         help="train from what extract_features.sh wrote there, without running the target",
     )
+    export_offline_model: bool = flag(
+        False, help="with --offline-distillation-data: the checkpoint has no layers of the target"
+    )
+    no_new_draft: bool = flag(
+        False, help="refuse a model without a draft, as finetune.sh does, and attach none"
+    )
     show_loss_mask: int | None = flag(
         metavar="N",
         check=at_least(1),
@@ -93,6 +100,39 @@ class Eagle3Options(StageOptions):
     text: TrainingTextOptions = group(TrainingTextOptions)
     draft: DraftOptions = group(DraftOptions)
     training: TrainingFlags = group(TrainingFlags)
+
+
+def check_existing(options: Eagle3Options) -> None:
+    """Raise UsageError if a draft has to be there, and the checkpoint has none."""
+    folder = Path(options.load or "")
+    if not options.no_new_draft or (options.dry_run and not folder.exists()):
+        return
+    if not (manifest.read(folder) or {}).get("draft"):
+        raise UsageError(
+            f"finetune.sh with --load {folder}",
+            "it has no draft, and a model itself is not fine-tuned (SFT, QAT) by this version",
+            "distill.sh trains a quantized or pruned model; eagle3.sh attaches a draft and trains "
+            "it",
+        )
+
+
+def noting(options: Eagle3Options, source: Source) -> Eagle3Options:
+    """``options`` with what there is to say about flags of Megatron-LM's scripts.
+
+    Raises:
+        UsageError: if nothing stands for the layers that an offline model lacks.
+    """
+    if not options.export_offline_model:
+        return options
+    if not options.offline_distillation_data:
+        raise UsageError(
+            "--export-offline-model",
+            "a model without its layers is trained from stored features, and none are named",
+            "give --offline-distillation-data, what extract_features.sh wrote, or leave it out",
+        )
+    if not source.is_local or ((source.manifest or {}).get("draft") or {}).get("offline"):
+        return options
+    return options.noting("--export-offline-model: the checkpoint's layers are there, and are kept")
 
 
 LENGTH = 2048  # tokens of a sequence, or the model's longest text
@@ -151,6 +191,21 @@ def plan(
     layers = list(config["eagle_aux_hidden_state_layer_ids"])
     mixes, steps = wanted.mix_hidden_states, wanted.ttt_steps
     return Draft(algorithm, config, layers, mixes, steps, offline)
+
+
+def holds_draft(extra: Path) -> bool:
+    """Whether ``--extra-model-path`` means weights of the draft, as it does in Megatron-LM.
+
+    Raises:
+        UsageError: for Megatron-LM's own form of them.
+    """
+    if extra.is_file():
+        raise UsageError(
+            f"--extra-model-path {extra}",
+            "loading a pickled file could run any code",
+            "name the checkpoint with the draft that eagle3.sh saved (--draft-model-path)",
+        )
+    return (extra / torch_dist.TRACKER).is_file()
 
 
 def trained(

@@ -16,10 +16,12 @@ from post_training.data import conversation_data
 from post_training.drafts import options as draft_options
 from post_training.drafts import registry
 from post_training.drafts.algorithm import DraftAlgorithm
-from post_training.drafts.eagle3.draft import DTYPE_NAMES, Draft
+from post_training.drafts.eagle3.draft import DTYPE_NAMES, Draft, require_exportable
 from post_training.drafts.options import DraftOptions
 
 logger = logging.getLogger("post_training")
+
+SUBFOLDER = "draft"  # of an exported target
 
 
 def draft_of(source: Source) -> Draft | None:
@@ -47,6 +49,33 @@ def require_draft(source: Source, options: StageOptions) -> None:
             "it has no draft",
             "name what eagle3.sh saved, or attach one: convert.sh <conf> --algorithm eagle3",
         )
+
+
+def is_exported_alone(source: Source, options: StageOptions, *, asked: bool, offline: bool) -> bool:
+    """Whether an export writes the draft without its target.
+
+    Args:
+        asked: to write the draft alone.
+        offline: the checkpoint is said to have no layers of the target.
+
+    Raises:
+        UsageError: if it has them, or no draft, or one of a form that no engine has.
+    """
+    draft = draft_of(source)
+    has_layers = source.is_local and not (draft and draft.offline)
+    if offline and has_layers:
+        raise UsageError(
+            f"--export-offline-model --load {options.load}",
+            "the checkpoint has its target's layers",
+            "leave the flag out: model and draft are written; --export-extra-modules writes the "
+            "draft alone",
+        )
+    alone = asked or offline or bool(draft and draft.offline)
+    if alone:
+        require_draft(source, options)
+        if draft is not None:
+            require_exportable(draft.config, f"--load {options.load}")
+    return alone
 
 
 def recorded_or_planned(wanted: DraftOptions, options: StageOptions, source: Source) -> Draft:

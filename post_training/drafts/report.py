@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -138,3 +139,20 @@ def difference_line(each: Mapping[str, Any], decode: Callable[[list[int]], str])
         f"answer {each['id']} differs at its token {each['position'] + 1}: plain decoding chose "
         f"{shown(plain)}, verification {shown(drafted)}: {reason}"
     )
+
+
+def exported(metrics: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """Lines of the summary about a draft that was exported to ``folder``."""
+    layers = metrics["auxiliary_layers"]
+    return {
+        "draft": f"EAGLE-3, {metrics['draft_vocab_size']:,} tokens, in {folder}",
+        "auxiliary layers": f"outputs of {layers} from 0; vLLM counts "
+        f"{[layer + 1 for layer in layers]}",
+        "draft read back": f"{metrics['tensors_compared']} tensors equal the draft's",
+    }
+
+
+def served(folder: Path) -> str:
+    """The option of ``vllm serve`` for an exported draft, after a space."""
+    described = {"method": "eagle3", "model": str(folder), "num_speculative_tokens": 3}
+    return f" --speculative-config '{json.dumps(described)}'"

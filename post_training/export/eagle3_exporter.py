@@ -40,7 +40,7 @@ from post_training.config.options import StageOptions
 from post_training.distributed.collectives import first_failure, on_first_rank
 from post_training.distributed.session import Session
 from post_training.drafts.eagle3.draft import LLAMA3, require_exportable
-from post_training.drafts.record import draft_of
+from post_training.drafts.record import SUBFOLDER, draft_of
 from post_training.export import eagle3_readback, folder
 from post_training.export.fake_quantized import fake_quantized, unpack
 from post_training.export.readback import Folder
@@ -60,10 +60,14 @@ def write(
     target: Path,
     *,
     max_shard_bytes: int,
+    beside_target: bool = False,
 ) -> dict[str, Any]:
     """Write a draft into the working folder of ``target`` and verify it. Returns the metrics.
 
-    ``model`` is this rank's part, at tensor-parallel size 1.
+    Args:
+        model: this rank's part, at tensor-parallel size 1.
+        beside_target: the working folder holds the target already; the draft gets the folder
+            :data:`~post_training.drafts.record.SUBFOLDER` in it.
 
     Raises:
         UsageError: if the draft has no form that engines read, or what was written is not it.
@@ -77,7 +81,7 @@ def write(
     target_config = huggingface.read_config(configuration)
     longest = source.architecture.max_position_embeddings
     config = config_json(core.eagle_config, target_config, longest)
-    work = on_first_rank(lambda: files.begin(target))
+    work = on_first_rank(lambda: _begin(target, beside_target))
     tensors = _tensors(core, configuration, options.trust_remote_code)
     folder.write_tensors(work, [tensors], max_shard_bytes)
     on_first_rank(lambda: files.write_json(work / "config.json", config))
@@ -96,6 +100,24 @@ def write(
         "draft_vocab_size": config["draft_vocab_size"],
         "auxiliary_layers": config["eagle_config"]["eagle_aux_hidden_state_layer_ids"],
     }
+
+
+def _begin(target: Path, beside_target: bool) -> Path:
+    """The empty folder for the draft's files."""
+    if not beside_target:
+        return files.begin(target)
+    work = files.incomplete(target) / SUBFOLDER
+    work.mkdir()
+    return work
+
+
+def why_not(model: MegatronModule) -> str | None:
+    """Why the draft of ``model`` cannot be exported; None if it can. A collective call."""
+    try:
+        _require_form(forward.unwrap(model))
+    except UsageError as error:
+        return error.cause
+    return None
 
 
 def _require_form(core: Any) -> None:

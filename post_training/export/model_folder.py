@@ -46,20 +46,22 @@ def write(
     source: Source,
     options: StageOptions,
     session: Session,
-    target: Path,
+    folder: Path,
     *,
     max_shard_bytes: int,
+    target: str,
     allow_unexportable: bool = False,
 ) -> dict[str, Any]:
-    """Write ``model`` into the working folder of ``target`` and verify it. Returns the metrics.
+    """Write ``model`` into the working folder of ``folder`` and verify it. Returns the metrics.
 
     Args:
         model: this rank's part, tensor-parallel size 1.
+        target: the engine that is to read the folder, by its name in ``--target``.
 
     Raises:
         UsageError: if the format cannot be exported, or what was written is not the model.
     """
-    judged = quantizers.judge_model(model, required=not allow_unexportable)
+    judged = quantizers.judge_model(model, required=not allow_unexportable, target=target)
     unpack(model)
     scheme = compressed_tensors.SCHEMES.get(judged.quant_algo)
     dtype = torch_dtype(options.precision)
@@ -76,7 +78,7 @@ def write(
         )
     count = len(model.decoder.layers) + 1 + model.pre_process
     progress = partial(tqdm, total=count, unit="layer", disable=not session.show_progress)
-    work = on_first_rank(lambda: files.begin(target))
+    work = on_first_rank(lambda: files.begin(folder))
     groups = exporter.groups() if scheme is None else scheme.groups(exporter, dtype)
     write_tensors(work, progress(groups, desc="writing"), max_shard_bytes)
     quantization = exporter.quantization_config() if scheme is None else None

@@ -129,8 +129,13 @@ class Architecture:
         return _differing(mine, theirs, (mine.keys() | theirs.keys()) - skipped)
 
     def contradictions(self, stated: Mapping[str, Any]) -> list[Difference]:
-        """The values of ``stated`` (flat, by name) that this architecture does not have."""
-        return _differing(stated, self.resolved(), stated.keys() - self.irrelevant())
+        """The values of ``stated`` (flat, by name) that this architecture does not have.
+
+        The router's precision is not compared: confs of Megatron-LM ask for float32, and a model
+        whose files are known has the one that transformers computes in.
+        """
+        names = stated.keys() - self.irrelevant() - {"moe_router_dtype"}
+        return _differing(stated, self.resolved(), names)
 
     def irrelevant(self) -> set[str]:
         """Names whose values do not influence this model."""

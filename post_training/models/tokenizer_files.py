@@ -11,6 +11,20 @@ from post_training.common.errors import UsageError
 FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "tekken.json")
 
 
+# Tokens of released tokenizers, by how the names of their models begin: Megatron-LM's confs state
+# what the number is padded to, not the number.
+PUBLISHED = {
+    "DeepSeek-R1": 128_815,
+    "DeepSeek-V2-Lite": 100_002,
+    "DeepSeek-V3": 128_815,
+    "Llama-3.": 128_256,
+    "NVIDIA-Nemotron-": 131_072,
+    "Nemotron-H-": 131_072,
+    "Nemotron-Mini-": 256_000,
+    "Qwen3-": 151_669,
+}
+
+
 class _Model(TypedDict, total=False):
     vocab: dict[str, int] | list[Any]
 
@@ -37,6 +51,12 @@ def vocabulary(folder: Path) -> int | None:
         ids += vocabulary.values()
     ids += [token["id"] for token in content.get("added_tokens", [])]
     return max(ids) + 1
+
+
+def published(location: str) -> int | None:
+    """Tokens of a released model's tokenizer by its hub name or folder; None if not known."""
+    name = Path(location).name
+    return next((n for begin, n in PUBLISHED.items() if name.startswith(begin)), None)
 
 
 def check(value: str) -> None:

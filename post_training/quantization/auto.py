@@ -28,7 +28,6 @@ from post_training.quantization.configuration import (
     named,
 )
 from post_training.quantization.formats import exportable
-from post_training.quantization.formats import registry as formats
 from post_training.quantization.formats.exportable import Verdict
 from post_training.quantization.options import Choice, QuantizeOptions
 from post_training.quantization.recipes import Recipe
@@ -53,7 +52,7 @@ def search(
     else:
         arguments, score_size = _of_options(options), options.auto.auto_quantize_score_size
     if not options.allow_unexportable:
-        _require_exportable(core, arguments, weight_only=options.weight_only)
+        _require_exportable(core, arguments, weight_only=options.weight_only, target=options.target)
     device = forward.device_of(core)
     batches = [batch.to(device) for batch in data.batches()]
     by_gradient = arguments["method"] == "gradient"
@@ -90,7 +89,9 @@ def search(
     }
 
 
-def _require_exportable(model: Any, arguments: dict[str, Any], *, weight_only: bool) -> None:
+def _require_exportable(
+    model: Any, arguments: dict[str, Any], *, weight_only: bool, target: str
+) -> None:
     """Refuse candidates that no engine reads, alone or in a layer that may get them.
 
     Asked of layers of the same names and sizes without weights, before the search; a collective
@@ -116,9 +117,9 @@ def _require_exportable(model: Any, arguments: dict[str, Any], *, weight_only: b
             if form is not None:
                 linears.add(form)
                 sizes = quantizers.whole_sizes(module)
-                refused.append(quantizers.kernel_refusal(name, form, *sizes))
+                refused.append(quantizers.kernel_refusal(name, form, *sizes, target))
     gathered = from_all_ranks((linears, next(filter(None, refused), "")))
-    found = exportable.judge(set().union(*(each for each, _ in gathered)))
+    found = exportable.judge(set().union(*(each for each, _ in gathered)), target=target)
     reason = found.reason or next((each for _, each in gathered if each), "")
     if reason:
         raise exportable.unexportable("the search's formats", Verdict(reason=reason))
@@ -152,10 +153,10 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 def _of_options(options: QuantizeOptions) -> dict[str, Any]:
     """Arguments for ModelOpt."""
-    rows = [formats.find(name) for name in options.auto.auto_quantize_formats.split(",")]
+    rows = options.auto.formats
     qkv = [pattern.removesuffix(".*") for pattern in QKV_PATTERNS]
     return {
-        "constraints": {"effective_bits": options.auto.auto_quantize_bits},
+        "constraints": {"effective_bits": options.auto.bits},
         "method": options.auto.auto_quantize_method,
         "disabled_layers": [*_NEVER, *(qkv if options.disable_qkv_quant else ())],
         # ModelOpt knows its own configurations by their names, which then show in the result.

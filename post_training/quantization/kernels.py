@@ -9,8 +9,6 @@ from post_training.common.errors import UsageError
 from post_training.models import parameter_count
 from post_training.quantization.engines import registry as engines
 from post_training.quantization.engines.base import Support
-from post_training.quantization.formats import exportable
-from post_training.quantization.formats.base import Format
 
 _REMEDY = (
     "choose another format, such as FP8_DEFAULT_CFG or, for experts, INT8_WEIGHT_ONLY_CFG; or give "
@@ -19,16 +17,23 @@ _REMEDY = (
 
 
 def refusal(
-    name: str, algorithm: str, outputs: int, inputs: int, *, of_experts: bool = False
+    name: str,
+    algorithm: str,
+    outputs: int,
+    inputs: int,
+    *,
+    target: str = engines.DEFAULT,
+    of_experts: bool = False,
 ) -> str:
-    """Why the first engine's kernel does not take a linear layer; empty if it does.
+    """Why an engine's kernel does not take a linear layer; empty if it does.
 
     Args:
         name: of the layer, in the message.
         algorithm: ``quant_algo`` of the layer.
         outputs: of the whole layer as the engine fuses it (q, k and v; gate and up).
+        target: the engine, by its name in ``--target``.
     """
-    engine = engines.ENGINES[0]
+    engine = engines.TARGETS[target]
     support = engine.algorithms.get(algorithm, Support())
     rows, columns = support.multiples
     if of_experts and not support.experts:
@@ -43,38 +48,48 @@ def refusal(
 
 def check(
     what: str,
-    choice: Format,
+    algorithm: str,
     values: Mapping[str, Any],
+    target: str,
     *,
-    weight_only: bool,
-    without_qkv: bool,
+    without_qkv: bool = False,
 ) -> None:
-    """Refuse a format in which the first engine's kernels do not take the model's layers.
+    """Refuse what an engine's kernels do not take: experts, sizes of the model's layers.
 
     Args:
         what: names the format in a message.
+        algorithm: what the model is exported as; empty if it is not quantized.
         values: of the architecture, resolved.
-        weight_only: inputs stay in 16 bits.
+        target: the engine, by its name in ``--target``.
         without_qkv: q, k and v stay in 16 bits.
 
     Raises:
         UsageError: naming the layer and its sizes.
     """
-    found = exportable.verdict(choice, weight_only=weight_only)
-    for name, outputs, inputs in _layers(values) if found.exportable else ():
+    support = engines.TARGETS[target].algorithms.get(algorithm, Support())
+    for name, outputs, inputs in _layers(values, separate=support.separate):
         of_experts = name.startswith("experts'")
-        why = refusal(name, found.quant_algo, outputs, inputs, of_experts=of_experts)
-        if why and not (without_qkv and name == "q, k, v"):
+        why = refusal(name, algorithm, outputs, inputs, target=target, of_experts=of_experts)
+        if why and not (without_qkv and name in ("q, k, v", "q", "k and v")):
             raise UsageError(what, why, _REMEDY)
 
 
-def _layers(values: Mapping[str, Any]) -> Iterator[tuple[str, int, int]]:
-    """Name, outputs and inputs of each kind of linear layer as an engine fuses them."""
+def _layers(values: Mapping[str, Any], *, separate: bool) -> Iterator[tuple[str, int, int]]:
+    """Name, outputs and inputs of each kind of linear layer.
+
+    Args:
+        separate: q, k, v and gate, up apart, as Hugging Face's files have them, and not as the
+            engine fuses them.
+    """
     hidden, head = values["hidden_size"], values["kv_channels"]
-    attention, groups = values["num_attention_heads"] * head, values["num_query_groups"]
-    gate = 2 if values["gated_linear_unit"] else 1
+    attention, groups = values["num_attention_heads"] * head, values["num_query_groups"] * head
+    gate = 2 if values["gated_linear_unit"] and not separate else 1
     if not values["multi_latent_attention"]:
-        yield "q, k, v", attention + 2 * groups * head, hidden
+        if separate:
+            yield "q", attention, hidden
+            yield "k and v", groups, hidden
+        else:
+            yield "q, k, v", attention + 2 * groups, hidden
         yield "o", hidden, attention
     sparse = parameter_count.moe_layers(dict(values))
     sizes = {

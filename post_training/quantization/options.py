@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from typing import ClassVar
 
 from post_training.common.errors import UsageError
-from post_training.config.checks import at_least, positive
-from post_training.config.flags import flag, group
+from post_training.config.flags import flag, group, spelled
 from post_training.config.options import StageOptions
 from post_training.data.options import CalibrationOptions
 from post_training.inference.smoke_generation import SmokeOptions
 from post_training.models.architecture import Architecture
-from post_training.quantization import kernels, recipes
+from post_training.quantization import kernels, recipes, search_options
+from post_training.quantization.engines import registry as engines
 from post_training.quantization.formats import exportable
 from post_training.quantization.formats import registry as formats
-from post_training.quantization.formats.base import FOLDED_METHODS, NO_KV_CACHE, Format
+from post_training.quantization.formats.base import NO_KV_CACHE, Format
 from post_training.quantization.recipes import Recipe
+from post_training.quantization.search_options import AutoQuantizeOptions
 
 Choice = Format | Recipe | str
 # Values of --export-real-quant-cfg in earlier versions of Megatron-LM.
@@ -28,34 +28,6 @@ _OLD_REAL_CONFIGS = {
     "fp8_real_quant": "FP8_DEFAULT_CFG",
     "fp8_blockwise_real_quant": "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class AutoQuantizeOptions:
-    TITLE: ClassVar[str] = "auto: a search for the format of each layer"
-
-    auto_quantize_bits: float = flag(
-        4.8,
-        metavar="X",
-        check=positive,
-        help="stored bits per weight of the linear layers, at most (%(default)s)",
-    )
-    auto_quantize_formats: str = flag(
-        "FP8_DEFAULT_CFG,NVFP4_DEFAULT_CFG",
-        metavar="A,B",
-        help="formats to choose from (%(default)s)",
-    )
-    auto_quantize_method: str = flag(
-        "gradient",
-        choices=("gradient", "kl_div"),
-        help="how sensitivity is measured (%(default)s)",
-    )
-    auto_quantize_score_size: int = flag(
-        128, metavar="N", check=at_least(1), help="sequences to measure it on (%(default)s)"
-    )
-    auto_quantize_checkpoint: str | None = flag(
-        metavar="FILE", help="keep the measurements here; the rank is added to its name"
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +52,13 @@ class QuantizeOptions(StageOptions):
     sync_expert_weight_amax: bool = flag(
         False, help="give all experts of a layer the same weight scale"
     )
+    target: str = flag(
+        engines.DEFAULT,
+        choices=tuple(engines.TARGETS),
+        help="engine that the export is for (%(default)s)",
+    )
     allow_unexportable: bool = flag(
-        False, help="quantize even if no engine would read the export correctly"
+        False, help="quantize even if the engine would not read the export correctly"
     )
     calibration: CalibrationOptions = group(CalibrationOptions)
     auto: AutoQuantizeOptions = group(AutoQuantizeOptions)
@@ -106,20 +83,43 @@ def chosen(options: QuantizeOptions) -> Choice:
         UsageError: for an unknown name, or both a format and a recipe.
     """
     name = options.real_format or options.export_quant_cfg
+    bits = options.given.get("auto_quantize_bits")
     if options.recipe:
-        if name:
+        if name or bits:
+            other = f"--export-quant-cfg {name}" if name else f"--auto-quantize-bits {bits}"
             raise UsageError(
-                f"--recipe {options.recipe} with --export-quant-cfg {name}",
+                f"--recipe {options.recipe} with {other}",
                 "each says how to quantize",
                 "give one of them",
             )
         return recipes.find(options.recipe)
     name = name or formats.DEFAULT
-    if name == formats.AUTO:
+    if name in formats.AUTO_NAMES or bits:
         return formats.AUTO
     # Megatron-LM's script tells a recipe file from a name by this rule.
     is_recipe = "/" in name or name.endswith((".yaml", ".yml"))
     return recipes.find(name) if is_recipe else formats.find(name)
+
+
+def noting(options: QuantizeOptions, choice: Choice) -> QuantizeOptions:
+    """``options`` with what there is to say about flags of the search that are given."""
+    auto, name = options.auto, options.export_quant_cfg
+    given = [spelled(n) for n in options.given if n.startswith("auto_quantize_")]
+    if choice != formats.AUTO:
+        unused = ", ".join(each for each in given if each != "--auto-quantize-checkpoint")
+        said = f"unused without auto or --auto-quantize-bits: {unused}"
+        return options.noting(said) if unused and not is_search(choice) else options
+    if name and name not in formats.AUTO_NAMES:
+        options = options.noting(
+            f"--auto-quantize-bits {auto.auto_quantize_bits:g} asks for a search of each layer's "
+            f"format: --export-quant-cfg {name} is not used"
+        )
+    if auto.bits != auto.auto_quantize_bits:
+        options = options.noting(
+            f"--auto-quantize-bits {auto.auto_quantize_bits:g} leaves no room for scales: taken "
+            f"as {auto.bits:g}, the smallest format's bits with its scales"
+        )
+    return options
 
 
 def is_search(choice: Choice) -> bool:
@@ -172,13 +172,12 @@ def _check_format(
     """Refuse what cannot be exported, or not be saved, before the work."""
     what = f"--export-quant-cfg {options.export_quant_cfg or choice.name}"
     what += " --weight-only" if options.weight_only else ""
+    what += f" --target {options.target}" if options.target != engines.DEFAULT else ""
     with_cache = what
     if options.export_kv_cache_quant != NO_KV_CACHE:
         with_cache += f" --export-kv-cache-quant {options.export_kv_cache_quant}"
     _check_runs(options, choice, with_cache)
-    found = exportable.verdict(
-        choice, weight_only=options.weight_only, kv_cache=options.export_kv_cache_quant
-    )
+    found = _verdict(options, choice)
     if not found.exportable and not options.allow_unexportable:
         raise exportable.unexportable(with_cache, found)
     if architecture is not None:
@@ -207,6 +206,15 @@ def _check_runs(options: QuantizeOptions, choice: Format, what: str) -> None:
         )
 
 
+def _verdict(options: QuantizeOptions, choice: Format) -> exportable.Verdict:
+    return exportable.verdict(
+        choice,
+        weight_only=options.weight_only,
+        kv_cache=options.export_kv_cache_quant,
+        target=options.target,
+    )
+
+
 def _check_layers(
     options: QuantizeOptions, choice: Format, what: str, architecture: Architecture
 ) -> None:
@@ -232,11 +240,9 @@ def _check_layers(
             + (", or a smaller TP" if ranks > 1 else ""),
         )
     if not options.allow_unexportable:
-        kernels.check(
-            *(what, choice, values),
-            weight_only=options.weight_only,
-            without_qkv=options.disable_qkv_quant,
-        )
+        algorithm = _verdict(options, choice).quant_algo
+        without_qkv = options.disable_qkv_quant
+        kernels.check(what, algorithm, values, options.target, without_qkv=without_qkv)
     if choice.layers == "experts" and not values["num_moe_experts"]:
         raise UsageError(
             what,
@@ -255,32 +261,18 @@ def _require_hadamard(what: str) -> None:
 
 
 def _check_search(options: QuantizeOptions, architecture: Architecture | None) -> None:
-    names, bits = options.auto.auto_quantize_formats, options.auto.auto_quantize_bits
-    rows = [formats.find(name, "--auto-quantize-formats") for name in names.split(",")]
-    folded = [row.name for row in rows if row.method in FOLDED_METHODS]
-    if folded:
-        raise UsageError(
-            f"--auto-quantize-formats {names}",
-            f"{', '.join(folded)} changes the norms before the layers, which a search compares "
-            "with one another",
-            "leave it out, or quantize the whole model in it",
-        )
-    what = f"--auto-quantize-formats {names}"
+    what = f"--auto-quantize-formats {','.join(options.auto.auto_quantize_formats)}"
     what += " --weight-only" if options.weight_only else ""
-    for row in rows:
+    for row in options.auto.formats:
         _check_runs(options, row, what)
-    linears = [each for row in rows for each in exportable.linears_of(row, options.weight_only)]
-    attention = any(row.attention for row in rows)
-    found = exportable.judge(linears, options.export_kv_cache_quant, attention=attention)
-    if not found.exportable and not options.allow_unexportable:
-        raise exportable.unexportable(what, found)
+    search_options.check(
+        options.auto,
+        what,
+        kv_cache=options.export_kv_cache_quant,
+        weight_only=options.weight_only,
+        target=options.target,
+        allow_unexportable=options.allow_unexportable,
+    )
     if architecture is not None:
-        for row in rows:
+        for row in options.auto.formats:
             _check_layers(options, row, what, architecture)
-    least = min((formats.WEIGHTS[linear.weight].bits for linear in linears), default=16.0)
-    if not least <= bits <= 16:
-        raise UsageError(
-            f"--auto-quantize-bits {bits}",
-            f"these formats need between {least:g} and 16 bits a weight",
-            "give a number in between",
-        )

@@ -69,7 +69,10 @@ def quantize(
         config = with_format(model, options, choice, data)
     reached = coverage.survey(model, None if search else config)
     found = quantizers.judge_model(
-        model, method_of(config), required=not options.allow_unexportable
+        model,
+        method_of(config),
+        required=not options.allow_unexportable,
+        target=options.target,
     )
     if not found.exportable:
         logger.warning("export will refuse this checkpoint: %s", found.reason)
@@ -90,7 +93,9 @@ def with_format(
         apply_mode(model, [("quantize", {**config, "algorithm": None})], QuantizeModeRegistry)
         mtq.calibrate(model, None)
     coverage.survey(model, config)
-    quantizers.judge_model(model, method, required=not options.allow_unexportable)
+    quantizers.judge_model(
+        model, method, required=not options.allow_unexportable, target=options.target
+    )
     quantizers.require_savable(model, packed=options.packed)
     with calibration.watching(model) as seen:
         forward_loop = data if _needs_data(model, method) else None

@@ -11,6 +11,7 @@ from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 
 from post_training.distributed.collectives import from_all_ranks
 from post_training.quantization import kernels
+from post_training.quantization.engines import registry as engines
 from post_training.quantization.formats import exportable
 from post_training.quantization.formats import registry as formats
 from post_training.quantization.formats.base import (
@@ -90,16 +91,17 @@ def _kv_format(model: torch.nn.Module) -> tuple[str, bool]:
     return form or NO_KV_CACHE, attention
 
 
-def kernel_refusal(name: str, form: Linear, outputs: int, inputs: int) -> str:
-    """Why the first engine's kernel does not take a layer; empty if it does.
+def kernel_refusal(name: str, form: Linear, outputs: int, inputs: int, target: str) -> str:
+    """Why an engine's kernel does not take a layer; empty if it does.
 
     Args:
         name: of its module; the kernels of experts are others.
+        target: the engine, by its name in ``--target``.
     """
-    algorithm = exportable.judge([form]).quant_algo
+    algorithm = exportable.judge([form], target=target).quant_algo
     of_experts = ".local_experts." in name
     own = f"experts' {name.rpartition('.')[2]}" if of_experts else name.rpartition(".")[2]
-    return kernels.refusal(own, algorithm, outputs, inputs, of_experts=of_experts)
+    return kernels.refusal(own, algorithm, outputs, inputs, target=target, of_experts=of_experts)
 
 
 def whole_sizes(module: Any) -> tuple[int, int]:
@@ -115,17 +117,24 @@ def whole_sizes(module: Any) -> tuple[int, int]:
     return rows, columns
 
 
-def judge_model(model: torch.nn.Module, method: str = "", *, required: bool = False) -> Verdict:
+def judge_model(
+    model: torch.nn.Module,
+    method: str = "",
+    *,
+    required: bool = False,
+    target: str = engines.DEFAULT,
+) -> Verdict:
     """What the model can be exported as; the same on all ranks, a collective call.
 
     Args:
         method: of the calibration that is still to come.
         required: raise UsageError if it cannot be exported.
+        target: the engine, by its name in ``--target``.
     """
     forms = {name: linear_of(module, method) for name, module in model.named_modules()}
     linears = [form for form in forms.values() if form]
     refused = (
-        kernel_refusal(name, form, *whole_sizes(model.get_submodule(name)))
+        kernel_refusal(name, form, *whole_sizes(model.get_submodule(name)), target)
         for name, form in forms.items()
         if form
     )
@@ -141,6 +150,7 @@ def judge_model(model: torch.nn.Module, method: str = "", *, required: bool = Fa
             [linear for each in gathered for linear in each[0]],
             next((each[1] for each in gathered if each[1] != NO_KV_CACHE), NO_KV_CACHE),
             attention=any(each[2] for each in gathered),
+            target=target,
         )
         unread = next((each[4] for each in gathered if each[4]), "")
         found = Verdict(reason=unread) if found.exportable and unread else found

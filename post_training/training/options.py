@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -97,6 +98,7 @@ def decide(flags: TrainingFlags, options: StageOptions, seq_length: int) -> Trai
     Raises:
         UsageError: for numbers that cannot work together.
     """
+    _refuse_other_data(options.ignored_flags)
     ranks = options.parallel.data
     batch = flags.global_batch_size or flags.micro_batch_size * ranks
     if flags.lr < flags.min_lr:
@@ -143,6 +145,31 @@ def decide(flags: TrainingFlags, options: StageOptions, seq_length: int) -> Trai
         dtype=options.precision,
         seed=options.seed,
     )
+
+
+_INDEXED = "Megatron's indexed data sets (.bin, .idx) are not read here: they hold no text"
+_OTHER_DATA = {
+    "--mock-data": "random tokens teach a model nothing",
+    **dict.fromkeys(
+        """
+        --data-args-path --data-path --per-split-data-args-path --test-data-path --train-data-path
+        --valid-data-path
+        """.split(),
+        _INDEXED,
+    ),
+}
+
+
+def _refuse_other_data(given: Sequence[str]) -> None:
+    """Raise UsageError for data of Megatron-LM's, in place of which other data would be taken."""
+    for flag_name, cause in _OTHER_DATA.items():
+        if flag_name in given:
+            raise UsageError(
+                flag_name,
+                cause,
+                "name text or conversations: --finetune-data-files FILE... (JSONL, parquet, CSV) "
+                "or --finetune-hf-dataset NAME",
+            )
 
 
 def _iterations(flags: TrainingFlags, options: StageOptions, batch: int) -> int:

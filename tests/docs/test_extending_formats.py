@@ -79,14 +79,19 @@ def check(root, source, tmp_path, *flags):
 
 def test_the_format_and_the_engine_are_in_the_table(extended):
     lines = python(extended, "tests/helpers/formats_table.py").stdout.splitlines()
-    assert "| `INT6_DEFAULT_CFG` | `int6` | int6: 8 | 16-bit | all | INT6 |" in lines
-    assert "| INT6 | Example | Hopper; weights alone on Ampere, Ada (Example) |" in lines
-    assert any(line.startswith("| FP8 | vLLM, ") and ", Example |" in line for line in lines)
+    assert "| `INT6_DEFAULT_CFG` | `int6` | int6: 8 | 16-bit | all | INT6 | example |" in lines
+    row = "| weights alone | weights alone | yes | no | read in the loader's source |"
+    assert f"| INT6 | Example 1.0 {row} example/loader.py |" in lines
+    assert any(line.startswith("| FP8 | Example 1.0 | no | yes | yes | yes |") for line in lines)
 
 
 def test_quantize_accepts_the_format(extended, source, tmp_path):
-    done = check(extended, source, tmp_path, "--export-quant-cfg", "int6")
+    done = check(extended, source, tmp_path, "--export-quant-cfg", "int6", "--target", "example")
     assert done.returncode == 0, done.stderr
+    other = check(extended, source, tmp_path, "--export-quant-cfg", "int6")
+    assert other.returncode == 2
+    assert "vLLM (0.24.0) is not known to read INT6" in other.stderr
+    assert "; Example would" in other.stderr
     refused = check(tools.ROOT, source, tmp_path, "--export-quant-cfg", "int6")
     assert refused.returncode == 2
     assert "no quantization format has this name" in refused.stderr
@@ -124,7 +129,16 @@ def test_a_model_quantizes_to_the_format(extended, source, tmp_path):
         extended,
         "quantize.py",
         *("--pretrained-model-path", source, "--save", saved, "--skip-generate"),
-        *("--export-quant-cfg", "int6", "--calib-size", 1, "--calib-max-sequence-length", 32),
+        *(
+            "--export-quant-cfg",
+            "int6",
+            "--target",
+            "example",
+            "--calib-size",
+            1,
+            "--calib-max-sequence-length",
+            32,
+        ),
         *("--calib-dataset-path-or-name", tools.write_texts(tmp_path / "text.jsonl")),
     )
     assert done.returncode == 0, done.stderr

@@ -92,6 +92,17 @@ def _checkpoints(work: Path) -> list[tuple[str, tuple[object, ...]]]:
         ("convert", (*source, *eagle3, "--save", work / "qwen3 untrained")),
         ("convert", (*source, *eagle3, *deep, "--save", work / "qwen3 deep")),
         ("convert", (*llama, *eagle3, *four, "--save", work / "llama3 untrained")),
+        (
+            "convert",
+            (*source, *eagle3, "--export-offline-model", "--save", work / "qwen3 offline"),
+        ),
+        (
+            "export",
+            (
+                *("--load", work / "qwen3 offline", "--fp32", "--export-offline-model"),
+                *("--export-dir", work / "qwen3 offline draft"),
+            ),
+        ),
         *(
             (
                 "prepare",
@@ -130,7 +141,7 @@ def _fp8(work: Path) -> list[tuple[str, tuple[object, ...]]]:
         ("convert", ("--load", quantized, "--save", fp8, "--fp32", "--algorithm", "eagle3")),
         ("validate", (*load, *prompts, *measured)),
         ("generate", (*load, *prompts, *generated)),
-        ("export", (*load, "--export-dir", work / "fp8 base")),
+        ("export", (*load, "--export-dir", work / "fp8 base")),  # and its draft
         ("export", (*load, "--export-dir", work / "fp8 draft", "--export-extra-modules")),
     ]
 

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from post_training.quantization.engines import registry as engines
-from post_training.quantization.formats.exportable import verdict
-from post_training.quantization.formats.registry import FORMATS, WEIGHTS
+from collections.abc import Iterable, Sequence
+
+from post_training.quantization import format_table
 
 
 def markdown_table() -> str:
-    """A line a format, then one an exported algorithm with its engines and GPUs."""
-    lines = [
-        "| format | short name | weights: bits | inputs | layers | exported as |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in FORMATS.values():
-        if row.linear is None:
-            cells = ["", "", f"keys and values: {row.kv}", "", "no: use --export-kv-cache-quant"]
-        else:
-            bits = f"{row.linear.weight}: {WEIGHTS[row.linear.weight].bits:g}"
-            found = verdict(row)
-            exported = found.quant_algo if found.exportable else f"no: {found.reason}"
-            short = f"`{row.spellings[0]}`"
-            cells = [short, bits, row.linear.input or "16-bit", row.layers, exported]
-        lines.append(f"| `{row.name}` | {' | '.join(cells)} |")
-    lines += ["", "| exported as | engines | GPUs |", "|---|---|---|"]
-    lines += [f"| {name} | {' | '.join(engines.describe(name))} |" for name in engines.algorithms()]
+    """A line a format, then one an exported algorithm and engine."""
+    rows = format_table.format_rows()
+    named = [(f"`{row[0]}`", row[1] and f"`{row[1]}`", *row[2:]) for row in rows]
+    lines = _table(format_table.FORMAT_COLUMNS, named)
+    lines += ["", *_table(format_table.ENGINE_COLUMNS, format_table.engine_rows())]
     return "\n".join(lines) + "\n"
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [f"| {' | '.join(cells)} |" for cells in (columns, *rows)]
+    return [lines[0], "|" + "---|" * len(columns), *lines[1:]]
 
 
 if __name__ == "__main__":

@@ -376,3 +376,22 @@ def test_experts_with_static_inputs_are_refused(tmp_path, name):
     words = [*map(str, flags), "--export-quant-cfg", name]
     with pytest.raises(UsageError, match="does not read experts in INT8_W8A8"):
         check(arguments.parse("quantize", QuantizeOptions, words))
+
+
+@pytest.mark.parametrize("name", ["int8", "int4_awq"])
+def test_a_format_that_the_target_does_not_read_is_refused_before_calibration(tmp_path, name):
+    tools.random_model(tmp_path / "model", "llama3", **SIZES)
+    flags = ("--pretrained-model-path", tmp_path / "model", "--save", tmp_path / "q", "--check")
+    words = [*map(str, flags), "--export-quant-cfg", name, "--target"]
+    check(arguments.parse("quantize", QuantizeOptions, [*words, "sglang"]))
+    with pytest.raises(UsageError, match=r"TensorRT-LLM .* is not known to read INT.*vLLM, SGLang"):
+        check(arguments.parse("quantize", QuantizeOptions, [*words, "trtllm"]))
+
+
+def test_a_checkpoint_is_exported_for_the_engines_that_read_it_alone(exported, tmp_path):
+    work = exported[0] / "llama3 INT8_DEFAULT_CFG"
+    assert json.loads((work / "run.json").read_text())["quantization"]["target"] == "vllm"
+    flags = ("--load", work, "--export-dir", tmp_path / "hf", "--check", "--target")
+    tools.run("export.py", *flags, "sglang")
+    done = tools.run("export.py", *flags, "trtllm", code=2)
+    assert "TensorRT-LLM" in done.stderr and "vLLM, SGLang would" in done.stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from confs import ROOT
-from launchers import bash, option, started
+from launchers import bash, option, planned, started
 from model_folders import write_checkpoint
 
 CONF = "Qwen/Qwen3-0.6B"
@@ -37,7 +37,8 @@ def test_generate_takes_prompts_and_output(environment, questions):
     words = started("generate.sh", CONF, **environment, OUTPUT_PATH="/tmp/x.jsonl")
     assert option(words, "--output") == "/tmp/x.jsonl"
     del environment["PROMPTS_PATH"]
-    assert "set PROMPTS_PATH" in bash("generate.sh", CONF, **environment, code=2).stderr
+    plan = planned("generate.sh", CONF, **environment)
+    assert plan.options.prompts.sources == ("HuggingFaceH4/mt_bench_prompts",)
 
 
 def test_validate_has_the_originals_variables_and_defaults(

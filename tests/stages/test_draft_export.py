@@ -178,6 +178,28 @@ def test_the_base_of_a_drafted_checkpoint_is_the_target(drafted, model, layout):
     assert all(torch.equal(exported[name], source[name]) for name in source)
 
 
+@both
+@pytest.mark.parametrize("layout", ["TP=1", "PP=2"])
+def test_the_draft_lies_beside_the_base_and_is_the_one_that_is_exported_alone(
+    drafted, model, layout
+):
+    base, alone = drafted.work / f"{model} base {layout}", drafted.exported(model, layout)
+    names = {"config.json", "model.safetensors"}
+    assert {path.name for path in (base / "draft").iterdir()} == names
+    for name in names:
+        assert (base / "draft" / name).read_bytes() == (alone / name).read_bytes()
+    record = json.loads((base / "run.json").read_text())
+    assert record["metrics"]["draft"]["auxiliary_layers"] == [0, 2, 4]
+    assert "draft/model.safetensors" in {each["file"] for each in record["outputs"]}
+    assert not Folder(base).problems()
+
+
+def test_a_draft_without_its_targets_layers_is_exported_alone(drafted):
+    alone = load_file(drafted.work / "qwen3 offline draft" / "model.safetensors")
+    assert alone.keys() == load_file(drafted.exported("qwen3", "TP=1") / "model.safetensors").keys()
+    assert not (drafted.work / "qwen3 offline draft" / "draft").exists()
+
+
 def test_base_and_draft_of_an_fp8_checkpoint(drafted):
     """The draft was attached to the quantized target and stays as it is."""
     base = json.loads((drafted.work / "fp8 base" / "hf_quant_config.json").read_text())
@@ -270,6 +292,21 @@ def test_what_has_no_draft_for_engines_is_refused_at_once(drafted, tmp_path, che
     flags = ("--load", drafted.work / checkpoint, "--export-dir", tmp_path / "out")
     done = tools.run("export.py", *flags, "--export-extra-modules", "--check", code=2)
     assert expected in done.stderr
+
+
+def test_a_checkpoint_with_its_targets_layers_is_not_called_offline(drafted, tmp_path):
+    flags = ("--load", drafted.work / "qwen3 drafted", "--export-dir", tmp_path / "out")
+    done = tools.run("export.py", *flags, "--export-offline-model", "--check", code=2)
+    assert "the checkpoint has its target's layers" in done.stderr
+
+
+def test_a_draft_that_no_engine_loads_stays_behind(drafted, tmp_path):
+    """The base is what was asked for; the log says why its draft is not there."""
+    flags = ("--load", drafted.work / "qwen3 deep", "--fp32", "--export-dir", tmp_path / "out")
+    done = tools.run("export.py", *flags, "--few-shots", 3, "--few-shots", 5)
+    assert done.stderr.count("--few-shots (a flag of mmlu)") == 1
+    assert "the draft is not written: engines load one layer" in done.stderr
+    assert not (tmp_path / "out" / "draft").exists()
 
 
 def test_a_draft_vocabulary_that_was_never_filled_is_refused(drafted, tmp_path):

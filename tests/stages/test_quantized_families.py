@@ -10,12 +10,13 @@ import json
 import pytest
 import tools
 import torch
-from test_quantized_export import TOLERANCES, engine_logits
+from test_quantized_export import TOLERANCES, decode, engine_logits, stored_tensors
 
 from post_training.export.joining import Joining
 
 # One matrix for query, key and value: scales of blocks are joined too.
 FORMATS = dict.fromkeys(tools.FAMILIES, "FP8_DEFAULT_CFG") | {"phi3": "NVFP4_DEFAULT_CFG"}
+SIMULATED = ("qwen3", "qwen3-moe", "phi3")  # --export-vllm-fq: plain, with experts, joined
 DENSE = [name for name, family in tools.FAMILIES.items() if "experts" not in family.parts]
 
 
@@ -43,6 +44,9 @@ def exported(tmp_path_factory):
             tools.logits_job(root / f"{family} logits", tools.tokens(), "--load", work, "--fp32"),
             ("export", ("--load", work, "--export-dir", root / f"{family} hf", "--fp32")),
         ]
+        if family in SIMULATED:
+            folder = ("--export-dir", root / f"{family} simulated")
+            jobs.append(("export", ("--load", work, *folder, "--export-vllm-fq", "--fp32")))
     tools.run_stages(*jobs)
     return root, models
 
@@ -68,6 +72,28 @@ def test_each_expert_of_an_exported_model_has_its_scales(exported, family):
     assert len(linears) == 3 * count * (3 if family == "qwen3-moe" else 4)
     for linear in linears:
         assert {f"{linear}weight_scale", f"{linear}input_scale"} <= names
+
+
+@pytest.mark.parametrize("family", SIMULATED)
+def test_a_folder_for_simulation_has_the_weights_and_maxima_of_the_packed_one(exported, family):
+    root, _ = exported
+    packed, plain = (
+        stored_tensors(root / f"{family} hf"),
+        stored_tensors(root / f"{family} simulated"),
+    )
+    kinds = ("weight_scale", "weight_scale_2", "input_scale")
+    assert plain.keys() == {name for name in packed if not name.endswith(kinds)}
+    for name, value in plain.items():
+        module, _, kind = name.rpartition(".")
+        wanted = decode(packed, module) if kind == "weight" else packed[name]
+        torch.testing.assert_close(value, wanted.float(), rtol=1e-6, atol=0)
+    state = torch.load(root / f"{family} simulated" / "quantizer_state.pth", weights_only=True)
+    for name, value in packed.items():
+        if name.endswith("input_scale"):
+            largest = 448 if FORMATS[family].startswith("FP8") else 6 * 448
+            maximum = state[name.replace("input_scale", "input_quantizer._amax")]
+            torch.testing.assert_close(maximum / largest, value.reshape(maximum.shape))
+    assert not (root / f"{family} simulated" / "hf_quant_config.json").exists()
 
 
 def test_parts_with_different_scales_are_not_joined():

@@ -271,6 +271,13 @@ def test_differences_fill_in_megatron_cores_defaults():
     assert short.differences(other) == [("num_query_groups", 4, 2), ("vocab_size", 100, 101)]
 
 
+def test_the_routers_precision_is_no_contradiction():
+    """Megatron-LM's confs ask for float32; the files' model is computed as transformers does."""
+    described = from_huggingface(RELEASED["Qwen/Qwen3-30B-A3B"])
+    assert described.contradictions({"moe_router_dtype": "fp32"}) == []
+    assert described.contradictions({"moe_router_topk": 4})
+
+
 @pytest.mark.parametrize("conf", ["Qwen/Qwen3-0.6B"])
 def test_a_conf_that_contradicts_config_json_names_every_difference(conf):
     args = parse(*conf_flags(conf))

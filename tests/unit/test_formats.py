@@ -1,5 +1,6 @@
 """The table of quantization formats: complete, spelled as in ModelOpt, strict about export."""
 
+import re
 import subprocess
 import sys
 import time
@@ -10,9 +11,9 @@ import pytest
 import tools
 
 from post_training.common.errors import UsageError
-from post_training.quantization import recipes
+from post_training.quantization import format_table, recipes
 from post_training.quantization.engines import registry as engines
-from post_training.quantization.engines.base import GENERATIONS
+from post_training.quantization.engines.base import GENERATIONS, READ
 from post_training.quantization.formats import exportable
 from post_training.quantization.formats import registry as formats
 from post_training.quantization.formats.base import Linear
@@ -189,6 +190,52 @@ def test_an_input_with_a_scale_per_token_is_recognised():
     assert formats.number_format(quantizer, is_input=True).name == "fp8_token"
 
 
+def test_an_engine_that_does_not_read_a_format_is_named_with_those_that_do():
+    found = exportable.verdict(formats.FORMATS["INT8_DEFAULT_CFG"], target="trtllm")
+    assert not found.exportable
+    assert "TensorRT-LLM" in found.reason
+    assert "; vLLM, SGLang would" in found.reason
+    fp8 = formats.FORMATS["FP8_DEFAULT_CFG"]
+    assert exportable.verdict(fp8, target="sglang", kv_cache="fp8").exportable
+    refused = exportable.verdict(fp8, target="sglang", kv_cache="nvfp4")
+    assert "NVFP4 keys and values" in refused.reason
+    mixture = [Linear("fp8", "fp8"), Linear("nvfp4", "nvfp4")]
+    assert exportable.judge(mixture, target="trtllm").exportable
+    assert "SGLang does not mix" in exportable.judge(mixture, target="sglang").reason
+
+
+def test_every_engine_and_gpu_is_shown_without_a_model():
+    done = subprocess.run(
+        ["bash", str(tools.ROOT / "export.sh"), "--list-formats"],
+        capture_output=True,
+        text=True,
+        env={**tools.environment(), "PYTHON": sys.executable},
+    )
+    assert done.returncode == 0, done.stderr
+    shown = re.sub(r"[\s│]+", "", done.stdout)
+    for row in (*format_table.format_rows(), *format_table.engine_rows()):
+        assert re.sub(r"\s", "", row[0]) in shown
+    for generation in GENERATIONS:
+        assert generation in shown
+
+
+def test_a_run_that_the_table_claims_is_described_in_the_benchmarks():
+    described = (tools.ROOT / "benchmarks" / "README.md").read_text()
+    claims = 0
+    for engine in engines.ENGINES:
+        for algorithm, support in engine.algorithms.items():
+            if READ in support.verified:
+                continue
+            claim = re.fullmatch(r"run in (\w+ [\d.]+) on (\w+), ([\d-]+)", support.verified)
+            assert claim, support.verified
+            assert claim[1] == f"{engine.name} {engine.version_of(algorithm)}"
+            assert re.search(rf"{claim[1]} on an NVIDIA {claim[2]}", described)
+            assert claim[3] in described
+            assert algorithm in described
+            claims += 1
+    assert claims >= 5
+
+
 def test_every_engine_names_the_version_and_file_that_was_read():
     for engine in engines.ENGINES:
         assert engine.version
@@ -196,6 +243,7 @@ def test_every_engine_names_the_version_and_file_that_was_read():
         assert engine.mixes <= set(engine.algorithms)
         for support in engine.algorithms.values():
             assert {*support.native, *support.weights_alone} <= set(GENERATIONS)
+            assert support.verified
 
 
 def test_a_recipe_is_found_by_path_built_in_path_and_stem(tmp_path):
@@ -234,10 +282,13 @@ def test_an_unknown_recipe_gets_the_nearest_ones():
 
 def test_the_markdown_table_has_a_line_for_each_format_and_algorithm():
     table = formats_table.markdown_table()
+    generations = len(GENERATIONS)
     for name in [*(f"`{name}`" for name in formats.FORMATS), *engines.algorithms()]:
         assert f"| {name} |" in table
     widths = {line.count("|") for line in table.splitlines() if line.startswith("| `")}
-    assert widths == {7}
+    assert widths == {8}
+    widths = {line.count("|") for line in table.split("\n\n")[1].splitlines()}
+    assert widths == {5 + generations}
 
 
 def test_the_table_is_read_without_torch_or_modelopt():

@@ -10,6 +10,7 @@ GENERATIONS = ("Ampere", "Ada", "Hopper", "Blackwell")
 MIXED = "MIXED_PRECISION"
 # Written in the layout of compressed-tensors, not in ModelOpt's.
 COMPRESSED_TENSORS = frozenset(("INT8_W8A8", "INT8_W8A16", "INT4_W4A16"))
+READ = "read in the loader's source"
 
 
 @dataclass(frozen=True)
@@ -19,17 +20,31 @@ class Support:
     Attributes:
         native: GPU generations whose kernels compute in the format; empty for a mixture, which
             runs where the formats inside it do.
+        weights_alone: generations on which weights are unpacked and inputs stay in 16 bits.
         loader: the file that reads it, where that is not the engine's.
+        version: that was read or run, where that is not the engine's.
+        verified: how it is known: :data:`READ`, or the run that benchmarks/README.md describes.
         experts: whether linears of experts may have it too.
         multiples: what kernels need of a linear: outputs and inputs divisible by these.
-        weights_alone: generations on which weights are unpacked and inputs stay in 16 bits.
+        separate: whether q, k, v and gate, up must each be such multiples, not what is fused.
     """
 
     native: tuple[str, ...] = ()
     weights_alone: tuple[str, ...] = ()
     loader: str = ""
+    version: str = ""
+    verified: str = READ
     experts: bool = True
     multiples: tuple[int, int] = (1, 1)
+    separate: bool = False
+
+    def on(self, generation: str) -> str:
+        """``yes``, ``weights alone`` or ``no``; ``as inside`` for a mixture."""
+        if generation in self.native:
+            return "yes"
+        if generation in self.weights_alone:
+            return "weights alone"
+        return "no" if self.native or self.weights_alone else "as inside"
 
 
 @dataclass(frozen=True)
@@ -37,15 +52,27 @@ class Engine:
     """One engine.
 
     Attributes:
+        target: what ``--target`` calls it.
         name: as its project spells it.
         version: whose loader was read.
         loader: the file of that version that decides what is read.
         algorithms: ``quant_algo`` of ``hf_quant_config.json`` -> how it runs.
         mixes: algorithms that it reads side by side in one model.
+        kv_caches: ``kv_cache_quant_algo`` that it reads.
     """
 
+    target: str
     name: str
     version: str
     loader: str
     algorithms: Mapping[str, Support]
     mixes: frozenset[str] = frozenset()
+    kv_caches: frozenset[str] = frozenset()
+
+    def version_of(self, algorithm: str) -> str:
+        """The version whose loader reads the algorithm."""
+        return self.algorithms[algorithm].version or self.version
+
+    def loader_of(self, algorithm: str) -> str:
+        """The file that reads the algorithm."""
+        return self.algorithms[algorithm].loader or self.loader

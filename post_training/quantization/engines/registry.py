@@ -10,12 +10,14 @@ from post_training.quantization.engines.sglang import SGLANG
 from post_training.quantization.engines.tensorrt_llm import TENSORRT_LLM
 from post_training.quantization.engines.vllm import VLLM
 
-# The first decides which algorithms may stand side by side in one model.
+# The first is the default of --target.
 ENGINES: tuple[Engine, ...] = (
     VLLM,
     TENSORRT_LLM,
     SGLANG,
 )
+TARGETS: dict[str, Engine] = {engine.target: engine for engine in ENGINES}
+DEFAULT = ENGINES[0].target
 
 
 def algorithms() -> list[str]:
@@ -23,9 +25,24 @@ def algorithms() -> list[str]:
     return list(dict.fromkeys(name for engine in ENGINES for name in engine.algorithms))
 
 
-def mixable(names: set[str]) -> bool:
-    """Whether the first engine reads these algorithms side by side."""
-    return names <= ENGINES[0].mixes
+def refusal(algorithm: str, target: str, kv_cache: str = "") -> str:
+    """Why the engine of ``target`` does not read an export; empty if it does.
+
+    Args:
+        algorithm: ``quant_algo``; empty for an export that is not quantized.
+        kv_cache: ``kv_cache_quant_algo``; empty for none.
+    """
+    engine = TARGETS[target]
+    others = [e.name for e in ENGINES if algorithm in e.algorithms]
+    if algorithm and algorithm not in engine.algorithms:
+        readers = f"; {', '.join(others)} would" if others else ""
+        return (
+            f"{engine.name} ({engine.version}) is not known to read {algorithm} as it is exported "
+            f"here{readers}"
+        )
+    if kv_cache and kv_cache not in engine.kv_caches:
+        return f"{engine.name} ({engine.version}) is not known to read {kv_cache} keys and values"
+    return ""
 
 
 def describe(algorithm: str) -> tuple[str, str]:

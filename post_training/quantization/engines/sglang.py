@@ -7,6 +7,7 @@ from post_training.quantization.engines.base import GENERATIONS, Engine, Support
 _COMPRESSED = "sglang/srt/layers/quantization/compressed_tensors/compressed_tensors.py"
 
 SGLANG = Engine(
+    target="sglang",
     name="SGLang",
     version="0.5.23",
     loader="sglang/srt/layers/quantization/modelopt_quant.py",
@@ -17,4 +18,6 @@ SGLANG = Engine(
         "INT8_W8A16": Support(native=GENERATIONS, loader=_COMPRESSED),
         "INT4_W4A16": Support(native=GENERATIONS, loader=_COMPRESSED),
     },
+    # A mixture without NVFP4 is taken for INT4 with FP8 inputs (configs/model_config.py).
+    kv_caches=frozenset(("FP8",)),
 )

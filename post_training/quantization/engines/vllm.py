@@ -2,34 +2,51 @@
 
 from __future__ import annotations
 
-from post_training.quantization.engines.base import MIXED, Engine, Support
+from post_training.quantization.engines.base import MIXED, READ, Engine, Support
 
 _BEFORE_BLACKWELL = ("Ampere", "Ada", "Hopper")
 _ALL = (*_BEFORE_BLACKWELL, "Blackwell")
 _SCHEMES = "vllm/model_executor/layers/quantization/compressed_tensors/schemes/compressed_tensors"
 _MARLIN = (64, 128)  # the tiles of its kernel for weights alone
+_RUN = "run in vLLM 0.24.0 on H200, 2026-11-27"
 
 VLLM = Engine(
+    target="vllm",
     name="vLLM",
-    version="0.24",
+    version="0.24.0",
     loader="vllm/model_executor/layers/quantization/modelopt.py",
     algorithms={
-        "FP8": Support(native=("Ada", "Hopper", "Blackwell")),
+        "FP8": Support(
+            native=("Ada", "Hopper", "Blackwell"),
+            verified="run in vLLM 0.24.0 on H200, 2026-11-24",
+        ),
         "NVFP4": Support(native=("Blackwell",), weights_alone=_BEFORE_BLACKWELL),
-        "W4A16_NVFP4": Support(native=_ALL),
-        "MXFP8": Support(native=("Blackwell",), weights_alone=_BEFORE_BLACKWELL),
+        "W4A16_NVFP4": Support(native=_ALL, verified=_RUN),
+        # 0.24.0 lacks it among the methods that may override another (vllm/config/model.py).
+        "MXFP8": Support(
+            native=("Blackwell",),
+            weights_alone=_BEFORE_BLACKWELL,
+            version="0.33.0",
+            verified=f"{READ}; 0.24.0 does not load it",
+        ),
         MIXED: Support(),
         # The kernel for Blackwell fails when the engine starts (vLLM's issue 54311).
         # Experts need scales of inputs that are found for each token.
         "INT8_W8A8": Support(
             native=_BEFORE_BLACKWELL,
             loader=f"{_SCHEMES}_w8a8_int8.py",
+            verified=_RUN,
             experts=False,
             multiples=(16, 16),
         ),
-        "INT8_W8A16": Support(native=_ALL, loader=f"{_SCHEMES}_wNa16.py", multiples=_MARLIN),
-        "INT4_W4A16": Support(native=_ALL, loader=f"{_SCHEMES}_wNa16.py", multiples=_MARLIN),
+        "INT8_W8A16": Support(
+            native=_ALL, loader=f"{_SCHEMES}_wNa16.py", verified=_RUN, multiples=_MARLIN
+        ),
+        "INT4_W4A16": Support(
+            native=_ALL, loader=f"{_SCHEMES}_wNa16.py", verified=_RUN, multiples=_MARLIN
+        ),
     },
     # A layer of any other algorithm would silently be read as an unquantized one.
     mixes=frozenset(("FP8", "NVFP4", "W4A16_NVFP4")),
+    kv_caches=frozenset(("FP8", "NVFP4")),
 )

@@ -68,6 +68,16 @@ class NumberFormat:
     exported_as: Mapping[str, str] = field(default_factory=dict)
     refused: str = ""
 
+    @property
+    def code_bits(self) -> float:
+        """Bits of a weight's code, without its scale."""
+        match self.num_bits:
+            case int(bits):
+                return bits
+            case (exponent, mantissa):
+                return exponent + mantissa + 1
+        return self.bits
+
     def is_used_by(self, quantizer: Any) -> bool:
         """Whether a ModelOpt ``TensorQuantizer`` rounds to this format."""
         blocks = dict(quantizer.block_sizes or {})

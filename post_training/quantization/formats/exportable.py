@@ -34,13 +34,20 @@ class Verdict:
         return not self.reason
 
 
-def judge(linears: Iterable[Linear], kv: str = NO_KV_CACHE, *, attention: bool = False) -> Verdict:
+def judge(
+    linears: Iterable[Linear],
+    kv: str = NO_KV_CACHE,
+    *,
+    attention: bool = False,
+    target: str = engines.DEFAULT,
+) -> Verdict:
     """What quantized layers can be exported as.
 
     Args:
         linears: how linear layers are quantized; those that are not are left out.
         kv: how keys and values are quantized.
         attention: whether queries or probabilities are quantized too.
+        target: the engine, by its name in ``--target``.
     """
     if attention:
         return Verdict(reason="engines do not quantize queries and attention probabilities")
@@ -51,7 +58,7 @@ def judge(linears: Iterable[Linear], kv: str = NO_KV_CACHE, *, attention: bool =
         return Verdict(reason=cache.refused)
     algorithms = set()
     for linear in sorted(set(linears), key=lambda each: (each.weight, each.input)):
-        found = _judge_linear(linear)
+        found = _judge_linear(linear, target)
         if not found.exportable:
             return found
         algorithms.add(found.quant_algo)
@@ -63,34 +70,46 @@ def judge(linears: Iterable[Linear], kv: str = NO_KV_CACHE, *, attention: bool =
     compressed = sorted(algorithms & COMPRESSED_TENSORS)
     if compressed and kv != NO_KV_CACHE:
         return Verdict(reason=f"{compressed[0]} is exported with keys and values in 16 bits only")
-    if len(algorithms) > 1 and not engines.mixable(algorithms):
+    engine = engines.TARGETS[target]
+    if len(algorithms) > 1 and not algorithms <= engine.mixes:
         mixture = ", ".join(sorted(algorithms))
-        return Verdict(reason=f"{engines.ENGINES[0].name} does not mix {mixture}")
+        return Verdict(reason=f"{engine.name} does not mix {mixture}")
     name = MIXED if len(algorithms) > 1 else next(iter(algorithms), "")
+    refused = engines.refusal(name, target, cache.exported_as)
+    if refused:
+        return Verdict(reason=refused)
     return Verdict(name, kv_cache_quant_algo=cache.exported_as)
 
 
-def _judge_linear(linear: Linear) -> Verdict:
+def _judge_linear(linear: Linear, target: str) -> Verdict:
     if linear.extra:
         return Verdict(reason=linear.extra)
     weight = WEIGHTS.get(linear.weight)
     algorithm = weight.exported_as.get(linear.input) if weight else None
     if algorithm in engines.algorithms():
-        return Verdict(algorithm)
+        refused = engines.refusal(algorithm, target)
+        return Verdict(reason=refused) if refused else Verdict(algorithm)
     refused = weight.refused if weight else ""
     inputs = linear.input or "16-bit"
     return Verdict(reason=refused or f"no engine reads {linear.weight} with {inputs} inputs")
 
 
-def verdict(row: Format, *, weight_only: bool = False, kv_cache: str = NO_KV_CACHE) -> Verdict:
+def verdict(
+    row: Format,
+    *,
+    weight_only: bool = False,
+    kv_cache: str = NO_KV_CACHE,
+    target: str = engines.DEFAULT,
+) -> Verdict:
     """What a format can be exported as, with the flags that change it.
 
     Args:
         weight_only: ``--weight-only``: inputs stay in 16 bits.
         kv_cache: value of ``--export-kv-cache-quant``.
+        target: value of ``--target``.
     """
     kv = row.kv if kv_cache == NO_KV_CACHE else kv_cache
-    return judge(linears_of(row, weight_only), kv, attention=row.attention)
+    return judge(linears_of(row, weight_only), kv, attention=row.attention, target=target)
 
 
 def linears_of(row: Format, weight_only: bool) -> list[Linear]:
@@ -105,8 +124,8 @@ def unexportable(what: str, found: Verdict) -> UsageError:
     return UsageError(
         what,
         f"its export would not be read correctly: {found.reason}",
-        "choose an exportable format (docs/formats.md has the table), or give "
-        "--allow-unexportable to score it without an engine",
+        "choose a format that the engine reads (bash export.sh --list-formats shows them), name "
+        "another engine with --target, or give --allow-unexportable to score it without one",
     )
 
 

@@ -25,6 +25,7 @@ FAMILIES: tuple[FormatFamily, ...] = (
 )
 
 AUTO = "auto"
+AUTO_NAMES = (AUTO, "AUTO", "auto_quantize")  # as Megatron-LM's script spells it
 DEFAULT = "FP8_DEFAULT_CFG"
 
 FORMATS: dict[str, Format] = {row.name: row for family in FAMILIES for row in family.formats}

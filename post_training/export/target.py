@@ -1,0 +1,39 @@
+"""The engine that an export is for, and whether it reads what a checkpoint is quantized to.
+
+No torch.
+"""
+
+from __future__ import annotations
+
+from post_training.checkpoints.source import Source
+from post_training.common.errors import UsageError
+from post_training.quantization import kernels
+from post_training.quantization.engines import registry as engines
+
+
+def choose(asked: str | None, source: Source) -> str:
+    """The engine of ``--target``, or the one that ``quantize`` was told, or the first."""
+    recorded = (source.manifest or {}).get("quantization") or {}
+    return asked or str(recorded.get("target") or engines.DEFAULT)
+
+
+def check(source: Source, target: str) -> None:
+    """Refuse a quantized checkpoint that the engine would not read correctly.
+
+    Raises:
+        UsageError: naming the format, the reason and what to do.
+    """
+    recorded = (source.manifest or {}).get("quantization") or {}
+    algorithm, reason = recorded.get("quant_algo", ""), recorded.get("reason", "")
+    what = f"--load {source.location} --target {target}"
+    if recorded.get("exportable") is not False:
+        reason = engines.refusal(algorithm, target, recorded.get("kv_cache_quant_algo", ""))
+    if reason:
+        raise UsageError(
+            what,
+            f"it is quantized as {recorded.get('format')}, which cannot be exported: {reason}",
+            "name another --target, or quantize the model in a format that the engine reads "
+            "(bash export.sh --list-formats shows them)",
+        )
+    if source.described is not None and target != recorded.get("target"):
+        kernels.check(what, algorithm, source.described.resolved(), target)
