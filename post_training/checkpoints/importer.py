@@ -54,6 +54,36 @@ class Importer(GPTModelImporter):
         with safe_open(self.index[name].path, framework="pt") as file:
             return file.get_slice(name)[start : start + rows].contiguous()
 
+    def _unpack_name_remapping_gpt_oss(
+        self,
+        module: Any,
+        prefix: str,
+        layer_type: str,
+        parallel_config: Any = None,
+        is_mtp: bool = False,
+    ) -> None:
+        """The original reads MXFP4 alone.
+
+        A layer's experts are one tensor, [experts, in, out], and biases [experts, out]. Gate and up
+        take turns there; megatron-core has all gates first.
+        """
+        weights = self._get_safetensor(prefix, parallel_config=parallel_config)
+        biases = self._get_safetensor(f"{prefix}_bias", parallel_config=parallel_config)
+        experts = list(module.children())
+        if not len(weights) == len(biases) == len(experts):
+            raise ValueError(f"{prefix} has {len(weights)} experts, the model {len(experts)}")
+        for expert, weight, bias in zip(experts, weights.mT, biases, strict=True):
+            linear = getattr(expert, layer_type)
+            found = {"weight": weight, "bias": bias}
+            if layer_type == "linear_fc1":
+                found = {name: torch.cat([each[::2], each[1::2]]) for name, each in found.items()}
+            with torch.no_grad():
+                for name, value in found.items():
+                    parameter = getattr(linear, name)
+                    if parameter.shape != value.shape:
+                        raise ValueError(f"{prefix}: {name} {value.shape}, not {parameter.shape}")
+                    parameter.copy_(value)
+
     def _gated_mlp_merging(self, module: Any, *args: Any, **kwargs: Any) -> None:
         """It passes no _extra_state on to Transformer Engine's linears without a norm."""
         with module.register_load_state_dict_post_hook(_extra_state_may_be_missing):

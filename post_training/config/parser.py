@@ -146,7 +146,6 @@ def _add_model(group: _Group) -> None:
     add("--group-query-attention", action="store_true", help="with --num-query-groups")
     add("--hybrid-layer-pattern", "--hybrid-override-pattern", metavar="TEXT",
         help="layers of a hybrid model: M mamba, * attention, - MLP, E experts")  # fmt: skip
-    add("--enable-gpt-oss", action="store_true", help="gpt-oss' rotary scaling")
 
 
 class _Constants(argparse.Action):

@@ -132,6 +132,13 @@ class StreamingExporter(GPTModelExporter):
                 rule["core_attention"] = partial(rule["core_attention"], **names)
         return rules
 
+    def _name_remapping(self, module: Any, prefix: str, **options: Any) -> None:
+        """As the original, but a parameter of its own (attention sinks, which are float32 in the
+        model) is written in the dtype of the others."""
+        if isinstance(module, torch.Tensor):
+            module = module.detach().to(self.dtype if self._view is None else torch.float32)
+        super()._name_remapping(module, prefix, **options)
+
     def _get_weight_bias(
         self, module: Any, dtype: Any = None, name_to_value: Tensors | None = None
     ) -> Tensors:

@@ -86,11 +86,17 @@ def transformer_config(architecture: Architecture, options: BuildOptions) -> Tra
         run_time["rotary_percent"] = architecture.rotary_percent
     values = {**architecture.transformer, **run_time}
     try:
-        return config_class(**{name: _python_value(name, value) for name, value in values.items()})
+        config = config_class(**{name: _python_value(name, v) for name, v in values.items()})
     except (AssertionError, TypeError, ValueError) as error:
         raise UsageError(
             "the model configuration", f"megatron-core refuses it: {error}", "change those values"
         ) from error
+    if architecture.yarn is not None:
+        # What GPTModel reads from the configuration, which has no such fields. Without the two
+        # scales of DeepSeek the attention factor follows from the scaling factor.
+        of_gpt = {"mscale": None, "mscale_all_dim": None, **architecture.yarn}
+        vars(config).update({f"yarn_{name}": value for name, value in of_gpt.items()})
+    return config
 
 
 def build(
@@ -237,6 +243,8 @@ def _materialize(model: torch.nn.Module) -> None:
 
 def _python_value(name: str, value: Any) -> Any:
     """The Python object for a value as the command line or a manifest gives it."""
+    if name == "window_size" and value is not None:
+        return tuple(value)
     if not isinstance(value, str):
         return value
     if name == "activation_func":
@@ -249,6 +257,7 @@ def _python_value(name: str, value: Any) -> Any:
         from megatron.core.transformer.enums import AttnBackend
 
         return AttnBackend[value]
-    if name.endswith("dtype") and value in DTYPES:
+    # megatron-core takes the router's by name.
+    if name.endswith("dtype") and name != "moe_router_dtype" and value in DTYPES:
         return torch_dtype(value)
     return value

@@ -16,10 +16,12 @@ from post_training.config.options import StageOptions
 from post_training.data.options import CalibrationOptions
 from post_training.inference.smoke_generation import SmokeOptions
 from post_training.models.architecture import Architecture
+from post_training.models.families import registry as families
 from post_training.quantization import kernels, recipes
 from post_training.quantization.formats import exportable
 from post_training.quantization.formats import registry as formats
 from post_training.quantization.formats.base import FOLDED_METHODS, NO_KV_CACHE, Format
+from post_training.quantization.formats.exportable import Verdict
 from post_training.quantization.recipes import Recipe
 
 Choice = Format | Recipe | str
@@ -146,6 +148,9 @@ def check(options: QuantizeOptions, choice: Choice, architecture: Architecture |
     """
     if options.export_kv_cache_quant == "nvfp4_rotate":
         _require_hadamard("--export-kv-cache-quant nvfp4_rotate")
+    reason = families.family_of(architecture).not_quantized if architecture is not None else ""
+    if reason and not options.allow_unexportable:
+        raise exportable.unexportable(name_of(choice), Verdict(reason=reason))
     if isinstance(choice, Format):
         _check_format(options, choice)
         if architecture is not None:

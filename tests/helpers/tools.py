@@ -18,6 +18,7 @@ from benchmarks.random_model import CHAT_TEMPLATE, byte_tokenizer
 from post_training import portable
 from post_training.common import files, manifest
 from post_training.models.families import registry as families
+from post_training.models.families.base import Family
 
 ROOT = Path(__file__).resolve().parents[2]
 # Before a test's module imports megatron-core, as every stage does.
@@ -31,6 +32,10 @@ LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {
         2,
         ("--pipeline-model-parallel-size", 2, "--decoder-first-pipeline-num-layers", 4),
     ),
+    "TP=2, ETP=1": (
+        2,
+        ("--tensor-model-parallel-size", 2, "--expert-tensor-parallel-size", 1),
+    ),
     "EP=2": (2, ("--expert-model-parallel-size", 2)),
 }
 # Name -> family. What is registered is tested.
@@ -39,8 +44,18 @@ FAMILIES = {family.name: family for family in families.FAMILIES.values()}
 
 def families_at(layout: str) -> list[str]:
     """Names of the families whose models can be divided so."""
-    has_experts = (name for name, family in FAMILIES.items() if "experts" in family.parts)
-    return list(has_experts if layout.startswith("EP") else FAMILIES)
+    if layout.startswith("EP"):
+        return [name for name, family in FAMILIES.items() if "experts" in family.parts]
+    # Biases of experts cannot be divided by TP, which those without can.
+    whole = [name for name, family in FAMILIES.items() if has_expert_biases(family)]
+    if "ETP=1" in layout:
+        return whole
+    return [name for name in FAMILIES if name not in whole or layout != "TP=2"]
+
+
+def has_expert_biases(family: Family) -> bool:
+    """Whether megatron-core refuses to divide its experts over tensor-parallel ranks."""
+    return "experts" in family.parts and bool(family.constants.get("add_bias_linear"))
 
 
 def random_model(

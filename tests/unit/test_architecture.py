@@ -71,6 +71,33 @@ _QWEN3_MOE = {
     "rope_theta": 1000000.0,
     "tie_word_embeddings": False,
 }
+_GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"],
+    "attention_bias": True,
+    "experts_per_token": 4,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 201088,
+}
 # The config.json of each released model, as far as it decides the architecture.
 RELEASED: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-3.1-8B-Instruct": {
@@ -133,6 +160,18 @@ RELEASED: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 768,
         "num_hidden_layers": 48,
         "num_attention_heads": 32,
+    },
+    "openai/gpt-oss-20b": {
+        **_GPT_OSS,
+        "layer_types": ["sliding_attention", "full_attention"] * 12,
+        "num_hidden_layers": 24,
+        "num_local_experts": 32,
+    },
+    "openai/gpt-oss-120b": {
+        **_GPT_OSS,
+        "layer_types": ["sliding_attention", "full_attention"] * 18,
+        "num_hidden_layers": 36,
+        "num_local_experts": 128,
     },
     "Qwen/Qwen3-235B-A22B": {
         **_QWEN3_MOE,

@@ -88,6 +88,8 @@ class Family:
         refused: what cannot be represented.
         parts: what its models may have beyond a dense decoder, of ``registry.PARTS``.
         per_layer_keys: keys that hold a list with one entry for each layer.
+        not_quantized: why no engine reads its models with quantized weights; empty: engines do.
+        not_pruned: why its models cannot be pruned; empty: they can.
         tiny: keys of a tiny model for the tests, ``model_type`` included; the sizes are
             ``TINY_SIZES`` where it does not give them. Switch the family's peculiarities on.
     """
@@ -100,6 +102,8 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=lambda: DECODER_DEFAULTS)
     refused: tuple[Refused, ...] = ()
     parts: frozenset[str] = frozenset()
+    not_quantized: str = ""
+    not_pruned: str = ""
     per_layer_keys: tuple[str, ...] = ("layer_types", "mlp_layer_types", "no_rope_layers")
 
     def read(self, config: Mapping[str, Any]) -> Architecture:

@@ -13,6 +13,7 @@ from post_training.models.families.base import Family
 
 # One row a file of this folder; each file has a tuple FAMILIES.
 _FILES = (
+    "gpt_oss",
     "llama",
     "mistral",
     "mixtral",
@@ -119,10 +120,14 @@ def register_weight_mapping(architecture: Architecture) -> None:
         mcore_common.all_mcore_hf_export_mapping[name] = dict(mapping.exporting)
 
 
+def family_of(architecture: Architecture) -> Family:
+    """Its family; one that refuses nothing for a model of an unknown architecture."""
+    return FAMILIES.get(architecture.huggingface_architecture or "", _ANY_DECODER)
+
+
 def joined(architecture: Architecture) -> Mapping[str, Mapping[str, int]]:
     """Linear layers of the files that hold several of ModelOpt's; see :meth:`Family.joined`."""
-    family = FAMILIES.get(architecture.huggingface_architecture or "", _ANY_DECODER)
-    return family.joined(architecture.resolved())
+    return family_of(architecture).joined(architecture.resolved())
 
 
 def refuse_quantized(config: Mapping[str, Any], source: str = "config.json") -> None:
