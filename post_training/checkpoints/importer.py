@@ -54,6 +54,12 @@ class Importer(GPTModelImporter):
         with safe_open(self.index[name].path, framework="pt") as file:
             return file.get_slice(name)[start : start + rows].contiguous()
 
+    def _name_remapping(self, module: Any, prefix: str, **options: Any) -> None:
+        """It would round a router's bias, which megatron-core and the files have in float32."""
+        if getattr(module, "expert_bias", None) is not None:
+            options["dtype"] = torch.float32
+        super()._name_remapping(module, prefix, **options)
+
     def _gated_mlp_merging(self, module: Any, *args: Any, **kwargs: Any) -> None:
         """It passes no _extra_state on to Transformer Engine's linears without a norm."""
         with module.register_load_state_dict_post_hook(_extra_state_may_be_missing):

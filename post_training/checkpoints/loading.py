@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 # Old Llama checkpoints carry the rotary frequencies, which every implementation recomputes.
 _RECOMPUTED = "rotary_emb.inv_freq"
+# Buffers of the Megatron model, which are no parameters.
+_BUFFERS = "e_score_correction_bias"
 # What the importer raises for a tensor that is missing or has another shape.
 _DOES_NOT_FIT = (KeyError, ValueError, RuntimeError, AssertionError)
 
@@ -171,7 +173,8 @@ def _import_weights(
             f"{', '.join(leftover[:5])}"
         )
     finite.check_model(model, f"model {source.location}", Path(source.location))
-    expected, actual = sum(sizes.values()), builder.count_parameters(model)
+    expected = sum(size for name, size in sizes.items() if not name.endswith(_BUFFERS))
+    actual = builder.count_parameters(model)
     if actual != expected:
         raise does_not_fit(f"it has {expected:,} parameters, the Megatron model {actual:,}")
     logger.info("loaded %s: %s parameters, as in the source", source.location, f"{actual:,}")

@@ -56,15 +56,17 @@ class Folder:
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of each tensor that transformers' own model of this config is saved as.
 
-        Its parameters, but for those that it joins while loading: the experts of a layer are one
-        parameter, and a tensor for each in the folder.
+        Its parameters and the biases of routers, but for those that it joins while loading: the
+        experts of a layer are one parameter, and a tensor for each in the folder.
         """
         # Late, as in _untrained.
         from transformers.core_model_loading import revert_weight_conversion
 
         with torch.device("meta"):
             model = self._untrained()
-            saved = revert_weight_conversion(model, dict(model.named_parameters()))
+            kept = model.state_dict().keys()
+            tensors = {name: each for name, each in model.named_buffers() if name in kept}
+            saved = revert_weight_conversion(model, {**dict(model.named_parameters()), **tensors})
         return {name: tuple(tensor.shape) for name, tensor in saved.items()}
 
     def tensor(self, name: str) -> torch.Tensor:

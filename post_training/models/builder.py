@@ -182,12 +182,17 @@ def _layer_spec(config: TransformerConfig, options: BuildOptions) -> Any:
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
     from megatron.core.post_training.modelopt.gpt.model_specs import get_gpt_modelopt_spec
 
-    return get_gpt_modelopt_spec(
+    spec = get_gpt_modelopt_spec(
         config,
         local_core_attention=options.local_attention,
         remap_te_layernorm=options.transformer_engine_keys,
         qk_l2_norm=config.qk_l2_norm,
     )
+    if config.multi_latent_attention and config.q_lora_rank is None:
+        from post_training.models.latent_attention import without_query_latent
+
+        without_query_latent(spec)
+    return spec
 
 
 def _weigh_experts_outputs(model: torch.nn.Module) -> None:
@@ -249,6 +254,7 @@ def _python_value(name: str, value: Any) -> Any:
         from megatron.core.transformer.enums import AttnBackend
 
         return AttnBackend[value]
-    if name.endswith("dtype") and value in DTYPES:
+    # megatron-core takes the router's by name.
+    if name.endswith("dtype") and name != "moe_router_dtype" and value in DTYPES:
         return torch_dtype(value)
     return value

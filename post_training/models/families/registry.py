@@ -13,6 +13,7 @@ from post_training.models.families.base import Family
 
 # One row a file of this folder; each file has a tuple FAMILIES.
 _FILES = (
+    "deepseek",
     "llama",
     "mistral",
     "mixtral",
