@@ -105,5 +105,12 @@ class SmallFiles:
             shutil.copyfile(path, target / path.name)
         if (self.folder / _CHAT_TEMPLATES).is_dir():
             shutil.copytree(self.folder / _CHAT_TEMPLATES, target / _CHAT_TEMPLATES)
-        if self.config is not None:
-            files.write_json(target / "config.json", dict(self.config))
+        config = self.config
+        if config is None and (self.folder / "config.json").is_file():
+            config = read_config(self.folder)
+            if "quantization_config" not in config:
+                return
+            # The weights that they travel with were dequantized.
+            config = {key: each for key, each in config.items() if key != "quantization_config"}
+        if config is not None:
+            files.write_json(target / "config.json", dict(config))

@@ -129,6 +129,7 @@ def _import_weights(
     Host memory beyond the model itself: the tensors of one linear layer. Each is read (this rank's
     slice), copied and freed before the next.
     """
+    from post_training.checkpoints import dequantize
     from post_training.checkpoints.importer import Importer
     from post_training.distributed import collectives
 
@@ -146,7 +147,9 @@ def _import_weights(
         source.location,
         dtype=builder.torch_dtype(options.precision),
         trust_remote_code=options.trust_remote_code,
+        dequantize=False,
     )
+    importer.reader = reader = dequantize.reader(huggingface.read_config(Path(source.location)))
     importer.index, importer.names_read = index, set()
     importer.joined = families.joined(source.architecture)
     importer.disable_tqdm = not show_progress
@@ -173,7 +176,8 @@ def _import_weights(
             f"{', '.join(leftover[:5])}"
         )
     finite.check_model(model, f"model {source.location}", Path(source.location))
-    expected = sum(size for name, size in sizes.items() if not name.endswith(_BUFFERS))
+    uncounted = (_BUFFERS, reader.scales) if reader else (_BUFFERS,)
+    expected = sum(size for name, size in sizes.items() if not name.endswith(uncounted))
     actual = builder.count_parameters(model)
     if actual != expected:
         raise does_not_fit(f"it has {expected:,} parameters, the Megatron model {actual:,}")

@@ -84,6 +84,8 @@ def transformer_config(architecture: Architecture, options: BuildOptions) -> Tra
         # With multi-latent attention the layers make their own rotary embedding.
         run_time["rotary_base"] = architecture.rotary_base
         run_time["rotary_percent"] = architecture.rotary_percent
+        # The flags' default, which is Megatron-LM's and not megatron-core's.
+        run_time["q_lora_rank"] = architecture.value("q_lora_rank")
     values = {**architecture.transformer, **run_time}
     try:
         return config_class(**{name: _python_value(name, value) for name, value in values.items()})

@@ -1,4 +1,4 @@
-"""megatron-core's multi-latent attention where queries have no latent, which ModelOpt's spec lacks."""
+"""megatron-core's multi-latent attention where queries have no latent."""
 
 from __future__ import annotations
 

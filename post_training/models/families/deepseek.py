@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from post_training.models.architecture import Architecture
+from post_training.models.families import yarn
 from post_training.models.families.base import (
     DECODER_DEFAULTS,
     NO_ATTENTION_BIAS,
@@ -92,11 +93,13 @@ class DeepSeek(Family):
         score: of the router.
         has_bias: whether the router adds a bias to the scores that it chooses by.
         group_experts: how many experts decide which groups a token may choose from.
+        methods: values of ``topk_method``, the default first.
     """
 
     score: str
     has_bias: bool
     group_experts: int
+    methods: tuple[str, ...]
 
     def read(self, config: Mapping[str, Any]) -> Architecture:
         # A rank that is null means queries without a latent; one that is absent has the default.
@@ -136,7 +139,10 @@ class DeepSeek(Family):
 
     def _groups(self, config: Mapping[str, Any]) -> tuple[int, int] | None:
         """Groups of experts, and from how many of them a token chooses; None: from all."""
-        if config.get("topk_method") == "greedy":
+        method = config.get("topk_method", self.methods[0])
+        if method not in self.methods:
+            refuse(f"topk_method = {method!r}", f"known are {', '.join(self.methods)}")
+        if method == "greedy":
             return None
         groups, chosen = config.get("n_group") or 1, config.get("topk_group") or 1
         return None if chosen >= groups else (groups, chosen)
@@ -154,10 +160,10 @@ class DeepSeek(Family):
         }
         if groups := self._groups(config):
             values["moe_router_num_groups"], values["moe_router_group_topk"] = groups
-        return values | _yarn(config)
+        return values | yarn.latent_positions(config)
 
     def rotary(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        stated = {**config, **_rope(config)}
+        stated = {**config, **yarn.scaling(config)}
         if stated.get("partial_rotary_factor", 1.0) != 1.0:
             refuse("partial_rotary_factor", "the rotary part of a head is qk_rope_head_dim")
         return {"rotary_base": float(stated.get("rope_theta", 10000.0))}
@@ -197,44 +203,6 @@ class DeepSeek(Family):
         return WeightMapping(deepseek_causal_lm_import, deepseek_causal_lm_export)
 
 
-def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    found = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    return {key: value for key, value in found.items() if value is not None}
-
-
-def _yarn(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of TransformerConfig for the positions; what the file leaves out, as transformers."""
-    rope = _rope(config)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return {"rope_type": "rope"}
-    if kind != "yarn":
-        refuse(f"rope type {kind!r}", "only 'default' and 'yarn' can be represented so far")
-    for key, only in (("truncate", True), ("attention_factor", None)):
-        if rope.get(key, only) != only:
-            refuse(f"rope scaling {key} = {rope[key]!r}", "megatron-core computes it")
-    longest = config["max_position_embeddings"]
-    original = rope.get("original_max_position_embeddings", longest)
-    mscale, mscale_all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
-    if not mscale_all_dim and mscale in (None, 1.0):
-        mscale, mscale_all_dim = 1.0, 0.0
-    elif not (mscale and mscale_all_dim):
-        refuse(
-            f"rope scaling mscale = {mscale!r}, mscale_all_dim = {mscale_all_dim!r}",
-            "transformers and the models' own code differ where one of them is missing",
-            "state both",
-        )
-    return {
-        "rope_type": "yarn",
-        "rotary_scaling_factor": float(rope.get("factor", longest / original)),
-        "original_max_position_embeddings": original,
-        "beta_fast": float(rope.get("beta_fast") or 32),
-        "beta_slow": float(rope.get("beta_slow") or 1),
-        "mscale": float(mscale),
-        "mscale_all_dim": float(mscale_all_dim),
-    }
-
-
 FAMILIES = (
     DeepSeek(
         name="deepseek-v3",
@@ -242,6 +210,7 @@ FAMILIES = (
         score="sigmoid",
         has_bias=True,
         group_experts=2,
+        methods=("noaux_tc",),
         keys=_KEYS,
         constants=_CONSTANTS,
         defaults={
@@ -260,7 +229,6 @@ FAMILIES = (
         refused=(
             *_REFUSED,
             Refused("scoring_func", "sigmoid", "another score of the router"),
-            Refused("topk_method", "noaux_tc", "another choice of experts"),
         ),
         parts=frozenset({"experts", "multi-latent attention"}),
         tiny={
@@ -278,6 +246,7 @@ FAMILIES = (
         score="softmax",
         has_bias=False,
         group_experts=1,
+        methods=("greedy", "group_limited_greedy"),
         keys=_KEYS,
         constants=_CONSTANTS,
         defaults={
@@ -288,7 +257,6 @@ FAMILIES = (
             "routed_scaling_factor": 1.0,
             "first_k_dense_replace": 0,
             "norm_topk_prob": False,
-            "topk_method": "greedy",
         },
         refused=(
             *_REFUSED,
