@@ -89,12 +89,14 @@ class SmallFiles:
     """What travels with a checkpoint so that it can be exported again: no weights.
 
     With ``python_files`` the model's own code travels too. ``config`` takes the place of the
-    folder's ``config.json``: a pruned model's.
+    folder's ``config.json``: a pruned model's. ``weights`` is the model's folder where it is
+    another: tensors that are not converted come from there.
     """
 
     folder: Path
     python_files: bool = False
     config: Mapping[str, Any] | None = None
+    weights: Path | None = None
 
     def copy_to(self, target: Path) -> None:
         """Write the files into ``target``, which exists."""

@@ -149,7 +149,8 @@ def _import_weights(
         trust_remote_code=options.trust_remote_code,
         dequantize=False,
     )
-    importer.reader = reader = dequantize.reader(huggingface.read_config(Path(source.location)))
+    config = huggingface.read_config(Path(source.location))
+    importer.reader = reader = dequantize.reader(config)
     importer.index, importer.names_read = index, set()
     importer.joined = families.joined(source.architecture)
     importer.disable_tqdm = not show_progress
@@ -166,7 +167,11 @@ def _import_weights(
             "%d tensors of the source are F16, which bf16 rounds to 8 bits: --fp16 keeps them",
             len(rounded),
         )
-    sizes = {name: entry.numel for name, entry in index.items() if not name.endswith(_RECOMPUTED)}
+    sizes = {
+        name: entry.numel
+        for name, entry in index.items()
+        if not (name.endswith(_RECOMPUTED) or families.is_carried(config, name))
+    }
     if source.architecture.share_embeddings_and_output_weights:
         sizes.pop("lm_head.weight", None)
     leftover = sorted(sizes.keys() - set().union(*collectives.from_all_ranks(importer.names_read)))

@@ -37,10 +37,13 @@ class Folder:
     Args:
         path: folder with ``config.json`` and safetensors; ``hf_quant_config.json`` if quantized.
         device: where tensors are decoded; a GPU decodes a large model much faster.
+        carried: names of tensors that no layer of transformers' model has.
     """
 
-    def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, device: torch.device | str = "cpu", carried: Iterable[str] = ()
+    ) -> None:
+        self.path, self.carried = path, frozenset(carried)
         self.device = torch.device(device)
         self.config = files.read_json_object(path / "config.json")
         self.index = safetensors_index.read(path)
@@ -110,14 +113,15 @@ class Folder:
             else:
                 found.append(f"{stored} is missing")
         modules = {n.removesuffix(".weight") for n in self.expected if n.endswith(".weight")}
-        for name in self.index.keys() - used:
+        for name in self.index.keys() - used - self.carried:
             found += self._scale_problems(name, modules)
         return [*found, *self._configuration_problems(modules)]
 
     def bits_per_weight(self) -> float:
         """Stored bits of all tensors, scales included, per parameter of the architecture."""
         parameters = sum(math.prod(shape) for shape in self.expected.values())
-        return 8 * sum(entry.bytes for entry in self.index.values()) / parameters
+        names = self.index.keys() - self.carried
+        return 8 * sum(self.index[name].bytes for name in names) / parameters
 
     def answer(self, question: str, max_new_tokens: int) -> str:
         """Greedy answer of transformers, through the chat template where the tokenizer has one."""
@@ -156,9 +160,9 @@ class Folder:
         )
 
     def _plain_config(self) -> Any:
-        from transformers import AutoConfig
+        from post_training.models import transformers_names
 
-        config = AutoConfig.from_pretrained(self.path)
+        config = transformers_names.config(self.path)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         return config

@@ -24,6 +24,7 @@ SIZES = {
 INTEGERS = ("INT8_WEIGHT_ONLY_CFG", "INT4_BLOCKWISE_WEIGHT_ONLY_CFG")
 MSCALE = {"mscale": 0.707, "mscale_all_dim": 0.707}
 BLOCK = 128
+FURTHER = SIZES["num_hidden_layers"]
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +58,14 @@ def fp8(root):
     """A folder as DeepSeek publishes them, and the bf16 numbers that its weights stand for."""
     tools.random_model(root / "fp8", "deepseek-v3", torch.bfloat16, **SIZES)
     stored, plain = {}, {}
-    for name, tensor in tools.tensors(root / "fp8"):
+    tensors = dict(tools.tensors(root / "fp8"))
+    # The layer that predicts a further token, after the last.
+    for name in [name for name in tensors if name.startswith("model.layers.2.")]:
+        tensors[name.replace(".2.", f".{FURTHER}.", 1)] = -tensors[name]
+    tensors[f"model.layers.{FURTHER}.eh_proj.weight"] = torch.randn(128, 256).bfloat16()
+    for name, tensor in tensors.items():
         plain[name] = stored[name] = tensor
-        if name.endswith("_proj.weight") or "_proj_with_mqa" in name:
+        if (name.endswith("_proj.weight") and "eh" not in name) or "_proj_with_mqa" in name:
             rows, columns = tensor.shape
             padded = torch.zeros(-(-rows // BLOCK) * BLOCK, -(-columns // BLOCK) * BLOCK)
             padded[:rows, :columns] = tensor.float()
@@ -71,6 +77,8 @@ def fp8(root):
             plain[name] = (stored[name].float() * whole).to(torch.bfloat16)
     save_file(stored, root / "fp8" / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((root / "fp8" / "config.json").read_text())
+    # Kimi-K2's files have a model_type that transformers does not know.
+    config["model_type"] = "kimi_k2"
     config["quantization_config"] = {
         **{"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8"},
         "weight_block_size": [BLOCK, BLOCK],
@@ -87,9 +95,11 @@ def done(root, model, scaled, fp8):
     (root / "prompts.jsonl").write_text(json.dumps({"turns": ["What is 3 + 4?"]}) + "\n")
     ids, jobs = tools.tokens(), []
     source = ("--pretrained-model-path", root / "source", "--fp32")
+    published = ("--pretrained-model-path", root / "fp8", "--fp32")
     for name in (*TOLERANCES, *INTEGERS):
+        loaded = source if name in INTEGERS else published
         jobs += [
-            ("quantize", (*source, "--save", root / name, "--export-quant-cfg", name,
+            ("quantize", (*loaded, "--save", root / name, "--export-quant-cfg", name,
                           "--calib-dataset-path-or-name", root / "text.jsonl", "--calib-size", 8,
                           "--calib-max-sequence-length", 64, "--skip-generate")),
             tools.logits_job(root / f"{name}_logits", ids, "--load", root / name, "--fp32"),
@@ -153,9 +163,22 @@ def test_down_projections_and_routers_are_named_as_not_quantized(root, done, nam
     for layer in range(3):
         attention = f"model.layers.{layer}.self_attn"
         assert {f"{attention}.q_a_proj", f"{attention}.kv_a_proj_with_mqa"} <= excluded
-    assert "model.layers.2.mlp.gate" in excluded
+    assert {"model.layers.2.mlp.gate", f"model.layers.{FURTHER}.*"} <= excluded
     left_out = json.loads((root / name / "run.json").read_text())["metrics"]["coverage"]["left_out"]
     assert "down projections" in left_out["decoder.layers.0.self_attention.linear_q_down_proj"]
+
+
+@pytest.mark.parametrize("name", list(TOLERANCES))
+def test_layers_for_further_tokens_travel_with_the_model_unquantized(root, fp8, done, name):
+    layer = f"model.layers.{FURTHER}."
+    wanted = {each: tensor for each, tensor in fp8.items() if each.startswith(layer)}
+    stored = dict(tools.tensors(root / f"{name}_hf"))
+    assert {each for each in stored if each.startswith(layer)} == wanted.keys()
+    for each, tensor in wanted.items():
+        assert stored[each].dtype == tensor.dtype and torch.equal(stored[each], tensor), each
+    for folder, key in ((root / name, "outputs"), (root / f"{name}_hf", "metrics")):
+        shown = json.dumps(json.loads((folder / "run.json").read_text())[key])
+        assert "extra_tensors-00001" in shown or f'"tensors_carried": {len(wanted)}' in shown
 
 
 def test_the_softmax_scale_has_mscale_squared(root, scaled, done):

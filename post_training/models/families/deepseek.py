@@ -194,12 +194,22 @@ class DeepSeek(Family):
             changed["n_shared_experts"] = shared // each
         return changed
 
+    def is_carried(self, config: Mapping[str, Any], name: str) -> bool:
+        """Layers after the last, which predict further tokens (``num_nextn_predict_layers``)."""
+        parts = name.split(".")
+        is_layer = parts[:2] == ["model", "layers"] and parts[2].isdecimal()
+        return is_layer and int(parts[2]) >= config["num_hidden_layers"]
+
     def weight_mapping(self) -> WeightMapping:
         from modelopt.torch.export.plugins.mcore_deepseek import (
             deepseek_causal_lm_export,
             deepseek_causal_lm_import,
         )
 
+        from post_training.models import transformers_names
+
+        # ModelOpt's importer and exporter read config.json with transformers.
+        transformers_names.register()
         return WeightMapping(deepseek_causal_lm_import, deepseek_causal_lm_export)
 
 

@@ -122,6 +122,11 @@ def register_weight_mapping(architecture: Architecture) -> None:
         mcore_common.all_mcore_hf_export_mapping[name] = dict(mapping.exporting)
 
 
+def is_carried(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a tensor of the files travels beside the model; see :meth:`Family.is_carried`."""
+    return FAMILIES.get(_architecture(config) or "", _ANY_DECODER).is_carried(config, name)
+
+
 def joined(architecture: Architecture) -> Mapping[str, Mapping[str, int]]:
     """Linear layers of the files that hold several of ModelOpt's; see :meth:`Family.joined`."""
     family = FAMILIES.get(architecture.huggingface_architecture or "", _ANY_DECODER)
