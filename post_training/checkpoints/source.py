@@ -133,7 +133,9 @@ def size_estimate(source: Source, bytes_per_parameter: float) -> int:
     if source.is_checkpoint:
         return files.size_of(torch_dist.iteration_folder(folder))
     entries = safetensors_index.read(folder).values()
-    return int(sum(entry.numel for entry in entries) * bytes_per_parameter)
+    # A byte of MXFP4 is two parameters.
+    parameters = sum(entry.numel * (2 if entry.dtype == "U8" else 1) for entry in entries)
+    return int(parameters * bytes_per_parameter)
 
 
 def _find_checkpoint(options: StageOptions, location: str) -> Source:

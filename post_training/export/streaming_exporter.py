@@ -142,12 +142,14 @@ class StreamingExporter(GPTModelExporter):
     def _get_weight_bias(
         self, module: Any, dtype: Any = None, name_to_value: Tensors | None = None
     ) -> Tensors:
-        """As the original, but tensors stay on the GPU, where packing is fast."""
+        """As the original, but tensors stay on the GPU, where packing is fast, and a router's bias
+        stays float32, as published files have it."""
         found = {} if name_to_value is None else name_to_value
         for name in ("weight", "bias", "expert_bias"):
             value = getattr(module, name, None)
             if value is not None and value.numel() > 0:
-                found[name] = value.detach().to(dtype)
+                # A router's bias decides between scores that differ by less than bf16's rounding.
+                found[name] = value.detach().to(torch.float32 if name == "expert_bias" else dtype)
         return found
 
     def _get_quantized_state(

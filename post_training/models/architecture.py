@@ -137,7 +137,9 @@ class Architecture:
     def irrelevant(self) -> set[str]:
         """Names whose values do not influence this model."""
         names = {"model_type"} if self.model_type == "GPTModel" else set()
-        names |= set() if self.multi_latent_attention else set(MLA_FIELDS)
+        # Heads with latents have sizes of their own, and each its own keys and values.
+        latent = self.multi_latent_attention
+        names |= {"kv_channels", "num_query_groups"} if latent else set(MLA_FIELDS)
         if self.position_embedding_type != "learned_absolute":
             names.add("max_position_embeddings")
         if self.position_embedding_type not in ("rope", "mrope", "yarn"):

@@ -84,6 +84,8 @@ def transformer_config(architecture: Architecture, options: BuildOptions) -> Tra
         # With multi-latent attention the layers make their own rotary embedding.
         run_time["rotary_base"] = architecture.rotary_base
         run_time["rotary_percent"] = architecture.rotary_percent
+        # The flags' default, which is Megatron-LM's and not megatron-core's.
+        run_time["q_lora_rank"] = architecture.value("q_lora_rank")
     values = {**architecture.transformer, **run_time}
     try:
         config = config_class(**{name: _python_value(name, v) for name, v in values.items()})
@@ -188,12 +190,17 @@ def _layer_spec(config: TransformerConfig, options: BuildOptions) -> Any:
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
     from megatron.core.post_training.modelopt.gpt.model_specs import get_gpt_modelopt_spec
 
-    return get_gpt_modelopt_spec(
+    spec = get_gpt_modelopt_spec(
         config,
         local_core_attention=options.local_attention,
         remap_te_layernorm=options.transformer_engine_keys,
         qk_l2_norm=config.qk_l2_norm,
     )
+    if config.multi_latent_attention and config.q_lora_rank is None:
+        from post_training.models.latent_attention import without_query_latent
+
+        without_query_latent(spec)
+    return spec
 
 
 def _weigh_experts_outputs(model: torch.nn.Module) -> None:

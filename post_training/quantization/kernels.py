@@ -42,7 +42,15 @@ def check(what: str, choice: Format, values: Mapping[str, Any], *, weight_only: 
     ffn = values["moe_ffn_hidden_size"] if values["num_moe_experts"] else values["ffn_hidden_size"]
     gate = 2 if values["gated_linear_unit"] else 1
     sizes = {"gate, up": (gate * ffn, hidden), "down": (hidden, ffn)}
-    if not values["multi_latent_attention"]:
+    if values["multi_latent_attention"]:
+        queries = heads * (values["qk_head_dim"] + values["qk_pos_emb_head_dim"])
+        pairs = heads * (values["qk_head_dim"] + values["v_head_dim"])
+        sizes |= {
+            "q": (queries, values["q_lora_rank"] or hidden),
+            "kv_b": (pairs, values["kv_lora_rank"]),
+            "o": (hidden, heads * values["v_head_dim"]),
+        }
+    else:
         qkv = attention + 2 * groups * head
         sizes = {"q, k, v": (qkv, hidden), "o": (hidden, attention), **sizes}
     for name, (outputs, inputs) in sizes.items():

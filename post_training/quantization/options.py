@@ -151,6 +151,8 @@ def check(options: QuantizeOptions, choice: Choice, architecture: Architecture |
     reason = families.family_of(architecture).not_quantized if architecture is not None else ""
     if reason and not options.allow_unexportable:
         raise exportable.unexportable(name_of(choice), Verdict(reason=reason))
+    if architecture is not None and architecture.multi_latent_attention:
+        _check_latent(options, choice)
     if isinstance(choice, Format):
         _check_format(options, choice)
         if architecture is not None:
@@ -171,6 +173,22 @@ def check(options: QuantizeOptions, choice: Choice, architecture: Architecture |
             "each pipeline stage would search alone",
             "set PP=1; TP may be larger",
         )
+
+
+def _check_latent(options: QuantizeOptions, choice: Choice) -> None:
+    """Refuse what ModelOpt or engines do not do with multi-latent attention."""
+    in_format = choice.kv if isinstance(choice, Format) else NO_KV_CACHE
+    for flag_name, kv in (
+        (f"--export-kv-cache-quant {options.export_kv_cache_quant}", options.export_kv_cache_quant),
+        (f"--export-quant-cfg {name_of(choice)}", in_format),
+    ):
+        if kv != NO_KV_CACHE:
+            raise UsageError(
+                f"{flag_name} with multi-latent attention",
+                "engines keep the latents of keys and values, not keys and values, and ModelOpt "
+                "finds no scales for them",
+                "leave keys and values in 16 bits",
+            )
 
 
 def _check_format(options: QuantizeOptions, choice: Format) -> None:
@@ -207,11 +225,14 @@ def _check_layers(options: QuantizeOptions, choice: Format, architecture: Archit
     what = f"--export-quant-cfg {options.export_quant_cfg or choice.name}"
     values, ranks = architecture.resolved(), options.parallel.tensor
     size = formats.WEIGHTS[choice.linear.weight].block_size if choice.linear else 1
-    heads = values["num_attention_heads"] * values["kv_channels"]
+    latent, heads = architecture.multi_latent_attention, values["num_attention_heads"]
+    size_of_values = values["v_head_dim"] if latent else values["kv_channels"]
     experts = (values["moe_ffn_hidden_size"] or 0) if values["num_moe_experts"] else 0
     inputs = {
         "hidden size": values["hidden_size"],
-        "heads x head size": 0 if architecture.multi_latent_attention else heads // ranks,
+        "heads x head size": heads * size_of_values // ranks,
+        "q_lora_rank": (latent and values["q_lora_rank"]) or 0,
+        "kv_lora_rank": values["kv_lora_rank"] if latent else 0,
         "FFN size": values["ffn_hidden_size"] // ranks,
         "experts' FFN size": experts // options.parallel.expert_tensor,
     }

@@ -67,7 +67,8 @@ def random_model(
 ):
     """Save a tiny random model of ``family`` with a byte-level tokenizer; returns the model.
 
-    Every parameter is random, norms and biases included, so that a tensor in a wrong place shows.
+    Every parameter is random, norms and biases included, so that a tensor in a wrong place shows,
+    and so are the biases of routers.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -82,6 +83,10 @@ def random_model(
                 parameter.normal_(std=0.5 * scale)
             else:
                 parameter.normal_(std=0.08 * scale)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                # In float32 whatever the weights have, as in published files.
+                buffer.data = torch.empty_like(buffer, dtype=torch.float32).normal_(std=0.3)
     model.eval().save_pretrained(folder)
     chat_tokenizer().save_pretrained(folder)
     return model

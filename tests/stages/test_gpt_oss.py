@@ -104,3 +104,37 @@ def test_layers_may_attend_in_any_pattern(tmp_path):
     tools.run_stages(tools.logits_job(tmp_path / "logits", ids, *flags))
     wanted = tools.transformers_logits(model, ids)
     assert (tools.read_logits(tmp_path / "logits") - wanted).abs().max() < 1e-4
+
+
+def test_mxfp4_is_read_as_transformers_reads_it(tmp_path):
+    from safetensors.torch import load_file, save_file
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    tools.random_model(tmp_path / "source", "gpt-oss", torch.bfloat16, num_hidden_layers=2)
+    path = tmp_path / "source" / "model.safetensors"
+    stored, wanted = load_file(path), {}
+    generator = torch.Generator().manual_seed(0)
+    for name in [name for name in stored if name.endswith("_proj") and ".experts." in name]:
+        experts, inputs, outputs = stored.pop(name).shape
+        shape = (experts, outputs, inputs // 32, 16)
+        blocks = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        scales = torch.randint(0, 126, shape[:3], generator=generator, dtype=torch.uint8)
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        wanted[name] = convert_moe_packed_tensors(blocks, scales)
+    save_file(stored, path, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    quantized = {**config, "quantization_config": {"quant_method": "mxfp4"}}
+    (tmp_path / "source" / "config.json").write_text(json.dumps(quantized))
+    for layout, processes in {"one": 1, "two": 2}.items():
+        flags = ("--expert-model-parallel-size", processes)
+        convert = (*("--pretrained-model-path", tmp_path / "source"), "--save", tmp_path / layout)
+        tools.run_stages(("convert", (*convert, *flags)), processes=processes)
+        export = ("--load", tmp_path / layout, "--export-dir", tmp_path / f"{layout}_hf")
+        tools.run_stages(("export", export))
+        found = dict(tools.tensors(tmp_path / f"{layout}_hf"))
+        plain = {n: t for n, t in stored.items() if not n.endswith(("_blocks", "_scales"))}
+        assert found.keys() == plain.keys() | wanted.keys()
+        for name, tensor in {**plain, **wanted}.items():
+            # As bits: the sign of zeros, too.
+            assert torch.equal(found[name].view(torch.int16), tensor.view(torch.int16)), name
+        assert json.loads((tmp_path / f"{layout}_hf" / "config.json").read_text()) == config

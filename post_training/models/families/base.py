@@ -209,6 +209,13 @@ class Family:
         """
         return None
 
+    def is_carried(self, config: Mapping[str, Any], name: str) -> bool:
+        """Whether a tensor of the files belongs to no layer of the Megatron model.
+
+        Such tensors travel with a checkpoint as they are, and are exported unquantized.
+        """
+        return False
+
     def joined(self, values: Mapping[str, Any]) -> Mapping[str, Mapping[str, int]]:
         """Linear layers of the files that hold several of ModelOpt's rules, and each part's rows.
 
