@@ -8,6 +8,9 @@ import pytest
 import tools
 import torch
 
+from post_training.common.errors import UsageError
+from post_training.models.families.registry import from_huggingface
+
 WINDOW = 16
 
 
@@ -41,11 +44,25 @@ def test_limits_sinks_and_windows_are_transformers(source, tmp_path):
     ids = tools.tokens()
     assert ids.shape[1] > 2 * WINDOW
     assert (gate_up(model, ids).abs() > 7).float().mean() > 0.1
-    flags = ("--pretrained-model-path", folder, "--fp32", "--new-tokens", 2 * WINDOW)
-    tools.run_stages(tools.logits_job(tmp_path, ids, *flags))
+    # Another one, whose windows follow no rule.
+    types = ["full_attention", "full_attention", "sliding_attention", "full_attention"]
+    changes = {"num_hidden_layers": 4, "layer_types": types}
+    other = tools.random_model(tmp_path / "source", "gpt-oss", **changes)
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    assert from_huggingface(config).value("window_attn_skip_freq") == [0, 0, 1, 0]
+    folders = {"regular": (folder, model), "irregular": (tmp_path / "source", other)}
+    more = ("--fp32", "--new-tokens", WINDOW)
+    jobs = {
+        name: tools.logits_job(tmp_path / name, ids, "--pretrained-model-path", each, *more)
+        for name, (each, _) in folders.items()
+    }
+    tools.run_stages(*jobs.values())
+    for name, (_, reference) in folders.items():
+        wanted = tools.transformers_logits(reference, ids)
+        assert (tools.read_logits(tmp_path / name) - wanted).abs().max() < 1e-4
+        greedy = tools.transformers_tokens(reference, ids, WINDOW)
+        assert tools.read_tokens(tmp_path / name) == greedy
     wanted = tools.transformers_logits(model, ids)
-    assert (tools.read_logits(tmp_path) - wanted).abs().max() < 1e-4
-    assert tools.read_tokens(tmp_path) == tools.transformers_tokens(model, ids, 2 * WINDOW)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.sinks.fill_(float("-inf"))
@@ -82,28 +99,10 @@ def test_what_cannot_be_done_is_refused_before_the_work(source, tmp_path, stage,
     ],
 )
 def test_descriptions_that_are_not_represented_are_named(changes, parts):
-    from post_training.common.errors import UsageError
-    from post_training.models.families.registry import from_huggingface
-
     with pytest.raises(UsageError) as refused:
         from_huggingface({**tools.FAMILIES["gpt-oss"].tiny_config(), **changes})
     for part in parts:
         assert part in str(refused.value)
-
-
-def test_layers_may_attend_in_any_pattern(tmp_path):
-    from post_training.models.families.registry import from_huggingface
-
-    types = ["full_attention", "full_attention", "sliding_attention", "full_attention"]
-    changes = {"num_hidden_layers": 4, "layer_types": types}
-    model = tools.random_model(tmp_path / "source", "gpt-oss", **changes)
-    config = json.loads((tmp_path / "source" / "config.json").read_text())
-    assert from_huggingface(config).value("window_attn_skip_freq") == [0, 0, 1, 0]
-    ids = tools.tokens()
-    flags = ("--pretrained-model-path", tmp_path / "source", "--fp32")
-    tools.run_stages(tools.logits_job(tmp_path / "logits", ids, *flags))
-    wanted = tools.transformers_logits(model, ids)
-    assert (tools.read_logits(tmp_path / "logits") - wanted).abs().max() < 1e-4
 
 
 def test_mxfp4_is_read_as_transformers_reads_it(tmp_path):
@@ -125,16 +124,14 @@ def test_mxfp4_is_read_as_transformers_reads_it(tmp_path):
     config = json.loads((tmp_path / "source" / "config.json").read_text())
     quantized = {**config, "quantization_config": {"quant_method": "mxfp4"}}
     (tmp_path / "source" / "config.json").write_text(json.dumps(quantized))
-    for layout, processes in {"one": 1, "two": 2}.items():
-        flags = ("--expert-model-parallel-size", processes)
-        convert = (*("--pretrained-model-path", tmp_path / "source"), "--save", tmp_path / layout)
-        tools.run_stages(("convert", (*convert, *flags)), processes=processes)
-        export = ("--load", tmp_path / layout, "--export-dir", tmp_path / f"{layout}_hf")
-        tools.run_stages(("export", export))
-        found = dict(tools.tensors(tmp_path / f"{layout}_hf"))
-        plain = {n: t for n, t in stored.items() if not n.endswith(("_blocks", "_scales"))}
-        assert found.keys() == plain.keys() | wanted.keys()
-        for name, tensor in {**plain, **wanted}.items():
-            # As bits: the sign of zeros, too.
-            assert torch.equal(found[name].view(torch.int16), tensor.view(torch.int16)), name
-        assert json.loads((tmp_path / f"{layout}_hf" / "config.json").read_text()) == config
+    flags = ("--pretrained-model-path", tmp_path / "source", "--save", tmp_path / "converted")
+    tools.run_stages(("convert", (*flags, "--expert-model-parallel-size", 2)), processes=2)
+    exported = ("--load", tmp_path / "converted", "--export-dir", tmp_path / "exported")
+    tools.run_stages(("export", exported))
+    found = dict(tools.tensors(tmp_path / "exported"))
+    plain = {n: t for n, t in stored.items() if not n.endswith(("_blocks", "_scales"))}
+    assert found.keys() == plain.keys() | wanted.keys()
+    for name, tensor in {**plain, **wanted}.items():
+        # As bits: the sign of zeros, too.
+        assert torch.equal(found[name].view(torch.int16), tensor.view(torch.int16)), name
+    assert json.loads((tmp_path / "exported" / "config.json").read_text()) == config
