@@ -140,9 +140,10 @@ FAMILIES = (
             Refused("swiglu_limit", 7.0, "another limit of the experts' activations"),
         ),
         parts=frozenset({"experts"}),
-        # vLLM 0.24, model_executor/models/gpt_oss.py, hf_to_vllm_mapper; vLLM issue 46641.
-        not_quantized="engines read gpt-oss in BF16, or in the MXFP4 of its publisher: their "
-        "loaders have no place for ModelOpt's scales of experts that are one tensor",
+        # hf_to_vllm_mapper in copies of vLLM's gpt_oss.py, of unknown version; vLLM issue 46641.
+        # The loaders of SGLang and TensorRT-LLM were not read.
+        not_quantized="vLLM reads gpt-oss in BF16, or in the MXFP4 of its publisher: its loader "
+        "names no place for ModelOpt's scales of experts that are one tensor",
         not_pruned="ModelOpt cuts neither attention sinks nor the pattern of windows",
         tiny={
             "model_type": "gpt_oss",
