@@ -155,7 +155,8 @@ def convert(plan: Plan, session: Session) -> dict[str, Any]:
         if draft.offline:
             model.decoder.layers = type(model.decoder.layers)()
     manifest = record.of_run(options, session, source, metrics=metrics, extra=extra)
-    small_files = SmallFiles(folder, options.trust_remote_code)
+    weights = None if source.is_checkpoint else Path(source.location)
+    small_files = SmallFiles(folder, options.trust_remote_code, weights=weights)
     return torch_dist.save(model, plan.save, manifest, small_files=small_files)
 
 

@@ -12,7 +12,7 @@ Outputs: --save, a checkpoint whose weights are unchanged and whose quantizers h
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +26,10 @@ from post_training.config import checks, model_description
 from post_training.data import options as calibration_options
 from post_training.inference import smoke_generation
 from post_training.models import parallel_check
+from post_training.models.families import registry as families
 from post_training.quantization import options as quantization_options
 from post_training.quantization.engines import registry as engines
+from post_training.quantization.formats.exportable import Verdict
 from post_training.quantization.options import Choice, QuantizeOptions
 
 if TYPE_CHECKING:
@@ -98,6 +100,9 @@ def quantize(plan: Plan, session: Session) -> Quantized:
         samples, options.calibration.calib_batch_size, session.show_progress
     )
     result = ptq.quantize(model, options, plan.choice, data)
+    reason = families.family_of(source.architecture).not_quantized
+    if reason:
+        result = replace(result, found=Verdict(reason=reason))
     metrics = {"calibration": data.to_json(), "coverage": result.reached.to_json()}
     if result.search:
         metrics["search"] = result.search

@@ -103,12 +103,14 @@ class SmallFiles:
     """What travels with a checkpoint so that it can be exported again: no weights.
 
     With ``python_files`` the model's own code travels too. ``config`` takes the place of the
-    folder's ``config.json``: a pruned model's.
+    folder's ``config.json``: a pruned model's. ``weights`` is the model's folder where it is
+    another: tensors that are not converted come from there.
     """
 
     folder: Path
     python_files: bool = False
     config: Mapping[str, Any] | None = None
+    weights: Path | None = None
 
     def copy_to(self, target: Path) -> None:
         """Write the files into ``target``, which exists."""
@@ -119,5 +121,12 @@ class SmallFiles:
             shutil.copyfile(path, target / path.name)
         if (self.folder / _CHAT_TEMPLATES).is_dir():
             shutil.copytree(self.folder / _CHAT_TEMPLATES, target / _CHAT_TEMPLATES)
-        if self.config is not None:
-            files.write_json(target / "config.json", dict(self.config))
+        config = self.config
+        if config is None and (self.folder / "config.json").is_file():
+            config = read_config(self.folder)
+            if "quantization_config" not in config:
+                return
+            # The weights that they travel with were dequantized.
+            config = {key: each for key, each in config.items() if key != "quantization_config"}
+        if config is not None:
+            files.write_json(target / "config.json", dict(config))

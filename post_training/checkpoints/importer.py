@@ -10,6 +10,8 @@ from megatron.core import parallel_state
 from modelopt.torch.export.plugins.megatron_importer import GPTModelImporter
 from safetensors import safe_open
 
+from post_training.checkpoints import dequantize
+from post_training.checkpoints.dequantize import BlockFp8, Mxfp4
 from post_training.common.safetensors_index import Entry
 
 
@@ -20,17 +22,27 @@ class Importer(GPTModelImporter):
         index: what the folder has.
         joined: linear layers of the folder that hold several of the importer's, with the rows of
             each part (:meth:`Family.joined`).
+        reader: of the folder's quantized weights; None if it has plain ones.
         names_read: of the folder's tensors.
     """
 
     index: Mapping[str, Entry]
     joined: Mapping[str, Mapping[str, int]]
+    reader: BlockFp8 | Mxfp4 | None
     names_read: set[str]
 
     def _get_safetensor(self, key: str, parallel_config: Any = None) -> torch.Tensor:
         if key in self.index:
             self.names_read.add(key)
-            return super()._get_safetensor(key, parallel_config=parallel_config)
+            found = super()._get_safetensor(key, parallel_config=parallel_config)
+            return self._decoded(key, found, _starts(found, self.index[key], parallel_config))
+        if isinstance(self.reader, Mxfp4) and f"{key}{self.reader.codes}" in self.index:
+            codes, scales = key + self.reader.codes, key + self.reader.scales
+            self.names_read |= {codes, scales}
+            return self.reader.decode(
+                super()._get_safetensor(codes, parallel_config=parallel_config),
+                super()._get_safetensor(scales, parallel_config=parallel_config),
+            )
         module, _, kind = key.rpartition(".")
         parent, _, part = module.rpartition(".")
         for whole, parts in self.joined.items():
@@ -52,12 +64,72 @@ class Importer(GPTModelImporter):
         if self.index[name].shape[0] != sum(parts.values()):
             raise ValueError(f"{name} has {self.index[name].shape[0]} rows, not {parts}")
         with safe_open(self.index[name].path, framework="pt") as file:
-            return file.get_slice(name)[start : start + rows].contiguous()
+            found = file.get_slice(name)[start : start + rows].contiguous()
+        return self._decoded(name, found, (start, 0))
+
+    def _decoded(self, name: str, found: torch.Tensor, starts: tuple[int, ...]) -> torch.Tensor:
+        """The values of a tensor that may be quantized, of which ``found`` is this rank's slice."""
+        if not dequantize.is_packed(self.index[name]):
+            return found
+        scales = name + self.reader.scales if self.reader else ""
+        if not isinstance(self.reader, BlockFp8) or scales not in self.index:
+            raise ValueError(f"{name} is FP8, and nothing says with which scales")
+        self.names_read.add(scales)
+        return self.reader.decode(found, super()._get_safetensor(scales), starts)
+
+    def _name_remapping(self, module: Any, prefix: str, **options: Any) -> None:
+        """It would round a router's bias, which megatron-core and the files have in float32."""
+        if getattr(module, "expert_bias", None) is not None:
+            options["dtype"] = torch.float32
+        super()._name_remapping(module, prefix, **options)
+
+    def _unpack_name_remapping_gpt_oss(
+        self,
+        module: Any,
+        prefix: str,
+        layer_type: str,
+        parallel_config: Any = None,
+        is_mtp: bool = False,
+    ) -> None:
+        """The original reads MXFP4 alone.
+
+        A layer's experts are one tensor, [experts, in, out], and biases [experts, out]. Gate and up
+        take turns there; megatron-core has all gates first.
+        """
+        weights = self._get_safetensor(prefix, parallel_config=parallel_config)
+        biases = self._get_safetensor(f"{prefix}_bias", parallel_config=parallel_config)
+        experts = list(module.children())
+        if not len(weights) == len(biases) == len(experts):
+            raise ValueError(f"{prefix} has {len(weights)} experts, the model {len(experts)}")
+        for expert, weight, bias in zip(experts, weights.mT, biases, strict=True):
+            linear = getattr(expert, layer_type)
+            found = {"weight": weight, "bias": bias}
+            if layer_type == "linear_fc1":
+                found = {name: torch.cat([each[::2], each[1::2]]) for name, each in found.items()}
+            with torch.no_grad():
+                for name, value in found.items():
+                    parameter = getattr(linear, name)
+                    if parameter.shape != value.shape:
+                        raise ValueError(f"{prefix}: {name} {value.shape}, not {parameter.shape}")
+                    parameter.copy_(value)
 
     def _gated_mlp_merging(self, module: Any, *args: Any, **kwargs: Any) -> None:
         """It passes no _extra_state on to Transformer Engine's linears without a norm."""
         with module.register_load_state_dict_post_hook(_extra_state_may_be_missing):
             super()._gated_mlp_merging(module, *args, **kwargs)
+
+
+def _starts(found: torch.Tensor, whole: Entry, parallel_config: Any) -> tuple[int, ...]:
+    """Where this rank's slice of a tensor starts in each dimension."""
+    rank = 0
+    if parallel_config is not None and parallel_config.parallel_group == "ETP":
+        rank = parallel_state.get_expert_tensor_parallel_rank()
+    elif parallel_config is not None:
+        rank = parallel_state.get_tensor_model_parallel_rank()
+    return tuple(
+        0 if mine == size else rank * mine
+        for mine, size in zip(found.shape, whole.shape, strict=True)
+    )
 
 
 def _extra_state_may_be_missing(module: torch.nn.Module, found: Any) -> None:

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 # Old Llama checkpoints carry the rotary frequencies, which every implementation recomputes.
 _RECOMPUTED = "rotary_emb.inv_freq"
+# Buffers of the Megatron model, which are no parameters.
+_BUFFERS = "e_score_correction_bias"
 # What the importer raises for a tensor that is missing or has another shape.
 _DOES_NOT_FIT = (KeyError, ValueError, RuntimeError, AssertionError)
 
@@ -127,6 +129,7 @@ def _import_weights(
     Host memory beyond the model itself: the tensors of one linear layer. Each is read (this rank's
     slice), copied and freed before the next.
     """
+    from post_training.checkpoints import dequantize
     from post_training.checkpoints.importer import Importer
     from post_training.distributed import collectives
 
@@ -139,21 +142,20 @@ def _import_weights(
             "the conf does not describe this model: compare it with config.json",
         )
 
-    # transformers has errors of its own for the values that it refuses.
-    with collectives.fail_together(
-        (Exception,),
-        lambda reason: UsageError(
-            f"{source.location}/config.json",
-            f"transformers cannot read it: {reason}",
-            "compare it with the original",
-        ),
-    ):
-        importer = Importer(
-            model,
-            source.location,
-            dtype=builder.torch_dtype(options.precision),
-            trust_remote_code=options.trust_remote_code,
+    def unreadable(reason: str) -> UsageError:
+        what = f"{source.location}/config.json"
+        return UsageError(
+            what, f"transformers cannot read it: {reason}", "compare it with the original"
         )
+
+    dtype, trusted = builder.torch_dtype(options.precision), options.trust_remote_code
+    # transformers has errors of its own for the values that it refuses.
+    with collectives.fail_together((Exception,), unreadable):
+        importer = Importer(
+            model, source.location, dtype=dtype, trust_remote_code=trusted, dequantize=False
+        )
+    config = huggingface.read_config(Path(source.location))
+    importer.reader = reader = dequantize.reader(config)
     importer.index, importer.names_read = index, set()
     importer.joined = families.joined(source.architecture)
     importer.disable_tqdm = not show_progress
@@ -170,7 +172,11 @@ def _import_weights(
             "%d tensors of the source are F16, which bf16 rounds to 8 bits: --fp16 keeps them",
             len(rounded),
         )
-    sizes = {name: entry.numel for name, entry in index.items() if not name.endswith(_RECOMPUTED)}
+    sizes = {
+        name: reader.values_in(name, entry) if reader else entry.numel
+        for name, entry in index.items()
+        if not (name.endswith(_RECOMPUTED) or families.is_carried(config, name))
+    }
     if source.architecture.share_embeddings_and_output_weights:
         sizes.pop("lm_head.weight", None)
     leftover = sorted(sizes.keys() - set().union(*collectives.from_all_ranks(importer.names_read)))
@@ -180,7 +186,9 @@ def _import_weights(
             f"{', '.join(leftover[:5])}"
         )
     finite.check_model(model, f"model {source.location}", Path(source.location))
-    expected, actual = sum(sizes.values()), builder.count_parameters(model)
+    uncounted = (_BUFFERS, reader.scales) if reader else (_BUFFERS,)
+    expected = sum(size for name, size in sizes.items() if not name.endswith(uncounted))
+    actual = builder.count_parameters(model)
     if actual != expected:
         raise does_not_fit(f"it has {expected:,} parameters, the Megatron model {actual:,}")
     logger.info("loaded %s: %s parameters, as in the source", source.location, f"{actual:,}")

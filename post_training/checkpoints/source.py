@@ -147,7 +147,8 @@ def size_estimate(source: Source, options: StageOptions, *, optimizer: bool = Fa
     per_parameter = (4 if options.precision == "fp32" else 2) + (12 if optimizer else 0)
     if source.is_local and not source.is_checkpoint:
         entries = safetensors_index.read(Path(source.location)).values()
-        return sum(entry.numel for entry in entries) * per_parameter
+        # A byte of MXFP4 is two parameters.
+        return sum(e.numel * (2 if e.dtype == "U8" else 1) for e in entries) * per_parameter
     if source.described is None:
         return 0
     return parameter_count.total(source.described) * per_parameter

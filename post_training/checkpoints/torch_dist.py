@@ -85,6 +85,7 @@ def save(
     A previous checkpoint is replaced only when this one is whole. ``manifest`` is completed and
     written as ``run.json``. Returns its content.
     """
+    from post_training.checkpoints import extra_tensors
     from post_training.distributed import collectives
 
     def begin() -> Path:
@@ -105,6 +106,7 @@ def save(
         if small_files is not None:
             (work / HUGGINGFACE).mkdir()
             small_files.copy_to(work / HUGGINGFACE)
+            extra_tensors.carry(small_files.weights or small_files.folder, work / HUGGINGFACE)
         files.write_text(work / TRACKER, RELEASE)
         content = manifest.write(work)
         files.publish(folder)

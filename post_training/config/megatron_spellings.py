@@ -18,7 +18,16 @@ CONSTANTS: dict[str, dict[str, Any]] = {
     "--no-bias-gelu-fusion": {"bias_activation_fusion": False},
     "--no-bias-swiglu-fusion": {"bias_activation_fusion": False},
     "--recompute-activations": {"recompute_granularity": "selective"},
-    "--enable-gpt-oss": {"position_embedding_type": "yarn"},
+    "--enable-gpt-oss": {
+        "position_embedding_type": "yarn",
+        "yarn": {
+            "rotary_scaling_factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "correction_range_round_to_int": False,
+        },
+    },
     "--export-qk-l2-norm": {"qk_l2_norm": True},
     "--export-moe-apply-probs-on-input": {"moe_apply_probs_on_input": True},
 }

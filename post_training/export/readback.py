@@ -37,10 +37,13 @@ class Folder:
     Args:
         path: folder with ``config.json`` and safetensors; ``hf_quant_config.json`` if quantized.
         device: where tensors are decoded; a GPU decodes a large model much faster.
+        carried: names of tensors that no layer of transformers' model has.
     """
 
-    def __init__(self, path: Path, device: torch.device | str = "cpu") -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, device: torch.device | str = "cpu", carried: Iterable[str] = ()
+    ) -> None:
+        self.path, self.carried = path, frozenset(carried)
         self.device = torch.device(device)
         self.config = files.read_json_object(path / "config.json")
         self.index = safetensors_index.read(path)
@@ -56,15 +59,17 @@ class Folder:
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of each tensor that transformers' own model of this config is saved as.
 
-        Its parameters, but for those that it joins while loading: the experts of a layer are one
-        parameter, and a tensor for each in the folder.
+        Its parameters and the biases of routers, but for those that it joins while loading: the
+        experts of a layer are one parameter, and a tensor for each in the folder.
         """
         # Late, as in _untrained.
         from transformers.core_model_loading import revert_weight_conversion
 
         with torch.device("meta"):
             model = self._untrained()
-            saved = revert_weight_conversion(model, dict(model.named_parameters()))
+            kept = model.state_dict().keys()
+            tensors = {name: each for name, each in model.named_buffers() if name in kept}
+            saved = revert_weight_conversion(model, {**dict(model.named_parameters()), **tensors})
         return {name: tuple(tensor.shape) for name, tensor in saved.items()}
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -108,14 +113,15 @@ class Folder:
             else:
                 found.append(f"{stored} is missing")
         modules = {n.removesuffix(".weight") for n in self.expected if n.endswith(".weight")}
-        for name in self.index.keys() - used:
+        for name in self.index.keys() - used - self.carried:
             found += self._scale_problems(name, modules)
         return [*found, *self._configuration_problems(modules)]
 
     def bits_per_weight(self) -> float:
         """Stored bits of all tensors, scales included, per parameter of the architecture."""
         parameters = sum(math.prod(shape) for shape in self.expected.values())
-        return 8 * sum(entry.bytes for entry in self.index.values()) / parameters
+        names = self.index.keys() - self.carried
+        return 8 * sum(self.index[name].bytes for name in names) / parameters
 
     def answer(self, question: str, max_new_tokens: int) -> str:
         """Greedy answer of transformers, through the chat template where the tokenizer has one."""
@@ -154,9 +160,9 @@ class Folder:
         )
 
     def _plain_config(self) -> Any:
-        from transformers import AutoConfig
+        from post_training.models import transformers_names
 
-        config = AutoConfig.from_pretrained(self.path)
+        config = transformers_names.config(self.path)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         return config
@@ -244,7 +250,7 @@ class Folder:
         for module in sorted(modules):
             # Embeddings are never quantized; a linear that is neither quantized nor excluded
             # would be read as quantized.
-            is_linear = module.endswith(("_proj", "lm_head")) or ".experts." in module
+            is_linear = module.endswith(("_proj", "_with_mqa", "lm_head")) or ".experts." in module
             covered = module not in listed if listed is not None else self._is_excluded(module)
             if is_linear and not covered and f"{module}.weight_scale" not in self.index:
                 yield f"{module} is plain, but the configuration does not exclude it"

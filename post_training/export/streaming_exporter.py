@@ -132,15 +132,24 @@ class StreamingExporter(GPTModelExporter):
                 rule["core_attention"] = partial(rule["core_attention"], **names)
         return rules
 
+    def _name_remapping(self, module: Any, prefix: str, **options: Any) -> None:
+        """As the original, but a parameter of its own (attention sinks, which are float32 in the
+        model) is written in the dtype of the others."""
+        if isinstance(module, torch.Tensor):
+            module = module.detach().to(self.dtype if self._view is None else torch.float32)
+        super()._name_remapping(module, prefix, **options)
+
     def _get_weight_bias(
         self, module: Any, dtype: Any = None, name_to_value: Tensors | None = None
     ) -> Tensors:
-        """As the original, but tensors stay on the GPU, where packing is fast."""
+        """As the original, but tensors stay on the GPU, where packing is fast, and a router's bias
+        stays float32, as published files have it."""
         found = {} if name_to_value is None else name_to_value
         for name in ("weight", "bias", "expert_bias"):
             value = getattr(module, name, None)
             if value is not None and value.numel() > 0:
-                found[name] = value.detach().to(dtype)
+                # A router's bias decides between scores that differ by less than bf16's rounding.
+                found[name] = value.detach().to(torch.float32 if name == "expert_bias" else dtype)
         return found
 
     def _get_quantized_state(

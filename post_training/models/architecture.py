@@ -68,7 +68,8 @@ class Architecture:
     ``transformer`` holds fields of megatron-core's configuration with JSON values
     (``activation_func`` by name); the fields left out have megatron-core's defaults.
     ``vocab_size`` counts the rows of the embedding, padding included.
-    ``rope_scaling`` is Llama 3's, with ``rope_scaling_factor``.
+    ``rope_scaling`` is Llama 3's, with ``rope_scaling_factor``. ``yarn`` has the values of the
+    position embedding ``yarn`` by megatron-core's names, for attention without latents.
     """
 
     transformer: dict[str, Any]
@@ -79,6 +80,7 @@ class Architecture:
     rotary_percent: float = 1.0
     rope_scaling: bool = False
     rope_scaling_factor: float = 8.0
+    yarn: dict[str, Any] | None = None
     share_embeddings_and_output_weights: bool = False
     model_type: str = "GPTModel"
     hybrid_layer_pattern: str | None = None
@@ -140,7 +142,9 @@ class Architecture:
     def irrelevant(self) -> set[str]:
         """Names whose values do not influence this model."""
         names = {"model_type"} if self.model_type == "GPTModel" else set()
-        names |= set() if self.multi_latent_attention else set(MLA_FIELDS)
+        # Heads with latents have sizes of their own, and each its own keys and values.
+        latent = self.multi_latent_attention
+        names |= {"kv_channels", "num_query_groups"} if latent else set(MLA_FIELDS)
         if self.position_embedding_type != "learned_absolute":
             names.add("max_position_embeddings")
         if self.position_embedding_type not in ("rope", "mrope", "yarn"):

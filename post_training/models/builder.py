@@ -84,13 +84,21 @@ def transformer_config(architecture: Architecture, options: BuildOptions) -> Tra
         # With multi-latent attention the layers make their own rotary embedding.
         run_time["rotary_base"] = architecture.rotary_base
         run_time["rotary_percent"] = architecture.rotary_percent
+        # The flags' default, which is Megatron-LM's and not megatron-core's.
+        run_time["q_lora_rank"] = architecture.value("q_lora_rank")
     values = {**architecture.transformer, **run_time}
     try:
-        return config_class(**{name: _python_value(name, value) for name, value in values.items()})
+        config = config_class(**{name: _python_value(name, v) for name, v in values.items()})
     except (AssertionError, TypeError, ValueError) as error:
         raise UsageError(
             "the model configuration", f"megatron-core refuses it: {error}", "change those values"
         ) from error
+    if architecture.yarn is not None:
+        # What GPTModel reads from the configuration, which has no such fields. Without the two
+        # scales of DeepSeek the attention factor follows from the scaling factor.
+        of_gpt = {"mscale": None, "mscale_all_dim": None, **architecture.yarn}
+        vars(config).update({f"yarn_{name}": value for name, value in of_gpt.items()})
+    return config
 
 
 def build(
@@ -182,12 +190,17 @@ def _layer_spec(config: TransformerConfig, options: BuildOptions) -> Any:
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
     from megatron.core.post_training.modelopt.gpt.model_specs import get_gpt_modelopt_spec
 
-    return get_gpt_modelopt_spec(
+    spec = get_gpt_modelopt_spec(
         config,
         local_core_attention=options.local_attention,
         remap_te_layernorm=options.transformer_engine_keys,
         qk_l2_norm=config.qk_l2_norm,
     )
+    if config.multi_latent_attention and config.q_lora_rank is None:
+        from post_training.models.latent_attention import without_query_latent
+
+        without_query_latent(spec)
+    return spec
 
 
 def _weigh_experts_outputs(model: torch.nn.Module) -> None:
@@ -237,6 +250,8 @@ def _materialize(model: torch.nn.Module) -> None:
 
 def _python_value(name: str, value: Any) -> Any:
     """The Python object for a value as the command line or a manifest gives it."""
+    if name == "window_size" and value is not None:
+        return tuple(value)
     if not isinstance(value, str):
         return value
     if name == "activation_func":
@@ -249,6 +264,7 @@ def _python_value(name: str, value: Any) -> Any:
         from megatron.core.transformer.enums import AttnBackend
 
         return AttnBackend[value]
-    if name.endswith("dtype") and value in DTYPES:
+    # megatron-core takes the router's by name.
+    if name.endswith("dtype") and name != "moe_router_dtype" and value in DTYPES:
         return torch_dtype(value)
     return value

@@ -22,6 +22,12 @@ def check(architecture: Architecture, parallel: Parallel) -> None:
         "Mamba heads": values["mamba_num_heads"],
     })  # fmt: skip
     _divides("EP", parallel.expert, {"experts": values["num_moe_experts"]})
+    if values["num_moe_experts"] and values["add_bias_linear"] and parallel.expert_tensor > 1:
+        raise UsageError(
+            f"ETP={parallel.expert_tensor}",
+            "the experts have biases, which megatron-core does not divide over ranks",
+            "set ETP=1, also at TP > 1: attention is then divided by TP, and experts by EP alone",
+        )
     if values["num_moe_experts"]:
         _divides(
             "ETP", parallel.expert_tensor, {"experts' FFN size": values["moe_ffn_hidden_size"]}

@@ -18,6 +18,7 @@ from post_training.config.options import StageOptions
 from post_training.data.options import CalibrationOptions
 from post_training.evaluation.options import MmluOptions
 from post_training.inference.smoke_generation import SmokeOptions
+from post_training.models.families import registry as families
 from post_training.pruning.score_cache import ScoreCache
 from post_training.pruning.space import MEANINGS, STEPS, PruningSpace, read_sizes
 
@@ -216,7 +217,17 @@ def _quantity(option: str, text: str, units: Mapping[str, float]) -> float:
 
 
 def space(options: PruneOptions, architecture: Architecture) -> PruningSpace:
-    """What may be pruned of this model, in steps as given or as they fit it."""
+    """What may be pruned of this model, in steps as given or as they fit it.
+
+    UsageError for a model of a family that cannot be pruned.
+    """
+    reason = families.family_of(architecture).not_pruned
+    if reason:
+        raise UsageError(
+            f"{architecture.huggingface_architecture}",
+            f"models of this family cannot be pruned: {reason}",
+            "prune a model of another family (docs/models.md has the table)",
+        )
     steps = {name: getattr(options, f"prune_{name}_divisor") for name in STEPS}
     return PruningSpace.of(architecture, steps)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.post_training.modelopt.layers import Linear as DownProjection
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 
 from post_training.common.errors import UsageError
@@ -226,6 +227,8 @@ def _why_plain(name: str, module: torch.nn.Module, entries: Sequence[Config]) ->
             reason = "--disable-qkv-quant"
         else:
             reason = nothing if pattern == "*" else f"the recipe leaves {pattern} plain"
+    if not reason and isinstance(module, DownProjection):
+        return "ModelOpt quantizes no down projections of latent attention"
     return reason
 
 

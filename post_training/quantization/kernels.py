@@ -81,16 +81,24 @@ def _layers(values: Mapping[str, Any], *, separate: bool) -> Iterator[tuple[str,
         separate: q, k, v and gate, up apart, as Hugging Face's files have them, and not as the
             engine fuses them.
     """
-    hidden, head = values["hidden_size"], values["kv_channels"]
-    attention, groups = values["num_attention_heads"] * head, values["num_query_groups"] * head
+    hidden, heads, head = (
+        values[name] for name in ("hidden_size", "num_attention_heads", "kv_channels")
+    )
+    groups = values["num_query_groups"] * head
     gate = 2 if values["gated_linear_unit"] and not separate else 1
-    if not values["multi_latent_attention"]:
+    if values["multi_latent_attention"]:
+        of_queries = values["qk_head_dim"] + values["qk_pos_emb_head_dim"]
+        pairs = values["qk_head_dim"] + values["v_head_dim"]
+        yield "q", heads * of_queries, values["q_lora_rank"] or hidden
+        yield "kv_b", heads * pairs, values["kv_lora_rank"]
+        yield "o", hidden, heads * values["v_head_dim"]
+    else:
         if separate:
-            yield "q", attention, hidden
+            yield "q", heads * head, hidden
             yield "k and v", groups, hidden
         else:
-            yield "q, k, v", attention + 2 * groups, hidden
-        yield "o", hidden, attention
+            yield "q, k, v", heads * head + 2 * groups, hidden
+        yield "o", hidden, heads * head
     sparse = parameter_count.moe_layers(dict(values))
     sizes = {
         "": 0 if all(sparse) else values["ffn_hidden_size"],

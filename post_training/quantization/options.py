@@ -14,7 +14,7 @@ from post_training.config.options import StageOptions
 from post_training.data.options import CalibrationOptions
 from post_training.inference.smoke_generation import SmokeOptions
 from post_training.models.architecture import Architecture
-from post_training.quantization import kernels, recipes, search_options
+from post_training.quantization import kernels, model_checks, recipes, search_options
 from post_training.quantization.engines import registry as engines
 from post_training.quantization.formats import exportable
 from post_training.quantization.formats import registry as formats
@@ -146,6 +146,11 @@ def check(options: QuantizeOptions, choice: Choice, architecture: Architecture |
     """
     if options.export_kv_cache_quant == "nvfp4_rotate":
         _require_hadamard("--export-kv-cache-quant nvfp4_rotate")
+    if architecture is not None:
+        in_format = choice.kv if isinstance(choice, Format) else NO_KV_CACHE
+        asked, what = options.export_kv_cache_quant, f"--export-quant-cfg {name_of(choice)}"
+        kv_caches = {f"--export-kv-cache-quant {asked}": asked, what: in_format}
+        model_checks.check(architecture, what, kv_caches, options.allow_unexportable)
     if isinstance(choice, Format):
         _check_format(options, choice, architecture)
     sizes = options.parallel
@@ -222,11 +227,14 @@ def _check_layers(
     an engine's kernels do not take."""
     values, ranks = architecture.resolved(), options.parallel.tensor
     size = formats.WEIGHTS[choice.linear.weight].block_size if choice.linear else 1
-    heads = values["num_attention_heads"] * values["kv_channels"]
+    latent, heads = architecture.multi_latent_attention, values["num_attention_heads"]
+    size_of_values = values["v_head_dim"] if latent else values["kv_channels"]
     experts = (values["moe_ffn_hidden_size"] or 0) if values["num_moe_experts"] else 0
     inputs = {
         "hidden size": values["hidden_size"],
-        "heads x head size": 0 if architecture.multi_latent_attention else heads // ranks,
+        "heads x head size": heads * size_of_values // ranks,
+        "q_lora_rank": (latent and values["q_lora_rank"]) or 0,
+        "kv_lora_rank": values["kv_lora_rank"] if latent else 0,
         "FFN size": values["ffn_hidden_size"] // ranks,
         "experts' FFN size": experts // options.parallel.expert_tensor,
     }

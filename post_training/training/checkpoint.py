@@ -86,6 +86,7 @@ class TrainingCheckpoints:
         """Save one iteration. Returns the manifest's content."""
         import torch
 
+        from post_training.checkpoints import extra_tensors
         from post_training.distributed import collectives
 
         target = self.folder / f"iter_{progress.iteration:07d}"
@@ -111,7 +112,9 @@ class TrainingCheckpoints:
         def finish() -> dict[str, Any]:
             small_files = self.folder / torch_dist.HUGGINGFACE
             if not small_files.exists():
-                self.small_files.copy_to(files.begin(small_files))
+                work_of_small = files.begin(small_files)
+                self.small_files.copy_to(work_of_small)
+                extra_tensors.carry(self.small_files.folder, work_of_small)
                 files.publish(small_files)
             files.publish(target)
             content = record.write(self.folder, parts=(target.name, torch_dist.HUGGINGFACE))

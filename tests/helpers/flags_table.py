@@ -78,6 +78,8 @@ def _default(field: dataclasses.Field[Any]) -> Any:
     """The field's default as a JSON value."""
     import torch
 
+    if field.name == "q_lora_rank":
+        return None  # no latent of the queries, as Megatron-LM's command line has it
     value = field.default
     if field.default_factory is not dataclasses.MISSING:
         value = field.default_factory()

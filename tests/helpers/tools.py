@@ -18,6 +18,7 @@ from benchmarks.random_model import CHAT_TEMPLATE, byte_tokenizer
 from post_training import portable
 from post_training.common import files, manifest
 from post_training.models.families import registry as families
+from post_training.models.families.base import Family
 
 ROOT = Path(__file__).resolve().parents[2]
 # Before a test's module imports megatron-core, as every stage does.
@@ -31,6 +32,10 @@ LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {
         2,
         ("--pipeline-model-parallel-size", 2, "--decoder-first-pipeline-num-layers", 4),
     ),
+    "TP=2, ETP=1": (
+        2,
+        ("--tensor-model-parallel-size", 2, "--expert-tensor-parallel-size", 1),
+    ),
     "EP=2": (2, ("--expert-model-parallel-size", 2)),
 }
 # Name -> family. What is registered is tested.
@@ -39,8 +44,18 @@ FAMILIES = {family.name: family for family in families.FAMILIES.values()}
 
 def families_at(layout: str) -> list[str]:
     """Names of the families whose models can be divided so."""
-    has_experts = (name for name, family in FAMILIES.items() if "experts" in family.parts)
-    return list(has_experts if layout.startswith("EP") else FAMILIES)
+    if layout.startswith("EP"):
+        return [name for name, family in FAMILIES.items() if "experts" in family.parts]
+    # Biases of experts cannot be divided by TP, which those without can.
+    whole = [name for name, family in FAMILIES.items() if has_expert_biases(family)]
+    if "ETP=1" in layout:
+        return whole
+    return [name for name in FAMILIES if name not in whole or layout != "TP=2"]
+
+
+def has_expert_biases(family: Family) -> bool:
+    """Whether megatron-core refuses to divide its experts over tensor-parallel ranks."""
+    return "experts" in family.parts and bool(family.constants.get("add_bias_linear"))
 
 
 def random_model(
@@ -52,7 +67,8 @@ def random_model(
 ):
     """Save a tiny random model of ``family`` with a byte-level tokenizer; returns the model.
 
-    Every parameter is random, norms and biases included, so that a tensor in a wrong place shows.
+    Every parameter is random, norms and biases included, so that a tensor in a wrong place shows,
+    and so are the biases of routers.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -67,6 +83,10 @@ def random_model(
                 parameter.normal_(std=0.5 * scale)
             else:
                 parameter.normal_(std=0.08 * scale)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                # In float32 whatever the weights have, as in published files.
+                buffer.data = torch.empty_like(buffer, dtype=torch.float32).normal_(std=0.3)
     model.eval().save_pretrained(folder)
     chat_tokenizer().save_pretrained(folder)
     return model

@@ -19,6 +19,7 @@ from test_mmlu_stage import reference_answers
 from test_quantized_export import TOLERANCES, decode, rounded_input, rounding_hook, stored_tensors
 from torch.nn import functional
 
+from post_training.models import transformers_names
 from post_training.training import metrics as training_metrics
 from post_training.training import run_folder
 
@@ -128,13 +129,16 @@ def experts_as_an_engine(tensors, prefix, hidden, chosen, weights):
 
 def engine_logits(folder, ids):
     """transformers' model with the folder's weights and rounded inputs."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder)
+    config = transformers_names.config(folder)
     del config.quantization_config
     reference = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     tensors = stored_tensors(folder)
     with torch.no_grad():
+        for name, buffer in reference.named_buffers():
+            if name in tensors:  # biases of routers
+                buffer.copy_(tensors[name])
         for name, module in reference.named_modules():
             if f"{name}.weight" in tensors:
                 module.weight.copy_(decode(tensors, name))

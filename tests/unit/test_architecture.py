@@ -71,6 +71,82 @@ _QWEN3_MOE = {
     "rope_theta": 1000000.0,
     "tie_word_embeddings": False,
 }
+_GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"],
+    "attention_bias": True,
+    "experts_per_token": 4,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_key_value_heads": 8,
+    "quantization_config": {"quant_method": "mxfp4"},
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "vocab_size": 201088,
+}
+_DEEPSEEK_V3 = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "attention_bias": False,
+    "first_k_dense_replace": 3,
+    "hidden_act": "silu",
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "moe_intermediate_size": 2048,
+    "moe_layer_freq": 1,
+    "n_group": 8,
+    "n_routed_experts": 256,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 61,
+    "num_key_value_heads": 128,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 1536,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    },
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "v_head_dim": 128,
+    "vocab_size": 129280,
+}
 # The config.json of each released model, as far as it decides the architecture.
 RELEASED: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-3.1-8B-Instruct": {
@@ -134,6 +210,18 @@ RELEASED: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 48,
         "num_attention_heads": 32,
     },
+    "openai/gpt-oss-20b": {
+        **_GPT_OSS,
+        "layer_types": ["sliding_attention", "full_attention"] * 12,
+        "num_hidden_layers": 24,
+        "num_local_experts": 32,
+    },
+    "openai/gpt-oss-120b": {
+        **_GPT_OSS,
+        "layer_types": ["sliding_attention", "full_attention"] * 18,
+        "num_hidden_layers": 36,
+        "num_local_experts": 128,
+    },
     "Qwen/Qwen3-235B-A22B": {
         **_QWEN3_MOE,
         "hidden_size": 4096,
@@ -144,7 +232,52 @@ RELEASED: dict[str, dict[str, Any]] = {
         "num_attention_heads": 64,
     },
 }
+RELEASED |= {
+    "deepseek-ai/DeepSeek-R1": _DEEPSEEK_V3,
+    "moonshotai/Kimi-K2-Instruct": {
+        **_DEEPSEEK_V3,
+        "first_k_dense_replace": 1,
+        "max_position_embeddings": 131072,
+        "n_group": 1,
+        "n_routed_experts": 384,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 64,
+        "num_nextn_predict_layers": 0,
+        "rope_scaling": {**_DEEPSEEK_V3["rope_scaling"], "beta_fast": 1.0, "factor": 32.0},
+        "rope_theta": 50000.0,
+        "routed_scaling_factor": 2.827,
+        "topk_group": 1,
+        "vocab_size": 163840,
+    },
+    "deepseek-ai/DeepSeek-V2-Lite": {
+        **{k: v for k, v in _DEEPSEEK_V3.items() if k not in ("quantization_config", "n_group")},
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "first_k_dense_replace": 1,
+        "hidden_size": 2048,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "n_group": 1,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "norm_topk_prob": False,
+        "num_attention_heads": 16,
+        "num_experts_per_tok": 6,
+        "num_hidden_layers": 27,
+        "num_key_value_heads": 16,
+        "q_lora_rank": None,
+        "rope_scaling": {**_DEEPSEEK_V3["rope_scaling"], "mscale": 0.707, "mscale_all_dim": 0.707},
+        "routed_scaling_factor": 1.0,
+        "scoring_func": "softmax",
+        "topk_group": 1,
+        "topk_method": "greedy",
+        "vocab_size": 102400,
+    },
+}
 QWEN3 = RELEASED["Qwen/Qwen3-0.6B"]
+DEEPSEEK_V2 = {
+    **RELEASED["deepseek-ai/DeepSeek-V2-Lite"],
+    **{"n_group": 8, "topk_group": 3, "topk_method": "group_limited_greedy"},
+}
 
 
 @pytest.mark.parametrize("conf", RELEASED)
@@ -228,6 +361,51 @@ def test_what_cannot_be_represented_is_refused_by_name(changes, parts):
         from_huggingface({**QWEN3, **changes})
     for part in parts:
         assert part in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "parts"),
+    [
+        (DEEPSEEK_V2, {}, ["topk_group = 3 of 8", "num_experts_per_tok = 6", "best experts"]),
+        (DEEPSEEK_V2, {"topk_method": "noaux_tc"}, ["topk_method = 'noaux_tc'"]),
+        (_DEEPSEEK_V3, {"topk_group": 2}, ["topk_group = 2 of 8", "megatron-core by 4"]),
+        (_DEEPSEEK_V3, {"norm_topk_prob": False}, ["norm_topk_prob = False", "normalizes"]),
+        (DEEPSEEK_V2, {"norm_topk_prob": True}, ["norm_topk_prob = True", "does not normalize"]),
+        (_DEEPSEEK_V3, {"num_key_value_heads": 8}, ["num_key_value_heads = 8"]),
+        (_DEEPSEEK_V3, {"rms_norm_eps": 1e-5}, ["rms_norm_eps = 1e-05", "engines differ"]),
+        (_DEEPSEEK_V3, {"rope_interleave": False}, ["rope_interleave = False"]),
+        (_DEEPSEEK_V3, {"first_k_dense_replace": 61}, ["no layer has experts"]),
+        (_DEEPSEEK_V3, {"n_shared_experts": 0}, ["without shared experts"]),
+        (_DEEPSEEK_V3, {"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope type 'linear'"]),
+        (_DEEPSEEK_V3, {"rope_scaling": {"type": "yarn", "factor": 40, "mscale_all_dim": 1.0}},
+         ["mscale = None, mscale_all_dim = 1.0", "state both"]),
+        (_DEEPSEEK_V3, {"rope_scaling": {"type": "yarn", "factor": 40, "truncate": False}},
+         ["truncate = False"]),
+        (_DEEPSEEK_V3, {"quantization_config": {"quant_method": "fp8", "fmt": "e5m2",
+                                                "weight_block_size": [128, 128]}},
+         ["only fmt e4m3"]),
+    ],
+)  # fmt: skip
+def test_what_deepseeks_layers_do_differently_is_refused_by_name(config, changes, parts):
+    with pytest.raises(UsageError) as refused:
+        from_huggingface({**config, **changes})
+    for part in parts:
+        assert part in str(refused.value)
+
+
+def test_what_a_deepseek_config_leaves_out_is_what_transformers_takes():
+    from transformers import DeepseekV3Config
+
+    bare = {"architectures": ["DeepseekV3ForCausalLM"], "num_hidden_layers": 4, "vocab_size": 512,
+            "hidden_size": 256, "num_attention_heads": 128, "intermediate_size": 64}  # fmt: skip
+    written = DeepseekV3Config(**bare).to_dict()
+    assert from_huggingface(bare) == from_huggingface(written)
+    assert from_huggingface(bare).value("q_lora_rank") == 1536
+    assert from_huggingface({**bare, "q_lora_rank": None}).value("q_lora_rank") is None
+    # The factor of a rotary scaling is the ratio of the lengths.
+    scaling = {"rope_type": "yarn", "original_max_position_embeddings": 512}
+    scaled = from_huggingface({**bare, "rope_scaling": scaling})
+    assert scaled.value("rotary_scaling_factor") == 4096 / 512
 
 
 def test_a_sliding_window_that_no_layer_uses_is_no_hindrance():
@@ -360,7 +538,7 @@ def test_a_conf_of_another_model_is_refused_with_both_values():
 
 
 @pytest.mark.parametrize(
-    "architecture", ["DeepseekV3ForCausalLM", "Llama4ForCausalLM", "Qwen3NextForCausalLM"]
+    "architecture", ["DeepseekV4ForCausalLM", "Llama4ForCausalLM", "Qwen3NextForCausalLM"]
 )
 def test_another_models_name_is_not_taken_for_a_misspelling(architecture):
     with pytest.raises(UsageError) as refused:

@@ -98,6 +98,8 @@ class Family:
         parts: what its models may have beyond a dense decoder, of ``registry.PARTS``.
         per_layer_keys: keys that hold a list with one entry for each layer.
         partial_rotary: its models heed ``partial_rotary_factor``.
+        not_quantized: why no engine reads its models with quantized weights; empty: engines do.
+        not_pruned: why its models cannot be pruned; empty: they can.
         tiny: keys of a tiny model for the tests, ``model_type`` included; the sizes are
             ``TINY_SIZES`` where it does not give them. Switch the family's peculiarities on.
     """
@@ -110,6 +112,8 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=lambda: DECODER_DEFAULTS)
     refused: tuple[Refused, ...] = ()
     parts: frozenset[str] = frozenset()
+    not_quantized: str = ""
+    not_pruned: str = ""
     per_layer_keys: tuple[str, ...] = ("layer_types", "mlp_layer_types", "no_rope_layers")
     partial_rotary: bool = False
 
@@ -247,6 +251,13 @@ class Family:
         Called once torch is loaded: an override imports ModelOpt's mapping classes inside.
         """
         return None
+
+    def is_carried(self, config: Mapping[str, Any], name: str) -> bool:
+        """Whether a tensor of the files belongs to no layer of the Megatron model.
+
+        Such tensors travel with a checkpoint as they are, and are exported unquantized.
+        """
+        return False
 
     def joined(self, values: Mapping[str, Any]) -> Mapping[str, Mapping[str, int]]:
         """Linear layers of the files that hold several of ModelOpt's rules, and each part's rows.

@@ -8,11 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from post_training.common.errors import UsageError, suggest
+from post_training.models import quantized_files
 from post_training.models.architecture import Architecture
 from post_training.models.families.base import Family
 
 # One row a file of this folder; each file has a tuple FAMILIES.
 _FILES = (
+    "deepseek",
+    "gpt_oss",
     "llama",
     "mistral",
     "mixtral",
@@ -68,8 +71,8 @@ def values_of(file: str) -> Iterator[None]:
 def from_huggingface(config: Mapping[str, Any]) -> Architecture:
     """The architecture that the content of a ``config.json`` describes.
 
-    UsageError names an unknown architecture, weights that are already quantized, or a value that
-    megatron-core cannot represent.
+    UsageError names an unknown architecture, weights that are quantized in a way that is not read,
+    or a value that megatron-core cannot represent.
     """
     with values_of("config.json"):
         name = _architecture(config)
@@ -92,9 +95,10 @@ def from_huggingface(config: Mapping[str, Any]) -> Architecture:
 def with_shape(
     config: Mapping[str, Any], values: Mapping[str, Any], kept_layers: Sequence[int] | None = None
 ) -> dict[str, Any]:
-    """``config`` with the sizes of a pruned model; see :meth:`Family.with_shape`."""
+    """``config`` of plain weights with the sizes of a pruned model; :meth:`Family.with_shape`."""
     family = FAMILIES.get(_architecture(config) or "", _ANY_DECODER)
-    return family.with_shape(config, values, kept_layers)
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    return family.with_shape(plain, values, kept_layers)
 
 
 def unconvertible(stated: Mapping[str, Any]) -> str | None:
@@ -119,28 +123,26 @@ def register_weight_mapping(architecture: Architecture) -> None:
         mcore_common.all_mcore_hf_export_mapping[name] = dict(mapping.exporting)
 
 
+def family_of(architecture: Architecture) -> Family:
+    """Its family; one that refuses nothing for a model of an unknown architecture."""
+    return FAMILIES.get(architecture.huggingface_architecture or "", _ANY_DECODER)
+
+
+def is_carried(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a tensor of the files travels beside the model; see :meth:`Family.is_carried`."""
+    return FAMILIES.get(_architecture(config) or "", _ANY_DECODER).is_carried(config, name)
+
+
 def joined(architecture: Architecture) -> Mapping[str, Mapping[str, int]]:
     """Linear layers of the files that hold several of ModelOpt's; see :meth:`Family.joined`."""
-    family = FAMILIES.get(architecture.huggingface_architecture or "", _ANY_DECODER)
-    return family.joined(architecture.resolved())
+    return family_of(architecture).joined(architecture.resolved())
 
 
 def refuse_quantized(config: Mapping[str, Any], source: str = "config.json") -> None:
-    """Raise UsageError if the weights described by ``config`` are already quantized."""
+    """Raise UsageError if ``config`` describes quantized weights that are not read."""
     found = config.get("quantization_config") or config.get("compression_config")
-    if not found:
-        return
     with values_of(source):
-        method = found.get("quant_method") or "unknown method"
-        detail = found.get("quant_algo") or found.get("format") or found.get("fmt")
-        if found.get("bits"):
-            detail = f"{found['bits']} bits"
-    shown = f"{method} ({detail})" if detail else method
-    raise UsageError(
-        f"{source}: quantization_config with quant_method {shown}",
-        "the weights are already quantized, and converting them would read codes as values",
-        "take the unquantized (BF16) release of the model, or dequantize it first",
-    )
+        quantized_files.refuse_unreadable(found or {}, source)
 
 
 def _misspelt(name: str) -> str:

@@ -1,0 +1,165 @@
+"""gpt-oss 20b and 120b: attention sinks, alternating windows, biases, clamped experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from post_training.models.families.base import (
+    DECODER_KEYS,
+    ONLY_SILU,
+    Family,
+    Refused,
+    refuse,
+)
+
+# What transformers takes where the file states no rotary scaling.
+_YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+
+
+class GptOss(Family):
+    """Every layer has experts; layers attend within a window and to the whole text in turn."""
+
+    def check(self, config: Mapping[str, Any]) -> None:
+        super().check(config)
+        experts, chosen = config["num_local_experts"], config["num_experts_per_tok"]
+        if not isinstance(experts, int) or not 1 <= chosen <= experts:
+            refuse(f"num_local_experts = {experts!r}", f"each token needs {chosen} of them")
+
+    def check_windows(self, config: Mapping[str, Any]) -> None:
+        """Raise UsageError for other kinds of layers than the two, or a window without a size."""
+        types, layers = config.get("layer_types", []), config["num_hidden_layers"]
+        if types and (len(types) < layers or not {*types} <= {_SLIDING, _FULL}):
+            refuse(f"layer_types = {types!r}", f"{layers} layers need '{_SLIDING}' or '{_FULL}'")
+        window = config["sliding_window"]
+        if any(_windows(config)) and not (isinstance(window, int) and window > 0):
+            refuse(f"sliding_window = {window!r}", "layers attend within a window of this size")
+
+    def transformer(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        layers, windows = config["num_hidden_layers"], _windows(config)
+        found = super().transformer(config) | {
+            "moe_ffn_hidden_size": config["intermediate_size"],
+            "moe_layer_freq": [1] * layers,
+        }
+        if any(windows):
+            # Keys before the query's own, which the window of the file counts too.
+            found["window_size"] = [config["sliding_window"] - 1, 0]
+            found["window_attn_skip_freq"] = 2 if windows == _alternating(layers) else windows
+        return found
+
+    def rotary(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """YaRN's values by the names that megatron-core's GPTModel reads; or no scaling."""
+        scaling = {**config.get("rope_scaling", {}), **config.get("rope_parameters", {})}
+        kind = scaling.get("rope_type", scaling.get("type"))
+        base = float({**config, **scaling}.get("rope_theta", 150000.0))
+        if kind not in (None, "yarn"):
+            return super().rotary({**config, "rope_theta": base})
+        stated = _YARN if kind is None else {**_YARN, "truncate": True, **scaling}
+        for key in ("attention_factor", "mscale", "mscale_all_dim", "partial_rotary_factor"):
+            if stated.get(key) is not None:
+                refuse(f"rope scaling {key} = {stated[key]!r}", "only files without it are read")
+        return {
+            "position_embedding_type": "yarn",
+            "rotary_base": base,
+            "yarn": {
+                "rotary_scaling_factor": float(stated["factor"]),
+                "original_max_position_embeddings": stated["original_max_position_embeddings"],
+                "beta_fast": float(stated["beta_fast"]),
+                "beta_slow": float(stated["beta_slow"]),
+                "correction_range_round_to_int": stated["truncate"],
+            },
+        }
+
+    def with_shape(
+        self,
+        config: Mapping[str, Any],
+        values: Mapping[str, Any],
+        kept_layers: Sequence[int] | None = None,
+    ) -> dict[str, Any]:
+        changed = super().with_shape(config, values, kept_layers)
+        layers, windows = values["num_layers"], values["window_attn_skip_freq"]
+        if windows == 2:
+            windows = _alternating(layers)
+        windows = list(windows or [0] * layers)[:layers]
+        if windows != _windows({**self.defaults, **changed}):
+            changed["layer_types"] = [_SLIDING if within else _FULL for within in windows]
+        return changed
+
+
+def _alternating(layers: int) -> list[int]:
+    return [1 - layer % 2 for layer in range(layers)]
+
+
+def _windows(config: Mapping[str, Any]) -> list[int]:
+    """1 for each layer that attends within the window, 0 for the others."""
+    types, layers = config.get("layer_types"), config["num_hidden_layers"]
+    return [int(each == _SLIDING) for each in types[:layers]] if types else _alternating(layers)
+
+
+FAMILIES = (
+    GptOss(
+        name="gpt-oss",
+        architecture="GptOssForCausalLM",
+        keys={
+            **DECODER_KEYS,
+            "num_moe_experts": "num_local_experts",
+            "moe_router_topk": "num_experts_per_tok",
+        },
+        constants={
+            "normalization": "RMSNorm",
+            "gated_linear_unit": True,
+            # x * sigmoid(1.702 x), of which transformers' configuration says "silu".
+            "activation_func": "quick_gelu",
+            "glu_linear_offset": 1.0,
+            "activation_func_clamp_value": 7.0,
+            "add_bias_linear": True,
+            "softmax_type": "learnable",
+            "moe_router_dtype": "fp32",
+        },
+        defaults={
+            "rms_norm_eps": 1e-5,
+            "hidden_act": "silu",
+            "tie_word_embeddings": False,
+            "head_dim": 64,
+            "num_key_value_heads": 8,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 4,
+            "sliding_window": 128,
+        },
+        refused=(
+            ONLY_SILU,
+            Refused("attention_bias", True, "attention without biases"),
+            Refused("swiglu_limit", 7.0, "another limit of the experts' activations"),
+        ),
+        parts=frozenset({"experts"}),
+        # hf_to_vllm_mapper in copies of vLLM's gpt_oss.py, of unknown version; vLLM issue 46641.
+        # The loaders of SGLang and TensorRT-LLM were not read.
+        not_quantized="vLLM reads gpt-oss in BF16, or in the MXFP4 of its publisher: its loader "
+        "names no place for ModelOpt's scales of experts that are one tensor",
+        not_pruned="ModelOpt cuts neither attention sinks nor the pattern of windows",
+        tiny={
+            "model_type": "gpt_oss",
+            "head_dim": 32,
+            "intermediate_size": 64,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            # Shorter than the tests' texts, and than what is generated after them.
+            "sliding_window": 16,
+            "max_position_embeddings": 2048,
+            "rope_parameters": {
+                **_YARN,
+                "rope_theta": 150000.0,
+                "original_max_position_embeddings": 64,
+            },
+            "tie_word_embeddings": False,
+        },
+    ),
+)

@@ -1,0 +1,39 @@
+"""What cannot be quantized because of the model, whatever its sizes. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from post_training.common.errors import UsageError
+from post_training.models.architecture import Architecture
+from post_training.models.families import registry as families
+from post_training.quantization.formats import exportable
+from post_training.quantization.formats.base import NO_KV_CACHE
+from post_training.quantization.formats.exportable import Verdict
+
+
+def check(
+    architecture: Architecture,
+    what: str,
+    kv_caches: Mapping[str, str],
+    allow_unexportable: bool,
+) -> None:
+    """Raise UsageError for a model that no engine reads quantized, or not as asked.
+
+    Args:
+        what: the format, in a message.
+        kv_caches: how keys and values are to be quantized, by the flag that says so.
+    """
+    reason = families.family_of(architecture).not_quantized
+    if reason and not allow_unexportable:
+        raise exportable.unexportable(what, Verdict(reason=reason))
+    if not architecture.multi_latent_attention:
+        return
+    for flag, form in kv_caches.items():
+        if form != NO_KV_CACHE:
+            raise UsageError(
+                f"{flag} with multi-latent attention",
+                "engines keep the latents of keys and values, not keys and values, and ModelOpt "
+                "finds no scales for them",
+                "leave keys and values in 16 bits",
+            )
