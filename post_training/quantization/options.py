@@ -19,7 +19,7 @@ from post_training.models.architecture import Architecture
 from post_training.quantization import kernels, recipes
 from post_training.quantization.formats import exportable
 from post_training.quantization.formats import registry as formats
-from post_training.quantization.formats.base import FOLDED_METHODS, NO_KV_CACHE, Format
+from post_training.quantization.formats.base import FOLDED_METHODS, GPTQ, NO_KV_CACHE, Format
 from post_training.quantization.recipes import Recipe
 
 Choice = Format | Recipe | str
@@ -188,6 +188,15 @@ def _check_format(options: QuantizeOptions, choice: Format) -> None:
     ranks, replicas = options.parallel.tensor, options.parallel.data
     if ranks > 1 and choice.linear and formats.WEIGHTS[choice.linear.weight].stored_block_scales:
         raise exportable.unsavable(what, ranks)
+    if choice.method == GPTQ:
+        sizes = options.parallel
+        exportable.require_whole_layers(what, ranks, sizes.pipeline, sizes.expert_tensor)
+        if options.sync_expert_weight_amax:
+            raise UsageError(
+                f"{what} --sync-expert-weight-amax",
+                "GPTQ finds the scales of each expert's blocks while it changes the weights",
+                "leave the flag out",
+            )
     if choice.method in ("local_hessian", "awq_lite") and replicas > 1:
         raise UsageError(
             f"{what} with DP={replicas}",
@@ -241,12 +250,12 @@ def _require_hadamard(what: str) -> None:
 def _check_search(options: QuantizeOptions) -> None:
     names, bits = options.auto.auto_quantize_formats, options.auto.auto_quantize_bits
     rows = [formats.find(name, "--auto-quantize-formats") for name in names.split(",")]
-    folded = [row.name for row in rows if row.method in FOLDED_METHODS]
-    if folded:
+    changing = [row.name for row in rows if row.method in (*FOLDED_METHODS, GPTQ)]
+    if changing:
         raise UsageError(
             f"--auto-quantize-formats {names}",
-            f"{', '.join(folded)} changes the norms before the layers, which a search compares "
-            "with one another",
+            f"{', '.join(changing)} changes norms or weights, and a search compares formats on the "
+            "same ones",
             "leave it out, or quantize the whole model in it",
         )
     linears = [row.linear for row in rows if row.linear is not None]

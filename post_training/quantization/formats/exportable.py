@@ -113,3 +113,13 @@ def unsavable(what: str, tensor_size: int) -> UsageError:
         "ModelOpt cannot save stored block scales that are split over ranks",
         "set TP=1; PP may be larger",
     )
+
+
+def require_whole_layers(what: str, tensor: int, pipeline: int, expert_tensor: int) -> None:
+    """Raise UsageError for parallel sizes at which a rank lacks what GPTQ needs."""
+    if max(tensor, pipeline, expert_tensor) > 1:
+        raise UsageError(
+            f"{what} with TP={tensor} PP={pipeline} ETP={expert_tensor}",
+            "GPTQ quantizes one layer after the other, from all inputs of its linears",
+            "set TP=1 PP=1 ETP=1; DP and EP may be larger, and the checkpoint loads at any size",
+        )
