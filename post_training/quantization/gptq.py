@@ -30,19 +30,14 @@ from megatron.core.transformer import MegatronModule
 from post_training.common.errors import UsageError
 from post_training.distributed.collectives import from_all_ranks
 from post_training.inference import forward, generation
-from post_training.quantization import calibration, experts, gptq_rounding, quantizers
+from post_training.quantization import calibration, experts, gptq_rounding, layerwise, quantizers
 from post_training.quantization.calibration import Calibration
 from post_training.quantization.coverage import first_names, global_name
 from post_training.quantization.formats import exportable
 from post_training.quantization.formats import registry as formats
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 # Linears that read what the others of their module compute.
 _LAST = ("linear_proj", "linear_fc2", "out_proj")
-
-
-class _ReachedError(Exception):
-    """A forward pass came to the first layer; the rest is not needed."""
 
 
 class _Hessian:
@@ -125,10 +120,10 @@ def calibrate(
     found = _Found()
     batches = data.batches()
     with torch.no_grad(), InferenceMode.active():
-        others = _other_arguments(core, batches[0])
-        states = [_first_input(core, batch) for batch in batches]
+        others = layerwise.other_arguments(core, batches[0])
+        states = [layerwise.first_input(core, batch) for batch in batches]
         for (layer, kinds), (given, keywords) in zip(layers, others, strict=True):
-            run = partial(_run, layer, states, given, keywords)
+            run = partial(layerwise.run, layer, states, given, keywords)
             with _off([module for kind in kinds for module in kind]):
                 for kind in kinds:
                     _quantize(kind, run, names, found)
@@ -194,60 +189,6 @@ def _check(linears: list[Any], data: Calibration) -> None:
             f"GPTQ needs at least as many as a linear has inputs, here {needed} or more",
             "give more data: --calib-size, --calib-max-sequence-length",
         )
-
-
-def _other_arguments(
-    core: Any, batch: torch.Tensor
-) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """What each layer is called with beside the hidden states; the same for every batch."""
-    seen: dict[int, Arguments] = {}
-
-    def keep(n: int, _module: torch.nn.Module, given: tuple[Any, ...], kwargs: Any) -> None:
-        seen[n] = (given[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"})
-
-    with contextlib.ExitStack() as stack:
-        for n, layer in enumerate(core.decoder.layers):
-            handle = layer.register_forward_pre_hook(partial(keep, n), with_kwargs=True)
-            stack.callback(handle.remove)
-        forward.run(core, batch.to(forward.device_of(core)), torch.zeros_like(batch[:, 0]))
-    return [seen[n] for n in range(len(core.decoder.layers))]
-
-
-def _first_input(core: Any, batch: torch.Tensor) -> torch.Tensor:
-    """Hidden states [s, b, h] that the first layer gets, in host memory."""
-    kept = []
-
-    def keep(_module: torch.nn.Module, given: tuple[Any, ...], kwargs: Any) -> None:
-        hidden = given[0] if given else kwargs["hidden_states"]
-        kept.append(hidden.detach().cpu())
-        raise _ReachedError
-
-    handle = core.decoder.layers[0].register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        forward.run(core, batch.to(forward.device_of(core)), None)
-    except _ReachedError:
-        pass
-    finally:
-        handle.remove()
-    return kept[0]
-
-
-def _run(
-    layer: torch.nn.Module,
-    states: list[torch.Tensor],
-    given: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> list[torch.Tensor]:
-    """The layer's output for each hidden states, in host memory."""
-    device = next(layer.parameters()).device
-    found = []
-    for hidden in states:
-        if given or "hidden_states" in kwargs:
-            output = layer(hidden.to(device), *given, **kwargs)
-        else:
-            output = layer(hidden_states=hidden.to(device), **kwargs)
-        found.append((output[0] if isinstance(output, tuple) else output).cpu())
-    return found
 
 
 @contextlib.contextmanager
