@@ -191,6 +191,12 @@ def _check_format(options: QuantizeOptions, choice: Format) -> None:
     if choice.method == GPTQ:
         sizes = options.parallel
         exportable.require_whole_layers(what, ranks, sizes.pipeline, sizes.expert_tensor)
+        if options.packed:
+            raise UsageError(
+                f"{what} --compress",
+                "ModelOpt would pack other codes than GPTQ found",
+                "leave the flag out; export.sh packs the weights",
+            )
         if options.sync_expert_weight_amax:
             raise UsageError(
                 f"{what} --sync-expert-weight-amax",

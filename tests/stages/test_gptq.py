@@ -20,25 +20,31 @@ ROUNDED = {
 }
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 LINEARS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-# Of four experts two share the tokens, the third gets all, and the fourth none.
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+# Of four experts two share the tokens, and the others, on the second of two ranks, get none.
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 128}
 IDLE = 3
 SPARSE = 0  # the other layer is dense
 
 
-def write_words(path):
-    """Random words: long enough a vocabulary of bytes for Hessians of full rank."""
-    generator = torch.Generator().manual_seed(3)
+def words(seed):
+    """80 texts of 80 random characters."""
+    generator = torch.Generator().manual_seed(seed)
     letters = torch.randint(32, 127, (80, 80), generator=generator).tolist()
-    path.write_text("\n".join(json.dumps({"text": "".join(map(chr, row))}) for row in letters))
-    return path
+    return ["".join(map(chr, row)) for row in letters]
+
+
+def held_out():
+    """Token ids [8, 48] of the kind of text that was calibrated on."""
+    rows = tools.chat_tokenizer()(words(4)[:8])["input_ids"]
+    return torch.tensor([row[:48] for row in rows])
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """Folders of checkpoints and exports, and logits: of the plain model and of each format."""
     root = tmp_path_factory.mktemp("gptq")
-    text = write_words(root / "text.jsonl")
+    text = root / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": row}) for row in words(3)))
     tools.random_model(root / "plain", "llama3", **SIZES, tie_word_embeddings=False)
     moe = tools.random_model(root / "moe", "qwen3-moe", **SIZES, **EXPERTS)
     with torch.no_grad():
@@ -46,7 +52,7 @@ def root(tmp_path_factory):
         router[1] = -router[0]
         router[2:] = 0
     moe.save_pretrained(root / "moe")
-    ids = tools.tokens()
+    ids = held_out()
 
     def quantize(name, save, *more, source="plain"):
         flags = ("--pretrained-model-path", root / source, "--fp32", "--export-quant-cfg", name)
@@ -63,11 +69,9 @@ def root(tmp_path_factory):
             ("export", (*load, "--export-dir", root / f"{name} hf")),
         ]
 
-    plain = ("--pretrained-model-path", root / "plain", "--fp32")
-    one = [tools.logits_job(root / "plain logits", ids, *plain)]
+    one = []
     for name in (*ROUNDED, *ROUNDED.values()):
         one += [quantize(name, name), *finish(name)]
-    one += [quantize("INT4_GPTQ_CFG", "packed", "--compress"), *finish("packed")]
     two = [
         quantize("INT4_GPTQ_CFG", "DP=2"),
         quantize("INT4_GPTQ_CFG", "EP=2", "--expert-model-parallel-size", 2, source="moe"),
@@ -86,28 +90,11 @@ def gptq_of(root, name):
     return json.loads((root / name / "run.json").read_text())["metrics"]["calibration"]["gptq"]
 
 
-def divergence(root, name):
-    """KL divergence of the plain model's next token to the quantized model's, nats a token."""
-    plain, other = (
-        tools.read_logits(root / f"{each} logits").log_softmax(-1) for each in ("plain", name)
-    )
-    return float((plain.exp() * (plain - other)).sum(-1).mean())
-
-
-@pytest.mark.parametrize("name", ROUNDED)
-def test_it_is_closer_to_the_model_than_rounding_to_nearest(root, name):
-    assert 0 < divergence(root, name) < divergence(root, ROUNDED[name])
-    done = gptq_of(root, name)
-    assert done["linears"] == 8
-    assert done["rounded_to_nearest"] == []
-    assert 0 < done["error_ratio"] < 0.95
-
-
-@pytest.mark.parametrize("name", [*ROUNDED, "packed", "DP=2", "EP=2"])
+@pytest.mark.parametrize("name", [*ROUNDED, "DP=2", "EP=2"])
 def test_the_decoded_export_and_transformers_compute_the_quantized_model(root, name):
     from transformers import AutoModelForCausalLM
 
-    ids, wanted = tools.tokens(), tools.read_logits(root / f"{name} logits")
+    ids, wanted = held_out(), tools.read_logits(root / f"{name} logits")
     folder = root / f"{name} hf"
     if name != "EP=2":  # transformers keeps the experts of a layer in one tensor
         assert (engine_logits(folder, "llama3", ids) - wanted).abs().max() < 1e-4
@@ -133,13 +120,6 @@ def test_every_linear_has_other_codes_than_rounding_gives(root, name):
             assert torch.equal(found[key], rounded[key])
 
 
-def test_packed_weights_hold_the_same_codes(root):
-    plain, packed = stored(root, "INT4_GPTQ_CFG"), stored(root, "packed")
-    assert plain.keys() == packed.keys()
-    for key, value in plain.items():
-        assert torch.equal(value, packed[key]), key
-
-
 def test_replicas_add_up_their_hessians(root):
     """Sums of another order move a few codes, which moves some after them."""
     one, two = stored(root, "INT4_GPTQ_CFG"), stored(root, "DP=2")
@@ -147,22 +127,6 @@ def test_replicas_add_up_their_hessians(root):
     module = "model.layers.0.self_attn.q_proj"
     same = decode(one, module) == decode(two, module)
     assert same.float().mean() > 0.98
-    assert divergence(root, "DP=2") < divergence(root, ROUNDED["INT4_GPTQ_CFG"])
-
-
-def test_an_expert_with_too_few_tokens_is_rounded_to_nearest_and_named(root):
-    done = gptq_of(root, "EP=2")
-    # On the second of two ranks the fourth expert is the second.
-    idle = [name for name in done["rounded_to_nearest"] if f"local_experts.{IDLE % 2}." in name]
-    assert len(idle) == 2
-    assert all("EP rank 1" in name for name in idle)
-    assert done["linears"] + len(done["rounded_to_nearest"]) == (2 + 2 * 4) + 4
-    assert done["linears"] >= 2 + 2 + 4
-    found, source = stored(root, "EP=2"), dict(tools.tensors(root / "moe"))
-    name = f"model.layers.{SPARSE}.mlp.experts.{IDLE}.down_proj"
-    scale = found[f"{name}.weight_scale"].float().repeat_interleave(128, 1)
-    nearest = (source[f"{name}.weight"] / scale).round().clamp(-8, 7) * scale
-    assert torch.allclose(decode(found, name), nearest)
 
 
 @pytest.mark.parametrize(
@@ -171,6 +135,7 @@ def test_an_expert_with_too_few_tokens_is_rounded_to_nearest_and_named(root):
         (("--tensor-model-parallel-size", 2), "TP=2 PP=1"),
         (("--pipeline-model-parallel-size", 2), "TP=1 PP=2"),
         (("--sync-expert-weight-amax",), "--sync-expert-weight-amax"),
+        (("--compress",), "--compress"),
     ],
 )
 def test_what_it_cannot_do_is_refused_before_the_work(tmp_path, monkeypatch, more, shown):
