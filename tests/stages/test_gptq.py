@@ -20,9 +20,10 @@ ROUNDED = {
 }
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 LINEARS += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-# Of four experts two share the tokens, and the others, on the second of two ranks, get none.
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 1, "moe_intermediate_size": 128}
-IDLE = 3
+# Of each pair of opposite routers one is positive, so the experts without one, all on the second
+# of two ranks, are never among the two that a token chooses.
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+IDLE = 7
 SPARSE = 0  # the other layer is dense
 
 
@@ -49,8 +50,8 @@ def root(tmp_path_factory):
     moe = tools.random_model(root / "moe", "qwen3-moe", **SIZES, **EXPERTS)
     with torch.no_grad():
         router = moe.model.layers[SPARSE].mlp.gate.weight
-        router[1] = -router[0]
-        router[2:] = 0
+        router[1], router[3] = -router[0], -router[2]
+        router[4:] = 0
     moe.save_pretrained(root / "moe")
     ids = held_out()
 
@@ -69,15 +70,14 @@ def root(tmp_path_factory):
             ("export", (*load, "--export-dir", root / f"{name} hf")),
         ]
 
-    one = []
+    plain = ("--pretrained-model-path", root / "plain", "--fp32")
+    one = [tools.logits_job(root / "plain logits", ids, *plain)]
     for name in (*ROUNDED, *ROUNDED.values()):
         one += [quantize(name, name), *finish(name)]
-    two = [
-        quantize("INT4_GPTQ_CFG", "DP=2"),
-        quantize("INT4_GPTQ_CFG", "EP=2", "--expert-model-parallel-size", 2, source="moe"),
-    ]
+    at_two = quantize("INT4_GPTQ_CFG", "EP=2", "--expert-model-parallel-size", 2, source="moe")
     tools.run_stages(*one)
-    tools.run_stages(*two, processes=2)
+    tools.run_stages(quantize("INT4_GPTQ_CFG", "DP=2"), processes=2)
+    tools.run_stages(at_two, processes=2)
     tools.run_stages(*finish("DP=2"), *finish("EP=2"))
     return root
 
@@ -88,6 +88,23 @@ def stored(root, name):
 
 def gptq_of(root, name):
     return json.loads((root / name / "run.json").read_text())["metrics"]["calibration"]["gptq"]
+
+
+def divergence(root, name):
+    """KL divergence of the plain model's next token to the quantized model's, nats a token."""
+    plain, other = (
+        tools.read_logits(root / f"{each} logits").log_softmax(-1) for each in ("plain", name)
+    )
+    return float((plain.exp() * (plain - other)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_it_is_closer_to_the_model_than_rounding_to_nearest(root, name):
+    assert 0 < divergence(root, name) < divergence(root, ROUNDED[name])
+    done = gptq_of(root, name)
+    assert done["linears"] == 8
+    assert done["rounded_to_nearest"] == []
+    assert 0 < done["error_ratio"] < 0.95
 
 
 @pytest.mark.parametrize("name", [*ROUNDED, "DP=2", "EP=2"])
@@ -127,6 +144,20 @@ def test_replicas_add_up_their_hessians(root):
     module = "model.layers.0.self_attn.q_proj"
     same = decode(one, module) == decode(two, module)
     assert same.float().mean() > 0.98
+    assert divergence(root, "DP=2") < divergence(root, ROUNDED["INT4_GPTQ_CFG"])
+
+
+def test_an_expert_with_too_few_tokens_is_rounded_to_nearest_and_named(root):
+    done = gptq_of(root, "EP=2")
+    idle = [name for name in done["rounded_to_nearest"] if "EP rank 1" in name]
+    assert len(idle) == 4 * 2
+    assert done["linears"] + len(done["rounded_to_nearest"]) == (2 + 2 * 8) + 4
+    assert done["linears"] >= 2 + 2 + 4
+    found, source = stored(root, "EP=2"), dict(tools.tensors(root / "moe"))
+    name = f"model.layers.{SPARSE}.mlp.experts.{IDLE}.down_proj"
+    scale = found[f"{name}.weight_scale"].float().repeat_interleave(128, 1)
+    nearest = (source[f"{name}.weight"] / scale).round().clamp(-8, 7) * scale
+    assert torch.allclose(decode(found, name), nearest)
 
 
 @pytest.mark.parametrize(
