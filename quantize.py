@@ -3,8 +3,8 @@
 Inputs:  --load, a Megatron checkpoint, or --pretrained-model-path, a Hugging Face folder or hub
          name; --export-quant-cfg, a format (docs/formats.md has the table) or auto, or --recipe, a
          file; --calib-dataset-path-or-name, text or conversations to calibrate on.
-Outputs: --save, a checkpoint whose weights are unchanged and whose quantizers have their scales
-         (with --compress the weights are packed), with run.json.
+Outputs: --save, a checkpoint whose weights are unchanged (but for GPTQ, SmoothQuant and AWQ) and
+         whose quantizers have their scales (with --compress the weights are packed), with run.json.
 
     MLM_MODEL_CKPT=/work/Qwen3-0.6B_mlm bash quantize.sh Qwen/Qwen3-0.6B FP8_DEFAULT_CFG
 """
@@ -124,7 +124,7 @@ def quantize(plan: Plan, session: Session) -> Quantized:
 
 
 def show(plan: Plan, quantized: Quantized, session: Session) -> None:
-    from post_training.quantization import experts
+    from post_training.quantization import experts, gptq
 
     options, content = plan.options, quantized.content
     reached, found = quantized.result.reached, quantized.result.found
@@ -147,6 +147,7 @@ def show(plan: Plan, quantized: Quantized, session: Session) -> None:
             "calibrated on": f"{used['sequences']:,} sequences of {used['sequence_length']:,}, "
             f"{used['tokens']:,} tokens{speed}",
             **routed,
+            **({"gptq": gptq.describe(used["gptq"])} if "gptq" in used else {}),
             "exports as": exported + (f"; keys and values {kv}" if kv else ""),
             "checkpoint": f"{plan.save} ({report.size(plan.save)})",
             "layout saved": f"{options.parallel}, loads at any",

@@ -39,6 +39,7 @@ class Calibration:
         tokens: tokens computed so far by all ranks; some algorithms make several passes.
         seconds: time that took.
         expert_tokens: tokens that the experts of each layer got.
+        gptq: what GPTQ did; empty with other methods.
     """
 
     data: CalibrationData
@@ -47,6 +48,7 @@ class Calibration:
     tokens: int = 0
     seconds: float = 0.0
     expert_tokens: experts.ExpertTokens = field(default_factory=dict)
+    gptq: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The data really used, for a manifest."""
@@ -62,6 +64,7 @@ class Calibration:
             "tokens_per_second": round(self.tokens / self.seconds, 1) if self.seconds else 0.0,
             "notes": list(self.data.notes),
             "expert_tokens": {str(layer): n for layer, n in self.expert_tokens.items()},
+            **({"gptq": self.gptq} if self.gptq else {}),
         }
 
     def batches(self) -> list[torch.Tensor]:

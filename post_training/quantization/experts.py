@@ -97,4 +97,9 @@ def is_expert(name: str) -> bool:
 
 def layer_name(model: torch.nn.Module, name: str) -> str:
     """The module's name in the whole model, without the number of the expert."""
-    return _EXPERT.sub(".local_experts.*.", global_name(model, name))
+    return without_number(global_name(model, name))
+
+
+def without_number(name: str) -> str:
+    """The module's name, the same for all experts of a layer."""
+    return _EXPERT.sub(".local_experts.*.", name)

@@ -8,7 +8,7 @@ from post_training.common.errors import UsageError
 from post_training.models.architecture import Architecture
 from post_training.models.families import registry as families
 from post_training.quantization.formats import exportable
-from post_training.quantization.formats.base import NO_KV_CACHE
+from post_training.quantization.formats.base import GPTQ, NO_KV_CACHE
 from post_training.quantization.formats.exportable import Verdict
 
 
@@ -17,18 +17,27 @@ def check(
     what: str,
     kv_caches: Mapping[str, str],
     allow_unexportable: bool,
+    *,
+    method: str,
 ) -> None:
     """Raise UsageError for a model that no engine reads quantized, or not as asked.
 
     Args:
         what: the format, in a message.
         kv_caches: how keys and values are to be quantized, by the flag that says so.
+        method: of calibration; empty where the format does not say it.
     """
     reason = families.family_of(architecture).not_quantized
     if reason and not allow_unexportable:
         raise exportable.unexportable(what, Verdict(reason=reason))
     if not architecture.multi_latent_attention:
         return
+    if method == GPTQ:
+        raise UsageError(
+            what,
+            "GPTQ was not tried on models with multi-latent attention",
+            "choose INT4_BLOCKWISE_WEIGHT_ONLY_CFG or INT8_WEIGHT_ONLY_CFG",
+        )
     for flag, form in kv_caches.items():
         if form != NO_KV_CACHE:
             raise UsageError(

@@ -14,11 +14,11 @@ from post_training.config.options import StageOptions
 from post_training.data.options import CalibrationOptions
 from post_training.inference.smoke_generation import SmokeOptions
 from post_training.models.architecture import Architecture
-from post_training.quantization import kernels, model_checks, recipes, search_options
+from post_training.quantization import gptq_checks, kernels, model_checks, recipes, search_options
 from post_training.quantization.engines import registry as engines
 from post_training.quantization.formats import exportable
 from post_training.quantization.formats import registry as formats
-from post_training.quantization.formats.base import NO_KV_CACHE, Format
+from post_training.quantization.formats.base import GPTQ, NO_KV_CACHE, Format
 from post_training.quantization.recipes import Recipe
 from post_training.quantization.search_options import AutoQuantizeOptions
 
@@ -147,10 +147,13 @@ def check(options: QuantizeOptions, choice: Choice, architecture: Architecture |
     if options.export_kv_cache_quant == "nvfp4_rotate":
         _require_hadamard("--export-kv-cache-quant nvfp4_rotate")
     if architecture is not None:
-        in_format = choice.kv if isinstance(choice, Format) else NO_KV_CACHE
+        in_format, method = NO_KV_CACHE, ""
+        if isinstance(choice, Format):
+            in_format, method = choice.kv, choice.method
         asked, what = options.export_kv_cache_quant, f"--export-quant-cfg {name_of(choice)}"
         kv_caches = {f"--export-kv-cache-quant {asked}": asked, what: in_format}
-        model_checks.check(architecture, what, kv_caches, options.allow_unexportable)
+        allowed = options.allow_unexportable
+        model_checks.check(architecture, what, kv_caches, allowed, method=method)
     if isinstance(choice, Format):
         _check_format(options, choice, architecture)
     sizes = options.parallel
@@ -202,6 +205,9 @@ def _check_runs(options: QuantizeOptions, choice: Format, what: str) -> None:
         raise exportable.unsavable(what, ranks)
     if ranks > 1 and options.packed and formats.packs_integers(choice.weight):
         raise exportable.unpackable(what, ranks)
+    if choice.method == GPTQ:
+        experts_synced = options.sync_expert_weight_amax
+        gptq_checks.check(what, options.parallel, packed=options.packed, synced=experts_synced)
     if choice.method in ("local_hessian", "awq_lite") and replicas > 1:
         raise UsageError(
             f"{what} with DP={replicas}",

@@ -17,11 +17,19 @@ from modelopt.torch.quantization.mode import QuantizeModeRegistry
 
 from post_training.common.quiet import quiet
 from post_training.distributed.collectives import from_all_ranks
-from post_training.quantization import auto, calibration, coverage, packing, quantizers, smoothing
+from post_training.quantization import (
+    auto,
+    calibration,
+    coverage,
+    gptq,
+    packing,
+    quantizers,
+    smoothing,
+)
 from post_training.quantization.calibration import Calibration
 from post_training.quantization.configuration import Config, configuration, method_of
 from post_training.quantization.coverage import Coverage
-from post_training.quantization.formats.base import FOLDED_METHODS, Format
+from post_training.quantization.formats.base import FOLDED_METHODS, GPTQ, Format
 from post_training.quantization.formats.exportable import Verdict
 from post_training.quantization.options import Choice, QuantizeOptions, is_search
 from post_training.quantization.recipes import Recipe
@@ -103,6 +111,8 @@ def with_format(
             with quiet(stdout=True):
                 if method in FOLDED_METHODS:
                     smoothing.calibrate(model, config["algorithm"], method, data)
+                elif method == GPTQ:
+                    gptq.calibrate(model, data, data if _needs_data(model, "max") else None)
                 else:
                     mtq.calibrate(model, config["algorithm"], forward_loop=forward_loop)
     calibration.settle_zeros(model)

@@ -10,7 +10,7 @@ from post_training.config.checks import at_least, positive
 from post_training.config.flags import flag
 from post_training.quantization.formats import exportable
 from post_training.quantization.formats import registry as formats
-from post_training.quantization.formats.base import FOLDED_METHODS, Format
+from post_training.quantization.formats.base import FOLDED_METHODS, GPTQ, Format
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +85,12 @@ def check(
         allow_unexportable: formats that no engine reads side by side are let pass.
     """
     rows = auto.formats
-    folded = [row.name for row in rows if row.method in FOLDED_METHODS]
-    if folded:
+    changing = [row.name for row in rows if row.method in (*FOLDED_METHODS, GPTQ)]
+    if changing:
         raise UsageError(
             what,
-            f"{', '.join(folded)} changes the norms before the layers, which a search compares "
-            "with one another",
+            f"{', '.join(changing)} changes norms or weights, and a search compares formats on the "
+            "same ones",
             "leave it out, or quantize the whole model in it",
         )
     linears = [each for row in rows for each in exportable.linears_of(row, weight_only)]

@@ -44,7 +44,7 @@ REFUSED = {
     "auto with awq": (
         ("--export-quant-cfg", "auto", "--auto-quantize-formats", "nvfp4_awq_lite,fp8"),
         "nvfp4_awq_lite,fp8",
-        "changes the norms",
+        "changes norms or weights",
     ),
     "weight-only fp8": (("--weight-only",), "--weight-only", "static input scale"),
     "kv alone": (("--export-quant-cfg", "FP8_KV_CFG"), "FP8_KV_CFG", "--allow-unexportable"),

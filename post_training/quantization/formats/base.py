@@ -25,6 +25,8 @@ EXTRA_OF_METHOD = {
 }
 # Those whose factors go into the norms before the layers, so that nothing is added.
 FOLDED_METHODS = ("smoothquant", "awq_lite")
+# Ours: it changes weights so that their rounding errors compensate one another.
+GPTQ = "gptq"
 # Value of --export-kv-cache-quant that leaves keys and values in 16 bits.
 NO_KV_CACHE = "none"
 
@@ -47,6 +49,7 @@ class NumberFormat:
         block_size: inputs of a row that share a scale; 1 where there are no blocks.
         largest: what a calibrated maximum is divided by to get the scale that is exported; None
             where nothing is calibrated or the scale is not one per tensor.
+        integer: weights are integers with stored maxima, which GPTQ can round to.
         bf16_scales: the scales of weights are numbers of bfloat16, in which engines read them:
             calibration rounds the maxima so.
         stored_block_scales: block scales lie in a buffer of the quantizer, which ModelOpt cannot
@@ -63,6 +66,7 @@ class NumberFormat:
     bits: float = 16.0
     block_size: int = 1
     largest: float | None = None
+    integer: bool = False
     bf16_scales: bool = False
     stored_block_scales: bool = False
     exported_as: Mapping[str, str] = field(default_factory=dict)
@@ -115,8 +119,8 @@ class Format:
         weight: number format of the linear layers' weights; empty where only keys and values are
             quantized.
         input: number format of their inputs; empty: 16 bits.
-        method: ModelOpt's algorithm that finds the scales: ``max``, ``mse``, ``awq_lite``, ...;
-            empty where none is needed.
+        method: ModelOpt's algorithm that finds the scales: ``max``, ``mse``, ``awq_lite``, ...; or
+            our :data:`GPTQ`; empty where none is needed.
         alias: a further short name; empty if there is none.
         layers: which linear layers; never the output layer and routers, except ``every``.
         kv: number format of keys and values, a ``KvCache.name``.

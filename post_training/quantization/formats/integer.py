@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from post_training.quantization.formats.base import Format, FormatFamily, NumberFormat
+from post_training.quantization.formats.base import GPTQ, Format, FormatFamily, NumberFormat
+
+_WEIGHTS = "*weight_quantizer"
+_INT4 = {"quantizer_name": _WEIGHTS, "cfg": {"num_bits": 4, "block_sizes": {-1: 128}}}
+_INT8 = {"quantizer_name": _WEIGHTS, "cfg": {"num_bits": 8, "axis": 0}}
 
 INTEGER = FormatFamily(
     inputs=(NumberFormat("int8_token", 8, "token"),),
@@ -19,6 +23,7 @@ INTEGER = FormatFamily(
             8,
             "channel",
             bits=8.0,
+            integer=True,
             bf16_scales=True,
             exported_as={"int8": "INT8_W8A8", "": "INT8_W8A16"},
         ),
@@ -28,6 +33,7 @@ INTEGER = FormatFamily(
             "block",
             bits=4.125,  # a bf16 scale per 128
             block_size=128,
+            integer=True,
             bf16_scales=True,
             exported_as={"": "INT4_W4A16"},
         ),
@@ -45,6 +51,8 @@ INTEGER = FormatFamily(
         Format("INT8_WEIGHT_ONLY_CFG", "int8_channel", alias="int8_wo"),
         Format("INT4_AWQ_CFG", "int4_block", method="awq_lite"),
         Format("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "int4_block"),
+        Format("INT4_GPTQ_CFG", "int4_block", method=GPTQ, quant_cfg=(_INT4,)),
+        Format("INT8_GPTQ_CFG", "int8_channel", method=GPTQ, quant_cfg=(_INT8,)),
         Format("W4A8_AWQ_BETA_CFG", "int4_block_fp8", "fp8", "awq_lite", alias="w4a8_awq"),
     ),
 )
