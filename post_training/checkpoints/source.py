@@ -142,15 +142,15 @@ def size_estimate(source: Source, options: StageOptions, *, optimizer: bool = Fa
     """Bytes that a checkpoint or an export of the source takes, for the check of free space.
 
     With the state of Adam: its two moments and the weights in float32 besides. 0 for a hub name
-    whose configuration is not there yet.
+    whose configuration is not there yet, and for one or a checkpoint with --dry-run.
     """
     per_parameter = (4 if options.precision == "fp32" else 2) + (12 if optimizer else 0)
     if source.is_local and not source.is_checkpoint:
         entries = safetensors_index.read(Path(source.location)).values()
         # A byte of MXFP4 is two parameters.
         return sum(e.numel * (2 if e.dtype == "U8" else 1) for e in entries) * per_parameter
-    if source.described is None:
-        return 0
+    if source.described is None or options.dry_run:
+        return 0  # with --dry-run the disk is that of another machine, or of another day
     return parameter_count.total(source.described) * per_parameter
 
 

@@ -23,7 +23,14 @@ VALUES = (*NUMBERS, None, "x", "", [], [None], {}, {"a": []}, [[7]])
 LLAMA = {
     **CONFIG,
     "architectures": ["LlamaForCausalLM"],
-    "rope_parameters": {"rope_type": "llama3", "factor": 8.0, "rope_theta": 500000.0},
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
+    },
 }
 QWEN = {
     **CONFIG,

@@ -189,12 +189,7 @@ class Family:
         UsageError for a scaling other than Llama 3's with megatron-core's fixed constants, and for
         files whose readers disagree about what is rotated.
         """
-        scaling, newer = config.get("rope_scaling", {}), config.get("rope_parameters", {})
-        if scaling and newer and scaling != newer:
-            refuse("rope_scaling and rope_parameters", "they differ, and readers take one of them")
-        scaling = scaling or newer
-        if any(isinstance(value, Mapping) for value in scaling.values()):
-            refuse(f"rope_parameters of {', '.join(scaling)}", "layers are rotated differently")
+        scaling = rope_scaling(config)
         stated = {**config, **scaling}
         values = {
             "rotary_base": float(stated.get("rope_theta", 10000.0)),
@@ -270,6 +265,20 @@ class Family:
     def tiny_config(self, **changes: Any) -> dict[str, Any]:
         """The tests' tiny model as ``transformers.AutoConfig.for_model`` takes it."""
         return {**TINY_SIZES, **self.tiny, "architectures": [self.architecture], **changes}
+
+
+def rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary scaling that a file states, in either form, without nulls.
+
+    UsageError where both forms are there and differ, or where it is one for each kind of layer.
+    """
+    scaling, newer = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
+    if scaling and newer and scaling != newer:
+        refuse("rope_scaling and rope_parameters", "they differ, and readers take one of them")
+    scaling = scaling or newer
+    if any(isinstance(value, Mapping) for value in scaling.values()):
+        refuse(f"rope_parameters of {', '.join(scaling)}", "layers are rotated differently")
+    return {key: value for key, value in scaling.items() if value is not None}
 
 
 def check_router(experts: Any, chosen: Any, *, normalized: bool) -> None:

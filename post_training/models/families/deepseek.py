@@ -18,6 +18,7 @@ from post_training.models.families.base import (
     Refused,
     WeightMapping,
     refuse,
+    rope_scaling,
 )
 
 _KEYS = {
@@ -113,8 +114,9 @@ class DeepSeek(Family):
         heads = config["num_attention_heads"]
         if config.get("num_key_value_heads", heads) != heads:
             refuse(
-                f"num_key_value_heads = {config['num_key_value_heads']!r}",
-                f"each of the {heads} heads has keys and values of its own in latent attention",
+                f"{heads} attention heads with num_key_value_heads = "
+                f"{config['num_key_value_heads']!r}",
+                "each head has keys and values of its own in latent attention",
             )
         chosen = config["num_experts_per_tok"]
         if not 1 <= chosen <= config["n_routed_experts"]:
@@ -163,9 +165,10 @@ class DeepSeek(Family):
         return values | yarn.latent_positions(config)
 
     def rotary(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        stated = {**config, **yarn.scaling(config)}
-        if stated.get("partial_rotary_factor", 1.0) != 1.0:
-            refuse("partial_rotary_factor", "the rotary part of a head is qk_rope_head_dim")
+        stated = {**config, **rope_scaling(config)}
+        if (share := stated.get("partial_rotary_factor", 1.0)) != 1.0:
+            what = f"partial_rotary_factor = {share!r}"
+            refuse(what, "the rotary part of a head is qk_rope_head_dim")
         return {"rotary_base": float(stated.get("rope_theta", 10000.0))}
 
     def with_shape(
@@ -235,6 +238,7 @@ FAMILIES = (
             "first_k_dense_replace": 3,
             "norm_topk_prob": True,
             "max_position_embeddings": 4096,
+            "num_key_value_heads": 128,
         },
         refused=(
             *_REFUSED,

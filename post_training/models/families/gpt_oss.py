@@ -11,6 +11,7 @@ from post_training.models.families.base import (
     Family,
     Refused,
     refuse,
+    rope_scaling,
 )
 
 # What transformers takes where the file states no rotary scaling.
@@ -57,7 +58,7 @@ class GptOss(Family):
 
     def rotary(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """YaRN's values by the names that megatron-core's GPTModel reads; or no scaling."""
-        scaling = {**config.get("rope_scaling", {}), **config.get("rope_parameters", {})}
+        scaling = rope_scaling(config)
         kind = scaling.get("rope_type", scaling.get("type"))
         base = float({**config, **scaling}.get("rope_theta", 150000.0))
         if kind not in (None, "yarn"):

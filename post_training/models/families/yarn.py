@@ -5,18 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from post_training.models.families.base import refuse
-
-
-def scaling(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary scaling that is stated, in either form of the file."""
-    found = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    return {key: value for key, value in found.items() if value is not None}
+from post_training.models.families.base import refuse, rope_scaling
 
 
 def latent_positions(config: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of TransformerConfig for the positions; what the file leaves out, as transformers."""
-    rope = scaling(config)
+    rope = rope_scaling(config)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return {"rope_type": "rope"}
