@@ -55,6 +55,8 @@ def architecture(
                 "layers, which fuse them",
                 "leave it out: ModelOpt's layers are the default",
             )
+        if options.build.layer_spec == "transformer_engine":
+            found.check_fused_norms("--export-default-te-spec")
         named, described = f"--pretrained-model-path {options.pretrained_model_path}", "config.json"
         remedy = "name the conf of this model, or the folder of the conf's model"
     else:

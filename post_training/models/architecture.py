@@ -96,6 +96,19 @@ class Architecture:
         """Whether megatron-core's MLATransformerConfig describes the model."""
         return bool(self.transformer.get("multi_latent_attention"))
 
+    def check_fused_norms(self, option: str) -> None:
+        """UsageError, naming ``option``, if its norms cannot be fused with the linears after them.
+
+        ModelOpt's importer drops the bias of a fused LayerNorm.
+        """
+        if self.value("normalization") == "LayerNorm":
+            raise UsageError(
+                option,
+                "it fuses each norm with the linear layer after it, and the model's LayerNorm has "
+                "a bias, which ModelOpt's importer does not read there",
+                "leave it out, or take a model with RMSNorm",
+            )
+
     def value(self, name: str) -> Any:
         """The value of a transformer field, or megatron-core's default."""
         return self.resolved()[name]

@@ -231,6 +231,23 @@ RELEASED: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 94,
         "num_attention_heads": 64,
     },
+    "nvidia/Nemotron-Mini-4B-Instruct": {
+        "architectures": ["NemotronForCausalLM"],
+        "head_dim": 128,
+        "hidden_act": "relu2",
+        "hidden_size": 3072,
+        "intermediate_size": 9216,
+        "max_position_embeddings": 4096,
+        "model_type": "nemotron",
+        "norm_eps": 1e-5,
+        "num_attention_heads": 24,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "partial_rotary_factor": 0.5,
+        "rope_theta": 10000,
+        "tie_word_embeddings": False,
+        "vocab_size": 256000,
+    },
 }
 RELEASED |= {
     "deepseek-ai/DeepSeek-R1": _DEEPSEEK_V3,

@@ -19,6 +19,7 @@ _FILES = (
     "llama",
     "mistral",
     "mixtral",
+    "nemotron",
     "phi3",
     "qwen",
     "qwen_moe",
