@@ -141,10 +141,10 @@ FAMILIES = (
             Refused("swiglu_limit", 7.0, "another limit of the experts' activations"),
         ),
         parts=frozenset({"experts"}),
-        # hf_to_vllm_mapper in copies of vLLM's gpt_oss.py, of unknown version; vLLM issue 46641.
-        # The loaders of SGLang and TensorRT-LLM were not read.
-        not_quantized="vLLM reads gpt-oss in BF16, or in the MXFP4 of its publisher: its loader "
-        "names no place for ModelOpt's scales of experts that are one tensor",
+        # vLLM 0.24.0, model_executor/models/gpt_oss.py, load_weights: every other quant_method is
+        # loaded as BF16. The loaders of SGLang and TensorRT-LLM were not read.
+        not_quantized="vLLM reads gpt-oss in BF16, in the MXFP4 of its publisher or in Quark's form: "
+        "its loader has no place for ModelOpt's scales of experts",
         not_pruned="ModelOpt cuts neither attention sinks nor the pattern of windows",
         tiny={
             "model_type": "gpt_oss",
