@@ -143,8 +143,8 @@ FAMILIES = (
         parts=frozenset({"experts"}),
         # vLLM 0.24.0, model_executor/models/gpt_oss.py, load_weights: every other quant_method is
         # loaded as BF16. The loaders of SGLang and TensorRT-LLM were not read.
-        not_quantized="vLLM reads gpt-oss in BF16, in the MXFP4 of its publisher or in Quark's form: "
-        "its loader has no place for ModelOpt's scales of experts",
+        not_quantized="vLLM reads gpt-oss in BF16, its publisher's MXFP4 or Quark's form: its "
+        "loader has no place for ModelOpt's scales of experts",
         not_pruned="ModelOpt cuts neither attention sinks nor the pattern of windows",
         tiny={
             "model_type": "gpt_oss",
