@@ -157,15 +157,15 @@ def writable(path: Path, what: str = "") -> None:
         )
 
 
-def disk_space(folder: Path, needed: int) -> None:
-    """Raise UsageError unless the file system of ``folder`` has ``needed`` bytes free."""
-    parent = nearest_existing(folder)
+def disk_space(output: Path, needed: int) -> None:
+    """Raise UsageError unless the file system of ``output`` has ``needed`` bytes free."""
+    parent = nearest_existing(output if output.is_dir() else output.absolute().parent)
     if not parent.is_dir():
-        raise UsageError(f"output {folder}", f"{parent} is a file", "name another place")
+        raise UsageError(f"output {output}", f"{parent} is a file", "name another place")
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise UsageError(
-            f"output {folder}",
+            f"output {output}",
             f"about {report.number_of_bytes(needed)} are needed and "
             f"{report.number_of_bytes(free)} are free on {parent}",
             "free some space, or set MLM_WORK_DIR to a larger disk",
