@@ -45,7 +45,7 @@ def sharded(
     found = dict(module.sharded_state_dict(prefix=prefix, metadata=content))
     for name, tensor in found.items():
         is_gated = getattr(model.config, "gated_linear_unit", False)
-        if is_gated and _GATE_UP.search(name) and tensor.local_shape[0] > 1:
+        if is_gated and _GATE_UP.search(name) and max(tensor.local_shape[:1], default=0) > 1:
             found[name] = _in_halves(tensor, there)
     return found
 

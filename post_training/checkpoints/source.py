@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from post_training.checkpoints import huggingface, torch_dist
-from post_training.common import forms, inputs, manifest, safetensors_index
+from post_training.common import files, forms, inputs, manifest, safetensors_index
 from post_training.common.errors import UsageError
 from post_training.config.model_description import architecture
 from post_training.config.options import StageOptions
@@ -142,16 +142,21 @@ def size_estimate(source: Source, options: StageOptions, *, optimizer: bool = Fa
     """Bytes that a checkpoint or an export of the source takes, for the check of free space.
 
     With the state of Adam: its two moments and the weights in float32 besides. 0 for a hub name
-    whose configuration is not there yet, and for one or a checkpoint with --dry-run.
+    whose configuration is not there yet.
     """
-    per_parameter = (4 if options.precision == "fp32" else 2) + (12 if optimizer else 0)
-    if source.is_local and not source.is_checkpoint:
-        entries = safetensors_index.read(Path(source.location)).values()
+    weight = 4 if options.precision == "fp32" else 2
+    per_parameter = weight + (12 if optimizer else 0)
+    if not source.is_local:
+        known = source.described is not None and not options.dry_run
+        return parameter_count.total(source.architecture) * per_parameter if known else 0
+    folder = Path(source.location)
+    if not source.is_checkpoint:
+        entries = safetensors_index.read(folder).values()
         # A byte of MXFP4 is two parameters.
         return sum(e.numel * (2 if e.dtype == "U8" else 1) for e in entries) * per_parameter
-    if source.described is None or options.dry_run:
-        return 0  # with --dry-run the disk is that of another machine, or of another day
-    return parameter_count.total(source.described) * per_parameter
+    stored = files.size_of(torch_dist.iteration_folder(folder))
+    has_optimizer = (source.manifest or {}).get("stage") in ("distill", "eagle3")
+    return stored if has_optimizer else stored * per_parameter // weight
 
 
 def _find_checkpoint(options: StageOptions, location: str) -> Source:

@@ -114,7 +114,9 @@ def read(options: type, args: argparse.Namespace) -> dict[str, Any]:
             check = field.metadata[_FLAG]["check"]
             if check is not None and value is not None:
                 check(spelled(field.name), value)
-            values[field.name] = tuple(value) if isinstance(value, list) else value
+            if isinstance(value, list):
+                value = tuple(each for each in value if each is not None)
+            values[field.name] = value
     return values
 
 

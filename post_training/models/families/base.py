@@ -268,7 +268,7 @@ class Family:
 
 
 def rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary scaling that a file states, in either form, without nulls.
+    """The rotary scaling that a file states, in either form.
 
     UsageError where both forms are there and differ, or where it is one for each kind of layer.
     """
@@ -278,7 +278,7 @@ def rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
     scaling = scaling or newer
     if any(isinstance(value, Mapping) for value in scaling.values()):
         refuse(f"rope_parameters of {', '.join(scaling)}", "layers are rotated differently")
-    return {key: value for key, value in scaling.items() if value is not None}
+    return dict(scaling)
 
 
 def check_router(experts: Any, chosen: Any, *, normalized: bool) -> None:

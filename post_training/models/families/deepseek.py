@@ -18,7 +18,6 @@ from post_training.models.families.base import (
     Refused,
     WeightMapping,
     refuse,
-    rope_scaling,
 )
 
 _KEYS = {
@@ -165,7 +164,7 @@ class DeepSeek(Family):
         return values | yarn.latent_positions(config)
 
     def rotary(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        stated = {**config, **rope_scaling(config)}
+        stated = {**config, **yarn.scaling(config)}
         if (share := stated.get("partial_rotary_factor", 1.0)) != 1.0:
             what = f"partial_rotary_factor = {share!r}"
             refuse(what, "the rotary part of a head is qk_rope_head_dim")

@@ -8,9 +8,14 @@ from typing import Any
 from post_training.models.families.base import refuse, rope_scaling
 
 
+def scaling(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary scaling that is stated, in either form of the file, without nulls."""
+    return {key: value for key, value in rope_scaling(config).items() if value is not None}
+
+
 def latent_positions(config: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of TransformerConfig for the positions; what the file leaves out, as transformers."""
-    rope = rope_scaling(config)
+    rope = scaling(config)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return {"rope_type": "rope"}
