@@ -10,7 +10,7 @@ export MODEL_ARGS=(
   --kv-channels 64
   --quick-geglu --glu-linear-offset 1.0 --activation-func-clamp-value 7.0
   --softmax-type learnable
-  --window-size 127,0 --window-attn-skip-freq 2
+  --window-size '127,0' --window-attn-skip-freq 2
   --normalization RMSNorm --norm-epsilon 1e-5
   --enable-gpt-oss --rotary-base 150000 --rotary-percent 1.0
   --num-experts 32 --moe-layer-freq '[1]*24'
