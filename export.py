@@ -156,6 +156,7 @@ def export(plan: Plan, session: Session) -> dict[str, Any]:
             )
         if unwritable:
             logger.warning("the draft is not written: %s", unwritable)
+            metrics["draft_left_out"] = unwritable
         elif plan.writes_draft:
             metrics["draft"] = eagle3_exporter.write(
                 model, *where, max_shard_bytes=shard, beside_target=True

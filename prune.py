@@ -86,13 +86,6 @@ def check(options: PruneOptions) -> Plan:
         )
     target, space, cache = pruning_options.target(options), None, None
     if source.described is not None:
-        if source.described.multi_latent_attention:
-            raise UsageError(
-                source.location,
-                "it has multi-latent attention, and pruning needs layers of Transformer Engine, "
-                "into which ModelOpt's importer reads no such model",
-                "quantize it, or distill into a smaller model of another family",
-            )
         parallel_check.check(source.described, options.parallel)
         space = pruning_options.space(options, source.described)
         if not isinstance(target, SizeSearch):

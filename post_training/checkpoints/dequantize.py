@@ -98,9 +98,13 @@ READERS: dict[str, type[BlockFp8 | Mxfp4]] = {"fp8": BlockFp8, "mxfp4": Mxfp4}
 
 
 def reader(config: Mapping[str, Any]) -> BlockFp8 | Mxfp4 | None:
-    """The reader for the weights that ``config`` describes; None for plain ones."""
+    """The reader for the weights that ``config`` describes; None for plain ones.
+
+    None too for a method that is not read: what loads weights has refused it before.
+    """
     found = config.get("quantization_config") or {}
-    return READERS[found["quant_method"]](found) if found else None
+    kind = READERS.get(found.get("quant_method", ""))
+    return kind(found) if kind is not None else None
 
 
 def is_packed(entry: Entry) -> bool:

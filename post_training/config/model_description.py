@@ -48,15 +48,13 @@ def architecture(
         remedy = "name the conf of this model, or the checkpoint of this conf"
     elif huggingface_config is not None:
         found = families.from_huggingface(huggingface_config)
-        if found.multi_latent_attention and options.build.layer_spec == "transformer_engine":
+        if options.build.layer_spec == "transformer_engine" and found.unfusable_norms:
             raise UsageError(
-                "--export-default-te-spec with multi-latent attention",
-                "ModelOpt's importer does not find the latents' norms in Transformer Engine's "
-                "layers, which fuse them",
+                "--export-default-te-spec",
+                "Transformer Engine's layers fuse each norm with the linear layer after it, and "
+                f"ModelOpt's importer does not read {found.unfusable_norms} there",
                 "leave it out: ModelOpt's layers are the default",
             )
-        if options.build.layer_spec == "transformer_engine":
-            found.check_fused_norms("--export-default-te-spec")
         named, described = f"--pretrained-model-path {options.pretrained_model_path}", "config.json"
         remedy = "name the conf of this model, or the folder of the conf's model"
     else:

@@ -13,7 +13,7 @@ from megatron.core.transformer import MegatronModule
 from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
 from tqdm import tqdm
 
-from post_training.checkpoints import extra_tensors, huggingface, loading
+from post_training.checkpoints import huggingface, loading
 from post_training.checkpoints.huggingface import SmallFiles
 from post_training.checkpoints.source import Source
 from post_training.common import files, safetensors_index
@@ -22,6 +22,7 @@ from post_training.config.options import StageOptions
 from post_training.distributed.collectives import from_all_ranks, on_first_rank
 from post_training.distributed.session import Session
 from post_training.export import compressed_tensors, readback
+from post_training.export.carried import Carried
 from post_training.export.fake_quantized import fake_quantized, unpack
 from post_training.export.folder import require_equal, write_tensors
 from post_training.export.streaming_exporter import StreamingExporter
@@ -81,14 +82,13 @@ def write(
     progress = partial(tqdm, total=count, unit="layer", disable=not session.show_progress)
     work = on_first_rank(lambda: files.begin(folder))
     groups = exporter.groups() if scheme is None else scheme.groups(exporter, dtype)
-    extra = extra_tensors.find(original) if session.is_main else {}
-    carried = ({name: each} for name, each in (extra_tensors.read(original) if extra else ()))
-    groups = chain(progress(groups, desc="writing"), carried)
+    carried = Carried.of(original, session)
+    groups = chain(progress(groups, desc="writing"), carried.groups())
     write_tensors(work, groups, max_shard_bytes)
     quantization = exporter.quantization_config() if scheme is None else None
-    if quantization is not None and extra:
-        excluded = {f"{'.'.join(name.split('.')[:3])}.*" for name in extra}
-        quantization["quantization"].setdefault("exclude_modules", []).extend(sorted(excluded))
+    if quantization is not None and carried.names:
+        excluded = quantization["quantization"].setdefault("exclude_modules", [])
+        excluded.extend(carried.excluded())
 
     def write_small_files() -> None:
         # A checkpoint pruned elsewhere comes with the configuration of before.
@@ -103,19 +103,14 @@ def write(
         SmallFiles(original, options.trust_remote_code, config).copy_to(work)
 
     on_first_rank(write_small_files)
-    written = readback.Folder(work, session.device, carried=extra)
+    written = readback.Folder(work, session.device, carried=carried.names)
     problems = written.problems() if session.is_main else []
     mine: list[str] = []
     for (group,) in progress(exporter.views(fake_quantized), desc="reading back"):
         mine += group
         problems += readback.compare(written, group.items(), dtype)
-    if extra:
-        problems += [
-            f"{name} is not what the source has"
-            for name, tensor in extra_tensors.read(original)
-            if not torch.equal(written.tensor(name).cpu(), tensor)
-        ]
-        mine += extra
+    problems += carried.problems(written)
+    mine += carried.names
     compared = {name for each in from_all_ranks(mine) for name in each}
     if session.is_main:
         missing = sorted(written.expected.keys() - compared)
@@ -125,7 +120,7 @@ def write(
     logger.info("read back: %d tensors equal the model's, format %s", len(compared), algorithm)
     return {
         "tensors_compared": len(compared),
-        "tensors_carried": len(extra),
+        "tensors_carried": len(carried.names),
         "quant_algo": algorithm,
         "kv_cache_quant_algo": written.quantization.get("kv_cache_quant_algo"),
         "bits_per_weight": round(written.bits_per_weight(), 4),

@@ -36,6 +36,8 @@ def show(folder: Path, content: Mapping[str, Any], *, has_model: bool, simulated
         place = folder / SUBFOLDER if has_model else folder
         rows |= draft_report.exported(draft, place)
         served = draft_report.served(place)
+    if "draft_left_out" in metrics:
+        rows["draft"] = f"NOT WRITTEN: {metrics['draft_left_out']}"
     rows["folder"] = f"{folder} ({report.size(folder)})"
     serve = "vllm_serve_fakequant.py" if simulated else "vllm serve"
     next_step = f"{serve} {target}{served}"

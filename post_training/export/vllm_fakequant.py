@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from post_training.config.options import StageOptions
 from post_training.distributed.collectives import from_all_ranks, on_first_rank
 from post_training.distributed.session import Session
 from post_training.export import readback
+from post_training.export.carried import Carried
 from post_training.export.fake_quantized import fake_quantized, unpack
 from post_training.export.folder import Tensors, require_equal, write_tensors
 from post_training.export.model_folder import state_dtype
@@ -110,7 +112,8 @@ def write(
                 state[exporter.quantizer_name(name)] = value.detach().cpu().clone()
             yield {name: value for name, value in group.items() if name not in found}
 
-    write_tensors(work, weights(), max_shard_bytes)
+    carried = Carried.of(original, session)
+    write_tensors(work, chain(weights(), carried.groups()), max_shard_bytes)
     states = from_all_ranks(state)
 
     def write_small_files() -> None:
@@ -122,13 +125,15 @@ def write(
         torch.save(merged, work / STATE)
 
     on_first_rank(write_small_files)
-    written = readback.Folder(work, session.device)
+    written = readback.Folder(work, session.device, carried=carried.names)
     problems = written.problems() if session.is_main else []
     compared: list[str] = []
     for (group,) in progress(exporter.views(fake_quantized), desc="reading back"):
         plain = {name: value for name, value in group.items() if not name.endswith(_SCALE)}
         compared += plain
         problems += readback.compare(written, plain.items(), dtype)
+    problems += carried.problems(written)
+    compared += carried.names
     names = {name for each in from_all_ranks(compared) for name in each}
     if session.is_main:
         problems += [f"{name} was not compared" for name in sorted(written.expected.keys() - names)]
@@ -136,6 +141,7 @@ def write(
     logger.info("read back: %d tensors equal the model's, rounded and in 16 bits", len(names))
     return {
         "tensors_compared": len(names),
+        "tensors_carried": len(carried.names),
         "quant_algo": None,
         "kv_cache_quant_algo": None,
         "fake_quantizers": sum(map(len, states)),

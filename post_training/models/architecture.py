@@ -96,18 +96,15 @@ class Architecture:
         """Whether megatron-core's MLATransformerConfig describes the model."""
         return bool(self.transformer.get("multi_latent_attention"))
 
-    def check_fused_norms(self, option: str) -> None:
-        """UsageError, naming ``option``, if its norms cannot be fused with the linears after them.
+    @property
+    def unfusable_norms(self) -> str:
+        """What ModelOpt's importer does not read where norms are fused with the linears after them.
 
-        ModelOpt's importer drops the bias of a fused LayerNorm.
+        Such are Transformer Engine's layers. Empty: it reads all of the model.
         """
-        if self.value("normalization") == "LayerNorm":
-            raise UsageError(
-                option,
-                "it fuses each norm with the linear layer after it, and the model's LayerNorm has "
-                "a bias, which ModelOpt's importer does not read there",
-                "leave it out, or take a model with RMSNorm",
-            )
+        if self.multi_latent_attention:
+            return "the norms of its latents"
+        return "the biases of its LayerNorms" if self.value("normalization") == "LayerNorm" else ""
 
     def value(self, name: str) -> Any:
         """The value of a transformer field, or megatron-core's default."""

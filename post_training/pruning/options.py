@@ -222,10 +222,15 @@ def space(options: PruneOptions, architecture: Architecture) -> PruningSpace:
     UsageError for a model of a family that cannot be pruned.
     """
     reason = families.family_of(architecture).not_pruned
+    if unread := architecture.unfusable_norms:
+        reason = (
+            "pruning needs Transformer Engine's layers, which fuse each norm with the linear layer "
+            f"after it, and ModelOpt's importer does not read {unread} there"
+        )
     if reason:
         raise UsageError(
-            f"{architecture.huggingface_architecture}",
-            f"models of this family cannot be pruned: {reason}",
+            f"prune a {architecture.huggingface_architecture or 'model of these flags'}",
+            f"such models cannot be pruned: {reason}",
             "prune a model of another family (docs/models.md has the table)",
         )
     steps = {name: getattr(options, f"prune_{name}_divisor") for name in STEPS}

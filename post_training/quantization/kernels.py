@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from post_training.common.errors import UsageError
 from post_training.models import parameter_count
@@ -67,15 +67,30 @@ def check(
         UsageError: naming the layer and its sizes.
     """
     support = engines.TARGETS[target].algorithms.get(algorithm, Support())
-    for name, outputs, inputs in _layers(values, separate=support.separate):
-        of_experts = name.startswith("experts'")
-        why = refusal(name, algorithm, outputs, inputs, target=target, of_experts=of_experts)
-        if why and not (without_qkv and name in ("q, k, v", "q", "k and v")):
+    for layer in _layers(values, separate=support.separate):
+        why = refusal(
+            layer.name,
+            algorithm,
+            layer.outputs,
+            layer.inputs,
+            target=target,
+            of_experts=layer.kind == "experts",
+        )
+        if why and not (without_qkv and layer.kind == "qkv"):
             raise UsageError(what, why, _REMEDY)
 
 
-def _layers(values: Mapping[str, Any], *, separate: bool) -> Iterator[tuple[str, int, int]]:
-    """Name, outputs and inputs of each kind of linear layer.
+class _Layer(NamedTuple):
+    """A linear layer; ``kind`` is ``qkv``, ``experts``, or empty for the others."""
+
+    name: str
+    outputs: int
+    inputs: int
+    kind: str = ""
+
+
+def _layers(values: Mapping[str, Any], *, separate: bool) -> Iterator[_Layer]:
+    """Each kind of linear layer once.
 
     Args:
         separate: q, k, v and gate, up apart, as Hugging Face's files have them, and not as the
@@ -89,23 +104,26 @@ def _layers(values: Mapping[str, Any], *, separate: bool) -> Iterator[tuple[str,
     if values["multi_latent_attention"]:
         of_queries = values["qk_head_dim"] + values["qk_pos_emb_head_dim"]
         pairs = values["qk_head_dim"] + values["v_head_dim"]
-        yield "q", heads * of_queries, values["q_lora_rank"] or hidden
-        yield "kv_b", heads * pairs, values["kv_lora_rank"]
-        yield "o", hidden, heads * values["v_head_dim"]
+        yield _Layer("q", heads * of_queries, values["q_lora_rank"] or hidden)
+        yield _Layer("kv_b", heads * pairs, values["kv_lora_rank"])
+        yield _Layer("o", hidden, heads * values["v_head_dim"])
     else:
         if separate:
-            yield "q", heads * head, hidden
-            yield "k and v", groups, hidden
+            yield _Layer("q", heads * head, hidden, "qkv")
+            yield _Layer("k and v", groups, hidden, "qkv")
         else:
-            yield "q, k, v", heads * head + 2 * groups, hidden
-        yield "o", hidden, heads * head
+            yield _Layer("q, k, v", heads * head + 2 * groups, hidden, "qkv")
+        yield _Layer("o", hidden, heads * head)
     sparse = parameter_count.moe_layers(dict(values))
     sizes = {
-        "": 0 if all(sparse) else values["ffn_hidden_size"],
-        "experts' ": values["moe_ffn_hidden_size"] if any(sparse) else 0,
-        "shared experts' ": values["moe_shared_expert_intermediate_size"] if any(sparse) else 0,
+        "": ("", 0 if all(sparse) else values["ffn_hidden_size"]),
+        "experts' ": ("experts", values["moe_ffn_hidden_size"] if any(sparse) else 0),
+        "shared experts' ": (
+            "",
+            values["moe_shared_expert_intermediate_size"] if any(sparse) else 0,
+        ),
     }
-    for kind, size in sizes.items():
+    for whose, (kind, size) in sizes.items():
         if size:
-            yield f"{kind}gate, up", gate * size, hidden
-            yield f"{kind}down", hidden, size
+            yield _Layer(f"{whose}gate, up", gate * size, hidden, kind)
+            yield _Layer(f"{whose}down", hidden, size, kind)

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 from post_training.cli.stage import Stage, run
-from post_training.config import arguments
+from post_training.config import arguments, model_description
 from post_training.config.options import StageOptions
 from post_training.config.parser import make_parser
+from post_training.models.architecture import Architecture
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFS = sorted(
@@ -21,6 +22,11 @@ CONFS = sorted(
 def parse(*words: str) -> StageOptions:
     """The options of a command line; UsageError for a mistake in it."""
     return arguments.parse("convert", StageOptions, list(words))
+
+
+def conf_architecture(conf: str) -> Architecture:
+    """The architecture that a conf states."""
+    return model_description.architecture(parse(*conf_flags(conf)))
 
 
 def values(*words: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import speed
-from confs import CONFS, ROOT, conf_flags
+from confs import CONFS, ROOT, conf_architecture, conf_flags
 from launchers import SHOW, bash, option, started
 from model_folders import write_checkpoint, write_model
 
@@ -66,9 +66,9 @@ def test_every_stage_starts_with_every_conf(stage, conf, environment, tmp_path):
 def test_prune_and_distill_start_with_every_conf(conf, environment, tmp_path):
     target = ("--prune-target-params", "1M")
     environment["MLM_MODEL_CKPT"] = str(write_checkpoint(tmp_path / "student"))
-    if "--multi-latent-attention" in conf_flags(conf):
+    if conf_architecture(conf).unfusable_norms:
         refused = bash(ROOT / "prune.sh", conf, *target, **environment, code=2).stderr
-        assert "multi-latent attention" in refused
+        assert "fuse each norm" in refused
     else:
         words = started("prune.sh", conf, *target, **environment)
         assert words[0] == str(ROOT / "prune.py")

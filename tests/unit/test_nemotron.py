@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
-from test_architecture import RELEASED
-from test_plan import conf_architecture
+from confs import conf_architecture
+from released_configs import RELEASED
 
-from post_training.common.errors import UsageError
 from post_training.models import parameter_count
 from post_training.models.families.registry import from_huggingface
 
@@ -29,7 +27,6 @@ def test_half_of_each_head_is_rotated_where_the_file_does_not_say():
     assert from_huggingface({**config, "partial_rotary_factor": 0.25}).rotary_percent == 0.25
 
 
-def test_fused_norms_with_a_bias_are_refused():
-    with pytest.raises(UsageError, match="LayerNorm has a bias"):
-        conf_architecture(MINI).check_fused_norms("--export-default-te-spec")
-    conf_architecture("Qwen/Qwen3-0.6B").check_fused_norms("--export-default-te-spec")
+def test_the_biases_of_its_norms_are_not_read_where_norms_are_fused():
+    assert conf_architecture(MINI).unfusable_norms == "the biases of its LayerNorms"
+    assert conf_architecture("Qwen/Qwen3-0.6B").unfusable_norms == ""

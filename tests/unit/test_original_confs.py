@@ -58,7 +58,8 @@ GPT_OSS = f"""{TRAINING} {EXPERTS} --no-masked-softmax-fusion --no-rope-fusion
     --no-bias-gelu-fusion --no-bias-dropout-fusion --export-force-local-attention --quick-geglu
     --glu-linear-offset 1.0 --softmax-type learnable --window-attn-skip-freq 2 --window-size 127,0
     --activation-func-clamp-value 7.0 --enable-gpt-oss"""
-# Name -> flags, parameters as published (those of the text model).
+# Name -> flags, parameters as published (those of the text model). Those of Llama 4, gpt-oss and
+# Nemotron-Mini were not looked up: they only say that the count does not change.
 DENSE_AND_EXPERTS = {
     "Qwen/Qwen2.5-0.5B-Instruct": (
         f"{QWEN2} --num-layers 24 --hidden-size 896 --ffn-hidden-size 4864 --kv-channels 64 "

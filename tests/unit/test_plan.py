@@ -11,12 +11,11 @@ import pytest
 import speed
 import tools
 import torch
-from confs import ROOT, conf_flags, parse
+from confs import ROOT, conf_architecture, conf_flags, parse
 
 from post_training.checkpoints import record
 from post_training.common import manifest, redaction
 from post_training.common.errors import UsageError
-from post_training.config import model_description
 from post_training.distributed.parallel import Parallel
 from post_training.distributed.session import Session
 from post_training.models import parallel_check, parameter_count
@@ -36,10 +35,6 @@ PUBLISHED = {
     "meta-llama/Llama-3.1-405B-Instruct": 405_853_388_800,
     "deepseek-ai/DeepSeek-R1": 671_026_419_200 - 58 * 256,
 }
-
-
-def conf_architecture(conf: str) -> Architecture:
-    return model_description.architecture(parse(*conf_flags(conf)))
 
 
 @pytest.mark.parametrize("conf", PUBLISHED)

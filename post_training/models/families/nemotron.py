@@ -76,8 +76,6 @@ FAMILIES = (
             NO_MLP_BIAS,
         ),
         partial_rotary=True,
-        not_pruned="pruning needs layers that fuse each norm with the linear after it, into which "
-        "ModelOpt's importer reads no bias of a LayerNorm",
         tiny={
             "model_type": "nemotron",
             "head_dim": 32,
