@@ -8,6 +8,7 @@ imports torch.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -21,6 +22,8 @@ import xxhash
 
 from post_training.common import threads
 from post_training.common.errors import UsageError
+
+FULL = {errno.ENOSPC, errno.EDQUOT}  # a disk, or a user's part of it
 
 
 def incomplete(target: Path) -> Path:

@@ -36,11 +36,18 @@ def hold(target: Path, command: str) -> Iterator[None]:
         command: what runs, for the message of the run that is refused.
 
     Raises:
-        UsageError: if another run holds it; names host, process, start and command.
+        UsageError: if another run holds it, by host, process, start and command; if nothing can
+            be made beside it.
     """
     path = _path(target)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = _take(path, target)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _take(path, target)
+    except OSError as error:
+        if error.errno in files.FULL:
+            raise
+        cause = f"{path} cannot be made: {error.strerror}"
+        raise UsageError(f"output {target}", cause, "name another place") from error
     content = {
         "host": socket.gethostname(),
         "process": os.getpid(),

@@ -5,7 +5,6 @@ Each raises a UsageError that names the path, the cause and the remedy.
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import sys
@@ -14,14 +13,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from post_training.common import manifest, redaction, report
+from post_training.common import files, manifest, redaction, report
 from post_training.common.errors import UsageError, first_line
 from post_training.common.inputs import nearest_existing
 
 # What an output is, by the stages that make such.
 CHECKPOINT = ("convert", "quantize", "prune", "distill", "eagle3")
 EXPORT = ("export",)
-_FULL = {errno.ENOSPC, errno.EDQUOT}
 _NO_ROOM = 1 << 16  # bytes
 _REPORT = 1 << 20  # bytes: all answers of MMLU, one letter each, take less than a tenth
 
@@ -182,11 +180,12 @@ def full_disk(error: Exception, paths: Iterable[Path]) -> UsageError | None:
     if isinstance(error, UsageError):
         return None
     cause: BaseException | None = error
-    while cause is not None and getattr(cause, "errno", None) not in _FULL:
+    while cause is not None and getattr(cause, "errno", None) not in files.FULL:
         cause = cause.__cause__ or cause.__context__
     free = {path: shutil.disk_usage(nearest_existing(path.absolute())).free for path in paths}
     full = [path for path, left in free.items() if left < _NO_ROOM]
-    if cause is None and not full:
+    says_itself = isinstance(error, OSError) and error.errno
+    if cause is None and (says_itself or not full):
         return None
     return UsageError(
         f"output {', '.join(map(str, full or free))}",
@@ -201,7 +200,7 @@ def thread_failed(failure: threading.ExceptHookArgs) -> None:
     The stage itself stops at the next file that it writes, with the output's name.
     """
     error = failure.exc_value
-    if isinstance(error, OSError) and error.errno in _FULL:
+    if isinstance(error, OSError) and error.errno in files.FULL:
         print(f"a disk became full: {first_line(error)}", file=sys.stderr)
     else:
         threading.__excepthook__(failure)

@@ -65,6 +65,17 @@ def prompt_exit(end: Callable[[Interrupted], NoReturn] = _raise) -> Iterator[Cal
             signal.signal(each, signal.SIG_IGN)
         (_raise if imported.is_set() else end)(Interrupted(number))
 
+    def dropped(failure: sys.UnraisableHookArgs) -> None:
+        # Python drops what a handler raises within a destructor: the signal is sent once more.
+        if not isinstance(failure.exc_value, Interrupted):
+            report(failure)
+            return
+        for each in chosen:
+            signal.signal(each, interrupt)
+        again = threading.Timer(0.01, os.kill, (os.getpid(), failure.exc_value.number))
+        again.daemon = True
+        again.start()
+
     def watch() -> None:
         received = reader.recv(1)
         while received and received[0] in _deferred:
@@ -76,6 +87,7 @@ def prompt_exit(end: Callable[[Interrupted], NoReturn] = _raise) -> Iterator[Cal
 
     chosen = [number for number in _SIGNALS if number not in _deferred]
     handlers = {number: signal.signal(number, interrupt) for number in chosen}
+    report, sys.unraisablehook = sys.unraisablehook, dropped
     previous = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     threading.Thread(target=watch, name="signal-watch", daemon=True).start()
     try:
@@ -84,6 +96,7 @@ def prompt_exit(end: Callable[[Interrupted], NoReturn] = _raise) -> Iterator[Cal
         end(error)
     finally:
         finished.set()
+        sys.unraisablehook = report
         signal.set_wakeup_fd(previous)
         for number, handler in handlers.items():
             signal.signal(number, handler)

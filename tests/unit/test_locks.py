@@ -132,3 +132,10 @@ def test_where_nothing_can_be_written_beside_the_output_the_lock_is_in_it(tmp_pa
         assert (target / ".lock").exists()
         assert not (tmp_path / "run.lock").exists()
     assert not list(target.iterdir())
+
+
+def test_a_place_where_no_lock_can_be_made_is_named():
+    with pytest.raises(UsageError) as refused, locks.hold(Path("/proc/output"), "command"):
+        pass
+    assert "output /proc/output" in str(refused.value)
+    assert "cannot be made: No such file or directory" in str(refused.value)

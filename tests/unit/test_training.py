@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import time
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -154,6 +155,23 @@ def test_a_deferred_signal_is_noted_and_ends_nothing():
     with pytest.raises(signals.Interrupted), signals.prompt_exit():
         os.kill(os.getpid(), signal.SIGTERM)
         signal.pause()
+
+
+def test_a_signal_during_a_destructor_is_not_lost(capfd):
+    """Python reports an exception there, and goes on."""
+
+    class Last:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            for _ in range(1000):  # where the handler runs
+                pass
+
+    with pytest.raises(signals.Interrupted), signals.prompt_exit() as imported:
+        imported()
+        Last()
+        time.sleep(2)
+        pytest.fail("the signal is lost")
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_signal_ends_a_process_at_once_until_its_imports_are_done():
