@@ -104,6 +104,7 @@ def check(options: ValidateOptions) -> Plan:
         ground_truth.check_target(kept, overwrite=options.overwrite)
     path = options.validate_output or report.beside(source.location, "validate")
     outputs.check_file(path, "--validate-output", options.stage)
+    draft_report.check_figure(path, "--validate-output")
     return Plan(options, source, path, saved, prompts)
 
 

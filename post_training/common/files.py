@@ -100,12 +100,15 @@ def recover(target: Path) -> bool:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file atomically: a reader sees the old text or the new one."""
+    write_whole(path, lambda work: work.write_text(text, encoding="utf-8"))
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """The same for a file of any kind, which ``write`` makes under another name."""
     work = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with work.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
+        write(work)
+        _sync(work)
         work.replace(path)
     finally:
         work.unlink(missing_ok=True)  # a full disk has no room for a part of it

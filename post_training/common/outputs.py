@@ -94,7 +94,7 @@ def check_file(path: Path, option: str, stage: str) -> None:
 def check_apart(
     outputs: Mapping[str, Path], given: Mapping[str, Any], *, in_place: bool = False
 ) -> None:
-    """Check that no output is an input, the folder of one, a home or the root.
+    """Check that no output is an input, the folder of one, another output, a home or the root.
 
     Args:
         outputs: by flag.
@@ -107,8 +107,12 @@ def check_apart(
         for value in (values if isinstance(values, list | tuple) else [values])
         if isinstance(value, str | Path) and str(value) and _exists(path := Path(value))
     }
+    written: dict[Path, str] = {}
     for flag, output in outputs.items():
         target, what = output.resolve(), f"{flag} {output}"
+        if target in written:
+            raise UsageError(what, f"{written[target]} is the same file", "name another place")
+        written[target] = flag
         if target in (Path("/"), Path(os.environ.get("HOME", "/")).resolve()):
             raise UsageError(what, "a stage replaces its output's folder", "name one below it")
         for path, name in read.items():

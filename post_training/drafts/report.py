@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from post_training.common import files, report
+from post_training.common.errors import UsageError
 
 logger = logging.getLogger("post_training")
 
@@ -20,7 +21,22 @@ def write(path: Path, content: Mapping[str, Any]) -> None:
     """The report, and the figure beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(path, content)
-    save_figure(content, path.with_suffix(".png"))
+    save_figure(content, figure_of(path))
+
+
+def figure_of(report_file: Path) -> Path:
+    """Where the figure of a report lies."""
+    return report_file.with_suffix(".png")
+
+
+def check_figure(report_file: Path, option: str) -> None:
+    """Raise UsageError where the figure would replace the report, or what no report stands beside."""
+    figure, what = figure_of(report_file), f"{option} {report_file}"
+    if figure == report_file:
+        raise UsageError(what, "its figure gets this name", "name the report FILE.json")
+    if figure.is_dir() or (figure.exists() and not report_file.exists()):
+        cause = f"its figure would replace {figure}"
+        raise UsageError(what, cause, "name another file, or move what is there")
 
 
 def show(path: Path, content: Mapping[str, Any]) -> None:
@@ -43,7 +59,7 @@ def show(path: Path, content: Mapping[str, Any]) -> None:
         )
         for note in truth["differing_settings"]:
             logger.warning("%s", note)
-    rows["report"] = f"{path}, {path.with_suffix('.png').name}"
+    rows["report"] = f"{path}, {figure_of(path).name}"
     report.summary("validated", rows)
     length = found["acceptance_length"]
     if length is None:
@@ -119,7 +135,7 @@ def save_figure(content: Mapping[str, Any], path: Path) -> None:
         f"{content['settings']['prompts']}: {acceptance['answers']} answers, {steps} draft steps, "
         f"{acceptance['speed_up']:.2f} times the speed of plain decoding"
     )
-    figure.savefig(path, dpi=120)
+    files.write_whole(path, lambda work: figure.savefig(work, format="png", dpi=120))
 
 
 def difference_line(each: Mapping[str, Any], decode: Callable[[list[int]], str]) -> str:

@@ -130,6 +130,4 @@ def draw(lines: list[dict[str, Any]], path: Path, title: str) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     figure.suptitle(title)
-    work = path.with_name(f".{path.name}")
-    figure.savefig(work, format="png", dpi=110)
-    work.replace(path)
+    files.write_whole(path, lambda work: figure.savefig(work, format="png", dpi=110))

@@ -262,6 +262,11 @@ def check(*words: object) -> subprocess.CompletedProcess[str]:
         (("--prompts-path", "/nowhere/x.jsonl"), "--prompts-path /nowhere/x.jsonl"),
         (("--pipeline-model-parallel-size", 5), "PP=5"),
         (("--validate-output", tools.ROOT / "Makefile" / "x"), "Makefile is a file"),
+        (("--validate-output", "/tmp/new.png"), "its figure gets this name"),
+        (
+            ("--validate-output", "/tmp/new.json", "--save-ground-truth-path", "/tmp/new.json"),
+            "is the same file",
+        ),
     ],
 )
 def test_usage_errors_come_before_anything_is_loaded(drafted, more, expected):
@@ -269,6 +274,12 @@ def test_usage_errors_come_before_anything_is_loaded(drafted, more, expected):
     assert expected in done.stderr
     assert "cause:" in done.stderr
     assert "remedy:" in done.stderr
+
+
+def test_a_figure_replaces_only_one_that_has_a_report(drafted, tmp_path):
+    (tmp_path / "mine.png").write_bytes(b"a photograph")
+    done = check("--load", drafted.checkpoint("qwen3"), "--validate-output", tmp_path / "mine.json")
+    assert "its figure would replace" in done.stderr
 
 
 def test_a_checkpoint_without_a_draft_is_refused(drafted):
