@@ -14,23 +14,21 @@ engines' loaders are in ``quantization/engines``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from post_training.common.errors import UsageError
 from post_training.common.safetensors_index import Entry
-from post_training.export.fake_quantized import fake_quantized, step_of_each
 from post_training.export.folder import Tensors
-from post_training.export.streaming_exporter import StreamingExporter
+from post_training.export.layout import Configuration, Layout, plain_linears
 
 _WORD = 32  # bits of an element of weight_packed
 
 
 @dataclass(frozen=True)
-class Scheme:
+class Scheme(Layout):
     """How the linears of a model are stored.
 
     Attributes:
@@ -43,28 +41,7 @@ class Scheme:
     group: int | None = None
     static_inputs: bool = False
 
-    def groups(self, exporter: StreamingExporter, dtype: torch.dtype) -> Iterator[Tensors]:
-        """The tensors to write, as :meth:`StreamingExporter.groups`.
-
-        Args:
-            dtype: of what is not quantized.
-
-        Raises:
-            UsageError: for scales that the layout cannot hold.
-        """
-        for values, steps in exporter.views(fake_quantized, step_of_each):
-            found: Tensors = {}
-            for name, value in values.items():
-                module, _, kind = name.rpartition(".")
-                if kind == "weight" and value.dim() == 2 and bool(steps[name].any()):
-                    found.update(self._stored(module, value, steps[name], dtype))
-                elif kind == "input_scale":
-                    found[name] = value.float().reshape(1)
-                else:
-                    found[name] = value.to(dtype)
-            yield found
-
-    def _stored(
+    def stored(
         self, module: str, value: torch.Tensor, steps: torch.Tensor, dtype: torch.dtype
     ) -> Tensors:
         scale = steps[:, :: self.group or steps.shape[1]].contiguous()
@@ -83,25 +60,17 @@ class Scheme:
             f"{module}.weight_shape": torch.tensor(value.shape),
         }
 
-    def configuration(self, index: Mapping[str, Entry]) -> dict[str, Any]:
-        """``quantization_config`` of ``config.json`` for what was written."""
-        quantized = {name.removesuffix(".weight_scale") for name in index}
-        plain = {
-            name.removesuffix(".weight")
-            for name, entry in index.items()
-            if name.endswith(".weight") and len(entry.shape) == 2 and "embed" not in name
-        }
+    def configuration(self, index: Mapping[str, Entry], kv_cache: str) -> Configuration:
         number = {"num_bits": self.bits, "type": "int", "symmetric": True, "dynamic": False}
         weights = {**number, "strategy": "group" if self.group else "channel"}
         inputs = {**number, "strategy": "tensor"} if self.static_inputs else None
         layout = "int-quantized" if self.static_inputs else "pack-quantized"
-        return {
+        declared = {
             "quant_method": "compressed-tensors",
             "format": layout,
             "quantization_status": "compressed",
             "kv_cache_scheme": None,
-            # Tied to the embedding it has no tensor, and is still a linear layer.
-            "ignore": sorted({"lm_head", *plain} - quantized),
+            "ignore": plain_linears(index),
             "config_groups": {
                 "group_0": {
                     "targets": ["Linear"],
@@ -112,10 +81,11 @@ class Scheme:
                 }
             },
         }
+        return Configuration(declared)
 
 
 # By the name that quantization/formats gives them.
-SCHEMES = {
+LAYOUTS: dict[str, Layout] = {
     "INT8_W8A8": Scheme(8, static_inputs=True),
     "INT8_W8A16": Scheme(8),
     "INT4_W4A16": Scheme(4, group=128),

@@ -21,16 +21,20 @@ from post_training.common.quiet import quiet
 from post_training.config.options import StageOptions
 from post_training.distributed.collectives import from_all_ranks, on_first_rank
 from post_training.distributed.session import Session
-from post_training.export import compressed_tensors, readback
+from post_training.export import compressed_tensors, readback, scaled_fp8
 from post_training.export.carried import Carried
 from post_training.export.fake_quantized import fake_quantized, unpack
 from post_training.export.folder import require_equal, write_tensors
+from post_training.export.layout import Configuration
 from post_training.export.streaming_exporter import StreamingExporter
 from post_training.models.builder import torch_dtype
 from post_training.models.families import registry as families
 from post_training.quantization import quantizers
 
 logger = logging.getLogger("post_training")
+
+# By what they are exported as; the others are written by ModelOpt.
+_LAYOUTS = {**scaled_fp8.LAYOUTS, **compressed_tensors.LAYOUTS}
 
 
 def state_dtype(config: dict[str, Any], dtype: torch.dtype) -> None:
@@ -65,7 +69,7 @@ def write(
     """
     judged = quantizers.judge_model(model, required=not allow_unexportable, target=target)
     unpack(model)
-    scheme = compressed_tensors.SCHEMES.get(judged.quant_algo)
+    layout = _LAYOUTS.get(judged.quant_algo)
     dtype = torch_dtype(options.precision)
     original = loading.local_huggingface(source, options)
     # ModelOpt announces on stdout what the log says already.
@@ -81,13 +85,13 @@ def write(
     count = len(model.decoder.layers) + 1 + model.pre_process
     progress = partial(tqdm, total=count, unit="layer", disable=not session.show_progress)
     work = on_first_rank(lambda: files.begin(folder))
-    groups = exporter.groups() if scheme is None else scheme.groups(exporter, dtype)
+    groups = exporter.groups() if layout is None else layout.groups(exporter, dtype)
     carried = Carried.of(original, session)
     groups = chain(progress(groups, desc="writing"), carried.groups())
     write_tensors(work, groups, max_shard_bytes)
-    quantization = exporter.quantization_config() if scheme is None else None
-    if quantization is not None and carried.names:
-        excluded = quantization["quantization"].setdefault("exclude_modules", [])
+    of_modelopt = exporter.quantization_config() if layout is None else None
+    if of_modelopt is not None and carried.names:
+        excluded = of_modelopt["quantization"].setdefault("exclude_modules", [])
         excluded.extend(carried.excluded())
 
     def write_small_files() -> None:
@@ -95,11 +99,16 @@ def write(
         config = families.with_shape(huggingface.read_config(original), vars(model.config))
         state_dtype(config, dtype)
         config.pop("quantization_config", None)
-        if quantization is not None:
-            config["quantization_config"] = convert_hf_quant_config_format(quantization)
-            files.write_json(work / readback.QUANT_CONFIG, quantization)
-        elif scheme is not None:
-            config["quantization_config"] = scheme.configuration(safetensors_index.read(work))
+        said = None
+        if of_modelopt is not None:
+            said = Configuration(convert_hf_quant_config_format(of_modelopt), of_modelopt)
+        elif layout is not None:
+            index = safetensors_index.read(work)
+            said = layout.configuration(index, judged.kv_cache_quant_algo)
+        if said is not None:
+            config["quantization_config"] = said.declared
+            if said.beside is not None:
+                files.write_json(work / readback.QUANT_CONFIG, said.beside)
         SmallFiles(original, options.trust_remote_code, config).copy_to(work)
 
     on_first_rank(write_small_files)

@@ -207,18 +207,19 @@ class Folder:
     def _scale_problems(self, name: str, modules: set[str]) -> Iterable[str]:
         """Of a tensor that is no parameter."""
         module, _, kind = name.rpartition(".")
+        decoder = DECODERS.get(self.algorithm(module) or "")
         if kind not in SCALES and not name.endswith(_KV_SCALES):
             yield f"{name} is no tensor of this architecture"
         elif kind in SCALES and module not in modules:
             yield f"{name} belongs to no linear layer"
         elif kind in SCALES and self.algorithm(module) is None:
             yield f"{name} is stored for a layer that the configuration calls unquantized"
+        elif decoder and kind in SCALES and kind not in decoder.scales:
+            yield f"{name} is no tensor of {decoder.algorithm}"
         elif kind != "weight_shape":  # its decoder compares it
             values = self.tensor(name).float()
-            lowest = values.min().item()
-            may_be_zero = kind == "weight_scale" and not self.is_compressed
-            is_positive = lowest >= 0 if may_be_zero else lowest > 0
-            if not (is_positive and values.isfinite().all()):
+            zeros = decoder is not None and decoder.zero_scales and kind == "weight_scale"
+            if not (values.isfinite() & ((values >= 0) if zeros else (values > 0))).all():
                 yield f"{name} is not finite and positive"
 
     def _configuration_problems(self, modules: set[str]) -> Iterable[str]:
@@ -231,9 +232,8 @@ class Folder:
                 f"with kv_cache_quant_algo {kv_algorithm}"
             )
         declared = self.config.get("quantization_config")
-        has_scales = any(name.endswith(".weight_scale") for name in self.index)
         if not self.quantization:
-            if has_scales or declared:
+            if declared or any(name.endswith(".weight_scale") for name in self.index):
                 yield f"{QUANT_CONFIG} is missing, so an engine would read packed weights as plain"
             return
         algorithm = self.quantization.get("quant_algo")

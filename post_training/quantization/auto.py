@@ -25,6 +25,8 @@ from post_training.quantization.configuration import (
     QKV_PATTERNS,
     Config,
     cache_entries,
+    dumped,
+    for_search,
     named,
 )
 from post_training.quantization.formats import exportable
@@ -159,8 +161,7 @@ def _of_options(options: QuantizeOptions) -> dict[str, Any]:
         "constraints": {"effective_bits": options.auto.bits},
         "method": options.auto.auto_quantize_method,
         "disabled_layers": [*_NEVER, *(qkv if options.disable_qkv_quant else ())],
-        # ModelOpt knows its own configurations by their names, which then show in the result.
-        "quantization_formats": [named(row.name) if row.quant_cfg else row.name for row in rows],
+        "quantization_formats": [for_search(row.name) for row in rows],
     }
 
 
@@ -174,24 +175,20 @@ def _of_recipe(recipe: Recipe) -> tuple[dict[str, Any], int, list[Config]]:
         "disabled_layers": [*_NEVER, *content.disabled_layers],
     }
     if content.candidate_formats:
-        arguments["quantization_formats"] = list(map(_dump, content.candidate_formats))
+        arguments["quantization_formats"] = list(map(dumped, content.candidate_formats))
     if loaded.quantize is not None:
-        arguments["fixed_quantization_config"] = _dump(loaded.quantize)
+        arguments["fixed_quantization_config"] = dumped(loaded.quantize)
     if content.module_search_spaces:
         arguments["module_search_spaces"] = [
             {
                 "module_name_patterns": list(space.module_name_patterns),
-                "quantization_formats": list(map(_dump, space.candidate_formats)),
+                "quantization_formats": list(map(dumped, space.candidate_formats)),
                 "allow_no_quant": space.allow_no_quant,
             }
             for space in content.module_search_spaces
         ]
-    kv_entries = _dump(content.kv_cache)["quant_cfg"] if content.kv_cache else []
+    kv_entries = dumped(content.kv_cache)["quant_cfg"] if content.kv_cache else []
     return arguments, content.score_size, kv_entries
-
-
-def _dump(configuration: QuantizeConfig) -> Config:
-    return configuration.model_dump(exclude_unset=True)
 
 
 def _record_all_off(core: torch.nn.Module) -> None:

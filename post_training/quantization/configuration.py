@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from modelopt.torch.quantization import config as modelopt_config
+from modelopt.torch.quantization.config import QuantizeConfig
 
 from post_training.quantization import recipes
 from post_training.quantization.formats import registry as formats
@@ -37,7 +38,7 @@ def configuration(options: QuantizeOptions, choice: Format | Recipe) -> Config:
     projection and the KV cache stay quantized.
     """
     if isinstance(choice, Recipe):
-        config: Config = recipes.load(choice).quantize.model_dump(exclude_unset=True)
+        config = dumped(recipes.load(choice).quantize)
     else:
         config = named(choice.name)
     entries = [*_with_megatron_names(config["quant_cfg"])]
@@ -70,13 +71,35 @@ def named(name: str) -> Config:
     if row.linear is None:
         config["quant_cfg"] = [dict(ALL_OFF), *config["quant_cfg"]]
     config.setdefault("algorithm", "max")
-    return config
+    return _by_row(config)
+
+
+def dumped(configuration: QuantizeConfig) -> Config:
+    """The part of a recipe that says how to quantize."""
+    return _by_row(configuration.model_dump(exclude_unset=True))
 
 
 def cache_entries(kv_cache: str) -> list[Config]:
     """Entries for keys and values, to append to a configuration's; by --export-kv-cache-quant."""
     name = formats.KV_CACHES[kv_cache].config
     return named(name)["quant_cfg"][1:] if name else []
+
+
+def _by_row(config: Config) -> Config:
+    """The configuration with a maximum for each row of a block of rows and columns.
+
+    Rows that share a scale in the export get one maximum afterwards (``row_blocks``).
+    """
+
+    def changed(entry: Config) -> Config:
+        settings: Any = entry.get("cfg")
+        blocks = settings.get("block_sizes") if isinstance(settings, dict) else None
+        if not blocks or blocks.get(-2) is None or blocks.get("scale_bits"):
+            return entry
+        columns = {key: value for key, value in blocks.items() if key != -2}
+        return {**entry, "cfg": {**settings, "block_sizes": columns}}
+
+    return {**config, "quant_cfg": [changed(entry) for entry in config["quant_cfg"]]}
 
 
 def _with_megatron_names(entries: list[Config]) -> Iterator[Config]:
@@ -90,6 +113,12 @@ def _with_megatron_names(entries: list[Config]) -> Iterator[Config]:
             if translated not in given:
                 given.add(translated)
                 yield {**copy.deepcopy(entry), "quantizer_name": translated}
+
+
+def for_search(name: str) -> Config | str:
+    """A format for ModelOpt's search: its name, which the result shows, if it means the same."""
+    config = named(name)
+    return name if config == getattr(modelopt_config, name, None) else config
 
 
 def method_of(config: Config) -> str:

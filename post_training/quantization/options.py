@@ -203,7 +203,7 @@ def _check_runs(options: QuantizeOptions, choice: Format, what: str) -> None:
     ranks, replicas = options.parallel.tensor, options.parallel.data
     if ranks > 1 and choice.linear and formats.WEIGHTS[choice.linear.weight].stored_block_scales:
         raise exportable.unsavable(what, ranks)
-    if ranks > 1 and options.packed and formats.packs_integers(choice.weight):
+    if ranks > 1 and options.packed and formats.packs_by_rank(choice.weight):
         raise exportable.unpackable(what, ranks)
     if choice.method == GPTQ:
         experts_synced = options.sync_expert_weight_amax

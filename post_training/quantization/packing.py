@@ -21,12 +21,13 @@ def pack(model: MegatronModule) -> None:
 
     ModelOpt finds the scales of integers anew and divides by them in the weights' dtype: in bf16
     every tenth code of INT8 came out as its neighbor. From weights that lie on codes, divided in
-    float32, it finds the calibrated ones.
+    float32, it finds the calibrated ones; and codes of FP8, which are farther apart than bf16's
+    rounding, however they are divided.
     """
     with torch.no_grad():
         for module in model.modules():
             form = quantizers.linear_of(module)
-            if form and formats.packs_integers(form.weight):
+            if form and formats.packs_rounded(form.weight):
                 weight: Any = module.weight
                 weight.copy_(module.weight_quantizer(weight))
     with quiet(stdout=True), _dividing_in_float32():

@@ -24,6 +24,7 @@ from post_training.quantization import (
     gptq,
     packing,
     quantizers,
+    row_blocks,
     smoothing,
 )
 from post_training.quantization.calibration import Calibration
@@ -70,6 +71,7 @@ def quantize(
     if isinstance(choice, str) or is_search(choice):
         config, search = auto.search(model, options, choice, data)
         quantizers.require_savable(model, packed=options.packed)
+        row_blocks.share_maxima(model)
         calibration.settle_zeros(model)
         calibration.round_scales(model)
         calibration.check_scales(model, data.probe(model))
@@ -115,6 +117,7 @@ def with_format(
                     gptq.calibrate(model, data, data if _needs_data(model, "max") else None)
                 else:
                     mtq.calibrate(model, config["algorithm"], forward_loop=forward_loop)
+    row_blocks.share_maxima(model)
     calibration.settle_zeros(model)
     calibration.round_scales(model)
     calibration.check_scales(model, data.probe(model, seen), dynamic_inputs=not method)

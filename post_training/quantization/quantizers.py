@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 
 from post_training.distributed.collectives import from_all_ranks
-from post_training.quantization import kernels
+from post_training.quantization import fused_rows, kernels
 from post_training.quantization.engines import registry as engines
 from post_training.quantization.formats import exportable
 from post_training.quantization.formats import registry as formats
@@ -91,17 +91,36 @@ def _kv_format(model: torch.nn.Module) -> tuple[str, bool]:
     return form or NO_KV_CACHE, attention
 
 
-def kernel_refusal(name: str, form: Linear, outputs: int, inputs: int, target: str) -> str:
+def kernel_refusal(
+    name: str, form: Linear, outputs: int, inputs: int, target: str, parts: Sequence[int] = ()
+) -> str:
     """Why an engine's kernel does not take a layer; empty if it does.
 
     Args:
         name: of its module; the kernels of experts are others.
         target: the engine, by its name in ``--target``.
+        parts: outputs of each matrix that the layer holds, where they are known.
     """
     algorithm = exportable.judge([form], target=target).quant_algo
     of_experts = ".local_experts." in name
     own = f"experts' {name.rpartition('.')[2]}" if of_experts else name.rpartition(".")[2]
-    return kernels.refusal(own, algorithm, outputs, inputs, target=target, of_experts=of_experts)
+    support = engines.TARGETS[target].algorithms.get(algorithm)
+    sizes = parts if parts and support and support.separate else (outputs,)
+    refused = (
+        kernels.refusal(own, algorithm, size, inputs, target=target, of_experts=of_experts)
+        for size in sizes
+    )
+    return next(filter(None, refused), "")
+
+
+def _refusal(name: str, module: Any, form: Linear, target: str) -> str:
+    """:func:`kernel_refusal` of a layer of the model."""
+    outputs, inputs = whole_sizes(module)
+    parts: list[int] = []
+    if module._parameters.get("weight") is not None:  # a tied output layer has none
+        rows = [len(part) for part in fused_rows.matrices(name, module)]
+        parts = [count * outputs // sum(rows) for count in rows]
+    return kernel_refusal(name, form, outputs, inputs, target, parts)
 
 
 def whole_sizes(module: Any) -> tuple[int, int]:
@@ -134,7 +153,7 @@ def judge_model(
     forms = {name: linear_of(module, method) for name, module in model.named_modules()}
     linears = [form for form in forms.values() if form]
     refused = (
-        kernel_refusal(name, form, *whole_sizes(model.get_submodule(name)), target)
+        _refusal(name, model.get_submodule(name), form, target)
         for name, form in forms.items()
         if form
     )
@@ -167,6 +186,6 @@ def require_savable(model: torch.nn.Module, *, packed: bool) -> None:
     mine = sorted(used.intersection(static))
     if size > 1 and any(from_all_ranks(mine)):
         raise exportable.unsavable(", ".join(mine) or "stored block scales", size)
-    integers = sorted(filter(formats.packs_integers, used))
-    if size > 1 and packed and any(from_all_ranks(integers)):
-        raise exportable.unpackable(", ".join(integers) or "integers", size)
+    by_rank = sorted(filter(formats.packs_by_rank, used))
+    if size > 1 and packed and any(from_all_ranks(by_rank)):
+        raise exportable.unpackable(", ".join(by_rank) or "a scale a row", size)

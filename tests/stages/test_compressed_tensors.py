@@ -1,11 +1,12 @@
-"""INT8 and INT4 in the layout of compressed-tensors: what engines would compute from the folder.
+"""INT8 and INT4 in the layout of compressed-tensors, and FP8 with a scale a row or a block in
+ModelOpt's: what engines would compute from the folder.
 
 Two judges that share nothing with the exporter: a decoder in NumPy below, and the package
-compressed-tensors, with which transformers loads the folder. Everything is in float32, in which a
-code times its scale is exact to one rounding: with 16-bit inputs, logits may differ from the
-quantized model's only by the order of additions (1e-4 of logits near 1; measured 4e-6). Inputs
-that are rounded to INT8 may fall on the other side of a border between two codes, so the mean
-difference is held to 1 % of the logits' standard deviation, as for FP8.
+compressed-tensors, with which transformers loads the folders of its layout. Everything is in
+float32, in which a code times its scale is exact to one rounding: with 16-bit inputs, logits may
+differ from the quantized model's only by the order of additions (1e-4 of logits near 1; measured
+4e-6). Inputs that are rounded to INT8 or FP8 may fall on the other side of a border between two
+codes, so the mean difference is held to 1 % of the logits' standard deviation.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ FORMATS = {
     "INT4_BLOCKWISE_WEIGHT_ONLY_CFG": ("INT4_W4A16", 4.25),
     "INT8_SMOOTHQUANT_CFG": ("INT8_W8A8", 8.125),
     "INT4_AWQ_CFG": ("INT4_W4A16", 4.25),
+    "FP8_PER_CHANNEL_PER_TOKEN_CFG": ("FP8_PER_CHANNEL_PER_TOKEN", 8.125),
+    "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG": ("FP8_PB_WO", 8.002),
 }
+IN_MODELOPTS_LAYOUT = [name for name in FORMATS if name.startswith("FP8")]
 SIZES = {
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -43,7 +47,8 @@ MODELS = {"llama3": {"tie_word_embeddings": False}, "qwen3": {"tie_word_embeddin
 # Tied embeddings change nothing that depends on the format.
 EXPORTS = [("llama3", name) for name in FORMATS]
 EXPORTS += [("qwen3", "INT8_DEFAULT_CFG"), ("qwen3", "INT4_AWQ_CFG")]
-IN_BF16 = ("INT8_DEFAULT_CFG", "INT8_WEIGHT_ONLY_CFG", "INT4_AWQ_CFG")
+EXPORTS += [("qwen3", "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG")]
+IN_BF16 = ("INT8_DEFAULT_CFG", "INT8_WEIGHT_ONLY_CFG", "INT4_AWQ_CFG", *IN_MODELOPTS_LAYOUT)
 INPUT_ROUNDING = 0.01
 
 
@@ -52,8 +57,12 @@ def decode(tensors, module):
     scale = tensors.get(f"{module}.weight_scale")
     if scale is None:
         return None
-    if f"{module}.weight" in tensors:
-        return tensors[f"{module}.weight"].float() * scale
+    weight = tensors.get(f"{module}.weight")
+    if weight is not None and scale.dim() == 4:
+        rows, columns = (numpy.arange(size) // 128 for size in weight.shape)
+        return weight.float() * scale[rows][:, 0, columns, 0]
+    if weight is not None:
+        return weight.float() * scale.reshape(-1, 1)
     rows, columns = tensors[f"{module}.weight_shape"].tolist()
     stored = tensors[f"{module}.weight_packed"].numpy().view(numpy.uint8)
     if stored.shape[1] == columns:
@@ -72,6 +81,12 @@ def round_inputs(scale):
     return hook
 
 
+def round_tokens(_module, inputs):
+    """E4M3 with a scale for each token, as engines find it at run time."""
+    scale = inputs[0].abs().amax(-1, keepdim=True) / 448
+    return ((inputs[0] / scale).to(torch.float8_e4m3fn).float() * scale,)
+
+
 def engine_logits(folder, family, ids):
     """Logits of transformers' model with the decoded weights, inputs rounded where they are."""
     tensors = dict(tools.tensors(folder))
@@ -81,9 +96,11 @@ def engine_logits(folder, family, ids):
             value = decode(tensors, name.removesuffix(".weight"))
             parameter.copy_(tensors[name] if value is None else value)
         for name, module in model.named_modules():
-            scale = tensors.get(f"{name}.input_scale")
+            scale, of_weight = (tensors.get(f"{name}.{kind}_scale") for kind in ("input", "weight"))
             if scale is not None:
                 module.register_forward_pre_hook(round_inputs(scale))
+            elif of_weight is not None and of_weight.dim() == 1:
+                module.register_forward_pre_hook(round_tokens)
     return tools.transformers_logits(model, ids)
 
 
@@ -123,7 +140,7 @@ def exported(tmp_path_factory):
             *("--calib-max-sequence-length", 64, "--save", root / f"{name} bf16"),
         )
         packed = (*flags, "--compress", "--save", root / f"{name} packed")
-        two.append(("quantize", (*flags, *tp)))
+        two.append(("quantize", (*flags, "--pipeline-model-parallel-size", 2)))
         whole = (*flags, "--save", root / f"{name} whole")
         one += [("quantize", packed), ("quantize", whole)]
         for each in ("bf16", "packed", "whole"):
@@ -137,7 +154,7 @@ def exported(tmp_path_factory):
 
 
 def require_near(actual, wanted, name):
-    if FORMATS[name][0] == "INT8_W8A8":
+    if FORMATS[name][0] in ("INT8_W8A8", "FP8_PER_CHANNEL_PER_TOKEN"):
         assert (actual - wanted).abs().mean() < INPUT_ROUNDING * wanted.std()
     else:
         assert (actual - wanted).abs().max() < 1e-4
@@ -150,7 +167,9 @@ def test_decoded_logits_are_the_quantized_models(exported, family, name):
     require_near(actual, logits[family, name], name)
 
 
-@pytest.mark.parametrize(("family", "name"), EXPORTS)
+@pytest.mark.parametrize(
+    ("family", "name"), [each for each in EXPORTS if each[1] not in IN_MODELOPTS_LAYOUT]
+)
 def test_transformers_loads_the_folder_with_compressed_tensors(exported, family, name):
     from transformers import AutoModelForCausalLM
 
@@ -233,14 +252,17 @@ def test_the_configuration_says_what_is_quantized(exported, name):
     algorithm, _ = FORMATS[name]
     folder = exported[0] / f"{'qwen3' if ('qwen3', name) in EXPORTS else 'llama3'} {name} hf"
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert config["quant_method"] == "compressed-tensors"
     assert config["ignore"] == ["lm_head"]  # Qwen3's is tied and has no tensor
-    assert not (folder / readback.QUANT_CONFIG).exists()
+    if name in IN_MODELOPTS_LAYOUT:
+        assert (config["quant_method"], config["quant_algo"]) == ("modelopt", algorithm)
+    else:
+        assert config["quant_method"] == "compressed-tensors"
+        assert not (folder / readback.QUANT_CONFIG).exists()
     assert readback.Folder(folder).quantization["quant_algo"] == algorithm
     assert json.loads((folder / "run.json").read_text())["metrics"]["quant_algo"] == algorithm
 
 
-@pytest.mark.parametrize("name", IN_BF16)
+@pytest.mark.parametrize("name", [name for name in IN_BF16 if name not in IN_MODELOPTS_LAYOUT])
 def test_scales_of_a_bf16_model_are_numbers_of_bf16(exported, name):
     """Engines read them so; they were rounded before the model was scored, and are read back."""
     tensors = dict(tools.tensors(exported[0] / f"{name} bf16 hf"))
@@ -252,12 +274,33 @@ def test_scales_of_a_bf16_model_are_numbers_of_bf16(exported, name):
         assert torch.equal(scale.float(), scale.bfloat16().float())
 
 
-@pytest.mark.parametrize("name", IN_BF16)
-def test_packed_weights_are_exported_as_those_that_were_not(exported, name):
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        *((name, "packed") for name in IN_BF16),
+        # AWQ's search compares sums of errors, which two stages add up in another order.
+        *((name, "bf16") for name in IN_BF16 if name != "INT4_AWQ_CFG"),
+    ],
+)
+def test_packed_or_from_two_stages_the_weights_are_exported_the_same(exported, name, how):
     plain = dict(tools.tensors(exported[0] / f"{name} whole hf"))
-    packed = dict(tools.tensors(exported[0] / f"{name} packed hf"))
-    assert plain.keys() == packed.keys()
-    assert [key for key, value in plain.items() if not torch.equal(value, packed[key])] == []
+    other = dict(tools.tensors(exported[0] / f"{name} {how} hf"))
+    assert plain.keys() == other.keys()
+    assert [key for key, value in plain.items() if not torch.equal(value, other[key])] == []
+
+
+def test_fp8_blocks_do_not_cross_the_borders_of_matrices(exported):
+    """Their scales are the maxima of the source's: a block of k holds four heads, of as many
+    groups in Megatron's matrix, and at TP=2 of both ranks."""
+    root, name = exported[0], "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG"
+    source = dict(tools.tensors(root / "llama3"))
+    for folder in (root / f"llama3 {name} hf", root / f"{name} TP2 hf"):
+        found = {k: v for k, v in tools.tensors(folder) if k.endswith("weight_scale")}
+        assert len(found) == 2 * 7
+        for key, scale in found.items():
+            blocks = source[key.removesuffix("_scale")].unflatten(1, (-1, 128))
+            largest = blocks.unflatten(0, (-1, 128)).abs().amax((1, 3), keepdim=True)
+            assert torch.allclose(scale, largest / 448, rtol=1e-6, atol=0)
 
 
 MODULE = "model.layers.0.self_attn.q_proj"
@@ -324,6 +367,45 @@ def test_a_damaged_folder_is_not_accepted(exported, tmp_path, what):
     except ValueError as error:
         problems = [str(error)]
     assert any(PROBLEMS[what] in each for each in problems), problems
+
+
+FP8_PROBLEMS = {
+    "zero": "not finite and positive",
+    "input scale": "input_scale is no tensor of FP8",
+    "a column": "scale of shape",
+    "bfloat16": "stored as torch.bfloat16",
+    "ignored": "configuration calls unquantized",
+}
+
+
+@pytest.mark.parametrize("name", IN_MODELOPTS_LAYOUT)
+@pytest.mark.parametrize("what", FP8_PROBLEMS)
+def test_a_damaged_fp8_folder_is_not_accepted(exported, tmp_path, name, what):
+    source = exported[0] / f"llama3 {name} hf"
+    assert readback.Folder(source).problems() == []
+    tensors = dict(tools.tensors(source))
+    original, key = decode(tensors, MODULE), f"{MODULE}.weight_scale"
+    for each in source.glob("*.json"):
+        (tmp_path / each.name).write_bytes(each.read_bytes())
+    if what == "zero":
+        tensors[key].view(-1)[0] = 0
+    elif what == "input scale":
+        tensors[f"{MODULE}.input_scale"] = torch.ones(())
+    elif what == "a column":
+        tensors[key] = tensors[key].reshape(-1, 1)
+    elif what == "bfloat16":
+        tensors[key] = tensors[key].bfloat16()
+    else:
+        config = json.loads((tmp_path / readback.QUANT_CONFIG).read_text())
+        config["quantization"]["exclude_modules"].append(MODULE)
+        (tmp_path / readback.QUANT_CONFIG).write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "model.safetensors")
+    folder = readback.Folder(tmp_path)
+    problems = [
+        *folder.problems(),
+        *readback.compare(folder, [(f"{MODULE}.weight", original)], torch.float32),
+    ]
+    assert any(FP8_PROBLEMS[what] in each for each in problems), problems
 
 
 def test_modelopts_configuration_beside_it_is_not_accepted(exported, tmp_path):

@@ -19,9 +19,18 @@ EXPERTS = {
     **{"num_attention_heads": 8, "num_key_value_heads": 4, "moe_intermediate_size": 128},
     **{"intermediate_size": 512, "mlp_only_layers": [1], "num_experts": 2},
 }
+# k and v have 2 * 32 outputs each, and q, k and v together two blocks of 128.
+NARROW = {
+    **{**SIZES, "hidden_size": 128},
+    **{"intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2},
+}
 WEIGHTS = """
     - {quantizer_name: '*', enable: false}
     - {quantizer_name: '*%sweight_quantizer', cfg: {num_bits: 8, axis: 0}}
+"""
+SQUARES = """
+    - {quantizer_name: '*', enable: false}
+    - {quantizer_name: '*weight_quantizer', cfg: {num_bits: e4m3, block_sizes: {-1: 128, -2: 128}}}
 """
 INPUTS = "    - {quantizer_name: '*%sinput_quantizer', cfg: {num_bits: 8, axis: null}}\n"
 NEVER = """    - {quantizer_name: '*output_layer*', enable: false}
@@ -43,6 +52,7 @@ auto_quantize:
 def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("kernels")
     tools.random_model(root / "odd", "qwen3", **ODD)
+    tools.random_model(root / "narrow", "qwen3", **NARROW)
     tools.random_model(root / "experts", "qwen3-moe", **EXPERTS)
     tools.random_model(root / "odd dense", "qwen3-moe", **{**EXPERTS, "intermediate_size": 160})
     tools.write_texts(root / "text.jsonl")
@@ -63,6 +73,10 @@ REFUSED = {
     "a search with weights alone": ("odd", (*AUTO, "int8", "--weight-only"), "q, k, v has 160"),
     "a search whose weights alone nothing reads": ("odd", (*AUTO, "fp8", "--weight-only"), "scale"),
     "a search for experts": ("experts", (*AUTO, "int8"), "does not read experts in INT8_W8A8"),
+    "blocks of rows": ("narrow", ("--export-quant-cfg", "fp8_pb_wo"), "k and v has 64 outputs"),
+    "blocks of rows in a search": ("narrow", (*AUTO, "fp8_pb_wo"), "k and v has 64 outputs"),
+    "experts with blocks of rows": ("experts", ("--export-quant-cfg", "fp8_pb_wo"), "read experts"),
+    "experts with a scale a row": ("experts", ("--export-quant-cfg", "fp8_pc_pt"), "read experts"),
     "the dense layer beside experts": (
         "odd dense",
         ("--export-quant-cfg", "int8_wo"),
@@ -95,6 +109,7 @@ def test_layers_that_stay_in_16_bits_may_have_any_size(models, tmp_path):
 RECIPES = {
     "sizes": ("odd", PTQ + WEIGHTS % "" + NEVER, "linear_proj has 256 outputs and 96 inputs"),
     "experts": ("experts", PTQ + WEIGHTS % "" + INPUTS % "" + NEVER, "does not read experts"),
+    "blocks of rows": ("narrow", PTQ + SQUARES + NEVER, "linear_qkv has 64 outputs"),
     "a search": ("odd", SEARCH + WEIGHTS % "", "linear_proj has 256 outputs and 96 inputs"),
 }
 

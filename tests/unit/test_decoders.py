@@ -30,8 +30,16 @@ def test_fp8_is_the_code_times_the_tensors_scale():
 
 def test_fp8_per_channel_is_the_code_times_the_rows_scale():
     codes = torch.tensor([[1.0, -448.0], [0.5, 2.0]]).to(torch.float8_e4m3fn)
-    found = decode("FP8_PER_CHANNEL_PER_TOKEN", codes, weight_scale=torch.tensor([[0.5], [2.0]]))
+    found = decode("FP8_PER_CHANNEL_PER_TOKEN", codes, weight_scale=torch.tensor([0.5, 2.0]))
     assert found.tolist() == [[0.5, -224.0], [1.0, 4.0]]
+
+
+def test_fp8_blocks_have_a_scale_per_128_rows_and_columns():
+    codes = torch.ones(256, 384).to(torch.float8_e4m3fn)
+    scales = torch.tensor([[1.0, 2.0, 4.0], [0.5, 0.25, 8.0]]).reshape(2, 1, 3, 1)
+    found = decode("FP8_PB_WO", codes, weight_scale=scales)
+    assert [found[0, 127], found[127, 128], found[127, 383]] == [1.0, 2.0, 4.0]
+    assert [found[128, 0], found[255, 255], found[128, 256]] == [0.5, 0.25, 8.0]
 
 
 @pytest.mark.parametrize("algorithm", ["NVFP4", "W4A16_NVFP4"])
@@ -63,6 +71,20 @@ def test_mxfp8_multiplies_a_power_of_two_per_32_inputs():
     [
         ("FP8", torch.ones(2, 2), torch.ones(()), "stored as torch.float32"),
         ("FP8", torch.ones(2, 2).to(torch.float8_e4m3fn), torch.ones(3), "scale of shape"),
+        *(
+            ("FP8_PER_CHANNEL_PER_TOKEN", torch.ones(2, 2).to(torch.float8_e4m3fn), *wrong)
+            for wrong in (
+                (torch.ones(2, 1), "scale of shape"),  # engines copy into one of [out]
+                (torch.ones(2).bfloat16(), "scale is stored as torch.bfloat16"),
+            )
+        ),
+        ("FP8_PB_WO", torch.ones(64, 128).to(torch.float8_e4m3fn), torch.ones(1), "whole blocks"),
+        (
+            "FP8_PB_WO",
+            torch.ones(256, 128).to(torch.float8_e4m3fn),
+            torch.ones(2, 1),
+            "scale of shape",
+        ),
         ("NVFP4", torch.zeros(1, 16, dtype=torch.uint8), torch.ones(1, 2), "layer scale is stored"),
         (
             "MXFP8",

@@ -92,6 +92,8 @@ def test_an_unknown_name_gets_the_nearest_ones(typed, suggested):
 
 EXPORTED = {
     "FP8_DEFAULT_CFG": "FP8",
+    "FP8_PER_CHANNEL_PER_TOKEN_CFG": "FP8_PER_CHANNEL_PER_TOKEN",
+    "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG": "FP8_PB_WO",
     "NVFP4_DEFAULT_CFG": "NVFP4",
     "NVFP4_MLP_ONLY_CFG": "NVFP4",
     "W4A16_NVFP4_CFG": "W4A16_NVFP4",
@@ -111,8 +113,6 @@ REFUSED = {
     "NVFP4_SVDQUANT_DEFAULT_CFG": "low-rank",
     "NVFP4_MLP_WEIGHT_ONLY_CFG": "blocks of 32",
     "MXFP4_DEFAULT_CFG": "MXFP4",
-    "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG": "128 x 128",
-    "FP8_PER_CHANNEL_PER_TOKEN_CFG": "one scale per row",
     "NVFP4_FOUR_OVER_SIX_CFG": "block scales",
     "NVFP4_FP8_MHA_CONFIG": "attention",
     "FP8_KV_CFG": "only in a model whose weights",
@@ -169,7 +169,8 @@ def test_only_formats_that_vllm_mixes_are_exportable_together():
     [
         ((4, 3), {}, None, "fp8"),
         ((4, 3), {}, 0, "fp8_channel"),
-        ((4, 3), {-1: 128, -2: 128}, None, "fp8_block"),
+        ((4, 3), {-1: 128}, None, "fp8_block"),
+        ((4, 3), {-1: 128, -2: 128}, None, "fp8_square"),
         ((4, 3), {-1: 32, "scale_bits": (8, 0), "type": "dynamic"}, None, "mxfp8"),
         ((2, 1), {-1: 16, "scale_bits": (4, 3), "type": "dynamic"}, None, "nvfp4"),
         ((2, 1), {-1: 16, "scale_bits": (4, 3), "type": "static"}, None, "nvfp4_static"),

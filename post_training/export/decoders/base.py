@@ -23,6 +23,7 @@ class Decoder:
         per_element: weights that an element of the stored tensor holds.
         scales: names of the tensors that stand beside the weight.
         stored: name of the tensor that holds it.
+        zero_scales: whether a block so small that its scale has the code zero may be stored.
     """
 
     algorithm: str
@@ -31,6 +32,7 @@ class Decoder:
     per_element: int = 1
     scales: tuple[str, ...] = ("weight_scale", "input_scale")
     stored: str = "weight"
+    zero_scales: bool = False
 
 
 def require_dtype(what: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:

@@ -19,4 +19,4 @@ def decode(read: Read, module: str, stored: torch.Tensor) -> torch.Tensor:
     return (blocks * power.unsqueeze(-1)).reshape(stored.shape)
 
 
-MX = (Decoder("MXFP8", "F8_E4M3", decode),)
+MX = (Decoder("MXFP8", "F8_E4M3", decode, zero_scales=True),)

@@ -26,6 +26,6 @@ def decode(read: Read, module: str, stored: torch.Tensor) -> torch.Tensor:
 
 _SCALES = ("weight_scale", "weight_scale_2", "input_scale")
 NVFP4 = (
-    Decoder("NVFP4", "U8", decode, per_element=2, scales=_SCALES),
-    Decoder("W4A16_NVFP4", "U8", decode, per_element=2, scales=_SCALES),
+    Decoder("NVFP4", "U8", decode, per_element=2, scales=_SCALES, zero_scales=True),
+    Decoder("W4A16_NVFP4", "U8", decode, per_element=2, scales=_SCALES, zero_scales=True),
 )

@@ -20,6 +20,13 @@ VLLM = Engine(
             native=("Ada", "Hopper", "Blackwell"),
             verified="run in vLLM 0.24.0 on H200, 2026-11-24",
         ),
+        # Its experts have one scale a matrix.
+        "FP8_PER_CHANNEL_PER_TOKEN": Support(native=("Ada", "Hopper", "Blackwell"), experts=False),
+        # On Blackwell the scales would have to be made powers of two first, which the loader
+        # leaves out (process_weights_after_loading).
+        "FP8_PB_WO": Support(
+            native=("Ada", "Hopper"), experts=False, multiples=(128, 128), separate=True
+        ),
         "NVFP4": Support(native=("Blackwell",), weights_alone=_BEFORE_BLACKWELL),
         "W4A16_NVFP4": Support(native=_ALL, verified=_RUN),
         # 0.24.0 lacks it among the methods that may override another (vllm/config/model.py).

@@ -47,6 +47,7 @@ class NumberFormat:
             other; empty for a single quantizer.
         bits: stored per weight, scales included: n weights that share a scale add its bits / n.
         block_size: inputs of a row that share a scale; 1 where there are no blocks.
+        block_rows: rows that share a block's scale in the export, which is calibrated a row each.
         largest: what a calibrated maximum is divided by to get the scale that is exported; None
             where nothing is calibrated or the scale is not one per tensor.
         integer: weights are integers with stored maxima, which GPTQ can round to.
@@ -65,6 +66,7 @@ class NumberFormat:
     parts: tuple[str, ...] = ()
     bits: float = 16.0
     block_size: int = 1
+    block_rows: int = 1
     largest: float | None = None
     integer: bool = False
     bf16_scales: bool = False

@@ -139,7 +139,7 @@ def unsavable(what: str, tensor_size: int) -> UsageError:
 
 
 def unpackable(what: str, tensor_size: int) -> UsageError:
-    """The error for integers that ``--compress`` would pack on several tensor-parallel ranks."""
+    """The error for weights that ``--compress`` would pack on several tensor-parallel ranks."""
     return UsageError(
         f"{what} --compress with TP={tensor_size}",
         "ModelOpt packs each rank's part of a row with a scale of its own, which no other TP loads",

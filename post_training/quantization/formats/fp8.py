@@ -20,16 +20,28 @@ FP8 = FormatFamily(
             (4, 3),
             "channel",
             bits=8.0,
-            refused="ModelOpt's exporter cannot split one scale per row into q, k and v",
+            exported_as={"fp8_token": "FP8_PER_CHANNEL_PER_TOKEN"},
+            refused="engines read one scale a row with inputs in FP8, a scale for each token",
         ),
         NumberFormat(
             "fp8_block",
             (4, 3),
             "block",
+            {-1: 128, -2: None},
             bits=8.0,  # a float32 scale per 128 x 128
             block_size=128,
-            refused="ModelOpt's scales of 128 x 128 blocks do not follow the split into q, k, v "
-            "and gate, up",
+            block_rows=128,
+            exported_as={"": "FP8_PB_WO"},
+        ),
+        NumberFormat(
+            "fp8_square",
+            (4, 3),
+            "block",
+            {-1: 128, -2: 128},
+            bits=8.0,
+            block_size=128,
+            refused="its blocks cross the borders of q, k, v in Megatron's matrix; quantize the "
+            "model again",
         ),
     ),
     formats=(

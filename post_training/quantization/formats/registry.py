@@ -66,6 +66,17 @@ def number_format(quantizer: Any, *, is_input: bool = False) -> NumberFormat | N
     return next((row for row in candidates if row.is_used_by(quantizer)), None)
 
 
-def packs_integers(weight: str) -> bool:
-    """Whether ``--compress`` divides weights of this number format by scales that it finds anew."""
-    return weight in WEIGHTS and WEIGHTS[weight].bf16_scales
+def packs_rounded(weight: str) -> bool:
+    """Whether ``--compress`` divides weights of this number format by scales in their own dtype."""
+    found = WEIGHTS.get(weight)
+    return (
+        found is not None
+        and found.scale in ("channel", "block")
+        and found.blocks.get("scale_bits") is None
+    )
+
+
+def packs_by_rank(weight: str) -> bool:
+    """Whether ``--compress`` saves a scale of each rank's part of a row."""
+    found = WEIGHTS.get(weight)
+    return found is not None and (found.scale == "channel" or found.bf16_scales)

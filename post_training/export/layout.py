@@ -1,0 +1,82 @@
+"""What a layout of ours consists of: weights that are written from their fake-quantized values."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from post_training.common.safetensors_index import Entry
+from post_training.export.fake_quantized import fake_quantized, step_of_each
+from post_training.export.folder import Tensors
+from post_training.export.streaming_exporter import StreamingExporter
+
+
+class Configuration(NamedTuple):
+    """``quantization_config`` of ``config.json``, and ``hf_quant_config.json``, if there is one."""
+
+    declared: dict[str, Any]
+    beside: dict[str, Any] | None = None
+
+
+class Layout(ABC):
+    """How the linears of a model are stored; a subclass a layout, an instance a ``quant_algo``."""
+
+    def groups(self, exporter: StreamingExporter, dtype: torch.dtype) -> Iterator[Tensors]:
+        """The tensors to write, as :meth:`StreamingExporter.groups`.
+
+        Args:
+            dtype: of what is not quantized.
+
+        Raises:
+            UsageError: for scales that the layout cannot hold.
+        """
+        for values, steps in exporter.views(fake_quantized, step_of_each):
+            found: Tensors = {}
+            for name, value in values.items():
+                module, _, kind = name.rpartition(".")
+                if kind == "weight" and value.dim() == 2 and bool(steps[name].any()):
+                    found.update(self.stored(module, value, steps[name], dtype))
+                elif kind == "input_scale":
+                    found[name] = value.float().reshape(1)
+                elif kind in ("k_scale", "v_scale", "e_score_correction_bias"):
+                    found[name] = value.float()  # as ModelOpt's path writes it
+                else:
+                    found[name] = value.to(dtype)
+            yield found
+
+    @abstractmethod
+    def stored(
+        self, module: str, value: torch.Tensor, steps: torch.Tensor, dtype: torch.dtype
+    ) -> Tensors:
+        """The tensors of a linear.
+
+        Args:
+            value: the fake-quantized weight, float32 [out, in].
+            steps: what each element's code is multiplied by, of the same shape.
+            dtype: of what is not quantized.
+        """
+
+    @abstractmethod
+    def configuration(self, index: Mapping[str, Entry], kv_cache: str) -> Configuration:
+        """What says so, for the tensors that were written.
+
+        Args:
+            kv_cache: ``kv_cache_quant_algo``; empty for none.
+        """
+
+
+def plain_linears(index: Mapping[str, Entry]) -> list[str]:
+    """The linears that are not quantized, by name.
+
+    An output layer that is tied to the embedding has no tensor, and is still one.
+    """
+    quantized = {name.removesuffix(".weight_scale") for name in index}
+    plain = {
+        name.removesuffix(".weight")
+        for name, entry in index.items()
+        if name.endswith(".weight") and len(entry.shape) == 2 and "embed" not in name
+    }
+    return sorted({"lm_head", *plain} - quantized)
