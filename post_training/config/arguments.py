@@ -43,6 +43,7 @@ def parse[Options: StageOptions](
     Each flag is checked by itself; UsageError for an unknown one, or a value that cannot be.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    _require_text([*words, str(Path.cwd())])
     defaults, given = make_parser(stage, options, show_all="--help-all" in words).split(words)
     ignored = given.pop("ignored_flags", [])
     unused = list(dict.fromkeys(given.pop("unused_flags", [])))
@@ -72,6 +73,14 @@ def parse[Options: StageOptions](
         vocabulary_multiple=vocabulary_multiple,
         **flags.read(options, args),
     )
+
+
+def _require_text(words: Sequence[str]) -> None:
+    """Raise UsageError for bytes that are no UTF-8: run.json names paths, and cannot hold them."""
+    for word in words:
+        if not word.isprintable() and any("\udc80" <= letter <= "\udcff" for letter in word):
+            shown = os.fsencode(word).decode(errors="backslashreplace")
+            raise UsageError(shown, "it is not UTF-8 text", "rename the file or folder")
 
 
 def _parallel(args: argparse.Namespace) -> Parallel:

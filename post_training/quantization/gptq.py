@@ -26,6 +26,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.inference.utils import InferenceMode
 from megatron.core.transformer import MegatronModule
+from tqdm import tqdm
 
 from post_training.common.errors import UsageError
 from post_training.distributed.collectives import from_all_ranks
@@ -128,7 +129,8 @@ def calibrate(
     with torch.no_grad(), InferenceMode.active():
         others = layerwise.other_arguments(core, batches[0])
         states = [layerwise.first_input(core, batch) for batch in batches]
-        for (layer, kinds), (given, keywords) in zip(layers, others, strict=True):
+        bar = tqdm(layers, desc="rounding", unit=" layers", disable=not data.show_progress)
+        for (layer, kinds), (given, keywords) in zip(bar, others, strict=True):
             run = partial(layerwise.run, layer, states, given, keywords)
             with _off([module for kind in kinds for module in kind]):
                 for kind in kinds:

@@ -164,6 +164,8 @@ def run(
         and not {"--check", "--help-all"} & set(map(str, flags))
     ):
         line = warm.command(ROOT / script, *map(str, flags), processes=processes)
+    if processes > 1 and torch.cuda.device_count() < processes:
+        variables = {"CUDA_VISIBLE_DEVICES": "", **variables}  # on the CPU, as without a GPU
     done = subprocess.run(
         line,
         cwd=ROOT,
