@@ -111,7 +111,7 @@ class _Recorded:
         self.found: Any = None
 
     def __call__(self, *given: torch.Tensor) -> Any:
-        if self.graph is None or any(a.shape != b.shape for a, b in zip(given, self.given, strict=True)):
+        if [each.shape for each in given] != [each.shape for each in self.given]:
             self.given = [each.clone() for each in given]
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
@@ -123,6 +123,7 @@ class _Recorded:
                 self.found = self.function(*self.given)
         for mine, each in zip(self.given, given, strict=True):
             mine.copy_(each)
+        assert self.graph is not None
         self.graph.replay()
         return self.found
 
