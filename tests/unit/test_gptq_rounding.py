@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import portable_helpers  # noqa: F401  (before megatron-core)
 import pytest
 import torch
 
