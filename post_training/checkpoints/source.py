@@ -155,7 +155,7 @@ def size_estimate(source: Source, options: StageOptions, *, optimizer: bool = Fa
         # A byte of MXFP4 is two parameters.
         return sum(e.numel * (2 if e.dtype == "U8" else 1) for e in entries) * per_parameter
     stored = files.size_of(torch_dist.iteration_folder(folder))
-    has_optimizer = (source.manifest or {}).get("stage") in ("distill", "eagle3")
+    has_optimizer = (source.manifest or {}).get("stage") in ("distill", "finetune", "eagle3")
     return stored if has_optimizer else stored * per_parameter // weight
 
 

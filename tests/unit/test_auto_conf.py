@@ -15,6 +15,7 @@ NEEDS = {
     "quantize": {},
     "prune": {"MLM_EXTRA_ARGS": "--prune-target-params 100K"},
     "distill": {},
+    "finetune": {},
     "generate": {"PROMPTS_PATH": "org/prompts"},
     "eagle3": {"MLM_EXTRA_ARGS": "--seq-length 128"},
     "extract_features": {"MLM_EXTRA_ARGS": "--output-dir features --seq-length 128"},
