@@ -68,8 +68,10 @@ class Architecture:
     ``transformer`` holds fields of megatron-core's configuration with JSON values
     (``activation_func`` by name); the fields left out have megatron-core's defaults.
     ``vocab_size`` counts the rows of the embedding, padding included.
-    ``rope_scaling`` is Llama 3's, with ``rope_scaling_factor``. ``yarn`` has the values of the
-    position embedding ``yarn`` by megatron-core's names, for attention without latents.
+    ``rope_scaling`` is Llama 3's, with ``rope_scaling_factor``. ``rope_parameters`` has the scaling
+    that megatron-core does not compute (``models/rotary.py``), by transformers' names. ``yarn`` has
+    the values of the position embedding ``yarn`` by megatron-core's names, for attention without
+    latents.
     """
 
     transformer: dict[str, Any]
@@ -80,6 +82,7 @@ class Architecture:
     rotary_percent: float = 1.0
     rope_scaling: bool = False
     rope_scaling_factor: float = 8.0
+    rope_parameters: dict[str, Any] | None = None
     yarn: dict[str, Any] | None = None
     share_embeddings_and_output_weights: bool = False
     model_type: str = "GPTModel"

@@ -119,6 +119,10 @@ def build(
     with context:
         model = _MODEL_TYPES[architecture.model_type](architecture, config, options)
     _weigh_experts_outputs(model)
+    if architecture.rope_parameters is not None:
+        from post_training.models import rotary
+
+        rotary.scale(model, architecture)
     if not layers:
         model.decoder.layers = torch.nn.ModuleList()
     if options.meta_device:
