@@ -71,7 +71,8 @@ class Architecture:
     ``rope_scaling`` is Llama 3's, with ``rope_scaling_factor``. ``rope_parameters`` has the scaling
     that megatron-core does not compute (``models/rotary.py``), by transformers' names. ``yarn`` has
     the values of the position embedding ``yarn`` by megatron-core's names, for attention without
-    latents.
+    latents. ``multipliers`` are constant factors (``models/multipliers.py``): ``embedding`` of the
+    embeddings, ``residual`` of what attention and MLP add, ``logits_divisor`` below the logits.
     """
 
     transformer: dict[str, Any]
@@ -84,6 +85,7 @@ class Architecture:
     rope_scaling_factor: float = 8.0
     rope_parameters: dict[str, Any] | None = None
     yarn: dict[str, Any] | None = None
+    multipliers: dict[str, float] | None = None
     share_embeddings_and_output_weights: bool = False
     model_type: str = "GPTModel"
     hybrid_layer_pattern: str | None = None

@@ -123,6 +123,10 @@ def build(
         from post_training.models import rotary
 
         rotary.scale(model, architecture)
+    if architecture.multipliers is not None:
+        from post_training.models import multipliers
+
+        multipliers.attach(model, architecture.multipliers)
     if not layers:
         model.decoder.layers = torch.nn.ModuleList()
     if options.meta_device:

@@ -38,6 +38,7 @@ class DynamicRotaryEmbedding(RotaryEmbedding):
     def __init__(self, rope: Mapping[str, Any], base: float, plain: RotaryEmbedding) -> None:
         torch.nn.Module.__init__(self)
         self.cp_group = plain.cp_group
+        self._interleaved = plain.rotary_interleaved
         self._plain, self._rope, self._base = plain.inv_freq, dict(rope), base
 
     def get_rotary_seq_len(self, inference_context: Any, *args: Any, **kwargs: Any) -> int:
@@ -67,8 +68,11 @@ class DynamicRotaryEmbedding(RotaryEmbedding):
     def _rotations(self, length: int) -> torch.Tensor:
         frequencies = dynamic(self._rope, self._base, 2 * self._plain.numel(), length)
         angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
+        pairs = (
+            angles.repeat_interleave(2, -1) if self._interleaved else torch.cat([angles] * 2, -1)
+        )
         device = torch.device("cuda") if torch.cuda.is_available() else self._plain.device
-        return torch.cat((angles, angles), dim=-1)[:, None, None, :].to(device)
+        return pairs[:, None, None, :].to(device)
 
 
 def scale(model: Any, architecture: Architecture) -> None:

@@ -298,7 +298,11 @@ def test_another_models_name_is_not_taken_for_a_misspelling(architecture):
 
 @pytest.mark.parametrize(
     ("architecture", "reason"),
-    [("GraniteForCausalLM", "residual_multiplier"), ("Olmo2ForCausalLM", "over all heads at once")],
+    [
+        ("Gemma3ForCausalLM", "another base"),
+        ("Glm4ForCausalLM", "as well as what they get"),
+        ("Olmo2ForCausalLM", "over all heads at once"),
+    ],
 )
 def test_an_architecture_that_megatron_core_lacks_is_refused_with_the_reason(architecture, reason):
     with pytest.raises(UsageError) as refused:

@@ -53,7 +53,17 @@ def test_scalings_that_transformers_does_not_read_are_refused(kind):
         families.from_huggingface(tools.FAMILIES["phi3"].tiny_config(**SCALED[kind]))
 
 
-def test_a_dynamic_target_gets_no_draft():
-    config = tools.FAMILIES["qwen3"].tiny_config(**SCALED["dynamic"])
-    with pytest.raises(UsageError, match="dynamic"):
+def test_neighbouring_values_are_not_rotated_by_yarn():
+    stated = {"rope_theta": 10000.0, **SCALED["yarn"]["rope_parameters"]}
+    with pytest.raises(UsageError, match="neighbouring"):
+        families.from_huggingface(tools.FAMILIES["ernie4.5"].tiny_config(rope_parameters=stated))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "shown"),
+    [("qwen3", SCALED["dynamic"], "dynamic"), ("granite", {}, "multipliers")],
+)
+def test_targets_whose_drafts_would_compute_something_else_get_none(family, changes, shown):
+    config = tools.FAMILIES[family].tiny_config(**changes)
+    with pytest.raises(UsageError, match=shown):
         draft.configuration(families.from_huggingface(config))

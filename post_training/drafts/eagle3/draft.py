@@ -121,6 +121,12 @@ def configuration(
             "they depend on the length of the text, which drafted tokens would change",
             "train a draft for a model with other rotary positions",
         )
+    if target["multipliers"]:
+        raise UsageError(
+            "the target's multipliers of embeddings and logits",
+            "a draft shares embeddings and output layer, and engines multiply neither for it",
+            "train a draft for a model without them",
+        )
     base = float(target["rotary_base"])
     scaling = {"rope_type": "default", "rope_theta": base}
     if target["rope_scaling"]:

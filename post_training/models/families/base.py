@@ -170,7 +170,11 @@ class Family:
 
     def rotary(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Architecture's values for the positions; UsageError for a scaling not computed."""
-        return positions.read(config, partial_rotary=self.partial_rotary)
+        return positions.read(
+            config,
+            partial_rotary=self.partial_rotary,
+            interleaved=bool(self.constants.get("rotary_interleaved")),
+        )
 
     def with_shape(
         self,

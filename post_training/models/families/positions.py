@@ -36,7 +36,7 @@ def rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(scaling)
 
 
-def read(config: Mapping[str, Any], *, partial_rotary: bool) -> dict[str, Any]:
+def read(config: Mapping[str, Any], *, partial_rotary: bool, interleaved: bool) -> dict[str, Any]:
     """Architecture's values for the positions, from either form of the file.
 
     transformers 5 writes ``rope_parameters`` with ``rope_theta`` inside; earlier versions wrote
@@ -44,6 +44,7 @@ def read(config: Mapping[str, Any], *, partial_rotary: bool) -> dict[str, Any]:
 
     Args:
         partial_rotary: whether the family's models heed ``partial_rotary_factor``.
+        interleaved: whether they rotate neighbouring values of a head.
 
     Raises:
         UsageError: for a scaling that is not computed, and for files whose readers disagree about
@@ -67,6 +68,8 @@ def read(config: Mapping[str, Any], *, partial_rotary: bool) -> dict[str, Any]:
     if kind not in readers:
         known = f"known are default, {', '.join(readers)}"
         refuse(f"rope type {kind!r}", _NOT_COMPUTED.get(kind, known))
+    if kind == "yarn" and interleaved:
+        refuse("rope type 'yarn'", "megatron-core's YaRN rotates no neighbouring values")
     _check_original_length(config, scaling)
     return values | readers[kind]({**config, **scaling, "rope_type": kind})
 
