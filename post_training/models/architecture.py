@@ -73,6 +73,9 @@ class Architecture:
     the values of the position embedding ``yarn`` by megatron-core's names, for attention without
     latents. ``multipliers`` are constant factors (``models/multipliers.py``): ``embedding`` of the
     embeddings, ``residual`` of what attention and MLP add, ``logits_divisor`` below the logits.
+    ``attention_chunks`` (``size``, and 1 in ``layers`` for each layer that attends within chunks)
+    and ``attention_temperature`` (``floor_scale`` and ``scale``, on layers without rotation) are
+    Llama 4's (``models/llama4_attention.py``).
     """
 
     transformer: dict[str, Any]
@@ -86,6 +89,8 @@ class Architecture:
     rope_parameters: dict[str, Any] | None = None
     yarn: dict[str, Any] | None = None
     multipliers: dict[str, float] | None = None
+    attention_chunks: dict[str, Any] | None = None
+    attention_temperature: dict[str, float] | None = None
     share_embeddings_and_output_weights: bool = False
     model_type: str = "GPTModel"
     hybrid_layer_pattern: str | None = None

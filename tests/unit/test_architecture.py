@@ -89,7 +89,7 @@ def test_a_config_json_gives_every_field():
          ["rope type 'longrope'", "vLLM takes the long ones"]),
         ({"rope_scaling": {"rope_type": "proportional"}}, ["rope type 'proportional'", "linear"]),
         ({"rope_scaling": {"rope_type": "linear"}}, ["factor = None"]),
-        ({"rope_scaling": {**LLAMA3_SCALING, "low_freq_factor": 4.0}}, ["low_freq_factor = 4.0"]),
+        ({"rope_scaling": {**LLAMA3_SCALING, "low_freq_factor": 5.0}}, ["low_freq_factor = 5.0"]),
         ({"rope_scaling": LLAMA3_SCALING, "original_max_position_embeddings": 4096},
          ["original_max_position_embeddings = 4096", "8192"]),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0,
@@ -287,7 +287,7 @@ def test_a_conf_of_another_model_is_refused_with_both_values():
 
 
 @pytest.mark.parametrize(
-    "architecture", ["DeepseekV4ForCausalLM", "Llama4ForCausalLM", "Qwen3NextForCausalLM"]
+    "architecture", ["DeepseekV4ForCausalLM", "Llama5ForCausalLM", "Qwen3NextForCausalLM"]
 )
 def test_another_models_name_is_not_taken_for_a_misspelling(architecture):
     with pytest.raises(UsageError) as refused:

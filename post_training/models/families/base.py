@@ -88,6 +88,8 @@ class Family:
         partial_rotary: its models heed ``partial_rotary_factor``.
         not_quantized: why no engine reads its models with quantized weights; empty: engines do.
         not_pruned: why its models cannot be pruned; empty: they can.
+        prefix: of the text model's tensors, where its keys are in ``text_config``: the model sees
+            images too. What is not below it is carried.
         tiny: keys of a tiny model for the tests, ``model_type`` included; the sizes are
             ``TINY_SIZES`` where it does not give them. Switch the family's peculiarities on.
     """
@@ -104,10 +106,11 @@ class Family:
     not_pruned: str = ""
     per_layer_keys: tuple[str, ...] = ("layer_types", "mlp_layer_types", "no_rope_layers")
     partial_rotary: bool = False
+    prefix: str = ""
 
     def read(self, config: Mapping[str, Any]) -> Architecture:
         """The architecture of a ``config.json``; UsageError for what cannot be represented."""
-        config = self._filled(config)
+        config = self._filled(self.text(config))
         self.check_types(config)
         self.check(config)
         return Architecture(
@@ -118,6 +121,17 @@ class Family:
             huggingface_architecture=self.architecture,
             **self.rotary(config),
         )
+
+    def text(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The text model's keys, as a text model alone has them."""
+        if not self.prefix:
+            return dict(config)
+        found = config.get("text_config")
+        if not isinstance(found, Mapping):
+            refuse(f"text_config = {found!r}", "the text model's values are needed")
+        if config.get("tie_word_embeddings") or found.get("tie_word_embeddings"):
+            refuse("tie_word_embeddings = True", "an output layer that is the embedding")
+        return dict(found)
 
     def _filled(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """``config`` without its nulls, and with the family's defaults."""
@@ -215,7 +229,7 @@ class Family:
 
         Such tensors travel with a checkpoint as they are, and are exported unquantized.
         """
-        return False
+        return bool(self.prefix) and not name.startswith(self.prefix)
 
     def joined(self, values: Mapping[str, Any]) -> Mapping[str, Mapping[str, int]]:
         """Linear layers of the files that hold several of ModelOpt's rules, and each part's rows.

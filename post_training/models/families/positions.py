@@ -90,11 +90,11 @@ def _number(stated: Mapping[str, Any], key: str, least: float = 1.0) -> float:
 
 def _llama3(stated: Mapping[str, Any]) -> dict[str, Any]:
     constants = {key: _number(stated, key, 0.0) for key in _LLAMA3_SCALING}
-    if not 0 < constants["low_freq_factor"] < constants["high_freq_factor"]:
+    if not 0 < constants["low_freq_factor"] <= constants["high_freq_factor"]:
         refuse(
             f"rope scaling low_freq_factor = {constants['low_freq_factor']!r}, "
             f"high_freq_factor = {constants['high_freq_factor']!r}",
-            "the second one has to be larger",
+            "the second one must not be smaller",
         )
     factor = _number(stated, "factor")
     values = {"rope_scaling": True, "rope_scaling_factor": factor}

@@ -20,6 +20,7 @@ _FILES = (
     "gpt_oss",
     "granite",
     "llama",
+    "llama4",
     "mistral",
     "mixtral",
     "nemotron",
@@ -107,6 +108,8 @@ def with_shape(
     """``config`` of plain weights with the sizes of a pruned model; :meth:`Family.with_shape`."""
     family = FAMILIES.get(_architecture(config) or "", _ANY_DECODER)
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    if family.prefix:
+        return {**plain, "text_config": family.with_shape(family.text(plain), values, kept_layers)}
     return family.with_shape(plain, values, kept_layers)
 
 
