@@ -83,6 +83,33 @@ class Importer(GPTModelImporter):
             options["dtype"] = torch.float32
         super()._name_remapping(module, prefix, **options)
 
+    def _unpack_name_remapping(
+        self, module: Any, prefix: str, layer_type: str, is_mtp: bool = False
+    ) -> None:
+        """The original divides gate and up as if they were one, which ETP mixes up.
+
+        A layer's experts are one tensor, [experts, in, out], all gates before all ups.
+        """
+        self.names_read.add(prefix)
+        experts = list(module.children())
+        ranks = parallel_state.get_expert_tensor_parallel_world_size()
+        rank = parallel_state.get_expert_tensor_parallel_rank()
+        first = parallel_state.get_expert_model_parallel_rank() * len(experts)
+        with safe_open(self.index[prefix].path, framework="pt") as file:
+            whole = file.get_slice(prefix)
+            for number, expert in enumerate(experts, start=first):
+                weight = whole[number : number + 1][0].T
+                if layer_type == "linear_fc1":
+                    halves = (half.chunk(ranks)[rank] for half in weight.chunk(2))
+                    weight = torch.cat(list(halves))
+                else:
+                    weight = weight.chunk(ranks, dim=1)[rank]
+                parameter = getattr(expert, layer_type).weight
+                if parameter.shape != weight.shape:
+                    raise ValueError(f"{prefix}: {weight.shape}, not {parameter.shape}")
+                with torch.no_grad():
+                    parameter.copy_(weight)
+
     def _unpack_name_remapping_gpt_oss(
         self,
         module: Any,

@@ -1,7 +1,6 @@
 """Read an exported folder as an engine would, with code that shares nothing with the exporter.
 
-Only torch and safetensors (and transformers, for what the architecture's tensors must be) are used,
-no ModelOpt and no megatron-core. Each number format is decoded in a file of ``decoders/``.
+No ModelOpt and no megatron-core is used. Each number format is decoded in a file of ``decoders/``.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class Folder:
     Args:
         path: folder with ``config.json`` and safetensors; ``hf_quant_config.json`` if quantized.
         device: where tensors are decoded; a GPU decodes a large model much faster.
-        carried: names of tensors that no layer of transformers' model has.
+        carried: names of tensors that no layer of the Megatron model has.
     """
 
     def __init__(
@@ -119,8 +118,8 @@ class Folder:
 
     def bits_per_weight(self) -> float:
         """Stored bits of all tensors, scales included, per parameter of the architecture."""
-        parameters = sum(math.prod(shape) for shape in self.expected.values())
         names = self.index.keys() - self.carried
+        parameters = sum(math.prod(self.expected[n]) for n in self.expected.keys() - self.carried)
         return 8 * sum(self.index[name].bytes for name in names) / parameters
 
     def answer(self, question: str, max_new_tokens: int) -> str:
@@ -145,10 +144,11 @@ class Folder:
 
     def _untrained(self, **options: Any) -> PreTrainedModel:
         """A transformers model of this architecture with weights that are not quantized."""
-        # Late, because the command line of post_training.answer is checked without it.
-        from transformers import AutoModelForCausalLM
+        # Late: the command line of post_training.answer is checked without it.
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-        return AutoModelForCausalLM.from_config(self._plain_config(), **options)
+        auto = AutoModelForImageTextToText if "text_config" in self.config else AutoModelForCausalLM
+        return auto.from_config(self._plain_config(), **options)
 
     def _loaded(self) -> Any:
         """The model with its dequantized weights, in float32."""
@@ -223,7 +223,7 @@ class Folder:
 
     def _configuration_problems(self, modules: set[str]) -> Iterable[str]:
         kv_scales = sum(name.endswith(_KV_SCALES) for name in self.index)
-        layers = self.config["num_hidden_layers"]
+        layers = (self.config.get("text_config") or self.config)["num_hidden_layers"]
         kv_algorithm = self.quantization.get("kv_cache_quant_algo")
         if kv_scales != (2 * layers if kv_algorithm else 0):
             yield (

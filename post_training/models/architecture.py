@@ -68,8 +68,14 @@ class Architecture:
     ``transformer`` holds fields of megatron-core's configuration with JSON values
     (``activation_func`` by name); the fields left out have megatron-core's defaults.
     ``vocab_size`` counts the rows of the embedding, padding included.
-    ``rope_scaling`` is Llama 3's, with ``rope_scaling_factor``. ``yarn`` has the values of the
-    position embedding ``yarn`` by megatron-core's names, for attention without latents.
+    ``rope_scaling`` is Llama 3's, with ``rope_scaling_factor``. ``rope_parameters`` has the scaling
+    that megatron-core does not compute (``models/rotary.py``), by transformers' names. ``yarn`` has
+    the values of the position embedding ``yarn`` by megatron-core's names, for attention without
+    latents. ``multipliers`` are constant factors (``models/multipliers.py``): ``embedding`` of the
+    embeddings, ``residual`` of what attention and MLP add, ``logits_divisor`` below the logits.
+    ``attention_chunks`` (``size``, and 1 in ``layers`` for each layer that attends within chunks)
+    and ``attention_temperature`` (``floor_scale`` and ``scale``, on layers without rotation) are
+    Llama 4's (``models/llama4_attention.py``).
     """
 
     transformer: dict[str, Any]
@@ -80,7 +86,11 @@ class Architecture:
     rotary_percent: float = 1.0
     rope_scaling: bool = False
     rope_scaling_factor: float = 8.0
+    rope_parameters: dict[str, Any] | None = None
     yarn: dict[str, Any] | None = None
+    multipliers: dict[str, float] | None = None
+    attention_chunks: dict[str, Any] | None = None
+    attention_temperature: dict[str, float] | None = None
     share_embeddings_and_output_weights: bool = False
     model_type: str = "GPTModel"
     hybrid_layer_pattern: str | None = None

@@ -119,6 +119,7 @@ def build(
     with context:
         model = _MODEL_TYPES[architecture.model_type](architecture, config, options)
     _weigh_experts_outputs(model)
+    _complete(model, architecture)
     if not layers:
         model.decoder.layers = torch.nn.ModuleList()
     if options.meta_device:
@@ -126,6 +127,26 @@ def build(
     elif torch.cuda.is_available():
         model.cuda(torch.cuda.current_device())
     return model.eval()
+
+
+def _complete(model: MegatronModule, architecture: Architecture) -> None:
+    """Give a model what megatron-core's own classes do not compute."""
+    if architecture.rope_parameters is not None:
+        from post_training.models import rotary
+
+        rotary.scale(model, architecture)
+    if architecture.multipliers is not None:
+        from post_training.models import multipliers
+
+        multipliers.attach(model, architecture.multipliers)
+    if (
+        architecture.attention_chunks
+        or architecture.attention_temperature
+        or architecture.value("qk_l2_norm")
+    ):
+        from post_training.models import llama4_attention
+
+        llama4_attention.attach(model, architecture)
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -34,6 +34,12 @@ def check(architecture: Architecture, parallel: Parallel) -> None:
         )
     elif parallel.expert > 1:
         raise UsageError(f"EP={parallel.expert}", "the model has no experts", "EP=1")
+    if parallel.context > 1 and (values["attention_chunks"] or values["attention_temperature"]):
+        raise UsageError(
+            f"CP={parallel.context}",
+            "attention within chunks, or with a temperature by position, needs the whole text",
+            "CP=1",
+        )
     layers_per_stage(values["num_layers"], parallel)
 
 

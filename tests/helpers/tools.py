@@ -38,8 +38,42 @@ LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {
     ),
     "EP=2": (2, ("--expert-model-parallel-size", 2)),
 }
-# Name -> family. What is registered is tested.
-FAMILIES = {family.name: family for family in families.FAMILIES.values()}
+# Name -> family. What is registered is tested; those that see images in test_vision.py.
+FAMILIES = {each.name: each for each in families.FAMILIES.values() if not each.prefix}
+# Rotary scalings that megatron-core's own table does not have, and YaRN: name -> family, changes.
+ROTARY: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("llama3", {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}),
+    "llama3 of its own": (
+        "qwen2.5",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "factor": 16.0,
+                "low_freq_factor": 1.5,
+                "high_freq_factor": 6.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    # Shorter than the tests' texts.
+    "dynamic": (
+        "qwen3",
+        {
+            "rope_parameters": {"rope_type": "dynamic", "factor": 8.0},
+            "max_position_embeddings": 32,
+        },
+    ),
+    "yarn": (
+        "mistral",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+}
 
 
 def families_at(layout: str) -> list[str]:
@@ -67,12 +101,14 @@ def random_model(
 ):
     """Save a tiny random model of ``family`` with a byte-level tokenizer; returns the model.
 
+    ``family`` may be a name of ``ROTARY``.
     Every parameter is random, norms and biases included, so that a tensor in a wrong place shows,
     and so are the biases of routers.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(**FAMILIES[family].tiny_config(**changes))
+    family, scaled = ROTARY.get(family, (family, {}))
+    config = AutoConfig.for_model(**FAMILIES[family].tiny_config(**{**scaled, **changes}))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
@@ -228,11 +264,16 @@ def transformers_tokens(model, ids: torch.Tensor, count: int) -> list[list[int]]
     """Greedy continuations of ``count`` tokens each."""
     kept = {"eos_token_id": None, "pad_token_id": 0}
     with torch.inference_mode():
+        model(ids[:, :1])
         new = model.generate(ids, max_new_tokens=count, do_sample=False, **kept)
     return new[:, ids.shape[1] :].tolist()
 
 
 def transformers_logits(model, ids: torch.Tensor) -> torch.Tensor:
-    """Logits [rows, length, vocabulary] in float32."""
+    """Logits [rows, length, vocabulary] in float32.
+
+    Dynamic rotary positions of transformers stay those of the longest text, until a short one.
+    """
     with torch.inference_mode():
+        model(ids[:, :1])
         return model(ids).logits.float()
