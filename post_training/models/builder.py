@@ -7,6 +7,7 @@ stage loads them.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -179,8 +180,26 @@ def _gpt_model(
     )
 
 
-# HybridModel replaces GPTModel in a later megatron-core and serves Mamba layers: add it here.
-_MODEL_TYPES = {"GPTModel": _gpt_model}
+def _hybrid_model(
+    architecture: Architecture, config: TransformerConfig, options: BuildOptions
+) -> MegatronModule:
+    if importlib.util.find_spec("einops") is None:
+        raise UsageError(
+            "the package einops",
+            "megatron-core's Mamba layers need it, and it is not installed",
+            "python -m pip install -r requirements.txt",
+        )
+    from post_training.models import hybrid
+
+    return hybrid.build(architecture, config, options)
+
+
+# MambaModel is HybridModel's earlier name.
+_MODEL_TYPES = {
+    "GPTModel": _gpt_model,
+    "HybridModel": _hybrid_model,
+    "MambaModel": _hybrid_model,
+}
 
 
 def _layer_spec(config: TransformerConfig, options: BuildOptions) -> Any:
