@@ -21,6 +21,11 @@ from post_training.models import parameter_count
 from post_training.models.architecture import Architecture
 from post_training.models.families import registry as families
 
+_EMBEDDINGS = (
+    "model.embed_tokens.weight",
+    *("backbone.embeddings.weight", "backbone.embedding.weight"),  # Nemotron-H
+)
+
 
 @dataclass(frozen=True)
 class Source:
@@ -250,11 +255,12 @@ def model_folder(folder: Path) -> dict[str, Any]:
             cause = f"its weights are pickled ({pickled[0]}): loading them could run any code"
             remedy = "save the model as safetensors: transformers' save_pretrained does"
         raise UsageError(f"--pretrained-model-path {folder}", cause, remedy)
-    embedding = safetensors_index.read(folder).get("model.embed_tokens.weight")
-    if embedding is not None and config.get("vocab_size") not in (None, embedding.shape[0]):
+    index = safetensors_index.read(folder)
+    name = next((each for each in _EMBEDDINGS if each in index), "")
+    if name and config.get("vocab_size") not in (None, index[name].shape[0]):
         raise UsageError(
             f"{folder / 'config.json'}: vocab_size = {config['vocab_size']}",
-            f"model.embed_tokens.weight has {embedding.shape[0]} rows",
+            f"{name} has {index[name].shape[0]} rows",
             "state the number of rows as vocab_size; further rows belong to no token",
         )
     return config

@@ -107,6 +107,11 @@ class Architecture:
         return bool(self.transformer.get("multi_latent_attention"))
 
     @property
+    def is_hybrid(self) -> bool:
+        """Whether each layer has one part, as ``hybrid_layer_pattern`` says: HybridModel's."""
+        return self.model_type != "GPTModel"
+
+    @property
     def unfusable_norms(self) -> str:
         """What ModelOpt's importer does not read where norms are fused with the linears after them.
 
@@ -133,6 +138,8 @@ class Architecture:
             "kv_channels": hidden // heads if heads else None,
             "ffn_hidden_size": 4 * hidden,
         }
+        if self.is_hybrid:
+            derived["mamba_num_heads"] = 2 * hidden // values["mamba_head_dim"]
         values |= {name: value for name, value in derived.items() if values[name] is None}
         if values["num_moe_experts"] and values["moe_ffn_hidden_size"] is None:
             values["moe_ffn_hidden_size"] = values["ffn_hidden_size"]
@@ -154,9 +161,13 @@ class Architecture:
         """The values of ``stated`` (flat, by name) that this architecture does not have.
 
         The router's precision is not compared: confs of Megatron-LM ask for float32, and a model
-        whose files are known has the one that transformers computes in.
+        whose files are known has the one that transformers computes in. Nor are the positions of a
+        model with Mamba layers: Megatron-LM's conf of Nemotron-H 4B asks for rotated ones, which
+        its files do not know.
         """
         names = stated.keys() - self.irrelevant() - {"moe_router_dtype"}
+        if self.is_hybrid:
+            names -= {"position_embedding_type", "rotary_base", "rotary_percent"}
         return _differing(stated, self.resolved(), names)
 
     def irrelevant(self) -> set[str]:

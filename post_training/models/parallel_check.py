@@ -20,6 +20,7 @@ def check(architecture: Architecture, parallel: Parallel) -> None:
         "FFN size": values["ffn_hidden_size"],
         "vocabulary": values["vocab_size"],
         "Mamba heads": values["mamba_num_heads"],
+        "Mamba groups": values["mamba_num_groups"] if architecture.is_hybrid else None,
     })  # fmt: skip
     _divides("EP", parallel.expert, {"experts": values["num_moe_experts"]})
     if values["num_moe_experts"] and values["add_bias_linear"] and parallel.expert_tensor > 1:

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ def random_model(
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("norm.weight", "layernorm.weight")):
+            if name.endswith(("norm.weight", "layernorm.weight", "norm_f.weight")):
                 parameter.uniform_(0.5, 1.5)
             elif parameter.dim() == 1:
                 parameter.normal_(std=0.5 * scale)
@@ -124,8 +124,19 @@ def random_model(
                 # In float32 whatever the weights have, as in published files.
                 buffer.data = torch.empty_like(buffer, dtype=torch.float32).normal_(std=0.3)
     model.eval().save_pretrained(folder)
+    if other_names := FAMILIES[family].other_names:
+        _with_published_names(folder / "model.safetensors", other_names)
     chat_tokenizer().save_pretrained(folder)
     return model
+
+
+def _with_published_names(path: Path, other_names: Mapping[str, str]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    for published, saved in other_names.items():
+        tensors[published] = tensors.pop(saved)
+    save_file(tensors, path, {"format": "pt"})
 
 
 def chat_tokenizer():

@@ -62,10 +62,7 @@ NO_MLP_BIAS = Refused("mlp_bias", False, "biases in the MLP")
 
 
 class WeightMapping(NamedTuple):
-    """ModelOpt's rules for the weights: megatron-core's module name -> its ``CustomModuleMapping``.
-
-    The tables of ``modelopt/torch/export/plugins/mcore_*.py`` are examples of both.
-    """
+    """Module name -> ModelOpt's ``CustomModuleMapping``, as in its export/plugins/mcore_*.py."""
 
     importing: Mapping[str, Any]
     exporting: Mapping[str, Any]
@@ -90,6 +87,9 @@ class Family:
         not_pruned: why its models cannot be pruned; empty: they can.
         prefix: of the text model's tensors, where its keys are in ``text_config``: the model sees
             images too. What is not below it is carried.
+        not_drafted: why no draft is attached to its models; empty: EAGLE3's is.
+        other_names: tensors of the files -> what transformers saves them as, where it is not the
+            published name. Both are read; the published one is written.
         tiny: keys of a tiny model for the tests, ``model_type`` included; the sizes are
             ``TINY_SIZES`` where it does not give them. Switch the family's peculiarities on.
     """
@@ -104,6 +104,8 @@ class Family:
     parts: frozenset[str] = frozenset()
     not_quantized: str = ""
     not_pruned: str = ""
+    not_drafted: str = ""
+    other_names: Mapping[str, str] = field(default_factory=dict)
     per_layer_keys: tuple[str, ...] = ("layer_types", "mlp_layer_types", "no_rope_layers")
     partial_rotary: bool = False
     prefix: str = ""

@@ -24,6 +24,7 @@ _FILES = (
     "mistral",
     "mixtral",
     "nemotron",
+    "nemotron_h",
     "phi3",
     "qwen",
     "qwen_moe",
@@ -106,7 +107,7 @@ def with_shape(
     config: Mapping[str, Any], values: Mapping[str, Any], kept_layers: Sequence[int] | None = None
 ) -> dict[str, Any]:
     """``config`` of plain weights with the sizes of a pruned model; :meth:`Family.with_shape`."""
-    family = FAMILIES.get(_architecture(config) or "", _ANY_DECODER)
+    family = of(config)
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     if family.prefix:
         return {**plain, "text_config": family.with_shape(family.text(plain), values, kept_layers)}
@@ -140,9 +141,14 @@ def family_of(architecture: Architecture) -> Family:
     return FAMILIES.get(architecture.huggingface_architecture or "", _ANY_DECODER)
 
 
+def of(config: Mapping[str, Any]) -> Family:
+    """The family of a ``config.json``; one that refuses nothing for an unknown architecture."""
+    return FAMILIES.get(_architecture(config) or "", _ANY_DECODER)
+
+
 def is_carried(config: Mapping[str, Any], name: str) -> bool:
     """Whether a tensor of the files travels beside the model; see :meth:`Family.is_carried`."""
-    return FAMILIES.get(_architecture(config) or "", _ANY_DECODER).is_carried(config, name)
+    return of(config).is_carried(config, name)
 
 
 def joined(architecture: Architecture) -> Mapping[str, Mapping[str, int]]:
