@@ -13,11 +13,11 @@ from post_training.models.families import registry as families
 
 SCALED = {scaled["rope_parameters"]["rope_type"]: scaled for _, scaled in tools.ROTARY.values()}
 LENGTHS = (8, 48, 200)
-# Latent attention has YaRN alone, Phi-3 longrope.
+# Latent attention has YaRN alone, Phi-3 longrope, Nemotron-H no positions.
 PLAIN = [
     name
     for name, family in tools.FAMILIES.items()
-    if "multi-latent attention" not in family.parts and name != "phi3"
+    if "multi-latent attention" not in family.parts and name not in ("phi3", "nemotron-h")
 ]
 
 
