@@ -87,6 +87,7 @@ def check(options: DistillOptions) -> Plan:
     options = distillation_options.noting(options, options.distillation, teacher)
     start = training_run.find_start(options)
     distillation_options.check_pair(config, start.source, teacher, options.parallel.pipeline)
+    training_run.require_trainable(start.source)
     for source in (start.source, teacher):
         training_run.check_model(source, options, training.seq_length)
     text = options.text.source(options.given)

@@ -1,7 +1,7 @@
 """Tensors that belong to no layer of the Megatron model, and travel beside it from file to file.
 
-DeepSeek-V3's layers for predicting further tokens are such. A checkpoint has them in files beside
-its ``config.json``; an export has them under their names, not quantized.
+DeepSeek-V3's layers for predicting further tokens and Llama 4's vision tower are such. A checkpoint
+has them in files beside its ``config.json``; an export has them under their names, not quantized.
 """
 
 from __future__ import annotations

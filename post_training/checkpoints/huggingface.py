@@ -82,19 +82,24 @@ def known_config(name_or_path: str) -> dict[str, Any] | None:
     return files.read_json_object(found) if found else None
 
 
-class _EndTokens(TypedDict, total=False):
+class _TextEndTokens(TypedDict, total=False):
     eos_token_id: int | list[int] | None
+
+
+class _EndTokens(_TextEndTokens, total=False):
+    text_config: _TextEndTokens | None
 
 
 def end_tokens(folder: Path) -> list[int]:
     """Ids that end an answer, of ``generation_config.json``.
 
-    As in transformers, a model without that file has those of its ``config.json``.
+    As in transformers, a model without that file has those of its ``config.json``; one that sees
+    images has them in ``text_config``.
     """
     path = folder / "generation_config.json"
     path = path if path.is_file() else folder / "config.json"
     content: _EndTokens = forms.read_json(path, _EndTokens, "file", "copy or download it again")
-    stated = content.get("eos_token_id")
+    stated = content.get("eos_token_id", (content.get("text_config") or {}).get("eos_token_id"))
     return [stated] if isinstance(stated, int) else stated or []
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from modelopt.torch.export.plugins.mcore_common import all_mcore_hf_import_mapping
 from modelopt.torch.export.plugins.megatron_importer import GPTModelImporter
 from safetensors import safe_open
 
 from post_training.checkpoints import dequantize
 from post_training.checkpoints.dequantize import BlockFp8, Mxfp4
 from post_training.common.safetensors_index import Entry
+from post_training.models.families import registry as families
 
 
 class Importer(GPTModelImporter):
@@ -29,11 +31,16 @@ class Importer(GPTModelImporter):
     index: Mapping[str, Entry]
     joined: Mapping[str, Mapping[str, int]]
     reader: BlockFp8 | Mxfp4 | None
+    _divided: Mapping[str, Sequence[int]] = {}
     names_read: set[str]
 
     def _get_safetensor(self, key: str, parallel_config: Any = None) -> torch.Tensor:
+        if key not in self.index:
+            key = families.FAMILIES[self.arch].other_names.get(key, key)
         if key in self.index:
             self.names_read.add(key)
+            if sizes := self._divided.get(key):
+                return self._of_each(key, sizes)
             found = super()._get_safetensor(key, parallel_config=parallel_config)
             return self._decoded(key, found, _starts(found, self.index[key], parallel_config))
         if isinstance(self.reader, Mxfp4) and f"{key}{self.reader.codes}" in self.index:
@@ -67,6 +74,40 @@ class Importer(GPTModelImporter):
             found = file.get_slice(name)[start : start + rows].contiguous()
         return self._decoded(name, found, (start, 0))
 
+    def _import_mamba_layer(self, layer: Any, layer_id: int, *args: Any) -> None:
+        """The original reads all rows on each rank, or, of the input projection, wrong ones."""
+        mixer, ranks = layer.mixer, parallel_state.get_tensor_model_parallel_world_size()
+        inner, heads, states = mixer.d_inner, mixer.nheads, mixer.ngroups * mixer.d_state
+        mixed = (inner, states, states)
+        prefix = all_mcore_hf_import_mapping[self.arch]["in_proj"].target_name_or_prefix
+        prefix = prefix.removesuffix("in_proj.").format(layer_id)
+        self._divided = (
+            {}
+            if ranks == 1
+            else {
+                f"{prefix}in_proj.weight": (inner, *mixed, heads),
+                f"{prefix}conv1d.weight": mixed,
+                f"{prefix}conv1d.bias": mixed,
+                f"{prefix}norm.weight": (inner,),
+                **{f"{prefix}{name}": (heads,) for name in ("A_log", "D", "dt_bias")},
+            }
+        )
+        super()._import_mamba_layer(layer, layer_id, *args)
+
+    def _of_each(self, name: str, sizes: Sequence[int]) -> torch.Tensor:
+        """This rank's rows of each part of a tensor, whose parts have so many rows in all."""
+        ranks = parallel_state.get_tensor_model_parallel_world_size()
+        rank, start, found = parallel_state.get_tensor_model_parallel_rank(), 0, []
+        if self.index[name].shape[0] != sum(sizes):
+            raise ValueError(f"{name} has {self.index[name].shape[0]} rows, not {sum(sizes)}")
+        with safe_open(self.index[name].path, framework="pt") as file:
+            rows = file.get_slice(name)
+            for size in sizes:
+                mine = size // ranks
+                found.append(rows[start + rank * mine : start + (rank + 1) * mine])
+                start += size
+        return torch.cat(found)
+
     def _decoded(self, name: str, found: torch.Tensor, starts: tuple[int, ...]) -> torch.Tensor:
         """The values of a tensor that may be quantized, of which ``found`` is this rank's slice."""
         if not dequantize.is_packed(self.index[name]):
@@ -82,6 +123,33 @@ class Importer(GPTModelImporter):
         if getattr(module, "expert_bias", None) is not None:
             options["dtype"] = torch.float32
         super()._name_remapping(module, prefix, **options)
+
+    def _unpack_name_remapping(
+        self, module: Any, prefix: str, layer_type: str, is_mtp: bool = False
+    ) -> None:
+        """The original divides gate and up as if they were one, which ETP mixes up.
+
+        A layer's experts are one tensor, [experts, in, out], all gates before all ups.
+        """
+        self.names_read.add(prefix)
+        experts = list(module.children())
+        ranks = parallel_state.get_expert_tensor_parallel_world_size()
+        rank = parallel_state.get_expert_tensor_parallel_rank()
+        first = parallel_state.get_expert_model_parallel_rank() * len(experts)
+        with safe_open(self.index[prefix].path, framework="pt") as file:
+            whole = file.get_slice(prefix)
+            for number, expert in enumerate(experts, start=first):
+                weight = whole[number : number + 1][0].T
+                if layer_type == "linear_fc1":
+                    halves = (half.chunk(ranks)[rank] for half in weight.chunk(2))
+                    weight = torch.cat(list(halves))
+                else:
+                    weight = weight.chunk(ranks, dim=1)[rank]
+                parameter = getattr(expert, layer_type).weight
+                if parameter.shape != weight.shape:
+                    raise ValueError(f"{prefix}: {weight.shape}, not {parameter.shape}")
+                with torch.no_grad():
+                    parameter.copy_(weight)
 
     def _unpack_name_remapping_gpt_oss(
         self,

@@ -21,6 +21,11 @@ from post_training.models import parameter_count
 from post_training.models.architecture import Architecture
 from post_training.models.families import registry as families
 
+_EMBEDDINGS = (
+    "model.embed_tokens.weight",
+    *("backbone.embeddings.weight", "backbone.embedding.weight"),  # Nemotron-H
+)
+
 
 @dataclass(frozen=True)
 class Source:
@@ -155,7 +160,7 @@ def size_estimate(source: Source, options: StageOptions, *, optimizer: bool = Fa
         # A byte of MXFP4 is two parameters.
         return sum(e.numel * (2 if e.dtype == "U8" else 1) for e in entries) * per_parameter
     stored = files.size_of(torch_dist.iteration_folder(folder))
-    has_optimizer = (source.manifest or {}).get("stage") in ("distill", "eagle3")
+    has_optimizer = (source.manifest or {}).get("stage") in ("distill", "finetune", "eagle3")
     return stored if has_optimizer else stored * per_parameter // weight
 
 
@@ -250,11 +255,12 @@ def model_folder(folder: Path) -> dict[str, Any]:
             cause = f"its weights are pickled ({pickled[0]}): loading them could run any code"
             remedy = "save the model as safetensors: transformers' save_pretrained does"
         raise UsageError(f"--pretrained-model-path {folder}", cause, remedy)
-    embedding = safetensors_index.read(folder).get("model.embed_tokens.weight")
-    if embedding is not None and config.get("vocab_size") not in (None, embedding.shape[0]):
+    index = safetensors_index.read(folder)
+    name = next((each for each in _EMBEDDINGS if each in index), "")
+    if name and config.get("vocab_size") not in (None, index[name].shape[0]):
         raise UsageError(
             f"{folder / 'config.json'}: vocab_size = {config['vocab_size']}",
-            f"model.embed_tokens.weight has {embedding.shape[0]} rows",
+            f"{name} has {index[name].shape[0]} rows",
             "state the number of rows as vocab_size; further rows belong to no token",
         )
     return config

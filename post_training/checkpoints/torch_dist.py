@@ -25,6 +25,7 @@ from post_training.checkpoints.unpickling import only_known_classes
 from post_training.common import files, threads
 from post_training.common.errors import UsageError
 from post_training.common.manifest import Manifest
+from post_training.distributed import signals
 
 if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
@@ -139,9 +140,10 @@ def write(state: dict[str, Any], weights: Path, model: MegatronModule) -> None:
         thread_count=max(1, min(_MOST_FILES, size // _FILE_BYTES, threads.cores()))
     )
     try:
-        dist_checkpointing.save(
-            state, str(weights), sharded_strategy=strategy, content_metadata=dict(sharding.CONTENT)
-        )
+        with signals.unwrapped():
+            dist_checkpointing.save(
+                *(state, str(weights), strategy), content_metadata=dict(sharding.CONTENT)
+            )
     except CheckpointException as error:  # a BaseException, which no handler of errors sees
         first = next((failure for failure, _ in error.failures.values()), error)
         raise RuntimeError(f"{weights} could not be written: {first}") from error

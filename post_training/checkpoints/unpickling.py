@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from post_training.common.errors import UsageError, first_line
+from post_training.distributed import signals
 
 logger = logging.getLogger("post_training")
 
@@ -132,7 +133,10 @@ def only_known_classes(what: str) -> Iterator[None]:
     _refused.clear()
     vars(pickle).update(own)
     try:
-        yield
+        with signals.unwrapped():
+            yield
+    except signals.Interrupted:
+        raise
     except BaseException as error:  # torch's CheckpointException is no Exception
         unknown = _refused[0] if _refused else _unknown_class(error)
         damage = _damage(error)

@@ -119,6 +119,36 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+class HalfCharacterError(ValueError):
+    """Half of a surrogate pair, which JSON and YAML can spell (``\\ud800``) and no text holds."""
+
+
+def parse_json(text: str, **options: Any) -> Any:
+    """What JSON text holds, read by ``json.loads`` with these options.
+
+    Raises:
+        ValueError: if it is not JSON, or holds half a character (HalfCharacterError).
+        RecursionError: if it is nested too deep.
+    """
+    content = json.loads(text, **options)
+    require_whole_characters(text, content)
+    return content
+
+
+def require_whole_characters(text: str, content: Any) -> None:
+    """Raise HalfCharacterError for one in ``content``, as read from ``text``: no file has one."""
+    if "\\ud" not in text.lower():
+        return
+    try:
+        json.dumps(content, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        at = text.lower().find(half)
+        line, column = text.count("\n", 0, at), at - text.rfind("\n", 0, at)
+        where = f"line {line + 1}" if "\n" in text.rstrip() else f"column {column}"
+        raise HalfCharacterError(f"it has {half} without its other half ({where})") from error
+
+
 _AGAIN = "copy or download it again"
 
 
@@ -134,7 +164,7 @@ def read_json(path: Path, what: str = "file", remedy: str = _AGAIN) -> Any | Non
         UsageError: if it cannot be read, or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:

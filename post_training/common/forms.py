@@ -74,7 +74,10 @@ def read_yaml(path: Path, what: str, remedy: str) -> Any:
         UsageError: if it cannot be read, or is not YAML; with the line where that is known.
     """
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        files.require_whole_characters(text, content)
+        return content
     except OSError as error:
         raise UsageError(what, f"it cannot be read: {error.strerror}", remedy) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date such as 2026-13-45

@@ -19,6 +19,14 @@ def is_hub_name(value: str) -> bool:
     return _HUB_NAME.fullmatch(value) is not None and not Path(value).exists()
 
 
+def expanded(path: str | Path) -> Path:
+    """The path, a home for ``~`` or ``~user`` in front; as it is where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def cached(hub_name: str, file: str) -> Path | None:
     """A file of a hub name that was downloaded before; None otherwise. No network."""
     from huggingface_hub import try_to_load_from_cache

@@ -18,7 +18,7 @@ from post_training.common.errors import UsageError, first_line
 from post_training.common.inputs import nearest_existing
 
 # What an output is, by the stages that make such.
-CHECKPOINT = ("convert", "quantize", "prune", "distill", "eagle3")
+CHECKPOINT = ("convert", "quantize", "prune", "distill", "finetune", "eagle3")
 EXPORT = ("export",)
 _NO_ROOM = 1 << 16  # bytes
 _REPORT = 1 << 20  # bytes: all answers of MMLU, one letter each, take less than a tenth

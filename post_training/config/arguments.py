@@ -43,6 +43,7 @@ def parse[Options: StageOptions](
     Each flag is checked by itself; UsageError for an unknown one, or a value that cannot be.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    _require_text([*words, str(Path.cwd())])
     defaults, given = make_parser(stage, options, show_all="--help-all" in words).split(words)
     ignored = given.pop("ignored_flags", [])
     unused = list(dict.fromkeys(given.pop("unused_flags", [])))
@@ -72,6 +73,14 @@ def parse[Options: StageOptions](
         vocabulary_multiple=vocabulary_multiple,
         **flags.read(options, args),
     )
+
+
+def _require_text(words: Sequence[str]) -> None:
+    """Raise UsageError for bytes that are no UTF-8: run.json names paths, and cannot hold them."""
+    for word in words:
+        if not word.isprintable() and any("\udc80" <= letter <= "\udcff" for letter in word):
+            shown = os.fsencode(word).decode(errors="backslashreplace")
+            raise UsageError(shown, "it is not UTF-8 text", "rename the file or folder")
 
 
 def _parallel(args: argparse.Namespace) -> Parallel:
@@ -119,12 +128,14 @@ def _stated(given: Mapping[str, Any], vocabulary_multiple: int) -> dict[str, Any
         found.setdefault("num_query_groups", 1)  # as in Megatron-LM
     if given.get("hybrid_layer_pattern"):
         # One letter a layer; | separates pipeline stages, what follows / predicts further tokens.
-        layers = given["hybrid_layer_pattern"].split("/")[0].replace("|", "")
-        found.setdefault("num_layers", len(layers))
+        # Stages are those of the parallel sizes here, also where a conf was made for others.
+        found["hybrid_layer_pattern"] = given["hybrid_layer_pattern"].replace("|", "")
+        found.setdefault("num_layers", len(found["hybrid_layer_pattern"].split("/")[0]))
+        found["model_type"] = "HybridModel"
     if given.get("untie_embeddings_and_output_weights"):
         found["share_embeddings_and_output_weights"] = False
     if given.get("export_model_type", "GPTModel") != "GPTModel":
-        found["model_type"] = given["export_model_type"]
+        found["model_type"] = "HybridModel"  # which MambaModel was called before
     if "padded_vocab_size" in given:
         found["vocab_size"] = given["padded_vocab_size"]
     elif "vocab_size" in given and given.get("make_vocab_size_divisible_by"):

@@ -8,16 +8,14 @@ other usual names. Columns that go with a conversation or a pair are part of it:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from post_training.common import memory
+from post_training.common import files, inputs, memory
 from post_training.common.errors import UsageError, suggest
 from post_training.data import records
 from post_training.data.records import Row
@@ -215,7 +213,7 @@ def _from_json(value: Any) -> Any:
     """Some data sets store lists of objects as JSON text, because parquet has fixed columns."""
     if isinstance(value, str):
         try:
-            return json.loads(value)
+            return files.parse_json(value)
         except (ValueError, RecursionError):
             return value
     return value
@@ -291,5 +289,5 @@ def check(source: str, option: str, also: Check | None = None) -> None:
         if also is not None:
             also(document, option)
     if empty:
-        path = Path(source).expanduser()
+        path = inputs.expanded(source)
         raise UsageError(f"{option} {path}", "it holds no rows", "give a file with data")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training.common import files
+from post_training.common import files, inputs
 from post_training.data import records
 from post_training.data.assistant_mask import Tokens
 from post_training.data.sources import TextSource
@@ -123,7 +123,7 @@ def fingerprint(source: TextSource, tokenizer: Any, length: int, rows: int) -> s
     entries: list[Any] = [source.dataset, source.files, source.split, length]
     entries.append(None if source.local else rows)
     for path, option in source.local:
-        for file in records.list_files(Path(path).expanduser(), option):
+        for file in records.list_files(inputs.expanded(path), option):
             status = file.stat()
             entries.append([str(file), status.st_size, status.st_mtime_ns])
     entries.append(str(getattr(tokenizer, "chat_template", None)))

@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
+from post_training.common import inputs
 from post_training.common.errors import UsageError
 from post_training.data import document_formats, records
 from post_training.data.records import Row
@@ -118,7 +118,7 @@ def _rows(source: str, option: str, split: str | None) -> Iterator[Row]:
     if not records.is_local(source):
         yield from records.hub_rows(source, option, split=split)
         return
-    for path in records.list_files(Path(source).expanduser(), option):
+    for path in records.list_files(inputs.expanded(source), option):
         for row in records.read(path, option):
             if path.suffix.lower() != ".txt":
                 yield row

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
+from post_training.common import files, inputs
 from post_training.common.errors import UsageError, first_line
 
 csv.field_size_limit(1 << 30)  # Python's own limit is 131,072 characters
@@ -34,7 +35,7 @@ def is_local(source: str) -> bool:
     Anything that exists is a path. So is what cannot be a hub name: absolute or relative by its
     first character, deeper than one folder, or with the suffix of a data file.
     """
-    path = Path(source).expanduser()
+    path = inputs.expanded(source)
     return (
         path.exists()
         or source.startswith(("/", ".", "~"))
@@ -84,7 +85,7 @@ def local_rows(source: str, option: str) -> Iterator[Row]:
     Raises:
         UsageError: as :func:`list_files` and :func:`read`.
     """
-    for path in list_files(Path(source).expanduser(), option):
+    for path in list_files(inputs.expanded(source), option):
         yield from read(path, option)
 
 
@@ -120,7 +121,10 @@ def _jsonl(path: Path, option: str) -> Iterator[Row]:
                 continue
             place = f"{path}, line {number}"
             try:
-                values = json.loads(line)
+                values = files.parse_json(line)
+            except files.HalfCharacterError as error:
+                remedy = "write the character whole, or delete what is left of it"
+                raise UsageError(f"{option} {place}", str(error), remedy) from error
             except (ValueError, RecursionError) as error:
                 reason = str(error)
                 if isinstance(error, json.JSONDecodeError):
@@ -136,22 +140,7 @@ def _jsonl(path: Path, option: str) -> Iterator[Row]:
                     f"it is a JSON {type(values).__name__}, not an object",
                     'write one JSON object on each line, such as {"text": "..."}',
                 )
-            if "\\ud" in line.lower():
-                _require_text(line, values, f"{option} {place}")
             yield Row(place, values)
-
-
-def _require_text(line: str, values: dict[str, Any], what: str) -> None:
-    """Raise UsageError for half of a surrogate pair, which JSON can spell and no text can hold."""
-    try:
-        json.dumps(values, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(error.object[error.start]):04x}"
-        raise UsageError(
-            what,
-            f"it has {half} without its other half (column {line.lower().find(half) + 1})",
-            "write the character whole, or delete what is left of it",
-        ) from error
 
 
 def _parquet(path: Path, option: str) -> Iterator[Row]:

@@ -11,9 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
+from post_training.common import inputs
 from post_training.common.errors import UsageError
 from post_training.data import document_formats, records
 from post_training.data.document_formats import Document, document_of
@@ -94,7 +94,7 @@ def read_documents(source: str, option: str = CALIBRATION) -> Iterator[Document]
         UsageError: nothing to read, malformed content, or a hub that cannot be reached.
     """
     if records.is_local(source):
-        paths = records.list_files(Path(source).expanduser(), option)
+        paths = records.list_files(inputs.expanded(source), option)
         return _take_turns([_interpreted(records.read(path, option), option) for path in paths])
     names = [name.strip() for name in source.split(",") if name.strip()]
     return _take_turns([stream for name in names for stream in _hub_streams(name, option)])

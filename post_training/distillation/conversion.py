@@ -23,6 +23,7 @@ from post_training.common.quiet import quiet
 from post_training.distillation.options import OPTION, DistillConfig
 from post_training.distributed import collectives
 from post_training.inference import forward
+from post_training.training import next_token
 from post_training.training.options import TrainingOptions
 from post_training.training.task import Loss, LossFunction, Task
 
@@ -140,12 +141,8 @@ def _forward_step(model: Any, batch: Mapping[str, Any]) -> tuple[torch.Tensor, L
         batch: ``input_ids`` int64 [b, s], ``loss_mask`` [b, s] (1 where a token counts).
     """
     core = forward.unwrap(model)
-    tokens = batch["input_ids"]
-    # Position t predicts token t + 1; the last one predicts nothing that is known.
-    labels = torch.nn.functional.pad(tokens[:, 1:], (0, 1))
-    weight = torch.nn.functional.pad(batch["loss_mask"][:, 1:], (0, 1)).float()
-    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    output = model(tokens, positions, None, labels=labels)
+    positions, labels, weight = next_token.targets(batch)
+    output = model(batch["input_ids"], positions, None, labels=labels)
 
     def loss(output: torch.Tensor) -> Loss:
         count = weight.sum()

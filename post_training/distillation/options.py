@@ -123,7 +123,7 @@ def read(path: str | None) -> DistillConfig:
         return DistillConfig()
     what = f"{OPTION} {path}"
     remedy = "name a YAML file of `field: value` lines"
-    content = forms.read_yaml(Path(path).expanduser(), what, remedy)
+    content = forms.read_yaml(inputs.expanded(path), what, remedy)
     if content is None:
         return DistillConfig()
     if not isinstance(content, Mapping):

@@ -35,6 +35,7 @@ logger = logging.getLogger("post_training")
 _ONLY_ERRORS = (
     "megatron.core.distributed",  # on every start, how gradients are laid out
     "megatron.core.dist_checkpointing.strategies.torch",  # saves are synchronous: chosen here
+    "megatron.core.models.hybrid.hybrid_layer_allocation",  # the layers of each stage
     "megatron.core.models.gpt.gpt_model",  # GPTModel will be replaced: chosen in models/builder.py
 )
 

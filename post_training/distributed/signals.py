@@ -31,8 +31,11 @@ class Interrupted(KeyboardInterrupt):
     """Raised in the main thread by the first signal. ``number`` is the signal's."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
+        super().__init__(number)  # all that another rank needs to make it again
         self.number = number
+
+    def __str__(self) -> str:
+        return signal.Signals(self.number).name
 
     @property
     def exit_code(self) -> int:
@@ -101,6 +104,18 @@ def prompt_exit(end: Callable[[Interrupted], NoReturn] = _raise) -> Iterator[Cal
         for number, handler in handlers.items():
             signal.signal(number, handler)
         writer.close()
+
+
+@contextlib.contextmanager
+def unwrapped() -> Iterator[None]:
+    """Raise a signal as itself where torch puts it, as a rank's failure, into its own error."""
+    try:
+        yield
+    except BaseException as error:
+        for failure, _ in getattr(error, "failures", {}).values():
+            if isinstance(failure, Interrupted):
+                raise failure from None
+        raise
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ def figure_of(report_file: Path) -> Path:
 
 
 def check_figure(report_file: Path, option: str) -> None:
-    """Raise UsageError where the figure would replace the report, or what no report stands beside."""
+    """Raise UsageError where the figure would replace the report, or a file without a report."""
     figure, what = figure_of(report_file), f"{option} {report_file}"
     if figure == report_file:
         raise UsageError(what, "its figure gets this name", "name the report FILE.json")

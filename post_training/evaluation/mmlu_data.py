@@ -12,7 +12,6 @@ Layouts:
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from post_training.common import files, inputs
 from post_training.common.errors import UsageError
 from post_training.data import records
 from post_training.data.records import Row
@@ -46,7 +46,7 @@ def load(source: str, few_shots: int = 0) -> Benchmark:
     """
     rows: Mapping[str, Iterable[Row]]
     if records.is_local(source):
-        rows = _local(Path(source).expanduser())
+        rows = _local(inputs.expanded(source))
     else:
         rows = {
             split: records.hub_rows(source, OPTION, configuration="all", split=split, stream=False)
@@ -155,7 +155,7 @@ def _choices(values: dict[str, Any]) -> list[Any] | None:
     listed = values.get("choices")
     if isinstance(listed, str):
         try:
-            listed = json.loads(listed)
+            listed = files.parse_json(listed)
         except (ValueError, RecursionError):
             return None
     if isinstance(listed, list):

@@ -1,4 +1,4 @@
-"""Tensors of an exported folder that no layer of the model has, such as MTP layers.
+"""Tensors of an exported folder that no layer of the model has: MTP layers, vision towers.
 
 They come from the files beside the checkpoint's ``config.json`` (``checkpoints/extra_tensors.py``)
 and are written by the first rank, unquantized.
@@ -36,7 +36,8 @@ class Carried:
 
     def excluded(self) -> list[str]:
         """Patterns for ``exclude_modules``: the layers that they are of."""
-        return sorted({f"{'.'.join(name.split('.')[:3])}.*" for name in self.names})
+        modules = (name.split(".")[:-1] for name in self.names)
+        return sorted({f"{'.'.join(parts[:3])}.*" for parts in modules})
 
     def problems(self, written: Folder) -> list[str]:
         """What differs in a folder from the source, bit for bit."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from modelopt.torch.quantization.qtensor import NVFP4QTensor, QTensorWrapper
 
+from post_training.quantization import quantizers
 from post_training.quantization.formats.registry import number_format
 
 
@@ -47,7 +48,7 @@ def step_of_each(module: Any) -> torch.Tensor:
     if quantizer is None or not quantizer.is_enabled:
         return torch.zeros_like(weight, dtype=torch.float32)
     rows, columns = weight.shape
-    steps = quantizer.amax.detach().float().reshape(rows, -1) / quantizer.maxbound
+    steps = quantizers.scale_of(quantizer.amax.detach(), quantizer).reshape(rows, -1)
     return steps.repeat_interleave(columns // steps.shape[1], dim=1)
 
 

@@ -1,7 +1,6 @@
 """Read an exported folder as an engine would, with code that shares nothing with the exporter.
 
-Only torch and safetensors (and transformers, for what the architecture's tensors must be) are used,
-no ModelOpt and no megatron-core. Each number format is decoded in a file of ``decoders/``.
+No ModelOpt and no megatron-core is used. Each number format is decoded in a file of ``decoders/``.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from post_training.common import files, safetensors_index
 from post_training.export.decoders import compressed_tensors
 from post_training.export.decoders.base import Decoder
 from post_training.export.decoders.registry import DECODERS, SCALES
+from post_training.models.families import registry as families
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +37,7 @@ class Folder:
     Args:
         path: folder with ``config.json`` and safetensors; ``hf_quant_config.json`` if quantized.
         device: where tensors are decoded; a GPU decodes a large model much faster.
-        carried: names of tensors that no layer of transformers' model has.
+        carried: names of tensors that no layer of the Megatron model has.
     """
 
     def __init__(
@@ -59,10 +59,8 @@ class Folder:
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of each tensor that transformers' own model of this config is saved as.
 
-        Its parameters and the biases of routers, but for those that it joins while loading: the
-        experts of a layer are one parameter, and a tensor for each in the folder.
+        Its parameters and the biases of routers; experts, which it joins while loading, one by one.
         """
-        # Late, as in _untrained.
         from transformers.core_model_loading import revert_weight_conversion
 
         with torch.device("meta"):
@@ -70,7 +68,8 @@ class Folder:
             kept = model.state_dict().keys()
             tensors = {name: each for name, each in model.named_buffers() if name in kept}
             saved = revert_weight_conversion(model, {**dict(model.named_parameters()), **tensors})
-        return {name: tuple(tensor.shape) for name, tensor in saved.items()}
+        published = {each: name for name, each in families.of(self.config).other_names.items()}
+        return {published.get(name, name): tuple(each.shape) for name, each in saved.items()}
 
     def tensor(self, name: str) -> torch.Tensor:
         """One stored tensor, as it is."""
@@ -119,8 +118,8 @@ class Folder:
 
     def bits_per_weight(self) -> float:
         """Stored bits of all tensors, scales included, per parameter of the architecture."""
-        parameters = sum(math.prod(shape) for shape in self.expected.values())
         names = self.index.keys() - self.carried
+        parameters = sum(math.prod(self.expected[n]) for n in self.expected.keys() - self.carried)
         return 8 * sum(self.index[name].bytes for name in names) / parameters
 
     def answer(self, question: str, max_new_tokens: int) -> str:
@@ -131,24 +130,25 @@ class Folder:
         model = self._loaded().eval()
         if (self.path / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(self.path)
-        has_template = bool(tokenizer.chat_template)
-        if has_template:
-            turns = [{"role": "user", "content": question}]
-            question = tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True
-            )
+        if has_template := bool(tokenizer.chat_template):
+            turns, form = [{"role": "user", "content": question}], {"add_generation_prompt": True}
+            question = tokenizer.apply_chat_template(turns, tokenize=False, **form)
         prompt = tokenizer(question, return_tensors="pt", add_special_tokens=not has_template)
+        # transformers 5.14 has no cache for layers that are an MLP alone (Nemotron-H).
+        cached = "mlp" not in (getattr(model.config, "layer_types", None) or ())
+        how = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": cached}
         with torch.inference_mode():
-            output = model.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False)
+            output = model.generate(**prompt, **how)
         tokens = output[0, prompt.input_ids.shape[1] :]
         return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _untrained(self, **options: Any) -> PreTrainedModel:
         """A transformers model of this architecture with weights that are not quantized."""
-        # Late, because the command line of post_training.answer is checked without it.
-        from transformers import AutoModelForCausalLM
+        # Late: the command line of post_training.answer is checked without it.
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-        return AutoModelForCausalLM.from_config(self._plain_config(), **options)
+        auto = AutoModelForImageTextToText if "text_config" in self.config else AutoModelForCausalLM
+        return auto.from_config(self._plain_config(), **options)
 
     def _loaded(self) -> Any:
         """The model with its dequantized weights, in float32."""
@@ -224,7 +224,7 @@ class Folder:
 
     def _configuration_problems(self, modules: set[str]) -> Iterable[str]:
         kv_scales = sum(name.endswith(_KV_SCALES) for name in self.index)
-        layers = self.config["num_hidden_layers"]
+        layers = sum(n.endswith(".o_proj.weight") for n in self.expected.keys() - self.carried)
         kv_algorithm = self.quantization.get("kv_cache_quant_algo")
         if kv_scales != (2 * layers if kv_algorithm else 0):
             yield (

@@ -133,10 +133,13 @@ class StreamingExporter(GPTModelExporter):
         return rules
 
     def _name_remapping(self, module: Any, prefix: str, **options: Any) -> None:
-        """As the original, but a parameter of its own (attention sinks, which are float32 in the
-        model) is written in the dtype of the others."""
+        """As the original, but a parameter of its own (attention sinks, the decays of Mamba layers;
+        they are float32 in the model) is written in the dtype of the others, where that does not
+        change it."""
         if isinstance(module, torch.Tensor):
-            module = module.detach().to(self.dtype if self._view is None else torch.float32)
+            exact, rounded = module.detach(), module.detach().to(self.dtype)
+            keeps = self._view is None and torch.equal(rounded.to(exact.dtype), exact)
+            module = rounded if keeps else exact.float()
         super()._name_remapping(module, prefix, **options)
 
     def _get_weight_bias(

@@ -211,8 +211,15 @@ def new_context(batch: int, length: int) -> StaticInferenceContext:
 
 def select(context: StaticInferenceContext, rows: torch.Tensor) -> None:
     """Keep these sequences of a cache: int64 [n], indices into its batch."""
+    from post_training.models.hybrid import MambaStates
+
     for layer, memory in context.key_value_memory_dict.items():
-        context.key_value_memory_dict[layer] = tuple(each[:, rows] for each in memory)
+        # Keys and values begin with the positions, Mamba's states with the sequences.
+        if isinstance(memory, MambaStates):
+            kept: tuple[torch.Tensor, ...] = MambaStates(*(each[rows] for each in memory))
+        else:
+            kept = tuple(each[:, rows] for each in memory)
+        context.key_value_memory_dict[layer] = kept
     context.max_batch_size = len(rows)
 
 

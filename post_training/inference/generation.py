@@ -93,12 +93,14 @@ def supports_prefix(model: torch.nn.Module) -> bool:
     """Whether :func:`prefill_prefix` works: full causal attention with a key-value cache only.
 
     State-space layers keep another state; sliding windows and attention chunks would need their
-    own masks.
+    own masks; dynamic rotary positions differ with the length of the whole text.
     """
     from megatron.core.transformer.attention import Attention
 
     core = forward.unwrap(model)
     config = core.config
+    if _rotates_by_length(core):
+        return False
     if getattr(config, "window_size", None) or getattr(config, "attention_chunk_size", None):
         return False
     layers = core.decoder.layers
@@ -163,13 +165,19 @@ def generate(
     results: list[list[int]] = [[] for _ in prompts]
     if max(limits, default=0) < 1:
         return results
-    for group in _groups([len(prompt) for prompt in prompts], batch_size, max(limits)):
+    spread = 0 if _rotates_by_length(core) else max(limits)
+    for group in _groups([len(prompt) for prompt in prompts], batch_size, spread):
         new = _decode(core, prompts, group, limits, eos_ids, use_cache, vocab_size, choose)
         for index, found in new.items():
             results[index] = found
         if progress is not None:
             progress(len(group))
     return results
+
+
+def _rotates_by_length(core: Any) -> bool:
+    """Whether a token's rotation depends on how long its text is (``models/rotary.py``)."""
+    return bool(getattr(getattr(core, "rotary_pos_emb", None), "depends_on_length", False))
 
 
 def _groups(lengths: Sequence[int], batch_size: int, spread: int) -> list[list[int]]:

@@ -68,8 +68,14 @@ class Architecture:
     ``transformer`` holds fields of megatron-core's configuration with JSON values
     (``activation_func`` by name); the fields left out have megatron-core's defaults.
     ``vocab_size`` counts the rows of the embedding, padding included.
-    ``rope_scaling`` is Llama 3's, with ``rope_scaling_factor``. ``yarn`` has the values of the
-    position embedding ``yarn`` by megatron-core's names, for attention without latents.
+    ``rope_scaling`` is Llama 3's, with ``rope_scaling_factor``. ``rope_parameters`` has the scaling
+    that megatron-core does not compute (``models/rotary.py``), by transformers' names. ``yarn`` has
+    the values of the position embedding ``yarn`` by megatron-core's names, for attention without
+    latents. ``multipliers`` are constant factors (``models/multipliers.py``): ``embedding`` of the
+    embeddings, ``residual`` of what attention and MLP add, ``logits_divisor`` below the logits.
+    ``attention_chunks`` (``size``, and 1 in ``layers`` for each layer that attends within chunks)
+    and ``attention_temperature`` (``floor_scale`` and ``scale``, on layers without rotation) are
+    Llama 4's (``models/llama4_attention.py``).
     """
 
     transformer: dict[str, Any]
@@ -80,7 +86,11 @@ class Architecture:
     rotary_percent: float = 1.0
     rope_scaling: bool = False
     rope_scaling_factor: float = 8.0
+    rope_parameters: dict[str, Any] | None = None
     yarn: dict[str, Any] | None = None
+    multipliers: dict[str, float] | None = None
+    attention_chunks: dict[str, Any] | None = None
+    attention_temperature: dict[str, float] | None = None
     share_embeddings_and_output_weights: bool = False
     model_type: str = "GPTModel"
     hybrid_layer_pattern: str | None = None
@@ -95,6 +105,11 @@ class Architecture:
     def multi_latent_attention(self) -> bool:
         """Whether megatron-core's MLATransformerConfig describes the model."""
         return bool(self.transformer.get("multi_latent_attention"))
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether each layer has one part, as ``hybrid_layer_pattern`` says: HybridModel's."""
+        return self.model_type != "GPTModel"
 
     @property
     def unfusable_norms(self) -> str:
@@ -123,6 +138,8 @@ class Architecture:
             "kv_channels": hidden // heads if heads else None,
             "ffn_hidden_size": 4 * hidden,
         }
+        if self.is_hybrid:
+            derived["mamba_num_heads"] = 2 * hidden // values["mamba_head_dim"]
         values |= {name: value for name, value in derived.items() if values[name] is None}
         if values["num_moe_experts"] and values["moe_ffn_hidden_size"] is None:
             values["moe_ffn_hidden_size"] = values["ffn_hidden_size"]
@@ -144,9 +161,13 @@ class Architecture:
         """The values of ``stated`` (flat, by name) that this architecture does not have.
 
         The router's precision is not compared: confs of Megatron-LM ask for float32, and a model
-        whose files are known has the one that transformers computes in.
+        whose files are known has the one that transformers computes in. Nor are the positions of a
+        model with Mamba layers: Megatron-LM's conf of Nemotron-H 4B asks for rotated ones, which
+        its files do not know.
         """
         names = stated.keys() - self.irrelevant() - {"moe_router_dtype"}
+        if self.is_hybrid:
+            names -= {"position_embedding_type", "rotary_base", "rotary_percent"}
         return _differing(stated, self.resolved(), names)
 
     def irrelevant(self) -> set[str]:

@@ -7,6 +7,7 @@ stage loads them.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -118,7 +119,7 @@ def build(
     context = torch.device("meta") if options.meta_device else contextlib.nullcontext()
     with context:
         model = _MODEL_TYPES[architecture.model_type](architecture, config, options)
-    _weigh_experts_outputs(model)
+    _complete(model, architecture)
     if not layers:
         model.decoder.layers = torch.nn.ModuleList()
     if options.meta_device:
@@ -126,6 +127,29 @@ def build(
     elif torch.cuda.is_available():
         model.cuda(torch.cuda.current_device())
     return model.eval()
+
+
+def _complete(model: MegatronModule, architecture: Architecture) -> None:
+    """Give a model what megatron-core's own classes do not compute."""
+    from post_training.models import expert_outputs
+
+    expert_outputs.weigh(model)
+    if architecture.rope_parameters is not None:
+        from post_training.models import rotary
+
+        rotary.scale(model, architecture)
+    if architecture.multipliers is not None:
+        from post_training.models import multipliers
+
+        multipliers.attach(model, architecture.multipliers)
+    if (
+        architecture.attention_chunks
+        or architecture.attention_temperature
+        or architecture.value("qk_l2_norm")
+    ):
+        from post_training.models import llama4_attention
+
+        llama4_attention.attach(model, architecture)
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -179,8 +203,26 @@ def _gpt_model(
     )
 
 
-# HybridModel replaces GPTModel in a later megatron-core and serves Mamba layers: add it here.
-_MODEL_TYPES = {"GPTModel": _gpt_model}
+def _hybrid_model(
+    architecture: Architecture, config: TransformerConfig, options: BuildOptions
+) -> MegatronModule:
+    if importlib.util.find_spec("einops") is None:
+        raise UsageError(
+            "the package einops",
+            "megatron-core's Mamba layers need it, and it is not installed",
+            "python -m pip install -r requirements.txt",
+        )
+    from post_training.models import hybrid
+
+    return hybrid.build(architecture, config, options)
+
+
+# MambaModel is HybridModel's earlier name.
+_MODEL_TYPES = {
+    "GPTModel": _gpt_model,
+    "HybridModel": _hybrid_model,
+    "MambaModel": _hybrid_model,
+}
 
 
 def _layer_spec(config: TransformerConfig, options: BuildOptions) -> Any:
@@ -201,34 +243,6 @@ def _layer_spec(config: TransformerConfig, options: BuildOptions) -> Any:
 
         without_query_latent(spec)
     return spec
-
-
-def _weigh_experts_outputs(model: torch.nn.Module) -> None:
-    """Multiply what an expert gives by the router's probability, as transformers and engines do.
-
-    megatron-core multiplies the input of an expert's second linear layer. The product is the same,
-    but the maxima of that input are not: a scale calibrated on them clips what an engine sees.
-    """
-    from megatron.core.transformer.moe.experts import SequentialMLP
-
-    for module in model.modules():
-        if isinstance(module, SequentialMLP):
-            for expert in module.local_experts:
-                expert.register_forward_pre_hook(_keep_probabilities)
-                expert.register_forward_hook(_weigh)
-
-
-def _keep_probabilities(expert: Any, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-    hidden, expert.kept_probabilities = arguments
-    return (hidden,)
-
-
-def _weigh(expert: Any, _arguments: Any, output: tuple[Any, Any]) -> tuple[torch.Tensor, None]:
-    result, bias = output
-    probabilities, expert.kept_probabilities = expert.kept_probabilities, None
-    if bias is not None:
-        result = result + bias
-    return (result * probabilities.unsqueeze(-1)).to(result.dtype), None
 
 
 def _materialize(model: torch.nn.Module) -> None:

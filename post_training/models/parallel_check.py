@@ -20,6 +20,7 @@ def check(architecture: Architecture, parallel: Parallel) -> None:
         "FFN size": values["ffn_hidden_size"],
         "vocabulary": values["vocab_size"],
         "Mamba heads": values["mamba_num_heads"],
+        "Mamba groups": values["mamba_num_groups"] if architecture.is_hybrid else None,
     })  # fmt: skip
     _divides("EP", parallel.expert, {"experts": values["num_moe_experts"]})
     if values["num_moe_experts"] and values["add_bias_linear"] and parallel.expert_tensor > 1:
@@ -34,6 +35,12 @@ def check(architecture: Architecture, parallel: Parallel) -> None:
         )
     elif parallel.expert > 1:
         raise UsageError(f"EP={parallel.expert}", "the model has no experts", "EP=1")
+    if parallel.context > 1 and (values["attention_chunks"] or values["attention_temperature"]):
+        raise UsageError(
+            f"CP={parallel.context}",
+            "attention within chunks, or with a temperature by position, needs the whole text",
+            "CP=1",
+        )
     layers_per_stage(values["num_layers"], parallel)
 
 

@@ -18,9 +18,10 @@ from post_training.models.parallel_check import layers_per_stage
 
 # Fields whose parameters are not counted here; a model with one of them is refused.
 _UNKNOWN = (
-    "mtp_num_layers moe_latent_size experimental_attention_variant linear_attention_freq "
-    "heterogeneous_block_specs is_hybrid_model moe_shared_expert_gate hybrid_layer_pattern"
+    "mtp_num_layers experimental_attention_variant linear_attention_freq "
+    "heterogeneous_block_specs moe_shared_expert_gate"
 ).split()
+_CONVOLVED = 4  # tokens that a Mamba layer's convolution sees: megatron-core has no other
 
 
 def total(architecture: Architecture) -> int:
@@ -36,24 +37,20 @@ def per_stage(architecture: Architecture, parallel: Parallel) -> list[tuple[int,
     UsageError names parts that are not counted here, or layers that cannot be spread evenly.
     """
     values = architecture.resolved()
-    unknown = [name for name in _UNKNOWN if values[name]]
-    if unknown or architecture.model_type != "GPTModel":
+    unknown = [f"{name} = {values[name]}" for name in _UNKNOWN if values[name]]
+    letters = values["hybrid_layer_pattern"] or ""
+    if architecture.is_hybrid and (not letters or {*letters} - {*"M*-E"}):
+        unknown.append(f"hybrid_layer_pattern = {letters!r}")
+    if unknown:
         raise UsageError(
-            ", ".join(f"{name} = {values[name]}" for name in unknown) or architecture.model_type,
+            ", ".join(unknown),
             "parameters of such a model are not counted yet",
             "leave --dry-run out, or take a model without it",
         )
     stages = layers_per_stage(values["num_layers"], parallel)
     norm = _norm(values, values["hidden_size"])
-    attention = _attention(values, parallel.tensor) + norm
-    dense = attention + _mlp(values, values["ffn_hidden_size"], parallel.tensor)
-    has_experts = moe_layers(values)
-    sparse = attention + _experts(values, parallel) if any(has_experts) else 0
-    pattern = iter(has_experts)
-    counts = [
-        sum(sparse if moe else dense for moe in itertools.islice(pattern, layers))
-        for layers in stages
-    ]
+    each_layer = iter(_layers(values, parallel))
+    counts = [sum(itertools.islice(each_layer, layers)) for layers in stages]
     embedding = values["vocab_size"] * values["hidden_size"] // parallel.tensor
     counts[0] += embedding
     if values["position_embedding_type"] == "learned_absolute":
@@ -62,6 +59,29 @@ def per_stage(architecture: Architecture, parallel: Parallel) -> list[tuple[int,
     if len(stages) > 1 or not values["share_embeddings_and_output_weights"]:
         counts[-1] += embedding
     return list(zip(stages, counts, strict=True))
+
+
+def _layers(values: dict[str, Any], parallel: Parallel) -> list[int]:
+    """Parameters of each layer on a rank."""
+    norm = _norm(values, values["hidden_size"])
+    attention = _attention(values, parallel.tensor)
+    mlp = norm + _mlp(values, values["ffn_hidden_size"], parallel.tensor)
+    experts = norm + _experts(values, parallel) if values["num_moe_experts"] else 0
+    if not (letters := values["hybrid_layer_pattern"]):
+        return [attention + (experts if moe else mlp) for moe in moe_layers(values)]
+    mamba = norm + _mamba(values, parallel.tensor)
+    parts = {"M": mamba, "*": attention, "-": mlp, "E": experts}
+    return [parts[letter] for letter in letters]
+
+
+def _mamba(values: dict[str, Any], ranks: int) -> int:
+    """A Mamba-2 layer without the norm before it; all but the norm's is divided over ranks."""
+    hidden, heads = values["hidden_size"], values["mamba_num_heads"]
+    inner = heads * values["mamba_head_dim"]
+    mixed = inner + 2 * values["mamba_num_groups"] * values["mamba_state_dim"]
+    count = _column(hidden, inner + mixed + heads, ranks) + _row(inner, hidden, ranks, bias=False)
+    # Kernels and biases of the convolution; decay, skip and bias of each head; the gated norm.
+    return count + (mixed * (_CONVOLVED + 1) + 3 * heads + inner) // ranks
 
 
 def moe_layers(values: dict[str, Any]) -> list[bool]:
@@ -126,9 +146,14 @@ def _latent_attention(values: dict[str, Any], ranks: int) -> int:
 
 
 def _experts(values: dict[str, Any], parallel: Parallel) -> int:
-    """Router, this rank's experts and the shared expert."""
-    count = values["num_moe_experts"] * (values["hidden_size"] + bool(values["add_bias_linear"]))
-    expert = _mlp(values, values["moe_ffn_hidden_size"], parallel.expert_tensor)
+    """Router, this rank's experts, the shared expert, and the way to the experts' latent size."""
+    hidden, latent = values["hidden_size"], values["moe_latent_size"]
+    bias = bool(values["add_bias_linear"])
+    count = values["num_moe_experts"] * (hidden + bias)
+    if latent:
+        count += 2 * hidden * latent + (hidden + latent) * bias
+    of_expert = {**values, "hidden_size": latent or hidden}
+    expert = _mlp(of_expert, values["moe_ffn_hidden_size"], parallel.expert_tensor)
     count += values["num_moe_experts"] // parallel.expert * expert
     shared = values["moe_shared_expert_intermediate_size"]
     return count + (_mlp(values, shared, parallel.tensor) if shared else 0)

@@ -4,6 +4,7 @@ It holds stand-ins and nothing else; no feature of this repository lives here.
 
 - ``cuda``: the few CUDA and NCCL calls that the two packages make without need, on the CPU.
 - ``site/transformer_engine``: a pure-PyTorch package in the shape of Transformer Engine.
+- ``site/mamba_ssm``, ``mamba``: the scan and the steps of Mamba-2 layers without their kernels.
 - ``quantization``: the block formats of ModelOpt (NVFP4, MXFP8, ...) without its CUDA kernels.
 - ``imports``: how the above reach the import system.
 
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 
 import torch
 
-from post_training.portable import cuda, imports, quantization
+from post_training.portable import cuda, imports, mamba, quantization
 
 logger = logging.getLogger(__name__)
 
@@ -83,13 +84,14 @@ def install() -> PortableReport:
                 "without Transformer Engine: call it before the first import of megatron.core or "
                 "modelopt"
             )
-        imports.load_stand_in()
+        imports.load_stand_in("transformer_engine")
     engine = importlib.import_module("transformer_engine")
     name = STAND_IN if reason else f"transformer_engine {engine.__version__}"
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         cuda.install()
     quantization.install()
+    mamba.install()
     return PortableReport(name, str(engine.__version__), on_cpu, reason)
 
 

@@ -1,6 +1,6 @@
 """How the stand-ins reach the import system, with nothing on ``sys.path``.
 
-``transformer_engine`` is loaded from ``site/`` by its path; its submodules are then found as usual.
+Packages of ``site/`` are loaded by their path; their submodules are then found as usual.
 A meta-path finder runs registered functions on a module right after its code ran, so that importing
 megatron-core lazily stays possible and names imported ``from`` a changed module are the changed
 ones.
@@ -17,7 +17,6 @@ from pathlib import Path
 from types import ModuleType
 
 SITE = Path(__file__).parent / "site"
-PACKAGE = "transformer_engine"
 
 Change = Callable[[ModuleType], None]
 
@@ -63,14 +62,15 @@ class _ChangingFinder(MetaPathFinder):
 _changes: dict[str, list[Change]] = {}
 
 
-def load_stand_in() -> None:
-    """Import the stand-in as ``transformer_engine``, whatever else is installed."""
+def load_stand_in(package: str) -> None:
+    """Import the stand-in of that name, whatever else is installed."""
+    folder = SITE / package
     spec = importlib.util.spec_from_file_location(
-        PACKAGE, SITE / PACKAGE / "__init__.py", submodule_search_locations=[str(SITE / PACKAGE)]
+        package, folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
     assert spec is not None and spec.loader is not None
-    sys.modules[PACKAGE] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[PACKAGE])
+    sys.modules[package] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[package])
 
 
 def on_import(name: str, change: Change) -> None:

@@ -12,9 +12,9 @@ import importlib.util
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from post_training.common import files, inputs
 from post_training.common.errors import UsageError, suggest
 from post_training.models.architecture import Architecture
 
@@ -188,14 +188,14 @@ def read_sizes(text: str) -> dict[str, Any]:
     example = f"""{OPTION} '{{"hidden_size": 3072, "num_layers": 32}}'"""
     path = None
     if not text.lstrip().startswith("{"):
-        path = Path(text).expanduser()
+        path = inputs.expanded(text)
         if not path.is_file():
             cause = "it is neither a JSON object nor a file"
             raise UsageError(shown, cause, f"quote it: {example}")
     try:
         if path is not None:
             text = path.read_text(encoding="utf-8")
-        content = json.loads(text, object_pairs_hook=_without_repetition)
+        content = files.parse_json(text, object_pairs_hook=_without_repetition)
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(shown, f"it is not JSON: {error}", f"quote it: {example}") from error
     if not isinstance(content, dict):

@@ -169,7 +169,7 @@ def round_scales(model: torch.nn.Module) -> None:
     for name, quantizer in quantizers.enabled(model):
         found = formats.number_format(quantizer) if name.endswith("weight_quantizer") else None
         if found is not None and found.bf16_scales:
-            scale = (quantizer._amax.float() / quantizer.maxbound).bfloat16().float()
+            scale = quantizers.scale_of(quantizer._amax, quantizer).bfloat16().float()
             quantizer._amax = scale * quantizer.maxbound  # float32, which holds the product
 
 

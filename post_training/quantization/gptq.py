@@ -14,6 +14,7 @@ that few tokens chose.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.inference.utils import InferenceMode
 from megatron.core.transformer import MegatronModule
+from tqdm import tqdm
 
 from post_training.common.errors import UsageError
 from post_training.distributed.collectives import from_all_ranks
@@ -44,6 +46,7 @@ from post_training.quantization.formats import registry as formats
 
 # Linears that read what the others of their module compute.
 _LAST = ("linear_proj", "linear_fc2", "out_proj")
+_HESSIAN_BYTES = 8 << 30  # of all linears whose inputs are collected in one run
 
 
 class _Hessian:
@@ -128,11 +131,12 @@ def calibrate(
     with torch.no_grad(), InferenceMode.active():
         others = layerwise.other_arguments(core, batches[0])
         states = [layerwise.first_input(core, batch) for batch in batches]
-        for (layer, kinds), (given, keywords) in zip(layers, others, strict=True):
+        bar = tqdm(layers, desc="rounding", unit=" layers", disable=not data.show_progress)
+        for (layer, kinds), (given, keywords) in zip(bar, others, strict=True):
             run = partial(layerwise.run, layer, states, given, keywords)
             with _off([module for kind in kinds for module in kind]):
-                for kind in kinds:
-                    _quantize(kind, run, names, found)
+                for part in itertools.chain.from_iterable(map(_parts, kinds)):
+                    _quantize(part, run, names, found)
             with experts.counting(layer, data.expert_tokens):
                 states = run()
     data.gptq.update(found.of_all_ranks())
@@ -209,10 +213,17 @@ def _off(linears: list[Any]) -> Iterator[None]:
             module.weight_quantizer.enable()
 
 
+def _parts(kind: list[Any]) -> Iterator[list[Any]]:
+    """The linears of a kind, as many at a time as there is memory for their Hessians."""
+    size = max(1, _HESSIAN_BYTES // (4 * kind[0].weight.shape[1] ** 2))
+    for start in range(0, len(kind), size):
+        yield kind[start : start + size]
+
+
 def _quantize(
     kind: list[Any], run: Callable[[], Any], names: Mapping[int, str], found: _Found
 ) -> None:
-    """Quantize the linears of one kind from their inputs in one run of the layer."""
+    """Quantize linears of one kind from their inputs in one run of the layer."""
     hessians = [_Hessian(module) for module in kind]
     with contextlib.ExitStack() as stack:
         for module, hessian in zip(kind, hessians, strict=True):

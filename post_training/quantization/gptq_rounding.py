@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+
+from post_training.quantization import quantizers
 
 # Columns whose error is spread within the block first, and to the rest of the row at once.
 _BLOCK = 128
@@ -28,7 +32,7 @@ def quantize(linear: Any, hessian: torch.Tensor) -> float | None:
     weight = linear.weight.detach().float()
     rows, columns = weight.shape
     largest = float(quantizer.maxbound)
-    scales = quantizer._amax.float().reshape(rows, -1) / largest
+    scales = quantizers.scale_of(quantizer._amax, quantizer).reshape(rows, -1)
     nearest = _round(weight, scales.repeat_interleave(columns // scales.shape[1], 1), largest)
     inverse = inverse_factor(hessian)
     if inverse is None:
@@ -57,6 +61,9 @@ def spread(
         largest: code of the positive end.
     """
     weight, scales = weight.clone(), scales.clone()
+    round_block: Callable[..., Any] = partial(_round_block, largest)
+    if weight.is_cuda:
+        round_block = _Recorded(round_block)
     rounded = torch.empty_like(weight)
     columns, groups = weight.shape[1], scales.shape[1]
     size = columns // groups
@@ -67,15 +74,58 @@ def spread(
         block = weight[:, start:end]
         if groups > 1 and start % size == 0:
             scales[:, group] = _scale(weight[:, start : start + size], largest)
-        errors = torch.empty_like(block)
-        within = inverse[start:end, start:end]
-        for i in range(end - start):
-            value = _round(block[:, i], scales[:, group], largest)
-            errors[:, i] = (block[:, i] - value) / within[i, i]
-            block[:, i:] -= torch.outer(errors[:, i], within[i, i:])
-            rounded[:, start + i] = value
+        found, errors = round_block(block, inverse[start:end, start:end], scales[:, group])
+        rounded[:, start:end] = found
         weight[:, end:] -= errors @ inverse[start:end, end:]
     return rounded, scales
+
+
+def _round_block(
+    largest: float, block: torch.Tensor, inverse: torch.Tensor, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round the columns of a block, each taking up the errors of those before it.
+
+    Returns the values on the grid and each column's error over its diagonal entry, both the shape
+    of the block, float32 [out, step]; ``inverse`` is [step, step], ``scale`` [out].
+    """
+    block = block.clone()
+    rounded, errors = torch.empty_like(block), torch.empty_like(block)
+    for i in range(block.shape[1]):
+        rounded[:, i] = _round(block[:, i], scale, largest)
+        errors[:, i] = (block[:, i] - rounded[:, i]) / inverse[i, i]
+        block[:, i:] -= torch.outer(errors[:, i], inverse[i, i:])
+    return rounded, errors
+
+
+class _Recorded:
+    """A function of CUDA tensors as a CUDA graph, for calls with tensors of the same shapes.
+
+    Rounding a column takes eight small kernels, which launch slower than they run. The tensors
+    that a call returns are overwritten by the next one.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.given: list[torch.Tensor] = []
+        self.found: Any = None
+
+    def __call__(self, *given: torch.Tensor) -> Any:
+        if [each.shape for each in given] != [each.shape for each in self.given]:
+            self.given = [each.clone() for each in given]
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):  # what loads on first use cannot be recorded
+                self.function(*self.given)
+            torch.cuda.current_stream().wait_stream(aside)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.found = self.function(*self.given)
+        for mine, each in zip(self.given, given, strict=True):
+            mine.copy_(each)
+        assert self.graph is not None
+        self.graph.replay()
+        return self.found
 
 
 def inverse_factor(hessian: torch.Tensor) -> torch.Tensor | None:

@@ -41,6 +41,15 @@ def needs_amax(quantizer: TensorQuantizer) -> bool:
     return not (is_dynamic or getattr(quantizer, "_use_constant_amax", False))
 
 
+def scale_of(amax: torch.Tensor, quantizer: TensorQuantizer) -> torch.Tensor:
+    """The scales of these maxima, float32, correctly rounded on every device.
+
+    On CUDA PyTorch multiplies by the inverse of a number that it is to divide by, which may miss a
+    scale that was multiplied before; in float64 the error is lost when the result is rounded.
+    """
+    return (amax.double() / quantizer.maxbound).float()
+
+
 def _number_format(quantizer: Any, *, is_input: bool = False) -> str:
     """Name of the quantizer's number format, or a description if none matches."""
     if isinstance(quantizer, SequentialQuantizer):

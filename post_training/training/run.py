@@ -103,6 +103,17 @@ def check_model(source: Source, options: StageOptions, seq_length: int) -> None:
         )
 
 
+def require_trainable(source: Source) -> None:
+    """Raise UsageError for a model whose weights are packed: they are codes, without gradients."""
+    quantization = (source.manifest or {}).get("quantization")
+    if isinstance(quantization, Mapping) and quantization.get("compressed"):
+        raise UsageError(
+            f"--load {source.location}",
+            "its weights are packed (--compress), and only weights in 16 or 32 bits are trained",
+            "quantize the model again without --compress; export.sh packs the trained one",
+        )
+
+
 def exit_if_asked(session: Session) -> None:
     """Exit with code 75 if a deferred signal has come; a collective call.
 

@@ -19,6 +19,7 @@ NEEDS = {
     (STAGES, "mmlu"): [(STAGES, "quantize")],
     (STAGES, "export"): [(STAGES, "quantize")],
     (STAGES, "distill"): [(STAGES, "prune")],
+    (STAGES, "finetune"): [(STAGES, "quantize")],
     (SPECULATIVE, "2. Train"): [(SPECULATIVE, "1. Data")],
     (SPECULATIVE, "Offline: the model runs once"): [(SPECULATIVE, "1. Data")],
     (SPECULATIVE, "Quantized models"): [(SPECULATIVE, "2. Train")],

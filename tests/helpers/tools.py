@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,42 @@ LAYOUTS: dict[str, tuple[int, tuple[object, ...]]] = {
     ),
     "EP=2": (2, ("--expert-model-parallel-size", 2)),
 }
-# Name -> family. What is registered is tested.
-FAMILIES = {family.name: family for family in families.FAMILIES.values()}
+# Name -> family. What is registered is tested; those that see images in test_vision.py.
+FAMILIES = {each.name: each for each in families.FAMILIES.values() if not each.prefix}
+# Rotary scalings that megatron-core's own table does not have, and YaRN: name -> family, changes.
+ROTARY: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("llama3", {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}),
+    "llama3 of its own": (
+        "qwen2.5",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "factor": 16.0,
+                "low_freq_factor": 1.5,
+                "high_freq_factor": 6.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    # Shorter than the tests' texts.
+    "dynamic": (
+        "qwen3",
+        {
+            "rope_parameters": {"rope_type": "dynamic", "factor": 8.0},
+            "max_position_embeddings": 32,
+        },
+    ),
+    "yarn": (
+        "mistral",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+}
 
 
 def families_at(layout: str) -> list[str]:
@@ -67,17 +101,19 @@ def random_model(
 ):
     """Save a tiny random model of ``family`` with a byte-level tokenizer; returns the model.
 
+    ``family`` may be a name of ``ROTARY``.
     Every parameter is random, norms and biases included, so that a tensor in a wrong place shows,
     and so are the biases of routers.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(**FAMILIES[family].tiny_config(**changes))
+    family, scaled = ROTARY.get(family, (family, {}))
+    config = AutoConfig.for_model(**FAMILIES[family].tiny_config(**{**scaled, **changes}))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("norm.weight", "layernorm.weight")):
+            if name.endswith(("norm.weight", "layernorm.weight", "norm_f.weight")):
                 parameter.uniform_(0.5, 1.5)
             elif parameter.dim() == 1:
                 parameter.normal_(std=0.5 * scale)
@@ -88,8 +124,19 @@ def random_model(
                 # In float32 whatever the weights have, as in published files.
                 buffer.data = torch.empty_like(buffer, dtype=torch.float32).normal_(std=0.3)
     model.eval().save_pretrained(folder)
+    if other_names := FAMILIES[family].other_names:
+        _with_published_names(folder / "model.safetensors", other_names)
     chat_tokenizer().save_pretrained(folder)
     return model
+
+
+def _with_published_names(path: Path, other_names: Mapping[str, str]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    for published, saved in other_names.items():
+        tensors[published] = tensors.pop(saved)
+    save_file(tensors, path, {"format": "pt"})
 
 
 def chat_tokenizer():
@@ -164,6 +211,8 @@ def run(
         and not {"--check", "--help-all"} & set(map(str, flags))
     ):
         line = warm.command(ROOT / script, *map(str, flags), processes=processes)
+    if processes > 1 and torch.cuda.device_count() < processes:
+        variables = {"CUDA_VISIBLE_DEVICES": "", **variables}  # on the CPU, as without a GPU
     done = subprocess.run(
         line,
         cwd=ROOT,
@@ -226,11 +275,16 @@ def transformers_tokens(model, ids: torch.Tensor, count: int) -> list[list[int]]
     """Greedy continuations of ``count`` tokens each."""
     kept = {"eos_token_id": None, "pad_token_id": 0}
     with torch.inference_mode():
+        model(ids[:, :1])
         new = model.generate(ids, max_new_tokens=count, do_sample=False, **kept)
     return new[:, ids.shape[1] :].tolist()
 
 
 def transformers_logits(model, ids: torch.Tensor) -> torch.Tensor:
-    """Logits [rows, length, vocabulary] in float32."""
+    """Logits [rows, length, vocabulary] in float32.
+
+    Dynamic rotary positions of transformers stay those of the longest text, until a short one.
+    """
     with torch.inference_mode():
+        model(ids[:, :1])
         return model(ids).logits.float()

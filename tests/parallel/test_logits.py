@@ -11,20 +11,23 @@ import pytest
 import tools
 
 NEW_TOKENS = 8
+PLAIN = ("TP=1", "TP=2", "PP=2")
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Family -> folder and transformers model."""
     root = tmp_path_factory.mktemp("models")
-    return {name: (root / name, tools.random_model(root / name, name)) for name in tools.FAMILIES}
+    names = [*tools.FAMILIES, *tools.ROTARY]
+    return {name: (root / name, tools.random_model(root / name, name)) for name in names}
 
 
 @pytest.mark.parametrize("layout", list(tools.LAYOUTS))
 def test_logits_equal_transformers_in_float32(models, layout, tmp_path):
     processes, flags = tools.LAYOUTS[layout]
     ids = tools.tokens()
-    divided = {name: models[name] for name in tools.families_at(layout)}
+    names = tools.families_at(layout) + list(tools.ROTARY if layout in PLAIN else ())
+    divided = {name: models[name] for name in names}
     tools.run_stages(
         *(
             tools.logits_job(

@@ -24,7 +24,7 @@ from post_training.common import files, manifest
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     root = tmp_path_factory.mktemp("sources")
-    for family in tools.FAMILIES:
+    for family in (*tools.FAMILIES, *tools.ROTARY):
         tools.random_model(root / family, family, torch.bfloat16)
     return root
 
@@ -51,7 +51,7 @@ def assert_same_tensors(first, second):
 @pytest.mark.parametrize("layout", list(tools.LAYOUTS))
 def test_round_trip_is_exact(sources, layout, tmp_path):
     processes, flags = tools.LAYOUTS[layout]
-    converted = tools.families_at(layout)
+    converted = tools.families_at(layout) + list(tools.ROTARY if layout == "TP=1" else ())
     convert = [
         (
             "convert",

@@ -33,7 +33,11 @@ CONF = (
 )
 CALIBRATION = ("--calib-size", 4, "--calib-max-sequence-length", 64, "--calib-batch-size", 2)
 TP, PP = ("--tensor-model-parallel-size", 2), ("--pipeline-model-parallel-size", 2)
-FAMILIES = {"llama3": {"num_layers": 4, "hidden_size": 64}, "qwen2.5": {"hidden_size": 96}}
+FAMILIES = {
+    "llama3": {"num_layers": 4, "hidden_size": 64},
+    "qwen2.5": {"hidden_size": 96},
+    "granite": {"hidden_size": 96},
+}
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ STAGES = {
     "prune": (*HF, *CALIBRATION, "--prune-target-params", "600k", "--save", "{closed}/new"),
     "eagle3": (*HF, *TRAINING, "--save", "{closed}/new"),
     "distill": (*MLM, "--teacher", "{work}/hf", *TRAINING, "--save", "{closed}/new"),
+    "finetune": (*MLM, *TRAINING, "--save", "{closed}/new"),
     "extract_features": (*HF, *TRAINING, "--output-dir", "{closed}/new"),
     "generate": (*HF, *PROMPTS, "--output", "{closed}/new.jsonl"),
     "mmlu": (*HF, "--mmlu-dataset", "{work}/questions.jsonl", "--mmlu-output", "{closed}/n.json"),

@@ -82,12 +82,19 @@ def test_a_config_json_gives_every_field():
         ({"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 14},
          ["sliding window of 4096 tokens"]),
         ({"layer_types": ["full_attention", "sliding_attention"]}, ["sliding window"]),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["rope type 'yarn'"]),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, ["rope type 'linear'"]),
-        ({"rope_scaling": {**LLAMA3_SCALING, "low_freq_factor": 2.0}}, ["low_freq_factor = 2.0"]),
-        ({"rope_scaling": {**LLAMA3_SCALING, "high_freq_factor": 8.0}}, ["high_freq_factor = 8.0"]),
-        ({"rope_scaling": {**LLAMA3_SCALING, "original_max_position_embeddings": 4096}},
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}},
+         ["original_max_position_embeddings = None"]),
+        ({"rope_scaling": {"type": "yarn", "attention_factor": 1.2}}, ["attention_factor = 1.2"]),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
+         ["rope type 'longrope'", "vLLM takes the long ones"]),
+        ({"rope_scaling": {"rope_type": "proportional"}}, ["rope type 'proportional'", "linear"]),
+        ({"rope_scaling": {"rope_type": "linear"}}, ["factor = None"]),
+        ({"rope_scaling": {**LLAMA3_SCALING, "low_freq_factor": 5.0}}, ["low_freq_factor = 5.0"]),
+        ({"rope_scaling": LLAMA3_SCALING, "original_max_position_embeddings": 4096},
          ["original_max_position_embeddings = 4096", "8192"]),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0,
+                           "original_max_position_embeddings": 64}},
+         ["original_max_position_embeddings = 64", "40960"]),
         ({"num_hidden_layers": "28"}, ["num_hidden_layers = '28'", "whole number"]),
         ({"vocab_size": None}, ["vocab_size = None"]),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["gptq", "4 bits"]),
@@ -280,7 +287,7 @@ def test_a_conf_of_another_model_is_refused_with_both_values():
 
 
 @pytest.mark.parametrize(
-    "architecture", ["DeepseekV4ForCausalLM", "Llama4ForCausalLM", "Qwen3NextForCausalLM"]
+    "architecture", ["DeepseekV4ForCausalLM", "Llama5ForCausalLM", "Qwen3NextForCausalLM"]
 )
 def test_another_models_name_is_not_taken_for_a_misspelling(architecture):
     with pytest.raises(UsageError) as refused:
@@ -291,7 +298,11 @@ def test_another_models_name_is_not_taken_for_a_misspelling(architecture):
 
 @pytest.mark.parametrize(
     ("architecture", "reason"),
-    [("GraniteForCausalLM", "residual_multiplier"), ("Olmo2ForCausalLM", "over all heads at once")],
+    [
+        ("Gemma3ForCausalLM", "another base"),
+        ("Glm4ForCausalLM", "as well as what they get"),
+        ("Olmo2ForCausalLM", "over all heads at once"),
+    ],
 )
 def test_an_architecture_that_megatron_core_lacks_is_refused_with_the_reason(architecture, reason):
     with pytest.raises(UsageError) as refused:

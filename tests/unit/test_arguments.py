@@ -7,10 +7,12 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from confs import CONFS, ROOT, conf_flags, parse, run_checks, values
 
+from post_training.common import inputs
 from post_training.common.errors import UsageError
 from post_training.config import arguments, megatron_spellings
 from post_training.config.flags import flag, spelled
@@ -283,6 +285,21 @@ def test_a_stages_own_check_is_reported_the_same_way(capsys):
         run_checks(check=check)
     assert stopped.value.code == 2
     assert capsys.readouterr().err == "error: --x 1\n  cause: because\n  remedy: do that\n"
+
+
+def test_what_is_not_utf8_is_refused_before_it_reaches_run_json(monkeypatch, tmp_path):
+    with pytest.raises(UsageError, match=r"/new\\xff(?s:.*)it is not UTF-8 text"):
+        parse("--save", "/new\udcff")
+    folder = tmp_path / "f\udce9"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    with pytest.raises(UsageError, match="it is not UTF-8 text"):
+        parse("--save", "new")
+
+
+def test_a_home_of_nobody_is_a_path_that_is_not_there():
+    assert inputs.expanded("~nobody-of-this-name/x") == Path("~nobody-of-this-name/x")
+    assert inputs.expanded("~/x") == Path.home() / "x"
 
 
 def test_of_several_processes_the_first_reports(capsys, monkeypatch):

@@ -13,6 +13,7 @@ import pytest
 from model_folders import write_model
 
 from post_training.checkpoints import source
+from post_training.common import files, forms, safetensors_index
 from post_training.common.errors import UsageError
 from post_training.data import document_formats, prompts, records, sources
 from post_training.data.records import Row
@@ -92,6 +93,22 @@ def test_half_of_a_surrogate_pair_is_refused_with_its_line(tmp_path):
     with pytest.raises(UsageError, match=r"a\.jsonl, line 2") as error:
         next(read)
     assert r"\ud83d" in error.value.cause
+
+
+def test_half_of_a_surrogate_pair_is_refused_in_files_of_every_kind(tmp_path):
+    half = r'{"weight_map": {"model.norm.weight": "\ud800"}}'
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(half)
+    with pytest.raises(UsageError, match=r"\\ud800 without its other half \(column 39\)"):
+        safetensors_index.read(tmp_path)
+    index.write_text(half.replace(": {", ":\n{"))
+    with pytest.raises(UsageError, match=r"other half \(line 2\)"):
+        files.read_json(index)
+    index.write_text(r'{"text": "\ud83d\ude00"}')
+    assert files.read_json(index) == {"text": "😀"}
+    (tmp_path / "a.yaml").write_text('name: "\\ud800"\n')
+    with pytest.raises(UsageError, match="other half"):
+        forms.read_yaml(tmp_path / "a.yaml", "recipe", "mend it")
 
 
 def test_only_line_breaks_end_a_line_of_prompts(tmp_path):

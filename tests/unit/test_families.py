@@ -15,7 +15,7 @@ from post_training.models import parameter_count
 from post_training.models.architecture import Architecture
 from post_training.models.families import registry as families
 
-FAMILIES = {family.name: family for family in families.FAMILIES.values()}
+FAMILIES = {each.name: each for each in families.FAMILIES.values() if not each.prefix}
 
 
 def written(family, folder, **changes):
@@ -32,19 +32,32 @@ def family(request):
     return FAMILIES[request.param]
 
 
+def rotates(family):
+    """Whether its models know positions; keys of a rotation mean nothing in others."""
+    return family.read(family.tiny_config()).position_embedding_type != "none"
+
+
+def lists_layers(family):
+    """Whether a list of layers says how many there are, whatever the number in the file."""
+    return family.read(family.tiny_config()).is_hybrid
+
+
 def test_names_are_unique():
-    assert len(FAMILIES) == len(families.FAMILIES)
+    names = {each.name for each in families.FAMILIES.values()}
+    assert len(names) == len(families.FAMILIES)
 
 
 def test_what_transformers_writes_is_read(family, tmp_path):
     config = written(family, tmp_path)
     found = families.from_huggingface(config)
     assert found.huggingface_architecture == family.architecture
-    assert found.value("num_layers") == config["num_hidden_layers"]
+    assert found.value("num_layers") == family.tiny_config()["num_hidden_layers"]
     assert Architecture.from_json(json.loads(json.dumps(found.to_json()))) == found
 
 
 def test_the_older_form_of_rotary_positions_is_read_like_transformers_own(family, tmp_path):
+    if not rotates(family):
+        pytest.skip("no positions")
     config = written(family, tmp_path)
     rope = config.pop("rope_parameters")
     older = {**config, "rope_theta": rope["rope_theta"], "rope_scaling": rope}
@@ -127,7 +140,7 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_
         ({"vocab_size": "512"}, "vocab_size = '512'"),
         ({"rms_norm_eps": "1e-6"}, "rms_norm_eps = '1e-6'"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings = 'false'"),
-        ({"layer_types": ["chunked_attention"] * 6}, "chunked_attention"),
+        ({"layer_types": ["linear_attention"] * 6}, "linear_attention"),
         ({"rope_parameters": ROPE, "rope_scaling": {"type": "linear", "factor": 2.0}}, "differ"),
         ({"rope_parameters": {"full_attention": ROPE}}, "rope_parameters of full_attention"),
         (
@@ -137,6 +150,12 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_
     ],
 )
 def test_a_value_that_changes_the_model_is_refused_by_name(family, changes, shown):
+    if any("rope" in key for key in changes) and not rotates(family):
+        pytest.skip("no positions")
+    if "layer_types" in changes and lists_layers(family):
+        pytest.skip("its linear_attention is a Mamba layer")
+    if "num_hidden_layers" in changes and lists_layers(family):
+        changes, shown = {"hybrid_override_pattern": "M-X"}, "layers X"
     epsilon = family.keys["layernorm_epsilon"]
     changes = {epsilon if key == "rms_norm_eps" else key: changes[key] for key in changes}
     shown = shown.replace("rms_norm_eps", epsilon)
@@ -147,6 +166,8 @@ def test_a_value_that_changes_the_model_is_refused_by_name(family, changes, show
 
 
 def test_partial_rotation_is_read_only_where_transformers_heeds_it(family):
+    if not rotates(family):
+        pytest.skip("no positions")
     config = family.tiny_config(rope_parameters={**ROPE, "partial_rotary_factor": 0.5})
     if family.partial_rotary:
         assert families.from_huggingface(config).rotary_percent == 0.5
@@ -186,6 +207,42 @@ def test_the_size_of_pruned_experts_is_written_under_the_familys_key():
     config = FAMILIES["mixtral"].tiny_config()
     values = families.from_huggingface(config).resolved() | {"moe_ffn_hidden_size": 32}
     assert families.with_shape(config, values)["intermediate_size"] == 32
+
+
+HYBRID = FAMILIES["nemotron-h"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({"hybrid_override_pattern": ""}, "layers"),
+        ({"layers_block_type": ["mamba", "rwkv"]}, "layers rwkv"),
+        ({"mamba_num_heads": 7}, "mamba_num_heads = 7"),
+        ({"time_step_limit": [0.0, 0.1]}, "time_step_limit = [0.0, 0.1]"),
+        ({"num_experts_per_tok": 9}, "each token needs 9"),
+        ({"norm_topk_prob": False}, "norm_topk_prob = False"),
+        ({"num_experts_per_tok": 2}, "topk_group = 2"),
+    ],
+)
+def test_a_hybrid_that_megatron_computes_otherwise_is_refused(changes, shown):
+    with pytest.raises(UsageError) as refused:
+        families.from_huggingface(HYBRID.tiny_config(**changes))
+    assert shown in str(refused.value)
+
+
+def test_layers_of_a_hybrid_are_read_in_each_form_of_the_file():
+    config = HYBRID.tiny_config()
+    pattern = config.pop("hybrid_override_pattern")
+    wanted = families.from_huggingface({**config, "hybrid_override_pattern": pattern})
+    new = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
+    old = new | {"M": "mamba", "*": "attention"}
+    for names in (new, old):
+        kinds = [names[letter] for letter in pattern]
+        assert families.from_huggingface({**config, "layers_block_type": kinds}) == wanted
+    config["n_routed_experts"] = 7  # of which layers without experts know nothing
+    plain = families.from_huggingface({**config, "hybrid_override_pattern": "M-*-"})
+    assert plain.value("num_moe_experts") is None
+    assert plain.value("num_layers") == 4
 
 
 def test_quantized_weights_are_refused(family):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import portable_helpers  # noqa: F401  (before megatron-core)
 import pytest
 import torch
 
-from post_training.quantization import gptq_rounding
+from post_training.quantization import gptq, gptq_rounding
 
 ROWS, COLUMNS = 48, 256
 
@@ -109,3 +110,12 @@ def test_a_row_of_zeros_stays_zero():
     gptq_rounding.quantize(layer, x.T @ x)
     assert not layer.weight[5].any()
     assert (layer.weight_quantizer._amax.reshape(ROWS, -1)[5] == 7).all()
+
+
+def test_the_hessians_of_many_experts_are_collected_in_parts():
+    """Those of DeepSeek-V3's 256 experts, 7,168 inputs each, would take 53 GB."""
+    with torch.device("meta"):
+        experts = [torch.nn.Linear(7168, 2048) for _ in range(256)]
+    parts = list(gptq._parts(experts))
+    assert [each for part in parts for each in part] == experts
+    assert max(map(len, parts)) * 4 * 7168**2 <= 8 << 30

@@ -206,7 +206,16 @@ NEEDS = {
 }
 EVERY_STAGE = ("Qwen/Qwen3-8B", "deepseek-ai/DeepSeek-V2-Lite", "nvidia/Nemotron-H-4B-Instruct")
 STAGES = (
-    *("convert", "quantize", "prune", "distill", "generate", "eagle3", "extract_features"),
+    *(
+        "convert",
+        "quantize",
+        "prune",
+        "distill",
+        "finetune",
+        "generate",
+        "eagle3",
+        "extract_features",
+    ),
     *("mmlu", "validate", "export"),
 )
 TEXT = """#!/bin/bash

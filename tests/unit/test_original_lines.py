@@ -324,15 +324,17 @@ def test_distill_takes_what_changes_nothing(distilled, tmp_path, work):
     assert "has none" in refused(distilled, work, "distill.sh", LLAMA, *words).cause
 
 
-def test_finetune_trains_a_draft_and_refuses_a_model_without_one(environment, work):
-    model = write_checkpoint(work / "plain")
-    error = refused(environment, work, "finetune.sh", LLAMA, MLM_MODEL_CKPT=str(model))
-    assert "it has no draft" in error.cause
-    given = {**MADE, "MLM_EXTRA_ARGS": "--export-offline-model"}
-    error = refused(environment, work, "finetune.sh", LLAMA, **given)
-    assert "stored features" in error.cause
-    done = bash("finetune.sh", LLAMA, **environment, code=2)
-    assert "MLM_MODEL_CKPT (not set)" in done.stderr
+def test_finetune_trains_the_draft_of_a_model_that_has_one_and_others_themselves(environment, work):
+    plain, drafted = work / "plain", work / "with a draft"
+    write_checkpoint(plain, stage="convert")
+    write_checkpoint(drafted, stage="eagle3", draft={"algorithm": "eagle3"})
+    words = {}
+    for model in (plain, drafted):
+        given = {**environment, "MLM_MODEL_CKPT": str(model), "MLM_LAUNCH": "words"}
+        words[model] = bash("finetune.sh", LLAMA, **given).stdout.split("\0")
+    assert "--no-new-draft" in words[drafted] and "--no-new-draft" not in words[plain]
+    assert words[drafted][words[drafted].index("--save") + 1] == str(drafted)
+    assert words[plain][words[plain].index("--save") + 1].endswith("_finetuned")
 
 
 def test_extra_model_path_means_the_drafts_weights_where_a_draft_is_attached(environment, work):

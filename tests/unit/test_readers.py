@@ -329,6 +329,7 @@ STAGES = {
     "eagle3": "--load {}/drafted --save {}/new --finetune-data-files {}/rows.jsonl",
     "export": "--load {}/checkpoint --export-dir {}/new",
     "extract_features": "--load {}/drafted --output-dir {}/new --finetune-data-files {}/rows.jsonl",
+    "finetune": "--load {}/checkpoint --save {}/new --finetune-data-files {}/rows.jsonl",
     "generate": "--load {}/checkpoint --prompts-path {}/rows.jsonl --output {}/new.jsonl",
     "mmlu": "--load {}/checkpoint --mmlu-dataset {}/test.jsonl --mmlu-output {}/new.json",
     "prune": "--load {}/checkpoint --prune-target-params 0.5 --save {}/new",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import signal
 import time
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ from typing import ClassVar
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 
 from post_training.checkpoints import torch_dist
+from post_training.checkpoints.unpickling import only_known_classes
 from post_training.common import files, manifest
 from post_training.common.errors import UsageError
 from post_training.config import arguments
@@ -198,6 +201,21 @@ def test_a_signal_ends_a_process_at_once_until_its_imports_are_done():
         finally:
             assert not ended  # what the block has to undo comes first
     assert ended == [signal.SIGTERM]
+
+
+def test_a_signal_during_a_load_is_no_fault_of_the_checkpoint(tmp_path):
+    """torch wraps what ends a read, and sends it to the other ranks."""
+    torch.distributed.checkpoint.save({"weight": torch.ones(2)}, checkpoint_id=tmp_path)
+
+    class Planner(torch.distributed.checkpoint.DefaultLoadPlanner):
+        def create_local_plan(self):
+            raise signals.Interrupted(signal.SIGINT)
+
+    with pytest.raises(signals.Interrupted, match="SIGINT"), only_known_classes("checkpoint"):
+        state = {"weight": torch.zeros(2)}
+        torch.distributed.checkpoint.load(state, checkpoint_id=tmp_path, planner=Planner())
+    sent = pickle.loads(pickle.dumps(signals.Interrupted(signal.SIGTERM)))
+    assert (sent.number, str(sent)) == (signal.SIGTERM, "SIGTERM")
 
 
 def test_a_run_is_resumed_with_the_model_it_started_from(tmp_path, monkeypatch):

@@ -115,6 +115,18 @@ def configuration(
             "drafts are made with rotary positions (rope)",
             "train a draft for a model with rotary positions",
         )
+    if (target["rope_parameters"] or {}).get("rope_type") == "dynamic":
+        raise UsageError(
+            "the target's rotary positions: dynamic",
+            "they depend on the length of the text, which drafted tokens would change",
+            "train a draft for a model with other rotary positions",
+        )
+    if target["multipliers"]:
+        raise UsageError(
+            "the target's multipliers of embeddings and logits",
+            "a draft shares embeddings and output layer, and engines multiply neither for it",
+            "train a draft for a model without them",
+        )
     base = float(target["rotary_base"])
     scaling = {"rope_type": "default", "rope_theta": base}
     if target["rope_scaling"]:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-from post_training.common.errors import UsageError
 from post_training.models.architecture import Architecture
+from post_training.models.families import positions
+from post_training.models.families.refusal import Refused as Refused
+from post_training.models.families.refusal import refuse as refuse
 
 # TransformerConfig field -> key of config.json, of a decoder like Llama's.
 DECODER_KEYS = {
@@ -32,12 +34,6 @@ RMSNORM_SWIGLU = {
     "add_bias_linear": False,
 }
 DECODER_DEFAULTS = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False}
-# What megatron-core's Llama 3 scaling has fixed (rotary_pos_embedding.py, _apply_scaling).
-_LLAMA3_SCALING = {
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 # Fields that count something; a file states at least the first ones.
 _NEEDED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
 _COUNTS = (
@@ -59,14 +55,6 @@ TINY_SIZES = {
 }
 
 
-class Refused(NamedTuple):
-    """A key of ``config.json``, the only value that can be represented, what others mean."""
-
-    key: str
-    only: Any
-    meaning: str
-
-
 _CAUSAL = Refused("is_causal", True, "attention to later tokens too")
 ONLY_SILU = Refused("hidden_act", "silu", "another activation")
 NO_ATTENTION_BIAS = Refused("attention_bias", False, "a bias in the attention's output projection")
@@ -74,10 +62,7 @@ NO_MLP_BIAS = Refused("mlp_bias", False, "biases in the MLP")
 
 
 class WeightMapping(NamedTuple):
-    """ModelOpt's rules for the weights: megatron-core's module name -> its ``CustomModuleMapping``.
-
-    The tables of ``modelopt/torch/export/plugins/mcore_*.py`` are examples of both.
-    """
+    """Module name -> ModelOpt's ``CustomModuleMapping``, as in its export/plugins/mcore_*.py."""
 
     importing: Mapping[str, Any]
     exporting: Mapping[str, Any]
@@ -100,6 +85,11 @@ class Family:
         partial_rotary: its models heed ``partial_rotary_factor``.
         not_quantized: why no engine reads its models with quantized weights; empty: engines do.
         not_pruned: why its models cannot be pruned; empty: they can.
+        prefix: of the text model's tensors, where its keys are in ``text_config``: the model sees
+            images too. What is not below it is carried.
+        not_drafted: why no draft is attached to its models; empty: EAGLE3's is.
+        other_names: tensors of the files -> what transformers saves them as, where it is not the
+            published name. Both are read; the published one is written.
         tiny: keys of a tiny model for the tests, ``model_type`` included; the sizes are
             ``TINY_SIZES`` where it does not give them. Switch the family's peculiarities on.
     """
@@ -114,12 +104,15 @@ class Family:
     parts: frozenset[str] = frozenset()
     not_quantized: str = ""
     not_pruned: str = ""
+    not_drafted: str = ""
+    other_names: Mapping[str, str] = field(default_factory=dict)
     per_layer_keys: tuple[str, ...] = ("layer_types", "mlp_layer_types", "no_rope_layers")
     partial_rotary: bool = False
+    prefix: str = ""
 
     def read(self, config: Mapping[str, Any]) -> Architecture:
         """The architecture of a ``config.json``; UsageError for what cannot be represented."""
-        config = self._filled(config)
+        config = self._filled(self.text(config))
         self.check_types(config)
         self.check(config)
         return Architecture(
@@ -130,6 +123,17 @@ class Family:
             huggingface_architecture=self.architecture,
             **self.rotary(config),
         )
+
+    def text(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The text model's keys, as a text model alone has them."""
+        if not self.prefix:
+            return dict(config)
+        found = config.get("text_config")
+        if not isinstance(found, Mapping):
+            refuse(f"text_config = {found!r}", "the text model's values are needed")
+        if config.get("tie_word_embeddings") or found.get("tie_word_embeddings"):
+            refuse("tie_word_embeddings = True", "an output layer that is the embedding")
+        return dict(found)
 
     def _filled(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """``config`` without its nulls, and with the family's defaults."""
@@ -181,37 +185,12 @@ class Family:
         return {**self.constants, **copied}
 
     def rotary(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Architecture's values for the positions, from either form of the file.
-
-        transformers 5 writes ``rope_parameters`` with ``rope_theta`` inside; earlier versions
-        wrote ``rope_theta`` and ``rope_scaling`` (null without scaling) at the top level.
-
-        UsageError for a scaling other than Llama 3's with megatron-core's fixed constants, and for
-        files whose readers disagree about what is rotated.
-        """
-        scaling = rope_scaling(config)
-        stated = {**config, **scaling}
-        values = {
-            "rotary_base": float(stated.get("rope_theta", 10000.0)),
-            "rotary_percent": float(stated.get("partial_rotary_factor", 1.0)),
-        }
-        if values["rotary_percent"] != 1.0 and not self.partial_rotary:
-            refuse(
-                f"partial_rotary_factor = {values['rotary_percent']:g}",
-                "transformers' model of this family ignores it, and other readers do not",
-            )
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind == "default":
-            return values
-        if kind != "llama3":
-            refuse(f"rope type {kind!r}", "only 'default' and 'llama3' can be represented so far")
-        for key, fixed in _LLAMA3_SCALING.items():
-            if scaling.get(key) != fixed:
-                refuse(
-                    f"rope scaling {key} = {scaling.get(key)!r}",
-                    f"megatron-core's Llama 3 scaling has it fixed at {fixed!r}",
-                )
-        return values | {"rope_scaling": True, "rope_scaling_factor": float(scaling["factor"])}
+        """Architecture's values for the positions; UsageError for a scaling not computed."""
+        return positions.read(
+            config,
+            partial_rotary=self.partial_rotary,
+            interleaved=bool(self.constants.get("rotary_interleaved")),
+        )
 
     def with_shape(
         self,
@@ -252,7 +231,7 @@ class Family:
 
         Such tensors travel with a checkpoint as they are, and are exported unquantized.
         """
-        return False
+        return bool(self.prefix) and not name.startswith(self.prefix)
 
     def joined(self, values: Mapping[str, Any]) -> Mapping[str, Mapping[str, int]]:
         """Linear layers of the files that hold several of ModelOpt's rules, and each part's rows.
@@ -267,20 +246,6 @@ class Family:
         return {**TINY_SIZES, **self.tiny, "architectures": [self.architecture], **changes}
 
 
-def rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary scaling that a file states, in either form.
-
-    UsageError where both forms are there and differ, or where it is one for each kind of layer.
-    """
-    scaling, newer = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
-    if scaling and newer and scaling != newer:
-        refuse("rope_scaling and rope_parameters", "they differ, and readers take one of them")
-    scaling = scaling or newer
-    if any(isinstance(value, Mapping) for value in scaling.values()):
-        refuse(f"rope_parameters of {', '.join(scaling)}", "layers are rotated differently")
-    return dict(scaling)
-
-
 def check_router(experts: Any, chosen: Any, *, normalized: bool) -> None:
     """Raise UsageError unless each token chooses some of the experts.
 
@@ -291,8 +256,3 @@ def check_router(experts: Any, chosen: Any, *, normalized: bool) -> None:
         refuse(f"num_experts = {experts!r}", f"each token needs {chosen} of them")
     if normalized and chosen == 1:
         refuse("num_experts_per_tok = 1", "megatron-core does not weigh a single expert with 1")
-
-
-def refuse(what: str, cause: str, remedy: str = "convert another model of this family") -> NoReturn:
-    """Raise UsageError about a value of ``config.json``."""
-    raise UsageError(f"config.json: {what}", cause, remedy)

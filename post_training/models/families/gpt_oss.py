@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from post_training.models.families import positions
 from post_training.models.families.base import (
     DECODER_KEYS,
     ONLY_SILU,
     Family,
     Refused,
     refuse,
-    rope_scaling,
 )
 
 # What transformers takes where the file states no rotary scaling.
@@ -58,26 +58,13 @@ class GptOss(Family):
 
     def rotary(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """YaRN's values by the names that megatron-core's GPTModel reads; or no scaling."""
-        scaling = rope_scaling(config)
+        scaling = positions.rope_scaling(config)
         kind = scaling.get("rope_type", scaling.get("type"))
         base = float({**config, **scaling}.get("rope_theta", 150000.0))
         if kind not in (None, "yarn"):
             return super().rotary({**config, "rope_theta": base})
         stated = _YARN if kind is None else {**_YARN, "truncate": True, **scaling}
-        for key in ("attention_factor", "mscale", "mscale_all_dim", "partial_rotary_factor"):
-            if stated.get(key) is not None:
-                refuse(f"rope scaling {key} = {stated[key]!r}", "only files without it are read")
-        return {
-            "position_embedding_type": "yarn",
-            "rotary_base": base,
-            "yarn": {
-                "rotary_scaling_factor": float(stated["factor"]),
-                "original_max_position_embeddings": stated["original_max_position_embeddings"],
-                "beta_fast": float(stated["beta_fast"]),
-                "beta_slow": float(stated["beta_slow"]),
-                "correction_range_round_to_int": stated["truncate"],
-            },
-        }
+        return {"rotary_base": base, **positions.yarn(stated)}
 
     def with_shape(
         self,

@@ -19,10 +19,8 @@ class Nemotron(Family):
     """A part of each head is rotated; ModelOpt exports its weights, but has no import rules."""
 
     def rotary(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        values = super().rotary(config)
-        stated = {**config, **config.get("rope_scaling", {}), **config.get("rope_parameters", {})}
         # What transformers fills in where the key is absent.
-        return values | {"rotary_percent": float(stated.get("partial_rotary_factor", 0.5))}
+        return super().rotary({"partial_rotary_factor": 0.5, **config})
 
     def weight_mapping(self) -> WeightMapping:
         from modelopt.torch.export.plugins.mcore_custom import (

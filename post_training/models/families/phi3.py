@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from post_training.models.families.base import DECODER_DEFAULTS, NO_ATTENTION_BIAS, ONLY_SILU
+from post_training.models.families import positions
+from post_training.models.families.base import (
+    DECODER_DEFAULTS,
+    NO_ATTENTION_BIAS,
+    ONLY_SILU,
+    refuse,
+)
 from post_training.models.families.mistral import Mistral
 
 
@@ -13,6 +19,14 @@ class Phi3(Mistral):
     """Windows as Mistral's; ``partial_rotary_factor`` may leave a part of each head unrotated."""
 
     absent_window: ClassVar[int | None] = None
+
+    def rotary(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        values = super().rotary(config)
+        if values.keys() - {"rotary_base", "rotary_percent"}:
+            scaling = positions.rope_scaling(config)
+            kind = scaling.get("rope_type", scaling.get("type"))
+            refuse(f"rope type {kind!r}", "transformers' model of this family knows longrope alone")
+        return values
 
     def joined(self, values: Mapping[str, Any]) -> Mapping[str, Mapping[str, int]]:
         heads, groups = values["num_attention_heads"], values["num_query_groups"]

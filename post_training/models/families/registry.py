@@ -15,11 +15,16 @@ from post_training.models.families.base import Family
 # One row a file of this folder; each file has a tuple FAMILIES.
 _FILES = (
     "deepseek",
+    "ernie",
+    "glm",
     "gpt_oss",
+    "granite",
     "llama",
+    "llama4",
     "mistral",
     "mixtral",
     "nemotron",
+    "nemotron_h",
     "phi3",
     "qwen",
     "qwen_moe",
@@ -32,17 +37,22 @@ FAMILIES: dict[str, Family] = {
     for family in importlib.import_module(f"{__package__}.{name}").FAMILIES
 }
 # Architectures near to a known one that megatron-core 0.19's layers do not compute.
-_RESIDUAL_FACTOR = (
-    "it multiplies what attention and MLP add to the residual by residual_multiplier, which "
-    "megatron-core's layers do not; weights that absorbed the factor would be rounded"
-)
 _NORMS_AFTER = (
     "it normalizes what attention and MLP give in place of what they get, and queries and keys "
     "over all heads at once, which megatron-core's layers do not"
 )
+_NORMS_BOTH = (
+    "it normalizes what attention and MLP give as well as what they get, which megatron-core's "
+    "layers do not"
+)
+_GEMMA = f"{_NORMS_BOTH}; its layers within a window are rotated by another base than the others"
 _NOT_COMPUTED = {
-    "GraniteForCausalLM": _RESIDUAL_FACTOR,
-    "GraniteMoeForCausalLM": _RESIDUAL_FACTOR,
+    "Gemma2ForCausalLM": f"{_NORMS_BOTH}; its attention scores and logits are capped",
+    "Gemma3ForCausalLM": _GEMMA,
+    "Gemma3ForConditionalGeneration": _GEMMA,
+    "Glm4ForCausalLM": _NORMS_BOTH,
+    "GraniteMoeForCausalLM": "a layer's experts are two tensors (input_linear, output_linear), for "
+    "which there are no rules yet",
     "Olmo2ForCausalLM": _NORMS_AFTER,
     "Olmo3ForCausalLM": _NORMS_AFTER,
 }
@@ -97,8 +107,10 @@ def with_shape(
     config: Mapping[str, Any], values: Mapping[str, Any], kept_layers: Sequence[int] | None = None
 ) -> dict[str, Any]:
     """``config`` of plain weights with the sizes of a pruned model; :meth:`Family.with_shape`."""
-    family = FAMILIES.get(_architecture(config) or "", _ANY_DECODER)
+    family = of(config)
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    if family.prefix:
+        return {**plain, "text_config": family.with_shape(family.text(plain), values, kept_layers)}
     return family.with_shape(plain, values, kept_layers)
 
 
@@ -129,9 +141,14 @@ def family_of(architecture: Architecture) -> Family:
     return FAMILIES.get(architecture.huggingface_architecture or "", _ANY_DECODER)
 
 
+def of(config: Mapping[str, Any]) -> Family:
+    """The family of a ``config.json``; one that refuses nothing for an unknown architecture."""
+    return FAMILIES.get(_architecture(config) or "", _ANY_DECODER)
+
+
 def is_carried(config: Mapping[str, Any], name: str) -> bool:
     """Whether a tensor of the files travels beside the model; see :meth:`Family.is_carried`."""
-    return FAMILIES.get(_architecture(config) or "", _ANY_DECODER).is_carried(config, name)
+    return of(config).is_carried(config, name)
 
 
 def joined(architecture: Architecture) -> Mapping[str, Mapping[str, int]]:

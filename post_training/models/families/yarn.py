@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from post_training.models.families.base import refuse, rope_scaling
+from post_training.models.families.positions import rope_scaling
+from post_training.models.families.refusal import refuse
 
 
 def scaling(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,8 +33,8 @@ __all__ = ["Linear"]
 
 
 def general_gemm(
-    A: torch.Tensor,  # noqa: N803 -- names of the real package
-    B: torch.Tensor,  # noqa: N803
+    A: torch.Tensor,
+    B: torch.Tensor,
     layout: str = "TN",
     bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor]:

@@ -1,0 +1,71 @@
+"""Rotary frequencies of every family and scaling, beside those of its transformers model."""
+
+from __future__ import annotations
+
+import pytest
+import tools
+import torch
+
+from post_training.common.errors import UsageError
+from post_training.drafts.eagle3 import draft
+from post_training.models import rotary
+from post_training.models.families import registry as families
+
+SCALED = {scaled["rope_parameters"]["rope_type"]: scaled for _, scaled in tools.ROTARY.values()}
+LENGTHS = (8, 48, 200)
+# Latent attention has YaRN alone, Phi-3 longrope, Nemotron-H no positions.
+PLAIN = [
+    name
+    for name, family in tools.FAMILIES.items()
+    if "multi-latent attention" not in family.parts and name not in ("phi3", "nemotron-h")
+]
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "llama3"])
+@pytest.mark.parametrize("family", PLAIN)
+def test_frequencies_are_those_of_the_transformers_model(family, kind):
+    from transformers import AutoConfig, AutoModel
+
+    stated = {"rope_theta": 20000.0, **SCALED[kind]["rope_parameters"]}
+    changes = {"rope_parameters": stated, "max_position_embeddings": 32, "num_hidden_layers": 1}
+    # Their only layer has experts.
+    dense = {"mlp_only_layers": [], "interleave_moe_layer_step": 1}
+    changes |= {key: dense[key] for key in tools.FAMILIES[family].tiny.keys() & dense.keys()}
+    # Without a head size of the file transformers 5.14 fails at dynamic scaling of Mixtral.
+    changes |= {"head_dim": 32} if family == "mixtral" else {}
+    config = tools.FAMILIES[family].tiny_config(**changes)
+    found = families.from_huggingface(AutoConfig.for_model(**config).to_dict())
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.for_model(**config))
+    reference = type(model.rotary_emb)(model.config)
+    dim = int(found.value("kv_channels") * found.rotary_percent)
+    # transformers rotates a text that is shorter than one before it by that one's length.
+    for length in LENGTHS:
+        reference(torch.zeros(1), torch.arange(length)[None])
+        lengths = (length,) if kind == "dynamic" else ()
+        frequencies = getattr(rotary, kind)(found.rope_parameters, found.rotary_base, dim, *lengths)
+        assert reference.attention_scaling == 1.0
+        torch.testing.assert_close(frequencies, reference.inv_freq, rtol=1e-6, atol=0)
+    assert frequencies[-1] < 0.9 * rotary.linear({"factor": 1.0}, found.rotary_base, dim)[-1]
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "llama3", "yarn"])
+def test_scalings_that_transformers_does_not_read_are_refused(kind):
+    with pytest.raises(UsageError, match=f"(?s)rope type '{kind}'.*longrope alone"):
+        families.from_huggingface(tools.FAMILIES["phi3"].tiny_config(**SCALED[kind]))
+
+
+def test_neighbouring_values_are_not_rotated_by_yarn():
+    stated = {"rope_theta": 10000.0, **SCALED["yarn"]["rope_parameters"]}
+    with pytest.raises(UsageError, match="neighbouring"):
+        families.from_huggingface(tools.FAMILIES["ernie4.5"].tiny_config(rope_parameters=stated))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "shown"),
+    [("qwen3", SCALED["dynamic"], "dynamic"), ("granite", {}, "multipliers")],
+)
+def test_targets_whose_drafts_would_compute_something_else_get_none(family, changes, shown):
+    config = tools.FAMILIES[family].tiny_config(**changes)
+    with pytest.raises(UsageError, match=shown):
+        draft.configuration(families.from_huggingface(config))
