@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from post_training.checkpoints import huggingface, torch_dist
-from post_training.common import files, forms, inputs, manifest, safetensors_index
+from post_training.common import files, forms, inputs, manifest, regular, safetensors_index
 from post_training.common.errors import UsageError
 from post_training.config.model_description import architecture
 from post_training.config.options import StageOptions
@@ -228,7 +228,7 @@ def _unquantized(folder: Path) -> dict[str, Any]:
     config = model_config(folder, "--pretrained-model-path")
     families.refuse_quantized(config, str(folder / "config.json"))
     quantized = folder / huggingface.QUANTIZATION
-    if quantized.is_file():
+    if regular.is_file(quantized):
         found = forms.read_json(quantized, _Quantized, "file", "copy or download the model again")
         described = {"quant_method": "modelopt", **found["quantization"]}
         families.refuse_quantized({"quantization_config": described}, str(quantized))

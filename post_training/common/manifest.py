@@ -29,7 +29,7 @@ from typing import Any, TypedDict
 
 import xxhash
 
-from post_training.common import files, forms, redaction
+from post_training.common import files, forms, redaction, regular
 from post_training.common.errors import UsageError
 
 FILE = "run.json"
@@ -140,7 +140,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     """
     path = folder if folder.is_file() else folder / FILE
     remedy = "make the output again, or delete the file to continue without a manifest"
-    if not path.is_file():
+    if not regular.is_file(path):
         return None
     content: dict[str, Any] = files.read_json_object(path, "manifest", remedy)
     forms.parse(content, _Form, f"manifest {path}", remedy)
