@@ -63,12 +63,7 @@ class Source:
 
     def require_unchanged(self) -> None:
         """Raise UsageError if it was replaced since it was found."""
-        if manifest.describe_input("model", self.location) != self.entry:
-            raise UsageError(
-                self.location,
-                "it was changed or replaced while it was loaded",
-                "run again when nothing writes to it",
-            )
+        manifest.require_unchanged(self.entry, self.location, "loaded")
 
     def pruned_from(self) -> dict[str, Any]:
         """What a manifest carries on, so that the conf of the unpruned model stays usable."""

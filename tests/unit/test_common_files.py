@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 from model_folders import write_model
 
+import generate
+import mmlu
 from post_training.checkpoints.source import Source
+from post_training.cli.stage import make_plan
 from post_training.common import files, forms, locks, manifest, outputs, regular, safetensors_index
 from post_training.common.errors import UsageError
 from post_training.common.quiet import quiet
@@ -125,6 +128,27 @@ def test_a_source_that_was_replaced_while_it_was_loaded_is_refused(tmp_path):
     again = Source(str(tmp_path), False, None, None)
     again.require_unchanged()
     assert again.inputs("teacher")[0]["role"] == "teacher"
+
+
+def test_what_is_recorded_of_questions_and_prompts_is_what_was_read(tmp_path):
+    """Both are read long before or after the other inputs are described."""
+    write_model(tmp_path / "model")
+    given = ("--pretrained-model-path", tmp_path / "model")
+    questions, prompts = tmp_path / "test.jsonl", tmp_path / "prompts.jsonl"
+    row = '{"subject": "s", "question": "q", "choices": ["a", "b"], "answer": 0}\n'
+    questions.write_text(row)
+    prompts.write_text('{"prompt": "q"}\n')
+    words = [*given, "--mmlu-dataset", questions, "--mmlu-output", tmp_path / "r.json", "--check"]
+    asked = make_plan(mmlu.STAGE, [*map(str, words), "--few-shots", "0"])
+    words = [*given, "--prompts-path", prompts, "--output", tmp_path / "a.jsonl", "--check"]
+    generated = make_plan(generate.STAGE, list(map(str, words)))
+    assert len(generate.read_prompts(generated).dialogues) == 1
+    before = files.sha256(questions)
+    questions.write_text(row * 2)
+    prompts.write_text('{"prompt": "another"}\n')
+    assert asked.questions["sha256"] == before
+    with pytest.raises(UsageError, match="replaced while it was read"):
+        generate.read_prompts(generated)
 
 
 @pytest.mark.parametrize("kind", ["xxh3_128", "sha256"])
