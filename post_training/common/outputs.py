@@ -6,6 +6,7 @@ Each raises a UsageError that names the path, the cause and the remedy.
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import sys
 import threading
@@ -236,6 +237,10 @@ def full_disk(error: Exception, paths: Iterable[Path]) -> UsageError | None:
     """
     if isinstance(error, UsageError):
         return None
+    paths = list(paths)
+    if cut := _at_limit(paths):
+        remedy = "raise the limit (ulimit -f), or ask who set it, and start this again"
+        return UsageError(f"output {cut}", "it reached the largest size of a file", remedy)
     cause: BaseException | None = error
     while cause is not None and getattr(cause, "errno", None) not in files.FULL:
         cause = cause.__cause__ or cause.__context__
@@ -249,6 +254,16 @@ def full_disk(error: Exception, paths: Iterable[Path]) -> UsageError | None:
         f"a disk became full: {first_line(cause or error)}",
         "free some space and start this again; what was finished is untouched",
     )
+
+
+def _at_limit(paths: Iterable[Path]) -> Path | None:
+    """A file of an unfinished output that has the size at which the user's limit ends files."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit == resource.RLIM_INFINITY:
+        return None
+    made = [files.incomplete(path) for path in paths]
+    every = (each for path in made for each in ([path] if path.is_file() else files.tree(path)))
+    return next((each for each in every if each.stat().st_size >= limit), None)
 
 
 def thread_failed(failure: threading.ExceptHookArgs) -> None:
