@@ -71,9 +71,9 @@ def check(options: MmluStageOptions) -> Plan:
     source = find_source(options)
     if source.described:
         parallel_check.check(source.described, options.parallel)
-    # Before they are read: what replaces them later was not asked.
-    questions = manifest.describe_input("questions", str(options.questions.mmlu_dataset))
     benchmark = mmlu_options.load_local(options.questions)
+    # Here, where they were read: what replaces them later was not asked.
+    questions = manifest.describe_input("questions", str(options.questions.mmlu_dataset))
     path = options.mmlu_output or report.beside(source.location, "mmlu")
     outputs.check_file(path, "--mmlu-output", options.stage)
     return Plan(options, source, path, benchmark, questions)
