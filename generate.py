@@ -32,6 +32,7 @@ from post_training.inference.options import GeneratePromptOptions, SamplingOptio
 from post_training.models import parallel_check
 
 if TYPE_CHECKING:
+    from post_training.data.prompts import Prompts
     from post_training.distributed.session import Session
 
 logger = logging.getLogger("post_training")
@@ -104,6 +105,19 @@ def settings(options: GenerateOptions, source: Source) -> dict[str, Any]:
     }
 
 
+def recorded_prompts(plan: Plan) -> list[dict[str, Any]]:
+    return [plan.settings["prompts"], *plan.settings.get("further_prompts", ())]
+
+
+def read_prompts(plan: Plan) -> Prompts:
+    """The prompts that the manifest will name; UsageError if they were replaced since the check."""
+    prompts = plan.options.prompts
+    found = prompt_options.load(prompts, prompts.fraction)
+    for entry, location in zip(recorded_prompts(plan), prompts.sources, strict=True):
+        manifest.require_unchanged(entry, location, "read")
+    return found
+
+
 def generate(plan: Plan, session: Session) -> dict[str, Any]:
     """Answer what is not answered yet. Returns the manifest on rank 0."""
     from post_training.distributed.collectives import on_first_rank
@@ -111,7 +125,7 @@ def generate(plan: Plan, session: Session) -> dict[str, Any]:
     from post_training.inference.sampling import Sampler
 
     options = plan.options
-    read = on_first_rank(lambda: prompt_options.load(options.prompts, options.prompts.fraction))
+    read = on_first_rank(lambda: read_prompts(plan))
     logger.info("%s", read.describe())
     outputs.disk_space(plan.output, read.size(options.max_new_tokens))
     source = fetch_source(plan.source, options)
@@ -139,8 +153,7 @@ def generate(plan: Plan, session: Session) -> dict[str, Any]:
         "tokens_per_second": round(tokens / seconds, 2) if tokens else None,
         "resumed_after_prompts": done * block,
     }
-    prompts = [plan.settings["prompts"], *plan.settings.get("further_prompts", ())]
-    inputs = [*source.inputs(), *prompts]
+    inputs = [*source.inputs(), *recorded_prompts(plan)]
     manifest_of_run = record.of_run(options, session, source, inputs=inputs, metrics=metrics)
     return output.finish(manifest_of_run) if output else {}
 

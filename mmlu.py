@@ -57,12 +57,13 @@ class MmluStageOptions(StageOptions):
 
 @dataclass(frozen=True)
 class Plan:
-    """``benchmark`` is None until questions of the hub are fetched."""
+    """``benchmark`` is None until questions of the hub are fetched; ``questions`` records it."""
 
     options: MmluStageOptions
     source: Source
     report: Path
     benchmark: Benchmark | None
+    questions: dict[str, Any]
 
 
 def check(options: MmluStageOptions) -> Plan:
@@ -71,9 +72,11 @@ def check(options: MmluStageOptions) -> Plan:
     if source.described:
         parallel_check.check(source.described, options.parallel)
     benchmark = mmlu_options.load_local(options.questions)
+    # Here, where they were read: what replaces them later was not asked.
+    questions = manifest.describe_input("questions", str(options.questions.mmlu_dataset))
     path = options.mmlu_output or report.beside(source.location, "mmlu")
     outputs.check_file(path, "--mmlu-output", options.stage)
-    return Plan(options, source, path, benchmark)
+    return Plan(options, source, path, benchmark, questions)
 
 
 def mmlu(plan: Plan, session: Session) -> dict[str, Any]:
@@ -112,7 +115,7 @@ def mmlu(plan: Plan, session: Session) -> dict[str, Any]:
     content = record.report_of_run(
         options,
         session,
-        [*source.inputs(), manifest.describe_input("questions", dataset)],
+        [*source.inputs(), plan.questions],
         found(options, result, seconds),
     )
     if session.is_main:

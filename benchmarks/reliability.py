@@ -107,7 +107,7 @@ def lost(attacked: Round, output: Path) -> str:
     """What an attack took or broke; empty if nothing."""
     if problem := damage(attacked.variety, output):
         return problem
-    kept = [output, files.sibling(output, ".previous")]
+    kept = [output, files.previous(output)]
     if not attacked.replaces or any(is_whole(attacked.variety, path) for path in kept):
         return ""
     # A run that replaces another grows in place, and drops the other when it can be resumed itself.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
-from post_training.common import files, forms, inputs
+from post_training.common import files, forms, inputs, regular
 from post_training.common.errors import UsageError
 from post_training.distributed import placement
 
@@ -97,7 +97,7 @@ def end_tokens(folder: Path) -> list[int]:
     images has them in ``text_config``.
     """
     path = folder / "generation_config.json"
-    path = path if path.is_file() else folder / "config.json"
+    path = path if regular.is_file(path) else folder / "config.json"
     content: _EndTokens = forms.read_json(path, _EndTokens, "file", "copy or download it again")
     stated = content.get("eos_token_id", (content.get("text_config") or {}).get("eos_token_id"))
     return [stated] if isinstance(stated, int) else stated or []

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from post_training.checkpoints import huggingface, torch_dist
-from post_training.common import files, forms, inputs, manifest, safetensors_index
+from post_training.common import files, forms, inputs, manifest, regular, safetensors_index
 from post_training.common.errors import UsageError
 from post_training.config.model_description import architecture
 from post_training.config.options import StageOptions
@@ -68,12 +68,7 @@ class Source:
 
     def require_unchanged(self) -> None:
         """Raise UsageError if it was replaced since it was found."""
-        if manifest.describe_input("model", self.location) != self.entry:
-            raise UsageError(
-                self.location,
-                "it was changed or replaced while it was loaded",
-                "run again when nothing writes to it",
-            )
+        manifest.require_unchanged(self.entry, self.location, "loaded")
 
     def pruned_from(self) -> dict[str, Any]:
         """What a manifest carries on, so that the conf of the unpruned model stays usable."""
@@ -233,7 +228,7 @@ def _unquantized(folder: Path) -> dict[str, Any]:
     config = model_config(folder, "--pretrained-model-path")
     families.refuse_quantized(config, str(folder / "config.json"))
     quantized = folder / huggingface.QUANTIZATION
-    if quantized.is_file():
+    if regular.is_file(quantized):
         found = forms.read_json(quantized, _Quantized, "file", "copy or download the model again")
         described = {"quant_method": "modelopt", **found["quantization"]}
         families.refuse_quantized({"quantization_config": described}, str(quantized))

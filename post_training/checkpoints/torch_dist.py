@@ -22,7 +22,7 @@ from post_training.checkpoints import finite, sharding
 from post_training.checkpoints.huggingface import SmallFiles
 from post_training.checkpoints.megatron_arguments import megatron_lm_arguments
 from post_training.checkpoints.unpickling import only_known_classes
-from post_training.common import files, threads
+from post_training.common import files, regular, threads
 from post_training.common.errors import UsageError
 from post_training.common.manifest import Manifest
 from post_training.distributed import signals
@@ -57,7 +57,10 @@ def iteration_folder(folder: Path, what: str = "") -> Path:
         if (folder / "config.json").is_file():
             remedy = "it is a Hugging Face folder: name it in HF_MODEL_CKPT, or convert it first"
         raise UsageError(what, f"it has neither {TRACKER} nor metadata.json", remedy)
-    text = (folder / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
+    try:
+        text = regular.read_text(folder / TRACKER).strip()
+    except ValueError:
+        text = ""  # no UTF-8, or too large
     if text != RELEASE and not text.isdecimal():
         raise UsageError(
             f"{what}: {TRACKER} says {text[:40]!r}",

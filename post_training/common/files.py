@@ -20,7 +20,7 @@ from typing import Any
 
 import xxhash
 
-from post_training.common import threads
+from post_training.common import regular, threads
 from post_training.common.errors import UsageError
 
 FULL = {errno.ENOSPC, errno.EDQUOT}  # a disk, or a user's part of it
@@ -43,9 +43,8 @@ def begin(target: Path) -> Path:
 def publish(target: Path) -> None:
     """Give the finished working folder its final name; a previous ``target`` is replaced whole.
 
-    That takes two renames; in between, the previous output lies at ``<name>.previous``, where
-    :func:`recover` finds it. (Linux can exchange two folders in one step, but not on the network
-    file systems on which outputs usually lie.)
+    That takes two renames; in between, the previous output lies where :func:`recover` finds it.
+    (Linux can exchange two folders in one step, but not on network file systems.)
 
     Raises:
         OSError: if a rename fails; the previous output is then where :func:`recover` finds it.
@@ -55,11 +54,11 @@ def publish(target: Path) -> None:
         allow_reading(path)
     for path in (*tree(work), work):
         _sync(path)
-    previous = _previous(target)
+    aside = previous(target)
     if target.exists():
-        if previous.exists():
-            shutil.rmtree(previous)
-        target.rename(previous)
+        if aside.exists():
+            shutil.rmtree(aside)
+        target.rename(aside)
     work.rename(target)
     drop_previous(target)
     _sync(target.parent)
@@ -73,11 +72,11 @@ def set_aside(target: Path) -> None:
     """
     if not target.exists():
         return
-    if _previous(target).exists():
+    if previous(target).exists():
         shutil.rmtree(target)  # of a run that was killed before it had anything
         return
     try:
-        target.rename(_previous(target))
+        target.rename(previous(target))
     except OSError:
         for path in target.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -85,16 +84,16 @@ def set_aside(target: Path) -> None:
 
 def drop_previous(target: Path) -> None:
     """Delete what :func:`set_aside` kept."""
-    if _previous(target).exists():
-        shutil.rmtree(_previous(target))
+    if previous(target).exists():
+        shutil.rmtree(previous(target))
 
 
 def recover(target: Path) -> bool:
     """Undo a :func:`publish` that was killed between its two renames. True if it did."""
-    previous = _previous(target)
-    if target.exists() or not previous.exists():
+    aside = previous(target)
+    if target.exists() or not aside.exists():
         return False
-    previous.rename(target)
+    aside.rename(target)
     return True
 
 
@@ -127,10 +126,10 @@ def parse_json(text: str, **options: Any) -> Any:
     """What JSON text holds, read by ``json.loads`` with these options.
 
     Raises:
-        ValueError: if it is not JSON, or holds half a character (HalfCharacterError).
+        ValueError: if it is not JSON, has a name twice, or half a character (HalfCharacterError).
         RecursionError: if it is nested too deep.
     """
-    content = json.loads(text, **options)
+    content = json.loads(text, **{"object_pairs_hook": regular.unique, **options})
     require_whole_characters(text, content)
     return content
 
@@ -164,7 +163,7 @@ def read_json(path: Path, what: str = "file", remedy: str = _AGAIN) -> Any | Non
         UsageError: if it cannot be read, or is not JSON.
     """
     try:
-        return parse_json(path.read_text(encoding="utf-8"))
+        return parse_json(regular.read_text(path))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
@@ -269,14 +268,16 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in tree(folder))
 
 
-def _previous(target: Path) -> Path:
-    return sibling(target, ".previous")
+def previous(target: Path) -> Path:
+    """Where a replaced output lies; hidden: ``<name>.previous`` may be a person's own copy."""
+    beside = sibling(target, ".previous")
+    return beside.with_name(f".{beside.name}")
 
 
 def sibling(target: Path, ending: str) -> Path:
     """The path beside ``target`` whose name has ``ending`` appended."""
-    # "." and "/" have no name, which with_name refuses.
-    target = target if target.name else target.absolute()
+    # "." and "/" have no name, and that of ".." is of no use.
+    target = target if target.name not in ("", "..") else Path(os.path.realpath(target))
     return target.parent / f"{target.name}{ending}"
 
 

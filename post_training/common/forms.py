@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, get_type_hints
 
 import yaml
 
-from post_training.common import files
+from post_training.common import files, regular
 from post_training.common.errors import UsageError
 
 if TYPE_CHECKING:
@@ -67,6 +67,21 @@ def read_json(path: Path, form: Any, what: str, remedy: str) -> Any:
     return parse(files.read_json_object(path, what, remedy), form, f"{what} {path}", remedy)
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which also refuses a name that has two values."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"{key.value!r} is there twice"
+                    mark = key.start_mark
+                    raise yaml.constructor.ConstructorError(problem=problem, problem_mark=mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path, what: str, remedy: str) -> Any:
     """Content of a YAML file, as ``yaml.safe_load`` gives it.
 
@@ -74,8 +89,8 @@ def read_yaml(path: Path, what: str, remedy: str) -> Any:
         UsageError: if it cannot be read, or is not YAML; with the line where that is known.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
+        text = regular.read_text(path)
+        content = yaml.load(text, _Loader)
         files.require_whole_characters(text, content)
         return content
     except OSError as error:
@@ -83,4 +98,5 @@ def read_yaml(path: Path, what: str, remedy: str) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date such as 2026-13-45
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else f": {error}"
-        raise UsageError(what, f"it is not YAML{line}", remedy) from error
+        twice = f": {error.problem}" if isinstance(error, yaml.constructor.ConstructorError) else ""
+        raise UsageError(what, f"it is not YAML{line}{twice}", remedy) from error

@@ -15,6 +15,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -23,6 +24,8 @@ from typing import Any
 from post_training.common import files
 from post_training.common.errors import UsageError
 
+# A link could lead to anything; a pipe would wait.
+_NO_LINK = os.O_NOFOLLOW | os.O_NONBLOCK
 _TAKEN = {errno.EACCES, errno.EAGAIN}
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
@@ -65,12 +68,16 @@ def hold(target: Path, command: str) -> Iterator[None]:
 
 def check(target: Path) -> None:
     """Raise UsageError if another run is making ``target`` now. Creates nothing."""
+    path = _path(target)
     try:
-        descriptor = os.open(_path(target), os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | _NO_LINK)
+    except OSError as error:
+        if os.path.lexists(path):
+            cause = f"{path}, which keeps other runs away, cannot be opened: {error.strerror}"
+            raise UsageError(f"output {target}", cause, "name another place") from error
         return  # no run, or a path that other checks refuse
     try:
-        _lock(descriptor, target, _path(target), exists=True)
+        _lock(descriptor, target, path, exists=True)
     finally:
         os.close(descriptor)
 
@@ -90,7 +97,7 @@ def _take(path: Path, target: Path) -> int:
             descriptor, exists = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL), False
         except FileExistsError:
             try:
-                descriptor, exists = os.open(path, os.O_RDWR), True
+                descriptor, exists = os.open(path, os.O_RDWR | _NO_LINK), True
             except FileNotFoundError:
                 continue  # its holder has just ended
         try:
@@ -106,6 +113,8 @@ def _take(path: Path, target: Path) -> int:
 
 def _lock(descriptor: int, target: Path, path: Path, *, exists: bool) -> None:
     """Lock an open file. A process's lock, not a descriptor's: a forked helper does not keep it."""
+    if exists:
+        _require_own(descriptor, target, path)
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -116,6 +125,14 @@ def _lock(descriptor: int, target: Path, path: Path, *, exists: bool) -> None:
         holder = _read(descriptor)
         if exists and not _is_gone(holder):
             raise _refusal(target, holder, f"if that run is over, delete {path}") from None
+
+
+def _require_own(descriptor: int, target: Path, path: Path) -> None:
+    """Raise UsageError for a file of the lock's name that no run made: it would be deleted."""
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or (status.st_size and not _read(descriptor)):
+        remedy = f"if nobody needs it, delete {path}, or name another place"
+        raise UsageError(f"output {target}", f"{path} is no lock of a run", remedy)
 
 
 def _read(descriptor: int) -> dict[str, Any]:

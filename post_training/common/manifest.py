@@ -20,7 +20,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -29,7 +29,7 @@ from typing import Any, TypedDict
 
 import xxhash
 
-from post_training.common import files, forms, redaction
+from post_training.common import files, forms, redaction, regular
 from post_training.common.errors import UsageError
 
 FILE = "run.json"
@@ -140,7 +140,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     """
     path = folder if folder.is_file() else folder / FILE
     remedy = "make the output again, or delete the file to continue without a manifest"
-    if not path.is_file():
+    if not regular.is_file(path):
         return None
     content: dict[str, Any] = files.read_json_object(path, "manifest", remedy)
     forms.parse(content, _Form, f"manifest {path}", remedy)
@@ -184,6 +184,20 @@ def describe_input(role: str, location: str | Path) -> dict[str, Any]:
         else:
             entry["listing_sha256"] = files.listing_sha256(folder)
     return entry
+
+
+def require_unchanged(entry: Mapping[str, Any], location: str | Path, doing: str) -> None:
+    """Raise UsageError if an input is not what :func:`describe_input` found.
+
+    Args:
+        doing: what happened meanwhile, in the message.
+    """
+    if describe_input(entry["role"], location) != entry:
+        raise UsageError(
+            str(location),
+            f"it was changed or replaced while it was {doing}",
+            "run again when nothing writes to it",
+        )
 
 
 def damaged_outputs(folder: Path, content: dict[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ Each raises a UsageError that names the path, the cause and the remedy.
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import sys
 import threading
@@ -20,6 +21,8 @@ from post_training.common.inputs import nearest_existing
 # What an output is, by the stages that make such.
 CHECKPOINT = ("convert", "quantize", "prune", "distill", "finetune", "eagle3")
 EXPORT = ("export",)
+_RESERVED = (".incomplete", ".lock")  # siblings of an output while it is made
+_LONGEST_NAME = 230  # of the 255 of most file systems: .incomplete.json and others are appended
 _NO_ROOM = 1 << 16  # bytes
 _REPORT = 1 << 20  # bytes: all answers of MMLU, one letter each, take less than a tenth
 
@@ -41,6 +44,11 @@ def check_folder(
         )
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"output {folder}", "it is a file", "name a folder")
+    work = files.incomplete(folder)
+    if work.is_symlink() or (os.path.lexists(work) and not work.is_dir()):
+        raise UsageError(
+            f"output {folder}", f"{work}, where it is made, is no folder", "move that away"
+        )
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise UsageError(
             f"output folder {folder}",
@@ -61,6 +69,7 @@ def require_own(folder: Path, made_by: Sequence[str], marks: Sequence[str] = ())
     """
     found = (manifest.read(folder) or {}).get("stage")
     if found in made_by or any((folder / name).exists() for name in marks):
+        _require_nothing_else(folder)
         return
     if any(folder.iterdir()):
         what = f"the output of {found}" if found else "something else"
@@ -69,6 +78,24 @@ def require_own(folder: Path, made_by: Sequence[str], marks: Sequence[str] = ())
             f"it holds {what}, and not what this stage makes",
             "name another folder; if nobody needs it, delete it yourself",
         )
+
+
+def _require_nothing_else(folder: Path) -> None:
+    """Raise UsageError if a person or another run put something into an output."""
+    content = manifest.read(folder) or {}
+    known = {folder / each["file"] for each in content.get("outputs", [])}
+    # Training adds iterations and metrics to what its manifest lists.
+    grows = not known or content.get("stage") not in ("convert", "quantize", "prune", *EXPORT)
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        if path.is_dir() or name == Path(manifest.FILE) or name.name.startswith("."):
+            continue
+        if path.name == manifest.FILE if grows else path not in known:
+            raise UsageError(
+                f"--overwrite, output folder {folder}",
+                f"it holds more than the stage's output: {name}",
+                "move that elsewhere, or delete the folder yourself",
+            )
 
 
 def check_file(path: Path, option: str, stage: str) -> None:
@@ -102,14 +129,22 @@ def check_apart(
         in_place: an output may be an input.
     """
     read = {
-        path.resolve(): f"{flag} {value}"
+        _resolved(path): f"{flag} {value}"
         for flag, values in given.items()
         for value in (values if isinstance(values, list | tuple) else [values])
         if isinstance(value, str | Path) and str(value) and _exists(path := Path(value))
     }
     written: dict[Path, str] = {}
     for flag, output in outputs.items():
-        target, what = output.resolve(), f"{flag} {output}"
+        target, what = _resolved(output), f"{flag} {output}"
+        if len(os.fsencode(target.name)) > _LONGEST_NAME:
+            cause = f"its name is longer than {_LONGEST_NAME} bytes, and names beside it are longer"
+            raise UsageError(f"{what:.200}", cause, "choose a shorter name")
+        if target.name.endswith(_RESERVED):
+            cause = (
+                f"{target.name.rpartition('.')[2]} files belong to the output of the name before"
+            )
+            raise UsageError(what, cause, "name another place")
         if target in written:
             raise UsageError(what, f"{written[target]} is the same file", "name another place")
         written[target] = flag
@@ -120,6 +155,9 @@ def check_apart(
                 raise UsageError(what, f"it is an input too ({name})", "name another place")
             if target in path.parents:
                 raise UsageError(what, f"an input lies in it ({name})", "name another place")
+            if path in target.parents and _counts_whole(path, name, target):
+                cause = f"it lies in an input ({name}), and would be a part of it"
+                raise UsageError(what, cause, "name another place")
 
 
 def state(path: Path) -> tuple[int, int] | None:
@@ -130,6 +168,22 @@ def state(path: Path) -> tuple[int, int] | None:
     written = record if record.is_file() else path
     # The folder's own time changes with a lock in it.
     return path.stat().st_ino, 0 if written.is_dir() else written.stat().st_mtime_ns
+
+
+def _counts_whole(path: Path, name: str, output: Path) -> bool:
+    """Whether all files below ``path``, an input's folder, are read or recorded as the input.
+
+    Args:
+        name: its flag and value; another flag's value may happen to be a folder's name.
+    """
+    if output.suffix == ".json" or (path / manifest.FILE).is_file():
+        return False
+    return name.split()[0].endswith(("-load", "-path", "-dataset", "-files", "-name"))
+
+
+def _resolved(path: Path) -> Path:
+    """Without links; unlike ``Path.resolve`` it takes links that lead to themselves."""
+    return Path(os.path.realpath(path))
 
 
 def _exists(path: Path) -> bool:
@@ -183,6 +237,10 @@ def full_disk(error: Exception, paths: Iterable[Path]) -> UsageError | None:
     """
     if isinstance(error, UsageError):
         return None
+    paths = list(paths)
+    if cut := _at_limit(paths):
+        remedy = "raise the limit (ulimit -f), or ask who set it, and start this again"
+        return UsageError(f"output {cut}", "it reached the largest size of a file", remedy)
     cause: BaseException | None = error
     while cause is not None and getattr(cause, "errno", None) not in files.FULL:
         cause = cause.__cause__ or cause.__context__
@@ -196,6 +254,16 @@ def full_disk(error: Exception, paths: Iterable[Path]) -> UsageError | None:
         f"a disk became full: {first_line(cause or error)}",
         "free some space and start this again; what was finished is untouched",
     )
+
+
+def _at_limit(paths: Iterable[Path]) -> Path | None:
+    """A file of an unfinished output that has the size at which the user's limit ends files."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit == resource.RLIM_INFINITY:
+        return None
+    made = [files.incomplete(path) for path in paths]
+    every = (each for path in made for each in ([path] if path.is_file() else files.tree(path)))
+    return next((each for each in every if each.stat().st_size >= limit), None)
 
 
 def thread_failed(failure: threading.ExceptHookArgs) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from post_training.common import regular
 from post_training.common.errors import UsageError
 from post_training.common.files import read_json_object
 
@@ -45,7 +46,7 @@ def read(folder: Path) -> dict[str, Entry]:
     Raises:
         UsageError: if files are missing, truncated or not safetensors, or the index disagrees.
     """
-    if (folder / INDEX).is_file():
+    if regular.is_file(folder / INDEX):
         weight_map = read_json_object(folder / INDEX).get("weight_map", {})
         if not (isinstance(weight_map, dict) and weight_map) or not all(
             map(_is_inside, weight_map.values())
@@ -92,7 +93,7 @@ def read_file(path: Path) -> dict[str, Entry]:
             }
     except FileNotFoundError:
         raise _damaged(path, "it is missing, though the index names it") from None
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, MemoryError) as error:
         size = path.stat().st_size
         raise _damaged(
             path, f"its header cannot be read, or it is truncated ({size} bytes): {error}"

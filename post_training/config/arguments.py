@@ -43,7 +43,7 @@ def parse[Options: StageOptions](
     Each flag is checked by itself; UsageError for an unknown one, or a value that cannot be.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    _require_text([*words, str(Path.cwd())])
+    _require_text([*words, _current_folder()])
     defaults, given = make_parser(stage, options, show_all="--help-all" in words).split(words)
     ignored = given.pop("ignored_flags", [])
     unused = list(dict.fromkeys(given.pop("unused_flags", [])))
@@ -75,6 +75,13 @@ def parse[Options: StageOptions](
     )
 
 
+def _current_folder() -> str:
+    try:
+        return str(Path.cwd())
+    except OSError as error:
+        raise UsageError("the current folder", "it was deleted", "cd to one that exists") from error
+
+
 def _require_text(words: Sequence[str]) -> None:
     """Raise UsageError for bytes that are no UTF-8: run.json names paths, and cannot hold them."""
     for word in words:
@@ -89,7 +96,7 @@ def _parallel(args: argparse.Namespace) -> Parallel:
     Before a launch (``--check``, ``--dry-run``) they are as many as needed, or as are planned.
     """
     planned = os.environ.get("MLM_PLANNED_PROCESSES", "")
-    world: int | None = int(planned) if planned.isdigit() else None
+    world: int | None = int(planned) if planned.isdecimal() else None
     if not (args.check or args.dry_run):
         world = placement.placement().world
     return Parallel.of_world(

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # Letters that no template treats specially and that no text is likely to contain.
 _MARKER = "zqAnswer{}Xqz"
 _BEGIN, _END = "zqBeginXqz", "zqEndXqz"
+_ANY_MARKER = re.compile(r"zq\w+Xqz")
 _GENERATION = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
 _THINK, _END_THINK = "<think>", "</think>"
 
@@ -50,6 +51,9 @@ def find(
     Raises:
         UsageError: if the template refuses the conversation, or hides where the answers are.
     """
+    if marker := _ANY_MARKER.search(str(document.messages)):
+        cause = f"it contains {marker[0]}, by which answers are found in conversations"
+        raise UsageError(f"{option} {document.place}", cause, "remove the record")
     template = str(getattr(tokenizer, "chat_template", None) or "")
     if _GENERATION.search(template):
         return _tagged(document, tokenizer, template, option)

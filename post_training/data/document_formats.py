@@ -123,11 +123,14 @@ def _conversation(
     """The document of these turns and of what goes with them in columns of its own."""
     tools, history = (_from_json(values.get(name)) or () for name in ("tools", "history"))
     if not isinstance(history, list | tuple) or not all(
-        isinstance(pair, list | tuple) and len(pair) == 2 for pair in history
+        isinstance(pair, list | tuple)
+        and len(pair) == 2
+        and all(isinstance(text, str) for text in pair)
+        for pair in history
     ):
         raise UsageError(
             f"{option} {row.place}",
-            "its history is no list of pairs",
+            "its history is no list of pairs of texts",
             'write it as [["question", "answer"], ...]',
         )
     if not isinstance(tools, list | tuple) or not all(isinstance(each, Mapping) for each in tools):
@@ -137,7 +140,7 @@ def _conversation(
             'write them as [{"type": "function", "function": {...}}, ...]',
         )
     earlier = [
-        {"role": role, "content": str(text)}
+        {"role": role, "content": text}
         for pair in history
         for role, text in zip(("user", "assistant"), pair, strict=True)
     ]

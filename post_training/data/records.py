@@ -6,8 +6,10 @@ imports torch: checks before the work use it.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import logging
 import os
 import socket
 from collections.abc import Iterator, Sequence
@@ -15,10 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
-from post_training.common import files, inputs
+from post_training.common import files, inputs, regular
 from post_training.common.errors import UsageError, first_line
 
 csv.field_size_limit(1 << 30)  # Python's own limit is 131,072 characters
+logger = logging.getLogger("post_training")
 SUFFIXES = (".jsonl", ".parquet", ".csv", ".txt")
 
 
@@ -65,17 +68,19 @@ def list_files(path: Path, option: str) -> list[Path]:
                 f"give one of {', '.join(SUFFIXES)}",
             )
         return [path]
-    found = [
+    shown = [
         each
         for each in sorted(path.rglob("*"))
-        if each.is_file()
-        and each.suffix.lower() in SUFFIXES
-        and not any(part.startswith(".") for part in each.relative_to(path).parts)
+        if each.is_file() and not any(part.startswith(".") for part in each.relative_to(path).parts)
     ]
+    found = [each for each in shown if each.suffix.lower() in SUFFIXES]
     if not found:
         raise UsageError(
             what, f"the folder holds no file of {', '.join(SUFFIXES)}", "give a folder with data"
         )
+    if others := sorted({each.name for each in shown} - {each.name for each in found}):
+        names = ", ".join(others[:3])
+        logger.info("%s: files that are not read: %d (%s ...)", what, len(others), names)
     return found
 
 
@@ -106,17 +111,16 @@ def read(path: Path, option: str) -> Iterator[Row]:
         raise UsageError(
             f"{option} {path}", f"it is not UTF-8 text: {error}", "convert the file to UTF-8"
         ) from error
-    except OSError as error:
+    except (OSError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UsageError(
-            f"{option} {path}",
-            f"it cannot be read: {error.strerror or error}",
-            "give a readable file",
+            f"{option} {path}", f"it cannot be read: {reason}", "give a readable file"
         ) from error
 
 
 def _jsonl(path: Path, option: str) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig") as stream:
-        for number, line in enumerate(stream, start=1):
+        for number, line in enumerate(regular.lines(stream), start=1):
             if not line.strip():
                 continue
             place = f"{path}, line {number}"
@@ -163,13 +167,18 @@ def _parquet(path: Path, option: str) -> Iterator[Row]:
 
 
 def _plain(value: Any) -> Any:
-    """The value as JSON has it: times and decimals as text, bytes as text where they are UTF-8."""
+    """The value as JSON has it: times and decimals as text, bytes as text where they are UTF-8.
+
+    Other bytes stay what they are: an image is no text, and what asks for text refuses it.
+    """
     if isinstance(value, dict):
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(each) for each in value]
     if isinstance(value, bytes):
-        return value.decode(errors="replace")
+        with contextlib.suppress(UnicodeDecodeError):
+            return value.decode()
+        return value
     return value if value is None or isinstance(value, str | bool | int | float) else str(value)
 
 
@@ -180,6 +189,10 @@ def _csv(path: Path, option: str) -> Iterator[Row]:
     if header is None:
         return
     names = [name.strip() for name in header[1]]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        cause = f"its header has {twice[0]!r} twice"
+        raise UsageError(f"{option} {header[0]}", cause, "give each column a name of its own")
     for place, fields in lines:
         if len(fields) != len(names):
             raise UsageError(
@@ -193,7 +206,7 @@ def _csv(path: Path, option: str) -> Iterator[Row]:
 def csv_lines(path: Path, option: str) -> Iterator[tuple[str, list[str]]]:
     """Place and fields of each CSV record, including a header."""
     with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream, strict=True)
+        reader = csv.reader(regular.lines(stream), strict=True)
         try:
             for fields in reader:
                 if fields:

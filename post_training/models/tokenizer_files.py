@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypedDict
 
-from post_training.common import forms, inputs
+from post_training.common import forms, inputs, regular
 from post_training.common.errors import UsageError
 
 FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "tekken.json")
@@ -40,7 +40,7 @@ class _Tokenizer(TypedDict, total=False):
 
 def vocabulary(folder: Path) -> int | None:
     """Highest token id plus one, from ``tokenizer.json``; None without one."""
-    if not (folder / "tokenizer.json").is_file():
+    if not regular.is_file(folder / "tokenizer.json"):
         return None
     path = folder / "tokenizer.json"
     content: _Tokenizer = forms.read_json(path, _Tokenizer, "file", "copy or download it again")

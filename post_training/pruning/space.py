@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from post_training.common import files, inputs
+from post_training.common import files, inputs, regular
 from post_training.common.errors import UsageError, suggest
 from post_training.models.architecture import Architecture
 
@@ -194,8 +194,8 @@ def read_sizes(text: str) -> dict[str, Any]:
             raise UsageError(shown, cause, f"quote it: {example}")
     try:
         if path is not None:
-            text = path.read_text(encoding="utf-8")
-        content = files.parse_json(text, object_pairs_hook=_without_repetition)
+            text = regular.read_text(path)
+        content = files.parse_json(text)
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(shown, f"it is not JSON: {error}", f"quote it: {example}") from error
     if not isinstance(content, dict):
@@ -205,13 +205,6 @@ def read_sizes(text: str) -> dict[str, Any]:
             hint = suggest(key, MEANINGS) or f"known are {', '.join(MEANINGS)}"
             raise UsageError(f"{OPTION} {key}", "unknown hyper-parameter", hint)
     return content
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key is given twice")
-    return found
 
 
 def check_sizes(content: Mapping[str, Any], allowed: Mapping[str, Dimension]) -> dict[str, int]:

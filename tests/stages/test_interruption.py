@@ -127,8 +127,8 @@ def has_ended(group: int, seconds: float = 10) -> bool:
 def test_a_kill_between_the_two_renames_is_undone(tmp_path):
     """In between, the previous output has another name."""
     target = tmp_path / "output"
-    target.with_name("output.previous").mkdir()
-    (target.with_name("output.previous") / "weights").write_text("old")
+    target.with_name(".output.previous").mkdir()
+    (target.with_name(".output.previous") / "weights").write_text("old")
     assert files.recover(target)
     assert (target / "weights").read_text() == "old"
     assert not files.recover(target)

@@ -123,7 +123,7 @@ def test_training_over_another_run_takes_the_new_models_files(work, tmp_path):
     tools.run("distill.py", *words(work, "distill", output), "--overwrite")
     assert "the run before" not in (output / "huggingface" / "tokenizer_config.json").read_text()
     assert not (output / "old").exists()
-    assert not output.with_name("run.previous").exists()
+    assert not output.with_name(".run.previous").exists()
 
 
 def test_of_two_runs_with_one_output_the_second_is_refused(work, tmp_path):

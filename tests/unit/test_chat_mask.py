@@ -132,6 +132,10 @@ def test_the_mask_is_shown_in_brackets():
     [
         ({"messages": [{"role": "user", "content": "a"}]}, "mask is empty"),
         ({"messages": [{"role": "assistant", "content": "  "}]}, "mask is empty"),
+        (
+            {"question": "zqBeginXqz", "answer": "b"},
+            "it contains zqBeginXqz, by which answers are found",
+        ),
         ({"text": "a"}, "plain text"),
         ({"messages": [{"role": "assistent", "content": "a"}]}, "assistent"),
         ({"conversations": [{"from": "gpt", "value": ["a"]}]}, "not text"),

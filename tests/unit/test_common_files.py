@@ -14,10 +14,14 @@ from pathlib import Path
 import pytest
 from model_folders import write_model
 
+import generate
+import mmlu
 from post_training.checkpoints.source import Source
-from post_training.common import files, safetensors_index
+from post_training.cli.stage import make_plan
+from post_training.common import files, forms, locks, manifest, outputs, regular, safetensors_index
 from post_training.common.errors import UsageError
 from post_training.common.quiet import quiet
+from post_training.data import records
 
 
 def test_a_missing_json_file_is_none_where_it_may_be_missing(tmp_path):
@@ -126,6 +130,27 @@ def test_a_source_that_was_replaced_while_it_was_loaded_is_refused(tmp_path):
     assert again.inputs("teacher")[0]["role"] == "teacher"
 
 
+def test_what_is_recorded_of_questions_and_prompts_is_what_was_read(tmp_path):
+    """Both are read long before or after the other inputs are described."""
+    write_model(tmp_path / "model")
+    given = ("--pretrained-model-path", tmp_path / "model")
+    questions, prompts = tmp_path / "test.jsonl", tmp_path / "prompts.jsonl"
+    row = '{"subject": "s", "question": "q", "choices": ["a", "b"], "answer": 0}\n'
+    questions.write_text(row)
+    prompts.write_text('{"prompt": "q"}\n')
+    words = [*given, "--mmlu-dataset", questions, "--mmlu-output", tmp_path / "r.json", "--check"]
+    asked = make_plan(mmlu.STAGE, [*map(str, words), "--few-shots", "0"])
+    words = [*given, "--prompts-path", prompts, "--output", tmp_path / "a.jsonl", "--check"]
+    generated = make_plan(generate.STAGE, list(map(str, words)))
+    assert len(generate.read_prompts(generated).dialogues) == 1
+    before = files.sha256(questions)
+    questions.write_text(row * 2)
+    prompts.write_text('{"prompt": "another"}\n')
+    assert asked.questions["sha256"] == before
+    with pytest.raises(UsageError, match="replaced while it was read"):
+        generate.read_prompts(generated)
+
+
 @pytest.mark.parametrize("kind", ["xxh3_128", "sha256"])
 def test_changed_files_are_those_with_other_contents_or_sizes_or_none(tmp_path, kind):
     for name in ("same", "flipped", "cut", "gone"):
@@ -152,9 +177,9 @@ def test_a_volume_is_emptied_and_other_folders_are_kept_until_they_are_replaced(
         (tmp_path / name / "inner" / "file").write_text(name)
     files.set_aside(tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
-    assert (tmp_path / "folder.previous" / "inner" / "file").read_text() == "folder"
+    assert (tmp_path / ".folder.previous" / "inner" / "file").read_text() == "folder"
     files.drop_previous(tmp_path / "folder")
-    assert not (tmp_path / "folder.previous").exists()
+    assert not (tmp_path / ".folder.previous").exists()
     volume = tmp_path / "volume"
     subprocess.run(["mount", "--bind", volume, volume], check=True)
     try:
@@ -171,3 +196,114 @@ def test_a_small_file_that_cannot_be_written_leaves_nothing_beside_it(tmp_path):
         files.write_text(path, "a half of a surrogate pair: \ud800")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def special(path: Path, kind: str) -> Path:
+    """What is no regular file and has its name, or one that nobody can hold in memory."""
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "device":
+            path.symlink_to("/dev/zero")
+        case "a hole":
+            path.touch()
+            os.truncate(path, 1 << 42)
+        case "folder":
+            path.mkdir()
+        case "link to nowhere":
+            path.symlink_to(path.parent / "nowhere")
+        case "link to itself":
+            path.symlink_to(path.name)
+    return path
+
+
+SPECIAL = ("pipe", "device", "a hole", "folder", "link to nowhere", "link to itself")
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_what_is_no_file_is_refused_before_it_is_read(kind, tmp_path):
+    """A pipe waits, a device never ends; a manifest that cannot be read is not a missing one."""
+    special(tmp_path / manifest.FILE, kind)
+    with pytest.raises(UsageError, match=manifest.FILE):
+        manifest.read(tmp_path)
+    with pytest.raises(UsageError, match=r"cannot be read|bytes"):
+        forms.read_yaml(tmp_path / manifest.FILE, "recipe", "write another")
+    with pytest.raises((OSError, ValueError)):
+        regular.read_text(tmp_path / manifest.FILE)
+
+
+def test_data_without_an_end_of_line_are_not_read_to_their_end(tmp_path):
+    for name in ("a.jsonl", "a.csv"):
+        path = special(tmp_path / name, "a hole")
+        with pytest.raises(UsageError, match="NUL"):
+            next(records.read(path, "--data"))
+
+
+def test_a_name_has_one_value(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"rope_theta": 1.0, "rope_theta": 2.0}')
+    with pytest.raises(UsageError, match="'rope_theta' is there twice"):
+        files.read_json(path)
+    path.write_text("rope_theta: 1.0\nother: 3\nrope_theta: 2.0\n")
+    with pytest.raises(UsageError, match="line 3: 'rope_theta' is there twice"):
+        forms.read_yaml(path, "recipe", "write another")
+
+
+def own_output(folder: Path, stage: str = "convert") -> Path:
+    folder.mkdir()
+    (folder / "weights").write_text("w")
+    manifest.Manifest(stage, {}).write(folder)
+    return folder
+
+
+@pytest.mark.parametrize("holds", ["notes", "another output", "nothing else"])
+@pytest.mark.parametrize("stage", ["convert", "distill"])
+def test_what_someone_put_into_an_output_is_not_replaced_with_it(stage, holds, tmp_path):
+    output = own_output(tmp_path / "run", stage)
+    if holds == "notes":
+        (output / "notes.txt").write_text("mine")
+    elif holds == "another output":
+        own_output(output / "quantized", "quantize")
+    if holds == "nothing else" or (holds, stage) == ("notes", "distill"):  # training adds files
+        outputs.check_folder(output, overwrite=True)
+    else:
+        with pytest.raises(UsageError, match="it holds more than the stage's output"):
+            outputs.check_folder(output, overwrite=True)
+
+
+def test_a_copy_that_someone_keeps_beside_the_output_stays(tmp_path):
+    copies = [own_output(tmp_path / "run"), own_output(tmp_path / "run.previous")]
+    (files.begin(copies[0]) / "weights").write_text("new")
+    files.publish(copies[0])
+    assert [(each / "weights").read_text() for each in copies] == ["new", "w"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["run", "run.previous"]
+
+
+@pytest.mark.parametrize("kind", ["a file of mine", *SPECIAL])
+def test_a_file_with_the_name_of_the_lock_is_neither_opened_nor_deleted(kind, tmp_path):
+    path = tmp_path / "poetry.lock"
+    path.write_text("mine") if kind == "a file of mine" else special(path, kind)
+    for attempt in (locks.check, lambda target: locks.hold(target, "x").__enter__()):
+        with pytest.raises(UsageError, match=r"poetry\.lock"):
+            attempt(tmp_path / "poetry")
+    assert os.path.lexists(path)
+
+
+@pytest.mark.parametrize(
+    ("output", "cause"),
+    [
+        ("data/run", "would be a part of it"),
+        ("run.incomplete", "name before"),
+        ("loop", None),
+        ("x" * 231, "longer than 230 bytes"),
+    ],
+)
+def test_a_place_in_which_an_output_would_do_harm_is_refused(output, cause, tmp_path):
+    (tmp_path / "data").mkdir()
+    special(tmp_path / "loop", "link to itself")
+    given = {"--finetune-data-files": [str(tmp_path / "data")], "--log-level": str(tmp_path)}
+    if cause is None:
+        outputs.check_apart({"--save": tmp_path / output}, given)
+        return
+    with pytest.raises(UsageError, match=cause):
+        outputs.check_apart({"--save": tmp_path / output}, given)

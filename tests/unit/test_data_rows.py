@@ -71,8 +71,9 @@ def test_columns_of_another_type_are_refused(column, value):
 
 
 def test_a_history_of_another_form_is_refused():
-    with pytest.raises(UsageError, match="no list of pairs"):
-        turns(conversations=HI, history=["a", "b"])
+    for history in (["a", "b"], [["a", None]]):  # an answer that is null is no "None"
+        with pytest.raises(UsageError, match="no list of pairs"):
+            turns(conversations=HI, history=history)
 
 
 def test_the_log_says_which_columns_are_not_used(tmp_path, caplog):
@@ -140,6 +141,29 @@ def test_what_parquet_holds_besides_text_is_read(tmp_path):
         "1.50",
         "café",
     )
+
+
+def test_bytes_that_are_no_text_are_not_made_one(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [b"caf\xe9"]}), path)
+    with pytest.raises(UsageError, match="no column of a known layout holds text"):
+        next(sources.read_documents(str(path)))
+
+
+def test_a_column_of_a_table_has_one_name(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("question,answer,answer\na,b,c\n")
+    with pytest.raises(UsageError, match="its header has 'answer' twice"):
+        next(records.read(path, "--data"))
+
+
+def test_the_log_says_which_files_of_a_folder_are_not_read(tmp_path, caplog):
+    for name in ("a.jsonl", "b.json", "c.jsonl.gz"):
+        (tmp_path / name).write_text('{"text": "a"}')
+    logging.getLogger("post_training").propagate = True
+    with caplog.at_level(logging.INFO, "post_training"):
+        assert records.list_files(tmp_path, "--data") == [tmp_path / "a.jsonl"]
+    assert "not read: 2 (b.json, c.jsonl.gz ...)" in caplog.text
 
 
 def test_rows_of_an_embedding_that_are_no_tokens_are_told_from_the_header(tmp_path):

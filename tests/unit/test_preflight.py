@@ -19,7 +19,7 @@ import speed
 from model_folders import CONFIG, write_checkpoint, write_model
 
 from post_training.checkpoints.source import checkpoint_folder
-from post_training.common import inputs, outputs
+from post_training.common import files, inputs, outputs
 from post_training.common.errors import UsageError
 from post_training.config import arguments, checks
 from post_training.data import document_formats
@@ -491,6 +491,22 @@ def test_a_full_disk_is_reported_for_the_output_and_other_errors_are_not(tmp_pat
         assert f"output {output}" in message and "No space left on device" in message
     for error in (RuntimeError("x"), FileNotFoundError(2, "x"), UsageError("a", "b", "c")):
         assert outputs.full_disk(error, [output]) is None
+
+
+def test_a_limit_of_file_sizes_is_named(tmp_path):
+    """As of a batch system; torch's error says neither the cause nor the file."""
+    work = files.begin(tmp_path / "output")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        (work / "weights").write_bytes(b"x" * 4000)
+        assert outputs.full_disk(RuntimeError("x"), [tmp_path / "output"]) is None
+        with pytest.raises(OSError, match="too large"):
+            (work / "weights").write_bytes(b"x" * 5000)
+        found = outputs.full_disk(RuntimeError("worker failure"), [tmp_path / "output"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "output.incomplete/weights" in str(found) and "ulimit -f" in str(found)
 
 
 @pytest.mark.parametrize("check", [checks.positive, checks.at_least(1)])
