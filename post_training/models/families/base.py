@@ -97,7 +97,6 @@ class Family:
         partial_rotary: its models heed ``partial_rotary_factor``.
         not_quantized: why no engine reads its models with quantized weights; empty: engines do.
         not_pruned: why its models cannot be pruned; empty: they can.
-        not_drafted: why no draft is attached to its models; empty: EAGLE3's is.
         other_names: tensors of the files -> what transformers saves them as, where it is not the
             published name. Both are read; the published one is written.
         tiny: keys of a tiny model for the tests, ``model_type`` included; the sizes are
@@ -114,7 +113,6 @@ class Family:
     parts: frozenset[str] = frozenset()
     not_quantized: str = ""
     not_pruned: str = ""
-    not_drafted: str = ""
     other_names: Mapping[str, str] = field(default_factory=dict)
     per_layer_keys: tuple[str, ...] = ("layer_types", "mlp_layer_types", "no_rope_layers")
     partial_rotary: bool = False
