@@ -206,6 +206,12 @@ def _gpt_model(
 def _hybrid_model(
     architecture: Architecture, config: TransformerConfig, options: BuildOptions
 ) -> MegatronModule:
+    if not architecture.hybrid_layer_pattern:
+        raise UsageError(
+            f"--export-model-type {architecture.model_type}",
+            "its layers are those of a pattern, and none is given",
+            "give --hybrid-layer-pattern, such as M-M*-, or leave the type of the model out",
+        )
     if importlib.util.find_spec("einops") is None:
         raise UsageError(
             "the package einops",

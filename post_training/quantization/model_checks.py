@@ -8,7 +8,7 @@ from post_training.common.errors import UsageError
 from post_training.models.architecture import Architecture
 from post_training.models.families import registry as families
 from post_training.quantization.formats import exportable
-from post_training.quantization.formats.base import GPTQ, NO_KV_CACHE
+from post_training.quantization.formats.base import FOLDED_METHODS, GPTQ, NO_KV_CACHE
 from post_training.quantization.formats.exportable import Verdict
 
 
@@ -30,6 +30,12 @@ def check(
     reason = families.family_of(architecture).not_quantized
     if reason and not allow_unexportable:
         raise exportable.unexportable(what, Verdict(reason=reason))
+    if architecture.is_hybrid and method in (*FOLDED_METHODS, GPTQ):
+        raise UsageError(
+            what,
+            f"the method {method} was not tried on the projections of Mamba layers",
+            "choose a format that rounds to nearest, such as FP8_DEFAULT_CFG or NVFP4_DEFAULT_CFG",
+        )
     if not architecture.multi_latent_attention:
         return
     if method == GPTQ:

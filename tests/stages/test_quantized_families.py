@@ -69,8 +69,10 @@ def test_each_expert_of_an_exported_model_has_its_scales(exported, family):
     linears = [n.removesuffix("weight") for n in names if ".experts." in n and n.endswith("weight")]
     config = tools.FAMILIES[family].tiny_config(num_hidden_layers=4)
     values = tools.FAMILIES[family].read(config).resolved()
-    # Three matrices an expert.
-    assert len(linears) == 3 * values["num_moe_experts"] * sum(values["moe_layer_freq"])
+    pattern = values["hybrid_layer_pattern"]
+    layers = pattern.count("E") if pattern else sum(values["moe_layer_freq"])
+    matrices = 3 if values["gated_linear_unit"] else 2
+    assert len(linears) == matrices * values["num_moe_experts"] * layers
     for linear in linears:
         assert {f"{linear}weight_scale", f"{linear}input_scale"} <= names
 

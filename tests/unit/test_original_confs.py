@@ -259,7 +259,9 @@ def test_a_hybrid_is_described_by_its_flags(conf, environment, sandbox, capsys):
     assert described.vocab_size == 131_072
     assert described.model_type == "HybridModel"
     dry_run.show(plan.options, plan.source)
-    assert "launch line" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "launch line" in shown
+    assert f"{parameter_count.total(described):,} (bf16)" in shown
 
 
 @pytest.mark.parametrize("stage", STAGES)

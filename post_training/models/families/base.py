@@ -104,7 +104,6 @@ class Family:
     parts: frozenset[str] = frozenset()
     not_quantized: str = ""
     not_pruned: str = ""
-    not_drafted: str = ""
     other_names: Mapping[str, str] = field(default_factory=dict)
     per_layer_keys: tuple[str, ...] = ("layer_types", "mlp_layer_types", "no_rope_layers")
     partial_rotary: bool = False

@@ -183,7 +183,6 @@ FAMILIES = (
         ),
         parts=frozenset({"experts", "Mamba layers"}),
         not_pruned="its layers have one part each, and cutting them was not tried here",
-        not_drafted="ModelOpt attaches EAGLE3 drafts to megatron-core's GPTModel alone",
         # transformers 5.14 saves the embedding under a name that no engine reads.
         other_names={"backbone.embeddings.weight": "backbone.embedding.weight"},
         tiny={
