@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 
 from post_training.common import files, safetensors_index
+from post_training.export import stacked_experts
 from post_training.export.decoders import compressed_tensors
 from post_training.export.decoders.base import Decoder
 from post_training.export.decoders.registry import DECODERS, SCALES
@@ -69,7 +70,7 @@ class Folder:
             kept = model.state_dict().keys()
             tensors = {name: each for name, each in model.named_buffers() if name in kept}
             saved = revert_weight_conversion(model, {**dict(model.named_parameters()), **tensors})
-        return {name: tuple(tensor.shape) for name, tensor in saved.items()}
+        return stacked_experts.named({n: tuple(t.shape) for n, t in saved.items()}, self.index)
 
     def tensor(self, name: str) -> torch.Tensor:
         """One stored tensor, as it is."""
@@ -144,7 +145,6 @@ class Folder:
 
     def _untrained(self, **options: Any) -> PreTrainedModel:
         """A transformers model of this architecture with weights that are not quantized."""
-        # Late: the command line of post_training.answer is checked without it.
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
         auto = AutoModelForImageTextToText if "text_config" in self.config else AutoModelForCausalLM
@@ -152,7 +152,7 @@ class Folder:
 
     def _loaded(self) -> Any:
         """The model with its dequantized weights, in float32."""
-        weights = {name: self.dequantized(name) for name in self.expected}
+        weights = stacked_experts.joined({n: self.dequantized(n) for n in self.expected})
         with torch.device("meta"):
             model_class: Any = type(self._untrained())
         return model_class.from_pretrained(

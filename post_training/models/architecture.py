@@ -134,6 +134,7 @@ class Architecture:
             "ffn_hidden_size": 4 * hidden,
         }
         values |= {name: value for name, value in derived.items() if values[name] is None}
+        values["no_rope_freq"] = self._unrotated(values["no_rope_freq"])
         if values["num_moe_experts"] and values["moe_ffn_hidden_size"] is None:
             values["moe_ffn_hidden_size"] = values["ffn_hidden_size"]
         return values | {n: getattr(self, n) for n in OWN_FIELDS}
@@ -157,7 +158,16 @@ class Architecture:
         whose files are known has the one that transformers computes in.
         """
         names = stated.keys() - self.irrelevant() - {"moe_router_dtype"}
+        if "no_rope_freq" in stated:
+            stated = {**stated, "no_rope_freq": self._unrotated(stated["no_rope_freq"])}
         return _differing(stated, self.resolved(), names)
+
+    def _unrotated(self, frequency: Any) -> Any:
+        """``no_rope_freq`` as a list: of a number n, each n-th layer is not rotated."""
+        layers = self.transformer.get("num_layers") or 0
+        if not isinstance(frequency, int) or frequency < 1 or layers % frequency:
+            return frequency
+        return ([0] * (frequency - 1) + [1]) * (layers // frequency)
 
     def irrelevant(self) -> set[str]:
         """Names whose values do not influence this model."""

@@ -27,7 +27,10 @@ def test_a_conf_states_what_the_released_config_json_says(conf):
     args = parse(*conf_flags(conf))
     from_flags = model_description.architecture(args)
     released = from_huggingface(RELEASED[conf])
-    assert from_flags.differences(released) == []
+    # What Megatron-LM has no flags for.
+    unsaid = {"attention_chunks", "attention_temperature", "rope_parameters"}
+    unsaid = unsaid if "Llama-4" in conf else set()
+    assert {each.name for each in from_flags.differences(released)} <= unsaid
     assert from_flags.max_position_embeddings == released.max_position_embeddings
     assert model_description.architecture(args, RELEASED[conf]) == released
 

@@ -87,6 +87,8 @@ class Family:
         per_layer_keys: keys that hold a list with one entry for each layer.
         partial_rotary: its models heed ``partial_rotary_factor``.
         not_quantized: why no engine reads its models with quantized weights; empty: engines do.
+        weights_read: number formats of quantized weights in which engines read its models, where
+            they do not read all; ``weights_reason`` says why.
         not_pruned: why its models cannot be pruned; empty: they can.
         prefix: of the text model's tensors, where its keys are in ``text_config``: the model sees
             images too. What is not below it is carried.
@@ -103,6 +105,8 @@ class Family:
     refused: tuple[Refused, ...] = ()
     parts: frozenset[str] = frozenset()
     not_quantized: str = ""
+    weights_read: tuple[str, ...] = ()
+    weights_reason: str = ""
     not_pruned: str = ""
     per_layer_keys: tuple[str, ...] = ("layer_types", "mlp_layer_types", "no_rope_layers")
     partial_rotary: bool = False

@@ -50,7 +50,7 @@ def read(config: Mapping[str, Any], *, partial_rotary: bool, interleaved: bool) 
         UsageError: for a scaling that is not computed, and for files whose readers disagree about
             what is rotated.
     """
-    scaling = {key: value for key, value in rope_scaling(config).items() if value is not None}
+    scaling = rope_scaling(config)
     stated = {**config, **scaling}
     values = {
         "rotary_base": float(stated.get("rope_theta", 10000.0)),
