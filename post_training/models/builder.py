@@ -208,7 +208,9 @@ def _layer_spec(config: TransformerConfig, options: BuildOptions) -> Any:
     if options.layer_spec == "transformer_engine":
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
+        return get_gpt_decoder_block_spec(
+            config, use_transformer_engine=True, qk_l2_norm=config.qk_l2_norm
+        )
     from megatron.core.post_training.modelopt.gpt.model_specs import get_gpt_modelopt_spec
 
     spec = get_gpt_modelopt_spec(

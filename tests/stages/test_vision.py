@@ -52,11 +52,16 @@ def test_the_text_model_computes_and_everything_comes_back(model, tmp_path):
         ("convert", ("--pretrained-model-path", folder, "--save", tmp_path / "megatron")),
         ("export", ("--load", tmp_path / "megatron", "--export-dir", tmp_path / "exported")),
         tools.logits_job(tmp_path / "logits", ids, "--load", tmp_path / "megatron", "--fp32"),
+        tools.logits_job(
+            *(tmp_path / "fused", ids, "--pretrained-model-path", folder, "--fp32"),
+            "--export-default-te-spec",
+        ),
     )
     tools.run_stages(*jobs)
     wanted = tools.transformers_logits(reference, ids)
     assert wanted.std() > 0.5
-    assert (tools.read_logits(tmp_path / "logits") - wanted).abs().max() < 1e-4
+    for name in ("logits", "fused"):
+        assert (tools.read_logits(tmp_path / name) - wanted).abs().max() < 1e-4
     before, after = (dict(tools.tensors(each)) for each in (folder, tmp_path / "exported"))
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
