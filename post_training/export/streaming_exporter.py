@@ -25,6 +25,7 @@ from post_training.export.fake_quantized import (
 )
 from post_training.export.folder import Tensors
 from post_training.export.joining import Joining
+from post_training.models import post_norms
 from post_training.models.families import registry as families
 from post_training.quantization import experts, quantizers
 
@@ -82,6 +83,12 @@ class StreamingExporter(GPTModelExporter):
             write = write if is_transformer else self._get_mamba_layer_state_dict
             yield partial(write, layer, layer.layer_number - 1)
         yield self._write_end
+
+    def _get_transformer_layer_state_dict(self, layer: Any, layer_id: int, **options: Any) -> None:
+        """As the original, which knows no norms after attention and MLP."""
+        super()._get_transformer_layer_state_dict(layer, layer_id, **options)
+        for name, norm in post_norms.of(layer).items():
+            self.rules[name](norm, layer_id)
 
     def _write_end(self) -> None:
         model = self.model

@@ -73,6 +73,7 @@ class Architecture:
     the values of the position embedding ``yarn`` by megatron-core's names, for attention without
     latents. ``multipliers`` are constant factors (``models/multipliers.py``): ``embedding`` of the
     embeddings, ``residual`` of what attention and MLP add, ``logits_divisor`` below the logits.
+    ``post_norms``: what attention and MLP give is normalized too (``models/post_norms.py``).
     ``attention_chunks`` (``size``, and 1 in ``layers`` for each layer that attends within chunks)
     and ``attention_temperature`` (``floor_scale`` and ``scale``, on layers without rotation) are
     Llama 4's (``models/llama4_attention.py``).
@@ -89,6 +90,7 @@ class Architecture:
     rope_parameters: dict[str, Any] | None = None
     yarn: dict[str, Any] | None = None
     multipliers: dict[str, float] | None = None
+    post_norms: bool = False
     attention_chunks: dict[str, Any] | None = None
     attention_temperature: dict[str, float] | None = None
     share_embeddings_and_output_weights: bool = False

@@ -135,6 +135,10 @@ def _complete(model: MegatronModule, architecture: Architecture) -> None:
         from post_training.models import rotary
 
         rotary.scale(model, architecture)
+    if architecture.post_norms:
+        from post_training.models import post_norms
+
+        post_norms.attach(model)
     if architecture.multipliers is not None:
         from post_training.models import multipliers
 

@@ -45,7 +45,8 @@ def per_stage(architecture: Architecture, parallel: Parallel) -> list[tuple[int,
         )
     stages = layers_per_stage(values["num_layers"], parallel)
     norm = _norm(values, values["hidden_size"])
-    attention = _attention(values, parallel.tensor) + norm
+    norms = 3 * norm if values["post_norms"] else norm
+    attention = _attention(values, parallel.tensor) + norms
     dense = attention + _mlp(values, values["ffn_hidden_size"], parallel.tensor)
     has_experts = moe_layers(values)
     sparse = attention + _experts(values, parallel) if any(has_experts) else 0

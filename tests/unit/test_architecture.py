@@ -303,7 +303,7 @@ def test_another_models_name_is_not_taken_for_a_misspelling(architecture):
     ("architecture", "reason"),
     [
         ("Gemma3ForCausalLM", "another base"),
-        ("Glm4ForCausalLM", "as well as what they get"),
+        ("Gemma2ForCausalLM", "capped"),
         ("Olmo2ForCausalLM", "over all heads at once"),
     ],
 )
