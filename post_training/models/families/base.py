@@ -245,7 +245,11 @@ class Family:
 
     def tiny_config(self, **changes: Any) -> dict[str, Any]:
         """The tests' tiny model as ``transformers.AutoConfig.for_model`` takes it."""
-        return {**TINY_SIZES, **self.tiny, "architectures": [self.architecture], **changes}
+        own = {"architectures": [self.architecture]}
+        if self.prefix:
+            text = {**TINY_SIZES, **self.tiny["text_config"], **changes}
+            return {**self.tiny, **own, "text_config": text}
+        return {**TINY_SIZES, **self.tiny, **own, **changes}
 
 
 def check_router(experts: Any, chosen: Any, *, normalized: bool) -> None:

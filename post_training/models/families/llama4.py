@@ -251,7 +251,7 @@ FAMILIES = (
         name="llama4-vision",
         architecture="Llama4ForConditionalGeneration",
         prefix="language_model.",
-        tiny={"model_type": "llama4", **_TINY},
+        tiny={"model_type": "llama4", "text_config": {"model_type": "llama4_text", **_TINY}},
         **_SHARED,
     ),
 )
