@@ -14,6 +14,7 @@ from safetensors import safe_open
 from post_training.checkpoints import dequantize
 from post_training.checkpoints.dequantize import BlockFp8, Mxfp4
 from post_training.common.safetensors_index import Entry
+from post_training.models import post_norms
 from post_training.models.families import registry as families
 
 
@@ -123,6 +124,14 @@ class Importer(GPTModelImporter):
         if getattr(module, "expert_bias", None) is not None:
             options["dtype"] = torch.float32
         super()._name_remapping(module, prefix, **options)
+
+    def _import_transformer_layer(
+        self, layer: Any, layer_id: int, layer_pbar: Any, is_mtp: bool = False
+    ) -> None:
+        """The original knows no norms after attention and MLP."""
+        super()._import_transformer_layer(layer, layer_id, layer_pbar, is_mtp=is_mtp)
+        for name, norm in post_norms.of(layer).items():
+            self.rules[name](norm, layer_id)
 
     def _unpack_name_remapping(
         self, module: Any, prefix: str, layer_type: str, is_mtp: bool = False

@@ -35,9 +35,9 @@ class Carried:
             yield from ({name: tensor} for name, tensor in extra_tensors.read(self.source))
 
     def excluded(self) -> list[str]:
-        """Patterns for ``exclude_modules``: the layers that they are of."""
+        """Patterns for ``exclude_modules``: the layers that they are of, and other modules."""
         modules = (name.split(".")[:-1] for name in self.names)
-        return sorted({f"{'.'.join(parts[:3])}.*" for parts in modules})
+        return sorted({".".join(parts[:3] + ["*"] * (len(parts) > 3)) for parts in modules})
 
     def problems(self, written: Folder) -> list[str]:
         """What differs in a folder from the source, bit for bit."""

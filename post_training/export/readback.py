@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 
 from post_training.common import files, safetensors_index
+from post_training.export import stacked_experts
 from post_training.export.decoders import compressed_tensors
 from post_training.export.decoders.base import Decoder
 from post_training.export.decoders.registry import DECODERS, SCALES
@@ -69,7 +70,8 @@ class Folder:
             tensors = {name: each for name, each in model.named_buffers() if name in kept}
             saved = revert_weight_conversion(model, {**dict(model.named_parameters()), **tensors})
         published = {each: name for name, each in families.of(self.config).other_names.items()}
-        return {published.get(name, name): tuple(each.shape) for name, each in saved.items()}
+        shapes = {published.get(name, name): tuple(each.shape) for name, each in saved.items()}
+        return stacked_experts.named(shapes, self.index)
 
     def tensor(self, name: str) -> torch.Tensor:
         """One stored tensor, as it is."""
@@ -144,7 +146,6 @@ class Folder:
 
     def _untrained(self, **options: Any) -> PreTrainedModel:
         """A transformers model of this architecture with weights that are not quantized."""
-        # Late: the command line of post_training.answer is checked without it.
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
         auto = AutoModelForImageTextToText if "text_config" in self.config else AutoModelForCausalLM
@@ -152,7 +153,7 @@ class Folder:
 
     def _loaded(self) -> Any:
         """The model with its dequantized weights, in float32."""
-        weights = {name: self.dequantized(name) for name in self.expected}
+        weights = stacked_experts.joined({n: self.dequantized(n) for n in self.expected})
         with torch.device("meta"):
             model_class: Any = type(self._untrained())
         return model_class.from_pretrained(

@@ -25,7 +25,9 @@ from post_training.export.fake_quantized import (
 )
 from post_training.export.folder import Tensors
 from post_training.export.joining import Joining
+from post_training.models import post_norms
 from post_training.models.families import registry as families
+from post_training.quantization import experts, quantizers
 
 # From a linear layer to a float32 tensor of its weight's shape, [out, in].
 View = Callable[[Any], torch.Tensor]
@@ -36,6 +38,18 @@ class StreamingExporter(GPTModelExporter):
 
     _view: View | None = None
     _state_dict: Any
+    rules: dict[str, Any]
+
+    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        """Experts that files hold in one tensor are written one by one where they have scales.
+
+        The original gives all of them the largest scale, which rounds the others' weights again.
+        """
+        super().__init__(model, *args, **kwargs)
+        own = {n: rule for n, rule in self.rules.items() if n.startswith("quantized_experts.")}
+        if own and any(experts.is_expert(name) for name, _ in quantizers.enabled(model)):
+            names = {n.replace("quantized_", "local_"): rule for n, rule in own.items()}
+            self.rules = {**self.rules, **names, "use_packed_local_experts": False}
 
     def groups(self) -> Iterator[Tensors]:
         """Tensors by Hugging Face name, weights packed by ModelOpt: embedding, each layer, then
@@ -69,6 +83,12 @@ class StreamingExporter(GPTModelExporter):
             write = write if is_transformer else self._get_mamba_layer_state_dict
             yield partial(write, layer, layer.layer_number - 1)
         yield self._write_end
+
+    def _get_transformer_layer_state_dict(self, layer: Any, layer_id: int, **options: Any) -> None:
+        """As the original, which knows no norms after attention and MLP."""
+        super()._get_transformer_layer_state_dict(layer, layer_id, **options)
+        for name, norm in post_norms.of(layer).items():
+            self.rules[name](norm, layer_id)
 
     def _write_end(self) -> None:
         model = self.model

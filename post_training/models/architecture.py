@@ -73,6 +73,7 @@ class Architecture:
     the values of the position embedding ``yarn`` by megatron-core's names, for attention without
     latents. ``multipliers`` are constant factors (``models/multipliers.py``): ``embedding`` of the
     embeddings, ``residual`` of what attention and MLP add, ``logits_divisor`` below the logits.
+    ``post_norms``: what attention and MLP give is normalized too (``models/post_norms.py``).
     ``attention_chunks`` (``size``, and 1 in ``layers`` for each layer that attends within chunks)
     and ``attention_temperature`` (``floor_scale`` and ``scale``, on layers without rotation) are
     Llama 4's (``models/llama4_attention.py``).
@@ -89,6 +90,7 @@ class Architecture:
     rope_parameters: dict[str, Any] | None = None
     yarn: dict[str, Any] | None = None
     multipliers: dict[str, float] | None = None
+    post_norms: bool = False
     attention_chunks: dict[str, Any] | None = None
     attention_temperature: dict[str, float] | None = None
     share_embeddings_and_output_weights: bool = False
@@ -141,6 +143,7 @@ class Architecture:
         if self.is_hybrid:
             derived["mamba_num_heads"] = 2 * hidden // values["mamba_head_dim"]
         values |= {name: value for name, value in derived.items() if values[name] is None}
+        values["no_rope_freq"] = self._unrotated(values["no_rope_freq"])
         if values["num_moe_experts"] and values["moe_ffn_hidden_size"] is None:
             values["moe_ffn_hidden_size"] = values["ffn_hidden_size"]
         return values | {n: getattr(self, n) for n in OWN_FIELDS}
@@ -168,7 +171,16 @@ class Architecture:
         names = stated.keys() - self.irrelevant() - {"moe_router_dtype"}
         if self.is_hybrid:
             names -= {"position_embedding_type", "rotary_base", "rotary_percent"}
+        if "no_rope_freq" in stated:
+            stated = {**stated, "no_rope_freq": self._unrotated(stated["no_rope_freq"])}
         return _differing(stated, self.resolved(), names)
+
+    def _unrotated(self, frequency: Any) -> Any:
+        """``no_rope_freq`` as a list: of a number n, each n-th layer is not rotated."""
+        layers = self.transformer.get("num_layers") or 0
+        if not isinstance(frequency, int) or frequency < 1 or layers % frequency:
+            return frequency
+        return ([0] * (frequency - 1) + [1]) * (layers // frequency)
 
     def irrelevant(self) -> set[str]:
         """Names whose values do not influence this model."""

@@ -138,6 +138,10 @@ def _complete(model: MegatronModule, architecture: Architecture) -> None:
         from post_training.models import rotary
 
         rotary.scale(model, architecture)
+    if architecture.post_norms:
+        from post_training.models import post_norms
+
+        post_norms.attach(model)
     if architecture.multipliers is not None:
         from post_training.models import multipliers
 
@@ -235,7 +239,9 @@ def _layer_spec(config: TransformerConfig, options: BuildOptions) -> Any:
     if options.layer_spec == "transformer_engine":
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True)
+        return get_gpt_decoder_block_spec(
+            config, use_transformer_engine=True, qk_l2_norm=config.qk_l2_norm
+        )
     from megatron.core.post_training.modelopt.gpt.model_specs import get_gpt_modelopt_spec
 
     spec = get_gpt_modelopt_spec(

@@ -5,6 +5,7 @@ Hooks of the core attention, so that ModelOpt's classes for quantized keys and v
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -25,12 +26,21 @@ def attach(model: Any, architecture: Architecture) -> None:
             # Only rotated queries and keys are normalized; the norms have no weights.
             attention.q_layernorm = attention.k_layernorm = IdentityOp()
             if temperature is not None:
-                hook = partial(_temper, temperature["floor_scale"], temperature["scale"])
+                hook = tempering(temperature["floor_scale"], temperature["scale"])
                 attention.core_attention.register_forward_pre_hook(hook)
         if chunks is not None and chunks["layers"][index]:
-            core = attention.core_attention
-            core.register_forward_pre_hook(partial(_divide, chunks["size"]))
-            core.register_forward_hook(_join)
+            chunk(attention.core_attention, chunks["size"])
+
+
+def tempering(floor: float, scale: float) -> Callable[..., Any]:
+    """A forward pre-hook of a core attention, of layers without rotation."""
+    return partial(_temper, floor, scale)
+
+
+def chunk(core: torch.nn.Module, size: int) -> None:
+    """Let each query of a core attention see its chunk alone."""
+    core.register_forward_pre_hook(partial(_divide, size))
+    core.register_forward_hook(_join)
 
 
 def _temper(floor: float, scale: float, _core: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -61,8 +71,8 @@ def _divide(size: int, core: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | 
         mask = None if mask is None else mask[..., start:]
         return query, key[start:], value[start:], mask, *others
     if mask is not None and mask.shape[-2:] == (queries, keys):
-        chunk = torch.arange(keys, device=query.device) // size
-        return query, key, value, mask | (chunk[-queries:, None] != chunk), *others
+        chunks = torch.arange(keys, device=query.device) // size
+        return query, key, value, mask | (chunks[-queries:, None] != chunks), *others
     if queries != keys:
         raise ValueError("several queries after a cache need a mask")
     core.divided = (queries, query.shape[1])

@@ -68,6 +68,7 @@ def _layers(values: dict[str, Any], parallel: Parallel) -> list[int]:
     mlp = norm + _mlp(values, values["ffn_hidden_size"], parallel.tensor)
     experts = norm + _experts(values, parallel) if values["num_moe_experts"] else 0
     if not (letters := values["hybrid_layer_pattern"]):
+        attention += 2 * norm if values["post_norms"] else 0
         return [attention + (experts if moe else mlp) for moe in moe_layers(values)]
     mamba = norm + _mamba(values, parallel.tensor)
     parts = {"M": mamba, "*": attention, "-": mlp, "E": experts}

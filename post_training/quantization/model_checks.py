@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from post_training.common.errors import UsageError
 from post_training.models.architecture import Architecture
@@ -19,6 +19,7 @@ def check(
     allow_unexportable: bool,
     *,
     method: str,
+    weights: Collection[str] | None,
 ) -> None:
     """Raise UsageError for a model that no engine reads quantized, or not as asked.
 
@@ -26,8 +27,13 @@ def check(
         what: the format, in a message.
         kv_caches: how keys and values are to be quantized, by the flag that says so.
         method: of calibration; empty where the format does not say it.
+        weights: number formats that weights may get; None: a recipe says it.
     """
-    reason = families.family_of(architecture).not_quantized
+    family = families.family_of(architecture)
+    reason = family.not_quantized
+    if family.weights_read and (weights is None or not set(weights) <= {*family.weights_read}):
+        known = " and ".join(family.weights_read)
+        reason = f"{family.weights_reason}; weights in {known} are read, by a format's name"
     if reason and not allow_unexportable:
         raise exportable.unexportable(what, Verdict(reason=reason))
     if architecture.is_hybrid and method in (*FOLDED_METHODS, GPTQ):

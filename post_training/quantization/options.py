@@ -150,10 +150,13 @@ def check(options: QuantizeOptions, choice: Choice, architecture: Architecture |
         in_format, method = NO_KV_CACHE, ""
         if isinstance(choice, Format):
             in_format, method = choice.kv, choice.method
+        named = [choice] if isinstance(choice, Format) else options.auto.formats
+        weights = [each.linear.weight for each in named if each.linear]
         asked, what = options.export_kv_cache_quant, f"--export-quant-cfg {name_of(choice)}"
         kv_caches = {f"--export-kv-cache-quant {asked}": asked, what: in_format}
         allowed = options.allow_unexportable
-        model_checks.check(architecture, what, kv_caches, allowed, method=method)
+        used = None if isinstance(choice, Recipe) else weights
+        model_checks.check(architecture, what, kv_caches, allowed, method=method, weights=used)
     if isinstance(choice, Format):
         _check_format(options, choice, architecture)
     sizes = options.parallel

@@ -6,11 +6,18 @@ Models with experts are in test_experts.py, but for what the export itself reads
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import tools
 import torch
-from test_quantized_export import TOLERANCES, decode, engine_logits, stored_tensors
+from test_quantized_export import (
+    TOLERANCES,
+    decode,
+    engine_logits,
+    rounded_input,
+    stored_tensors,
+)
 
 from post_training.export.joining import Joining
 
@@ -75,6 +82,34 @@ def test_each_expert_of_an_exported_model_has_its_scales(exported, family):
     assert len(linears) == matrices * values["num_moe_experts"] * layers
     for linear in linears:
         assert {f"{linear}weight_scale", f"{linear}input_scale"} <= names
+
+
+def test_engine_logits_of_experts_that_transformers_has_in_one_tensor(exported):
+    root, models = exported
+    tensors = stored_tensors(root / "llama4 hf")
+
+    def linear(name, x):
+        x = rounded_input(x, tensors[f"{name}.input_scale"].float(), is_fp8=True)
+        return torch.nn.functional.linear(x, decode(tensors, name))
+
+    def experts(prefix, count, hidden):
+        found = []
+        for number, x in enumerate(hidden.chunk(count)):
+            name = f"{prefix}.{number}"
+            gate, up = (linear(f"{name}.{part}_proj", x) for part in ("gate", "up"))
+            found.append(linear(f"{name}.down_proj", torch.nn.functional.silu(gate) * up))
+        return torch.cat(found)
+
+    sparse = 0
+    for name, module in models["llama4"].named_modules():
+        if name.endswith("feed_forward.experts"):
+            module.forward = partial(experts, name, module.num_experts)
+            sparse += 1
+    actual, quantized = engine_logits(root / "llama4 hf", models["llama4"], tools.tokens())
+    # Attention, and in the others of the four layers a dense MLP or a shared expert.
+    assert (sparse, quantized) == (2, 4 * (4 + 3))
+    wanted = tools.read_logits(root / "llama4 logits")
+    assert (actual - wanted).abs().mean() < TOLERANCES["FP8_DEFAULT_CFG"] * wanted.std()
 
 
 @pytest.mark.parametrize("family", SIMULATED)

@@ -52,11 +52,16 @@ def test_the_text_model_computes_and_everything_comes_back(model, tmp_path):
         ("convert", ("--pretrained-model-path", folder, "--save", tmp_path / "megatron")),
         ("export", ("--load", tmp_path / "megatron", "--export-dir", tmp_path / "exported")),
         tools.logits_job(tmp_path / "logits", ids, "--load", tmp_path / "megatron", "--fp32"),
+        tools.logits_job(
+            *(tmp_path / "fused", ids, "--pretrained-model-path", folder, "--fp32"),
+            "--export-default-te-spec",
+        ),
     )
     tools.run_stages(*jobs)
     wanted = tools.transformers_logits(reference, ids)
     assert wanted.std() > 0.5
-    assert (tools.read_logits(tmp_path / "logits") - wanted).abs().max() < 1e-4
+    for name in ("logits", "fused"):
+        assert (tools.read_logits(tmp_path / name) - wanted).abs().max() < 1e-4
     before, after = (dict(tools.tensors(each)) for each in (folder, tmp_path / "exported"))
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -65,6 +70,49 @@ def test_the_text_model_computes_and_everything_comes_back(model, tmp_path):
     carried = [name for name in before if not name.startswith("language_model.")]
     run = json.loads((tmp_path / "exported" / "run.json").read_text())
     assert run["metrics"]["tensors_carried"] == len(carried) > 40
+
+
+def test_quantized_it_keeps_what_sees_images_in_16_bits(model, tmp_path):
+    folder, _ = model
+    lines = (json.dumps({"text": f"line {i}: " + "some text " * 9}) for i in range(20))
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    source = ("--pretrained-model-path", folder)
+    tools.run_stages(
+        (
+            "quantize",
+            (
+                *(*source, "--save", tmp_path / "megatron", "--export-quant-cfg", "fp8"),
+                *("--calib-dataset-path-or-name", tmp_path / "text.jsonl", "--skip-generate"),
+                *("--calib-size", 8, "--calib-max-sequence-length", 64),
+            ),
+        ),
+        ("export", ("--load", tmp_path / "megatron", "--export-dir", tmp_path / "exported")),
+    )
+    before, after = (dict(tools.tensors(each)) for each in (folder, tmp_path / "exported"))
+    for name, tensor in before.items():
+        if not name.startswith("language_model."):
+            assert torch.equal(after[name], tensor)
+    expert = "language_model.model.layers.1.feed_forward.experts.3.gate_proj"
+    assert after[f"{expert}.weight"].dtype == torch.float8_e4m3fn
+    config = json.loads((tmp_path / "exported" / "config.json").read_text())
+    excluded = config["quantization_config"]["ignore"]
+    assert {"vision_model.model.layers.*", "multi_modal_projector.linear_1"} <= set(excluded)
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags", "parts"),
+    [
+        ("quantize", ("--export-quant-cfg", "INT8_DEFAULT_CFG"), ["rows", "fp8 and nvfp4"]),
+        ("quantize", ("--recipe", "general/ptq/fp8_default-kv_fp8"), ["rows", "a format's name"]),
+        ("prune", ("--prune-export-config", '{"hidden_size": 64}'), ["pattern of rotation"]),
+        ("convert", ("--context-parallel-size", 2), ["CP=2", "chunks"]),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_the_work(model, tmp_path, stage, flags, parts):
+    where = ("--pretrained-model-path", model[0], "--save", tmp_path / "refused")
+    done = tools.run(f"{stage}.py", *where, *flags, "--check", code=2)
+    for part in parts:
+        assert part in done.stderr
 
 
 def test_end_tokens_are_those_of_the_text_model(model, tmp_path):

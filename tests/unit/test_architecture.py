@@ -27,7 +27,10 @@ def test_a_conf_states_what_the_released_config_json_says(conf):
     args = parse(*conf_flags(conf))
     from_flags = model_description.architecture(args)
     released = from_huggingface(RELEASED[conf])
-    assert from_flags.differences(released) == []
+    # What Megatron-LM has no flags for.
+    unsaid = {"attention_chunks", "attention_temperature", "rope_parameters"}
+    unsaid = unsaid if "Llama-4" in conf else set()
+    assert {each.name for each in from_flags.differences(released)} <= unsaid
     assert from_flags.max_position_embeddings == released.max_position_embeddings
     assert model_description.architecture(args, RELEASED[conf]) == released
 
@@ -300,7 +303,7 @@ def test_another_models_name_is_not_taken_for_a_misspelling(architecture):
     ("architecture", "reason"),
     [
         ("Gemma3ForCausalLM", "another base"),
-        ("Glm4ForCausalLM", "as well as what they get"),
+        ("Gemma2ForCausalLM", "capped"),
         ("Olmo2ForCausalLM", "over all heads at once"),
     ],
 )

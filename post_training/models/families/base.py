@@ -84,10 +84,11 @@ class Family:
         per_layer_keys: keys that hold a list with one entry for each layer.
         partial_rotary: its models heed ``partial_rotary_factor``.
         not_quantized: why no engine reads its models with quantized weights; empty: engines do.
+        weights_read: number formats of quantized weights in which engines read its models, where
+            they do not read all; ``weights_reason`` says why.
         not_pruned: why its models cannot be pruned; empty: they can.
         prefix: of the text model's tensors, where its keys are in ``text_config``: the model sees
             images too. What is not below it is carried.
-        not_drafted: why no draft is attached to its models; empty: EAGLE3's is.
         other_names: tensors of the files -> what transformers saves them as, where it is not the
             published name. Both are read; the published one is written.
         tiny: keys of a tiny model for the tests, ``model_type`` included; the sizes are
@@ -103,6 +104,8 @@ class Family:
     refused: tuple[Refused, ...] = ()
     parts: frozenset[str] = frozenset()
     not_quantized: str = ""
+    weights_read: tuple[str, ...] = ()
+    weights_reason: str = ""
     not_pruned: str = ""
     other_names: Mapping[str, str] = field(default_factory=dict)
     per_layer_keys: tuple[str, ...] = ("layer_types", "mlp_layer_types", "no_rope_layers")
@@ -242,7 +245,11 @@ class Family:
 
     def tiny_config(self, **changes: Any) -> dict[str, Any]:
         """The tests' tiny model as ``transformers.AutoConfig.for_model`` takes it."""
-        return {**TINY_SIZES, **self.tiny, "architectures": [self.architecture], **changes}
+        own = {"architectures": [self.architecture]}
+        if self.prefix:
+            text = {**TINY_SIZES, **self.tiny["text_config"], **changes}
+            return {**self.tiny, **own, "text_config": text}
+        return {**TINY_SIZES, **self.tiny, **own, **changes}
 
 
 def check_router(experts: Any, chosen: Any, *, normalized: bool) -> None:

@@ -199,6 +199,9 @@ class Llama4(Family):
                     f"local_experts.{linear}": PackNameRemapping(name, {"layer_type": linear})
                     for linear, name in packed.items()
                 },
+                # Each with scales of its own, as vLLM reads them too (llama4.py, load_weights).
+                "quantized_experts.linear_fc1": GatedMLPSlicing(f"{experts}{{}}."),
+                "quantized_experts.linear_fc2": NameRemapping(f"{experts}{{}}.down_proj."),
             },
         )
 
@@ -231,8 +234,10 @@ _SHARED: dict[str, Any] = {
     "defaults": _DEFAULTS,
     "refused": (ONLY_SILU, NO_ATTENTION_BIAS),
     "parts": frozenset({"experts"}),
-    "not_quantized": "engines take one scale for all experts of a layer, ModelOpt calibrates one "
-    "for each",
+    # vLLM's llama4.py, permute_qk_weight_for_rotary.
+    "weights_read": ("fp8", "nvfp4"),
+    "weights_reason": "vLLM reorders the rows of Llama 4's queries and keys while loading, but of "
+    "their scales only NVFP4's",
     "not_pruned": "ModelOpt cuts neither the layers' pattern of rotation nor experts in one tensor",
 }
 FAMILIES = (
@@ -246,7 +251,7 @@ FAMILIES = (
         name="llama4-vision",
         architecture="Llama4ForConditionalGeneration",
         prefix="language_model.",
-        tiny={"model_type": "llama4", **_TINY},
+        tiny={"model_type": "llama4", "text_config": {"model_type": "llama4_text", **_TINY}},
         **_SHARED,
     ),
 )

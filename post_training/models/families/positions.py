@@ -50,10 +50,9 @@ def read(config: Mapping[str, Any], *, partial_rotary: bool, interleaved: bool) 
         UsageError: for a scaling that is not computed, and for files whose readers disagree about
             what is rotated.
     """
-    given = rope_scaling(config)
-    if given.get("rope_theta", 0) is None:
+    scaling = rope_scaling(config)
+    if scaling.get("rope_theta", 0) is None:
         refuse("rope_parameters: rope_theta = None", "the base of the rotation is needed")
-    scaling = {key: value for key, value in given.items() if value is not None}
     stated = {**config, **scaling}
     values = {
         "rotary_base": float(stated.get("rope_theta", 10000.0)),

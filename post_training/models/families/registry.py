@@ -41,16 +41,11 @@ _NORMS_AFTER = (
     "it normalizes what attention and MLP give in place of what they get, and queries and keys "
     "over all heads at once, which megatron-core's layers do not"
 )
-_NORMS_BOTH = (
-    "it normalizes what attention and MLP give as well as what they get, which megatron-core's "
-    "layers do not"
-)
-_GEMMA = f"{_NORMS_BOTH}; its layers within a window are rotated by another base than the others"
+_GEMMA = "its layers within a window are rotated by another base than the others"
 _NOT_COMPUTED = {
-    "Gemma2ForCausalLM": f"{_NORMS_BOTH}; its attention scores and logits are capped",
+    "Gemma2ForCausalLM": "its attention scores and logits are capped",
     "Gemma3ForCausalLM": _GEMMA,
     "Gemma3ForConditionalGeneration": _GEMMA,
-    "Glm4ForCausalLM": _NORMS_BOTH,
     "GraniteMoeForCausalLM": "a layer's experts are two tensors (input_linear, output_linear), for "
     "which there are no rules yet",
     "Olmo2ForCausalLM": _NORMS_AFTER,
