@@ -24,16 +24,6 @@ SCRIPT_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=conf/arguments.sh
 source "$SCRIPT_DIR/conf/arguments.sh"
 
-# has_draft CHECKPOINT WORDS...: whether its run.json says so, or a word that only a draft has a use
-# for, where an earlier job may be going to make the checkpoint.
-has_draft() {
-  local features="[[:space:]]--(offline-distillation-data|export-offline-model)[[:space:]=]"
-  [[ ! " ${*:2} ${MLM_EXTRA_ARGS:-} " =~ $features ]] || return 0
-  [[ -f "$1/run.json" ]] || return 1
-  "$PYTHON" -c 'import json, sys; sys.exit(not json.load(open(sys.argv[1])).get("draft"))' \
-    "$1/run.json" 2>/dev/null
-}
-
 start finetune "$@"
 if has_draft "${MLM_MODEL_CKPT:-}" "$@"; then
   require MLM_MODEL_CKPT "the checkpoint with the draft to train"

@@ -60,6 +60,16 @@ require() {
   [[ -n "${!1:-}" ]] || fail "$1 (not set)" "$2 is needed" "$1=... bash $(basename "$0") <conf>"
 }
 
+# has_draft CHECKPOINT WORDS...: whether its run.json says so, or a word that only a draft has a use
+# for, where an earlier job may be going to make the checkpoint.
+has_draft() {
+  local features="[[:space:]]--(offline-distillation-data|export-offline-model)[[:space:]=]"
+  [[ ! " ${*:2} ${MLM_EXTRA_ARGS:-} " =~ $features ]] || return 0
+  [[ -f "$1/run.json" ]] || return 1
+  "$PYTHON" -c 'import json, sys; sys.exit(not json.load(open(sys.argv[1])).get("draft"))' \
+    "$1/run.json" 2>/dev/null
+}
+
 # start STAGE CONF [WORDS...]: read the set-up files, the conf and the defaults; fill FLAGS, REST.
 start() {
   local stage=$1

@@ -21,7 +21,7 @@ from post_training.common.quiet import quiet
 from post_training.config.options import StageOptions
 from post_training.distributed.collectives import from_all_ranks, on_first_rank
 from post_training.distributed.session import Session
-from post_training.export import compressed_tensors, readback, scaled_fp8
+from post_training.export import comparison, compressed_tensors, readback, scaled_fp8
 from post_training.export.carried import Carried
 from post_training.export.fake_quantized import fake_quantized, unpack
 from post_training.export.folder import require_equal, write_tensors
@@ -117,7 +117,7 @@ def write(
     mine: list[str] = []
     for (group,) in progress(exporter.views(fake_quantized), desc="reading back"):
         mine += group
-        problems += readback.compare(written, group.items(), dtype)
+        problems += comparison.compare(written, group.items(), dtype)
     problems += carried.problems(written)
     mine += carried.names
     compared = {name for each in from_all_ranks(mine) for name in each}

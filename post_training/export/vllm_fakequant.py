@@ -27,7 +27,7 @@ from post_training.common.quiet import quiet
 from post_training.config.options import StageOptions
 from post_training.distributed.collectives import from_all_ranks, on_first_rank
 from post_training.distributed.session import Session
-from post_training.export import readback
+from post_training.export import comparison, readback
 from post_training.export.carried import Carried
 from post_training.export.fake_quantized import fake_quantized, unpack
 from post_training.export.folder import Tensors, require_equal, write_tensors
@@ -131,7 +131,7 @@ def write(
     for (group,) in progress(exporter.views(fake_quantized), desc="reading back"):
         plain = {name: value for name, value in group.items() if not name.endswith(_SCALE)}
         compared += plain
-        problems += readback.compare(written, plain.items(), dtype)
+        problems += comparison.compare(written, plain.items(), dtype)
     problems += carried.problems(written)
     compared += carried.names
     names = {name for each in from_all_ranks(compared) for name in each}

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from post_training.common.errors import UsageError
 from post_training.config import arguments
-from post_training.export import readback
+from post_training.export import comparison, readback
 from post_training.export.compressed_tensors import pack
 from quantize import QuantizeOptions, check
 
@@ -363,7 +363,7 @@ def test_a_damaged_folder_is_not_accepted(exported, tmp_path, what):
     reference = [(f"{MODULE}.weight", decode(dict(tools.tensors(source)), MODULE))]
     try:
         folder = readback.Folder(tmp_path)
-        problems = [*folder.problems(), *readback.compare(folder, reference, torch.float32)]
+        problems = [*folder.problems(), *comparison.compare(folder, reference, torch.float32)]
     except ValueError as error:
         problems = [str(error)]
     assert any(PROBLEMS[what] in each for each in problems), problems
@@ -403,7 +403,7 @@ def test_a_damaged_fp8_folder_is_not_accepted(exported, tmp_path, name, what):
     folder = readback.Folder(tmp_path)
     problems = [
         *folder.problems(),
-        *readback.compare(folder, [(f"{MODULE}.weight", original)], torch.float32),
+        *comparison.compare(folder, [(f"{MODULE}.weight", original)], torch.float32),
     ]
     assert any(FP8_PROBLEMS[what] in each for each in problems), problems
 

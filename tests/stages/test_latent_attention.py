@@ -220,12 +220,14 @@ def test_a_rank_reads_its_part_of_a_block(root, fp8, done):
 
 
 def test_fp8_weights_without_scales_are_refused(root, fp8, tmp_path):
+    damaged = tmp_path / "model"
+    damaged.mkdir()
     for each in (root / "fp8").glob("*.json"):
-        (tmp_path / each.name).write_bytes(each.read_bytes())
+        (damaged / each.name).write_bytes(each.read_bytes())
     lost = "model.layers.0.self_attn.o_proj.weight_scale_inv"
     stored = {name: t for name, t in tools.tensors(root / "fp8") if name != lost}
-    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    flags = ("--pretrained-model-path", tmp_path, "--save", tmp_path / "refused")
+    save_file(stored, damaged / "model.safetensors", metadata={"format": "pt"})
+    flags = ("--pretrained-model-path", damaged, "--save", tmp_path / "refused")
     done = tools.run("convert.py", *flags, code=2)
     assert "o_proj.weight is FP8, and nothing says with which scales" in done.stderr
 

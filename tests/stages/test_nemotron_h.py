@@ -52,5 +52,5 @@ def test_a_hybrid_without_a_pattern_and_methods_that_were_not_tried_are_refused(
     hybrid = families.from_huggingface(tools.FAMILIES["nemotron-h"].tiny_config())
     for method in ("awq_lite", "smoothquant", "gptq"):
         with pytest.raises(UsageError, match=f"{method} was not tried"):
-            model_checks.check(hybrid, "X", {}, False, method=method)
-    model_checks.check(hybrid, "X", {}, False, method="max")
+            model_checks.check(hybrid, "X", {}, False, method=method, weights=None)
+    model_checks.check(hybrid, "X", {}, False, method="max", weights=None)
