@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 NEEDED = 0.95
 
@@ -29,6 +30,12 @@ def first_difference(mine: list[int], theirs: list[int]) -> int | None:
 def until(tokens: list[int], end: int | None) -> list[int]:
     """The tokens up to the first ``end``, that one included."""
     return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+
+
+def margin(mine: dict[str, Any], index: int) -> str:
+    """How near to a tie the token was here, if the file says so."""
+    known = mine.get("margins", [])[index : index + 1]
+    return f", the best two logits {known[0]} apart here" if known else ""
 
 
 def main() -> None:
@@ -52,7 +59,7 @@ def main() -> None:
         else:
             print(
                 f"prompt {number}: token {index}: here {mine_ids[index : index + 1]}, "
-                f"in the engine {their_ids[index : index + 1]}"
+                f"in the engine {their_ids[index : index + 1]}{margin(mine, index)}"
             )
     print(f"{same} of {len(ours)} prompts have the same greedy tokens")
     if same < NEEDED * len(ours):

@@ -2,7 +2,8 @@
 
     python benchmarks/greedy_tokens.py --load CHECKPOINT --prompts-file P.json --output OUT.json
 
-P.json is a list of strings. The output has ``prompt_token_ids`` and ``token_ids`` for each.
+P.json is a list of strings. The output has ``prompt_token_ids``, ``token_ids`` and ``margins`` for
+each: by how much the logit of each new token is above the next best.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from post_training.checkpoints import loading
 from post_training.checkpoints.source import Source, fetch_source, find_source
@@ -56,10 +59,27 @@ def greedy_tokens(plan: Plan, session: Session) -> None:
     new = generation.generate(model, ids, plan.options.max_new_tokens)
     if session.is_main:
         rows = [
-            {"prompt_token_ids": prompt, "token_ids": tokens}
+            {
+                "prompt_token_ids": prompt,
+                "token_ids": tokens,
+                "margins": margins(model, prompt, tokens),
+            }
             for prompt, tokens in zip(ids, new, strict=True)
         ]
         plan.output.write_text(json.dumps(rows), encoding="utf-8")
+
+
+def margins(model: torch.nn.Module, prompt: list[int], tokens: list[int]) -> list[float]:
+    """Differences of the two best logits where each of ``tokens`` was chosen; one process only."""
+    from post_training.inference import forward
+
+    core = forward.unwrap(model)
+    text = torch.tensor([[*prompt, *tokens]], device=forward.device_of(core))
+    with torch.inference_mode():
+        logits = forward.run(core, text, None)
+    assert logits is not None, "one pipeline stage only"
+    best = logits[0, len(prompt) - 1 : -1].float().topk(2).values
+    return [round(each, 4) for each in (best[:, 0] - best[:, 1]).tolist()]
 
 
 STAGE = Stage("greedy_tokens", GreedyOptions, check, greedy_tokens)

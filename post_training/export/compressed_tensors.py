@@ -74,7 +74,7 @@ class Scheme(Layout):
             "config_groups": {
                 "group_0": {
                     "targets": ["Linear"],
-                    "weights": {**weights, "group_size": self.group},
+                    "weights": {**weights, "group_size": self._group_size()},
                     "input_activations": inputs,
                     "output_activations": None,
                     "format": layout,
@@ -82,6 +82,10 @@ class Scheme(Layout):
             },
         }
         return Configuration(declared)
+
+    def _group_size(self) -> int | None:
+        """As vLLM 0.24 wants it: its kernel of experts stops at a null for a scale a row."""
+        return self.group or (None if self.static_inputs else -1)
 
 
 # By the name that quantization/formats gives them.

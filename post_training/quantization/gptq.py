@@ -4,7 +4,8 @@ Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-tr
 Transformers", 2022. The inputs of a layer come from the layers before it as they are already
 quantized, and within a layer one kind of linear follows the other (q, k, v; output; gate, up;
 down), so the Hessians in memory are those of one kind: a linear of n inputs has float32 [n, n]. The
-calibration's hidden states, one layer's, lie in host memory.
+calibration's hidden states, one layer's, lie on the device where they are a small part of it, else
+in host memory.
 
 ModelOpt's ``gptq`` is not used: it sums Hessians of no replicas, keeps scales that engines do not
 read (they are rounded to bfloat16 here before a column is), and has no answer for experts
@@ -130,15 +131,15 @@ def calibrate(
     batches = data.batches()
     with torch.no_grad(), InferenceMode.active():
         others = layerwise.other_arguments(core, batches[0])
-        states = [layerwise.first_input(core, batch) for batch in batches]
+        states = layerwise.first_inputs(core, batches)
         bar = tqdm(layers, desc="rounding", unit=" layers", disable=not data.show_progress)
-        for (layer, kinds), (given, keywords) in zip(bar, others, strict=True):
-            run = partial(layerwise.run, layer, states, given, keywords)
+        for (layer, kinds), given in zip(bar, others, strict=True):
+            observe = partial(layerwise.observe, layer, states, given)
             with _off([module for kind in kinds for module in kind]):
                 for part in itertools.chain.from_iterable(map(_parts, kinds)):
-                    _quantize(part, run, names, found)
+                    _quantize(part, observe, names, found)
             with experts.counting(layer, data.expert_tokens):
-                states = run()
+                states = layerwise.outputs(layer, states, given)
     data.gptq.update(found.of_all_ranks())
     _, ranks, _ = generation.data_parallel()
     data.tokens += sum(batch.numel() for batch in batches) * ranks
@@ -221,14 +222,14 @@ def _parts(kind: list[Any]) -> Iterator[list[Any]]:
 
 
 def _quantize(
-    kind: list[Any], run: Callable[[], Any], names: Mapping[int, str], found: _Found
+    kind: list[Any],
+    observe: Callable[[list[tuple[Any, layerwise.Hook]]], None],
+    names: Mapping[int, str],
+    found: _Found,
 ) -> None:
     """Quantize linears of one kind from their inputs in one run of the layer."""
     hessians = [_Hessian(module) for module in kind]
-    with contextlib.ExitStack() as stack:
-        for module, hessian in zip(kind, hessians, strict=True):
-            stack.callback(module.register_forward_pre_hook(hessian.add).remove)
-        run()
+    observe([(module, hessian.add) for module, hessian in zip(kind, hessians, strict=True)])
     broken = set()
     for module, hessian in zip(kind, hessians, strict=True):
         name = names[id(module)]

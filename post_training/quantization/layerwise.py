@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,13 +13,15 @@ from post_training.inference import forward
 
 # Positional ones after the hidden states, and those by name.
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+# A forward pre-hook.
+Hook = Callable[[torch.nn.Module, tuple[Any, ...]], None]
 
 
 class _ReachedError(Exception):
     """A forward pass came to the first layer; the rest is not needed."""
 
 
-def other_arguments(core: Any, batch: torch.Tensor) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+def other_arguments(core: Any, batch: torch.Tensor) -> list[Arguments]:
     """What each layer is called with beside the hidden states; the same for every batch."""
     seen: dict[int, Arguments] = {}
 
@@ -33,38 +36,76 @@ def other_arguments(core: Any, batch: torch.Tensor) -> list[tuple[tuple[Any, ...
     return [seen[n] for n in range(len(core.decoder.layers))]
 
 
-def first_input(core: Any, batch: torch.Tensor) -> torch.Tensor:
-    """Hidden states [s, b, h] that the first layer gets, in host memory."""
-    kept = []
+def first_inputs(core: Any, batches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Hidden states [s, b, h] that the first layer gets of each batch.
+
+    They stay on the model's device where a quarter of its free memory holds them and what is
+    computed of them, else in host memory.
+    """
+    kept: list[torch.Tensor] = []
+    device = forward.device_of(core)
+    place = torch.device("cpu")
 
     def keep(_module: torch.nn.Module, given: tuple[Any, ...], kwargs: Any) -> None:
         hidden = given[0] if given else kwargs["hidden_states"]
-        kept.append(hidden.detach().cpu())
+        kept.append(hidden.detach().to(place))
         raise _ReachedError
 
-    handle = core.decoder.layers[0].register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        forward.run(core, batch.to(forward.device_of(core)), None)
-    except _ReachedError:
-        pass
-    finally:
-        handle.remove()
-    return kept[0]
+    with contextlib.ExitStack() as stack:
+        stack.callback(
+            core.decoder.layers[0].register_forward_pre_hook(keep, with_kwargs=True).remove
+        )
+        for batch in batches:
+            with contextlib.suppress(_ReachedError):
+                forward.run(core, batch.to(device), None)
+            if len(kept) == 1 and _fits(2 * len(batches) * kept[0].nbytes, device):
+                place = device
+                kept[0] = kept[0].to(device)
+    return kept
 
 
-def run(
-    layer: torch.nn.Module,
-    states: list[torch.Tensor],
-    given: tuple[Any, ...],
-    kwargs: dict[str, Any],
+def _fits(size: int, device: torch.device) -> bool:
+    """Whether ``size`` bytes are a small part of the device's free memory."""
+    return device.type == "cuda" and 4 * size < torch.cuda.mem_get_info(device)[0]
+
+
+def outputs(
+    layer: torch.nn.Module, states: Sequence[torch.Tensor], others: Arguments
 ) -> list[torch.Tensor]:
-    """The layer's output for each hidden states, in host memory."""
-    device = next(layer.parameters()).device
-    found = []
-    for hidden in states:
-        if given or "hidden_states" in kwargs:
-            output = layer(hidden.to(device), *given, **kwargs)
-        else:
-            output = layer(hidden_states=hidden.to(device), **kwargs)
-        found.append((output[0] if isinstance(output, tuple) else output).cpu())
-    return found
+    """The layer's output for each hidden states, where these are."""
+    return [_run(layer, hidden, others).to(hidden.device) for hidden in states]
+
+
+def observe(
+    layer: torch.nn.Module,
+    states: Sequence[torch.Tensor],
+    others: Arguments,
+    hooks: Sequence[tuple[torch.nn.Module, Hook]],
+) -> None:
+    """Run the layer for each hidden states, and tell each hook its module's positional arguments.
+
+    What comes after a single module is not computed; with several, experts say, which of them are
+    called and in what order is the data's choice.
+    """
+
+    def last(module: torch.nn.Module, given: tuple[Any, ...]) -> None:
+        hooks[0][1](module, given)
+        raise _ReachedError
+
+    alone = len(hooks) == 1
+    with contextlib.ExitStack() as stack:
+        for module, hook in hooks:
+            stack.callback(module.register_forward_pre_hook(last if alone else hook).remove)
+        for hidden in states:
+            with contextlib.suppress(_ReachedError):
+                _run(layer, hidden, others)
+
+
+def _run(layer: torch.nn.Module, hidden: torch.Tensor, others: Arguments) -> torch.Tensor:
+    given, kwargs = others
+    hidden = hidden.to(next(layer.parameters()).device)
+    if given or "hidden_states" in kwargs:
+        output = layer(hidden, *given, **kwargs)
+    else:
+        output = layer(hidden_states=hidden, **kwargs)
+    return output[0] if isinstance(output, tuple) else output

@@ -30,9 +30,11 @@ def described(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{len(groups)} config_groups instead of one")
     (group,) = groups.values()
     weights, inputs = group.get("weights") or {}, group.get("input_activations")
-    found: Any = (weights.get("num_bits"), weights.get("group_size"), inputs is not None)
+    # -1 and null both say that the scale is the whole row's.
+    size = None if weights.get("group_size") == -1 else weights.get("group_size")
+    found: Any = (weights.get("num_bits"), size, inputs is not None)
     algorithm, layout = _ALGORITHMS.get(found, ("", ""))
-    strategy = "group" if weights.get("group_size") else "channel"
+    strategy = "group" if size else "channel"
     wanted = {"type": "int", "symmetric": True, "dynamic": False, "strategy": strategy}
     wrong = [key for key, value in wanted.items() if weights.get(key) != value]
     if inputs is not None:
