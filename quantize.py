@@ -111,6 +111,7 @@ def quantize(plan: Plan, session: Session) -> Quantized:
         "format": quantization_options.name_of(plan.choice),
         "weight_only": options.weight_only,
         "compressed": options.packed,
+        "left_out": list(options.left_out),
         "target": options.target,
         "exportable": result.found.exportable,
         **asdict(result.found),

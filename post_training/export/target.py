@@ -36,4 +36,5 @@ def check(source: Source, target: str) -> None:
             "(bash export.sh --list-formats shows them)",
         )
     if source.described is not None and target != recorded.get("target"):
-        kernels.check(what, algorithm, source.described.resolved(), target)
+        left_out = recorded.get("left_out", ())
+        kernels.check(what, algorithm, source.described.resolved(), target, left_out=left_out)

@@ -18,7 +18,7 @@ from modelopt.torch.quantization.config import QuantizeConfig
 from post_training.common.quiet import quiet
 from post_training.distributed.collectives import from_all_ranks
 from post_training.inference import forward
-from post_training.quantization import quantizers, recipes
+from post_training.quantization import leaving_out, quantizers, recipes
 from post_training.quantization.calibration import Calibration
 from post_training.quantization.configuration import (
     ALL_OFF,
@@ -53,6 +53,8 @@ def search(
         kv_entries = kv_entries or of_recipe
     else:
         arguments, score_size = _of_options(options), options.auto.auto_quantize_score_size
+    left_out = leaving_out.local_names(core, options.asked_to_leave_out)
+    arguments["disabled_layers"] += left_out
     if not options.allow_unexportable:
         _require_exportable(core, arguments, weight_only=options.weight_only, target=options.target)
     device = forward.device_of(core)

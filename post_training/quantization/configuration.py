@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from collections.abc import Iterator
 from typing import Any
 
 from modelopt.torch.quantization import config as modelopt_config
 from modelopt.torch.quantization.config import QuantizeConfig
 
-from post_training.quantization import recipes
+from post_training.quantization import layer_names, recipes
 from post_training.quantization.formats import registry as formats
 from post_training.quantization.formats.base import Format
 from post_training.quantization.options import QuantizeOptions
@@ -19,15 +18,7 @@ from post_training.quantization.recipes import Recipe
 
 Config = dict[str, Any]
 
-# Megatron's names for what a recipe calls by Hugging Face's: the linear that holds its rows.
-_MEGATRON_NAMES = (
-    (re.compile(r"(?<![a-z])o_proj"), "linear_proj"),
-    (re.compile(r"(?<![a-z])[qkv]_proj"), "linear_qkv"),
-    (re.compile(r"(?<![a-z])(gate_up|gate|up)_proj"), "linear_fc1"),
-    (re.compile(r"(?<![a-z])down_proj"), "linear_fc2"),
-)
-# Linears that compute queries, keys and values; with multi-latent attention there are several.
-QKV_PATTERNS = ("*.linear_qkv.*", "*.linear_q_*proj.*", "*.linear_kv_*proj.*")
+QKV_PATTERNS = tuple(f"{pattern}.*" for pattern in layer_names.QKV)
 ALL_OFF: Config = {"quantizer_name": "*", "enable": False}
 
 
@@ -108,7 +99,7 @@ def _with_megatron_names(entries: list[Config]) -> Iterator[Config]:
     for entry in entries:
         yield entry
         name = entry["quantizer_name"]
-        for pattern, ours in _MEGATRON_NAMES:
+        for pattern, ours in layer_names.MEGATRON_NAMES:
             translated = pattern.sub(ours, name)
             if translated not in given:
                 given.add(translated)

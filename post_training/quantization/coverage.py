@@ -20,7 +20,7 @@ from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 
 from post_training.common.errors import UsageError
 from post_training.distributed.collectives import from_all_ranks
-from post_training.quantization import quantizers
+from post_training.quantization import layer_names, quantizers
 from post_training.quantization.configuration import QKV_PATTERNS, Config
 from post_training.quantization.formats import registry as formats
 from post_training.quantization.formats.base import Linear
@@ -139,17 +139,20 @@ def _grouped(layers: Iterable[Layer]) -> list[str]:
     ]
 
 
-def survey(model: torch.nn.Module, config: Config | None = None) -> Coverage:
+def survey(
+    model: torch.nn.Module, config: Config | None = None, left_out: Sequence[str] = ()
+) -> Coverage:
     """What is quantized in ``model``, over the ranks of one replica; a collective call.
 
     Args:
         model: this rank's part, quantizers inserted.
         config: what was inserted, to say why the rest is not; None where a search decided.
+        left_out: patterns of ``--leave-out``.
 
     Raises:
         UsageError: on every rank, if the recipe matches a weight that has no quantizer, or none.
     """
-    mine = _survey_rank(model, config)
+    mine = _survey_rank(model, config, left_out)
     is_leader = (
         parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
         and parallel_state.get_tensor_model_parallel_rank() == 0
@@ -184,23 +187,28 @@ def survey(model: torch.nn.Module, config: Config | None = None) -> Coverage:
     return found
 
 
-def _survey_rank(model: torch.nn.Module, config: Config | None) -> Coverage:
+def _survey_rank(
+    model: torch.nn.Module, config: Config | None, left_out: Sequence[str]
+) -> Coverage:
     """This rank's part of :func:`survey`."""
     entries = config["quant_cfg"] if config else []
     tied = getattr(model, "share_embeddings_and_output_weights", False)
     layers, weights = [], set()
     for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is None or weight.ndim != 2 or "Embedding" in type(module).__name__:
+        if not is_linear(module):
             continue  # multiplies by no weight, or by another module's
+        weight = module._parameters["weight"]
         weights.add(id(weight))
         if tied and name == "output_layer":
             continue  # a copy of the embedding, on another pipeline stage
         form, reason = quantizers.linear_of(module), ""
-        if form is None:
+        whole = global_name(model, name)
+        if form is None and (pattern := layer_names.matching(whole, left_out)):
+            reason = f"--leave-out {pattern}"
+        elif form is None:
             searched = "the search left it in 16 bits"
             reason = _why_plain(name, module, entries) if config else searched
-        layers.append(Layer(global_name(model, name), _size(weight), form, reason))
+        layers.append(Layer(whole, _size(weight), form, reason))
     others = sum(
         _size(parameter)
         for name, parameter in model.named_parameters()
@@ -230,6 +238,12 @@ def _why_plain(name: str, module: torch.nn.Module, entries: Sequence[Config]) ->
     if not reason and isinstance(module, DownProjection):
         return "ModelOpt quantizes no down projections of latent attention"
     return reason
+
+
+def is_linear(module: torch.nn.Module) -> bool:
+    """Whether the module multiplies by a weight of its own."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.ndim == 2 and "Embedding" not in type(module).__name__
 
 
 def _count(model: torch.nn.Module) -> dict[str, int]:

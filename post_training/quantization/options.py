@@ -14,7 +14,14 @@ from post_training.config.options import StageOptions
 from post_training.data.options import CalibrationOptions
 from post_training.inference.smoke_generation import SmokeOptions
 from post_training.models.architecture import Architecture
-from post_training.quantization import gptq_checks, kernels, model_checks, recipes, search_options
+from post_training.quantization import (
+    gptq_checks,
+    kernels,
+    layer_names,
+    model_checks,
+    recipes,
+    search_options,
+)
 from post_training.quantization.engines import registry as engines
 from post_training.quantization.formats import exportable
 from post_training.quantization.formats import registry as formats
@@ -45,6 +52,12 @@ class QuantizeOptions(StageOptions):
     disable_qkv_quant: bool = flag(
         False, help="leave the linears that compute queries, keys and values in 16 bits"
     )
+    leave_out: tuple[str, ...] = flag(
+        (),
+        metavar="PATTERN",
+        action="extend",
+        help="leave linear layers in 16 bits by name, such as decoder.layers.0.* or *down_proj",
+    )
     compress: bool = flag(False, help="pack the weights into their low-bit form")
     export_real_quant_cfg: str | None = flag(
         metavar="NAME", help="the same as --export-quant-cfg NAME --compress"
@@ -69,6 +82,16 @@ class QuantizeOptions(StageOptions):
         """The format of ``--export-real-quant-cfg``, if it names one."""
         name = self.export_real_quant_cfg
         return None if name in (None, "None") else _OLD_REAL_CONFIGS.get(str(name), name)
+
+    @property
+    def asked_to_leave_out(self) -> tuple[str, ...]:
+        """Patterns of ``--leave-out``, with Megatron's names."""
+        return tuple(dict.fromkeys(map(layer_names.translated, self.leave_out)))
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Patterns of all linears that flags leave in 16 bits."""
+        return (*self.asked_to_leave_out, *(layer_names.QKV if self.disable_qkv_quant else ()))
 
     @property
     def packed(self) -> bool:
@@ -105,6 +128,8 @@ def noting(options: QuantizeOptions, choice: Choice) -> QuantizeOptions:
     """``options`` with what there is to say about flags of the search that are given."""
     auto, name = options.auto, options.export_quant_cfg
     given = [spelled(n) for n in options.given if n.startswith("auto_quantize_")]
+    if options.asked_to_leave_out != options.leave_out:
+        options = options.noting(layer_names.note(options.asked_to_leave_out))
     if choice != formats.AUTO:
         unused = ", ".join(each for each in given if each != "--auto-quantize-checkpoint")
         said = f"unused without auto or --auto-quantize-bits: {unused}"
@@ -154,8 +179,8 @@ def check(options: QuantizeOptions, choice: Choice, architecture: Architecture |
         weights = [each.linear.weight for each in named if each.linear]
         asked, what = options.export_kv_cache_quant, f"--export-quant-cfg {name_of(choice)}"
         kv_caches = {f"--export-kv-cache-quant {asked}": asked, what: in_format}
-        allowed = options.allow_unexportable
         used = None if isinstance(choice, Recipe) else weights
+        allowed = options.allow_unexportable
         model_checks.check(architecture, what, kv_caches, allowed, method=method, weights=used)
     if isinstance(choice, Format):
         _check_format(options, choice, architecture)
@@ -198,9 +223,7 @@ def _check_format(
 def _check_runs(options: QuantizeOptions, choice: Format, what: str) -> None:
     """Refuse a format that ModelOpt cannot calibrate, or not save, in this layout."""
     if choice.broken:
-        raise UsageError(
-            what, choice.broken, "choose another format; docs/formats.md has the table"
-        )
+        raise UsageError(what, choice.broken, "choose another format (docs/formats.md)")
     if choice.kv == "nvfp4_rotate" and options.allow_unexportable:
         _require_hadamard(what)
     ranks, replicas = options.parallel.tensor, options.parallel.data
@@ -234,32 +257,13 @@ def _check_layers(
 ) -> None:
     """Refuse layers that the model lacks, blocks that do not fit into a rank's rows, and sizes that
     an engine's kernels do not take."""
-    values, ranks = architecture.resolved(), options.parallel.tensor
+    values, left_out = architecture.resolved(), options.left_out
+    kernels.check_names(options.asked_to_leave_out, architecture)
     size = formats.WEIGHTS[choice.linear.weight].block_size if choice.linear else 1
-    latent, heads = architecture.multi_latent_attention, values["num_attention_heads"]
-    size_of_values = values["v_head_dim"] if latent else values["kv_channels"]
-    experts = (values["moe_ffn_hidden_size"] or 0) if values["num_moe_experts"] else 0
-    inputs = {
-        "hidden size": values["hidden_size"],
-        "heads x head size": heads * size_of_values // ranks,
-        "q_lora_rank": (latent and values["q_lora_rank"]) or 0,
-        "kv_lora_rank": values["kv_lora_rank"] if latent else 0,
-        "FFN size": values["ffn_hidden_size"] // ranks,
-        "experts' FFN size": experts // options.parallel.expert_tensor,
-    }
-    wrong = [f"{name} {count}" for name, count in inputs.items() if count % size]
-    if wrong:
-        per_rank = f" (at TP={ranks})" if ranks > 1 else ""
-        raise UsageError(
-            what,
-            f"{size} inputs share a scale, which does not divide {', '.join(wrong)}{per_rank}",
-            "choose a format without blocks, such as FP8_DEFAULT_CFG"
-            + (", or a smaller TP" if ranks > 1 else ""),
-        )
+    kernels.check_blocks(what, size, values, options.parallel, left_out=left_out)
     if not options.allow_unexportable:
         algorithm = _verdict(options, choice).quant_algo
-        without_qkv = options.disable_qkv_quant
-        kernels.check(what, algorithm, values, options.target, without_qkv=without_qkv)
+        kernels.check(what, algorithm, values, options.target, left_out=left_out)
     if choice.layers == "experts" and not values["num_moe_experts"]:
         raise UsageError(
             what,

@@ -22,6 +22,7 @@ from post_training.quantization import (
     calibration,
     coverage,
     gptq,
+    leaving_out,
     packing,
     quantizers,
     row_blocks,
@@ -77,7 +78,8 @@ def quantize(
         calibration.check_scales(model, data.probe(model))
     else:
         config = with_format(model, options, choice, data)
-    reached = coverage.survey(model, None if search else config)
+    left_out = options.asked_to_leave_out
+    reached = coverage.survey(model, None if search else config, left_out)
     found = quantizers.judge_model(
         model,
         method_of(config),
@@ -96,13 +98,16 @@ def with_format(
 ) -> Config:
     """Quantize by one configuration and calibrate. Returns the configuration."""
     config = configuration(options, choice)
+    left_out = options.asked_to_leave_out
+    names = leaving_out.local_names(model, left_out)
+    config["quant_cfg"] += [{"quantizer_name": f"{name}.*", "enable": False} for name in names]
     method = method_of(config)
     with quiet(stdout=True):
         # Not mtq.quantize: it checks that a weight quantizer is enabled on its own rank, and would
         # leave the others waiting. The survey asks all of them.
         apply_mode(model, [("quantize", {**config, "algorithm": None})], QuantizeModeRegistry)
         mtq.calibrate(model, None)
-    coverage.survey(model, config)
+    coverage.survey(model, config, left_out)
     quantizers.judge_model(
         model, method, required=not options.allow_unexportable, target=options.target
     )

@@ -116,7 +116,7 @@ def kernel_refusal(
     support = engines.TARGETS[target].algorithms.get(algorithm)
     sizes = parts if parts and support and support.separate else (outputs,)
     refused = (
-        kernels.refusal(own, algorithm, size, inputs, target=target, of_experts=of_experts)
+        kernels.refusal(name, own, algorithm, size, inputs, target=target, of_experts=of_experts)
         for size in sizes
     )
     return next(filter(None, refused), "")

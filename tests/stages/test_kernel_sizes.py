@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import tools
@@ -102,8 +103,35 @@ def test_it_is_refused_by_the_checks(models, tmp_path, case):
 def test_layers_that_stay_in_16_bits_may_have_any_size(models, tmp_path):
     more = ("--export-quant-cfg", "int8_wo", "--disable-qkv-quant")
     words = [str(each) for each in flags(models, "odd", tmp_path / "q", *more)]
+    with pytest.raises(UsageError, match="o has 256 outputs and 96 inputs") as error:
+        check(arguments.parse("quantize", QuantizeOptions, words))
+    (pattern,) = re.findall(r"--leave-out '(.+?)'", error.value.cause)
+    words += ["--leave-out", pattern]
+    check(arguments.parse("quantize", QuantizeOptions, words))
+    # Of one layer alone, the other still does not fit.
+    words[-1] = pattern.replace("*", "decoder.layers.1", 1)
     with pytest.raises(UsageError, match="o has 256 outputs and 96 inputs"):
         check(arguments.parse("quantize", QuantizeOptions, words))
+
+
+LEFT_OUT = {
+    "nothing": ("odd", "linear_fc2", "no linear layer matches", r"did you mean '\*linear_fc2\*'"),
+    "misspelt": ("odd", "*.linear_ptoj", "no linear layer matches", r"\*\.linear_proj"),
+    "a layer beyond the last": ("odd", "decoder.layers.2.*", "no linear", "self_attention"),
+    "an expert by its other name": ("experts", "*.experts.1.up_proj", "1 of the 4", "exper"),
+    "one linear of all experts": ("experts", "*experts*.down_proj", "2 of the 4 linears", "exper"),
+    "one expert": ("experts", "*.local_experts.1.*", "2 of the 4 linears", "local_experts"),
+}
+
+
+@pytest.mark.parametrize("case", LEFT_OUT)
+def test_a_pattern_that_leaves_out_nothing_or_a_part_is_refused(models, tmp_path, case):
+    name, pattern, cause, remedy = LEFT_OUT[case]
+    more = ("--export-quant-cfg", "fp8", "--leave-out", "*.linear_qkv", "--leave-out", pattern)
+    words = [str(each) for each in flags(models, name, tmp_path / "q", *more)]
+    with pytest.raises(UsageError, match=cause) as error:
+        check(arguments.parse("quantize", QuantizeOptions, words))
+    assert re.search(remedy, error.value.remedy), error.value.remedy
 
 
 RECIPES = {
@@ -138,7 +166,27 @@ def test_recipes_that_kernels_take_are_exported(models, tmp_path):
             ("quantize", flags(models, "experts", tmp_path / name, *more)),
             ("export", ("--load", tmp_path / name, "--export-dir", tmp_path / f"{name} hf")),
         ]
+    # A linear of a search, and what no kernel takes by Hugging Face's names.
+    search = ("--recipe", tmp_path / "search.yaml", "--leave-out", "*.local_experts.*")
+    odd = ("--export-quant-cfg", "int8_wo", "--leave-out", "*.q_proj", "*.o_proj")
+    for source, name, more in (("experts", "plain experts", search), ("odd", "odd", odd)):
+        jobs += [
+            ("quantize", flags(models, source, tmp_path / name, *more)),
+            ("export", ("--load", tmp_path / name, "--export-dir", tmp_path / f"{name} hf")),
+        ]
     tools.run_stages(*jobs)
+    ignored = {}
+    for name in ("odd", "plain experts"):
+        config = json.loads((tmp_path / f"{name} hf" / "config.json").read_text())
+        ignored[name] = config["quantization_config"]["ignore"]
+    attention = [f"model.layers.{n}.self_attn.{w}_proj" for n in (0, 1) for w in "koqv"]
+    assert ignored["odd"] == ["lm_head", *attention]
+    assert [each for each in ignored["plain experts"] if "experts.1.down_proj" in each]
+    assert not [each for each in ignored["plain experts"] if "layers.1.mlp" in each]
+    content = json.loads((tmp_path / "odd" / "run.json").read_text())
+    reasons = content["metrics"]["coverage"]["left_out"]
+    assert reasons["decoder.layers.1.self_attention.linear_qkv"] == "--leave-out *.linear_qkv"
+    assert content["quantization"]["left_out"] == ["*.linear_qkv", "*.linear_proj"]
     for name, algorithm in (("attention", "INT8_W8A8"), ("search", "INT8_W8A16")):
         content = json.loads((tmp_path / f"{name} hf" / "run.json").read_text())
         assert content["metrics"]["quant_algo"] == algorithm
