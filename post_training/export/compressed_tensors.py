@@ -1,4 +1,4 @@
-"""Integers in the layout of the compressed-tensors package, which vLLM and SGLang load.
+"""Integers and MXFP4 in the layout of the compressed-tensors package, which vLLM and SGLang load.
 
 Each linear of the Hugging Face model has tensors of its own, q, k, v and gate, up apart:
 
@@ -7,6 +7,10 @@ Each linear of the Hugging Face model has tensors of its own, q, k, v and gate, 
 - ``pack-quantized``: ``weight_packed`` int32 [out, in * bits / 32], element ``i`` of a word in its
   bits from ``i * bits`` on, plus ``2 ** (bits - 1)``; ``weight_scale`` in the model's dtype,
   [out, 1] or [out, in / group]; ``weight_shape`` int64 [2].
+- ``mxfp4-pack-quantized``: ``weight_packed`` uint8 [out, in / 2], the first of two in the low
+  half; ``weight_scale`` uint8 [out, in / 32], an exponent plus 127.
+
+Beside each, scales of an FP8 cache: ``k_scale`` and ``v_scale`` of the attention, float32 [1].
 
 ``config.json`` says which, and names the linears that are left in 16 bits. The files of the
 engines' loaders are in ``quantization/engines``.
@@ -14,8 +18,10 @@ engines' loaders are in ``quantization/engines``.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -24,22 +30,59 @@ from post_training.common.safetensors_index import Entry
 from post_training.export.folder import Tensors
 from post_training.export.layout import Configuration, Layout, plain_linears
 
+_FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _WORD = 32  # bits of an element of weight_packed
 
 
+class Compressed(Layout):
+    """What all layouts of the package share: one group of linears, and scales of a cache."""
+
+    @abstractmethod
+    def scheme(self) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
+        """The layout's name, and what is said about weights and inputs."""
+
+    def cache_scale(self, name: str, value: torch.Tensor) -> Tensors:
+        """Of the attention, as the package names it, and not of its projections."""
+        attention, _, kind = name.rsplit(".", 2)
+        return {f"{attention}.{kind}": value.reshape(1)}
+
+    def configuration(self, index: Mapping[str, Entry], kv_cache: str) -> Configuration:
+        layout, weights, inputs = self.scheme()
+        declared = {
+            "quant_method": "compressed-tensors",
+            "format": layout,
+            "quantization_status": "compressed",
+            "kv_cache_scheme": {**_FP8, "strategy": "tensor"} if kv_cache else None,
+            "ignore": plain_linears(index),
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": weights,
+                    "input_activations": inputs,
+                    "output_activations": None,
+                    "format": layout,
+                }
+            },
+        }
+        return Configuration(declared)
+
+
 @dataclass(frozen=True)
-class Scheme(Layout):
-    """How the linears of a model are stored.
+class Scheme(Compressed):
+    """Integer weights.
 
     Attributes:
         bits: of a weight.
         group: weights of a row that share a scale; None: the whole row.
         static_inputs: inputs are integers of the same size too, with one calibrated scale.
+        token_inputs: inputs are FP8, with a scale that is found for each token.
     """
 
     bits: int
     group: int | None = None
     static_inputs: bool = False
+    token_inputs: bool = False
 
     def stored(
         self, module: str, value: torch.Tensor, steps: torch.Tensor, dtype: torch.dtype
@@ -60,32 +103,48 @@ class Scheme(Layout):
             f"{module}.weight_shape": torch.tensor(value.shape),
         }
 
-    def configuration(self, index: Mapping[str, Entry], kv_cache: str) -> Configuration:
+    def scheme(self) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
         number = {"num_bits": self.bits, "type": "int", "symmetric": True, "dynamic": False}
-        weights = {**number, "strategy": "group" if self.group else "channel"}
-        inputs = {**number, "strategy": "tensor"} if self.static_inputs else None
-        layout = "int-quantized" if self.static_inputs else "pack-quantized"
-        declared = {
-            "quant_method": "compressed-tensors",
-            "format": layout,
-            "quantization_status": "compressed",
-            "kv_cache_scheme": None,
-            "ignore": plain_linears(index),
-            "config_groups": {
-                "group_0": {
-                    "targets": ["Linear"],
-                    "weights": {**weights, "group_size": self._group_size()},
-                    "input_activations": inputs,
-                    "output_activations": None,
-                    "format": layout,
-                }
-            },
-        }
-        return Configuration(declared)
+        strategy = "group" if self.group else "channel"
+        weights = {**number, "strategy": strategy, "group_size": self._group_size()}
+        if self.static_inputs:
+            return "int-quantized", weights, {**number, "strategy": "tensor"}
+        tokens = {**_FP8, "strategy": "token", "dynamic": True}
+        return "pack-quantized", weights, tokens if self.token_inputs else None
 
     def _group_size(self) -> int | None:
         """As vLLM 0.24 wants it: its kernel of experts stops at a null for a scale a row."""
         return self.group or (None if self.static_inputs else -1)
+
+
+@dataclass(frozen=True)
+class Mxfp4(Compressed):
+    """E2M1 numbers times a power of two for 32 of a row.
+
+    Attributes:
+        inputs: whether inputs are such numbers too.
+    """
+
+    inputs: bool
+
+    def stored(
+        self, module: str, value: torch.Tensor, steps: torch.Tensor, dtype: torch.dtype
+    ) -> Tensors:
+        numbers = torch.tensor(_E2M1, device=value.device)
+        scaled = value / steps
+        codes = torch.bucketize(scaled.abs(), numbers) + 8 * scaled.signbit()
+        pairs = codes.to(torch.uint8).unflatten(1, (-1, 2))
+        _, exponent = torch.frexp(steps[:, ::32])
+        return {
+            f"{module}.weight_packed": pairs[..., 0] | pairs[..., 1] << 4,
+            f"{module}.weight_scale": (exponent - 1 + 127).to(torch.uint8),
+        }
+
+    def scheme(self) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
+        number = {"num_bits": 4, "type": "float", "symmetric": True, "dynamic": False}
+        weights = {**number, "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"}
+        inputs = {**weights, "dynamic": True} if self.inputs else None
+        return "mxfp4-pack-quantized", weights, inputs
 
 
 # By the name that quantization/formats gives them.
@@ -93,6 +152,9 @@ LAYOUTS: dict[str, Layout] = {
     "INT8_W8A8": Scheme(8, static_inputs=True),
     "INT8_W8A16": Scheme(8),
     "INT4_W4A16": Scheme(4, group=128),
+    "INT4_W4A8": Scheme(4, group=128, token_inputs=True),
+    "MXFP4": Mxfp4(inputs=True),
+    "W4A16_MXFP4": Mxfp4(inputs=False),
 }
 
 

@@ -41,13 +41,21 @@ def fake_quantized(module: Any) -> torch.Tensor:
 def step_of_each(module: Any) -> torch.Tensor:
     """The distance between two codes of each weight, float32 [out, in]; 0 where it has none.
 
-    For integers with a stored maximum of each output channel, or of each block of a row.
+    For integers with a stored maximum of each output channel, or of each block of a row, and for
+    MXFP4, whose step is here the power of two that the numbers are multiplied by.
     """
     weight = module.weight.detach()
     quantizer = getattr(module, "weight_quantizer", None)
     if quantizer is None or not quantizer.is_enabled:
         return torch.zeros_like(weight, dtype=torch.float32)
     rows, columns = weight.shape
+    if quantizer.is_mx_format:
+        blocks = fake_quantized(module).unflatten(1, (-1, quantizer.block_sizes[-1]))
+        _, exponent = torch.frexp(blocks.abs().amax(-1))
+        # The largest of a block becomes 4 or 6; nothing is smaller than the smallest power.
+        powers = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent - 3)
+        powers = powers.clamp_min(torch.finfo(torch.float32).tiny)
+        return powers.repeat_interleave(quantizer.block_sizes[-1], dim=1)
     steps = quantizers.scale_of(quantizer.amax.detach(), quantizer).reshape(rows, -1)
     return steps.repeat_interleave(columns // steps.shape[1], dim=1)
 

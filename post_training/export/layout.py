@@ -41,7 +41,9 @@ class Layout(ABC):
                     found.update(self.stored(module, value, steps[name], dtype))
                 elif kind == "input_scale":
                     found[name] = value.float().reshape(1)
-                elif kind in ("k_scale", "v_scale", "e_score_correction_bias"):
+                elif kind in ("k_scale", "v_scale"):
+                    found.update(self.cache_scale(name, value.float()))
+                elif kind == "e_score_correction_bias":
                     found[name] = value.float()  # as ModelOpt's path writes it
                 else:
                     found[name] = value.to(dtype)
@@ -58,6 +60,10 @@ class Layout(ABC):
             steps: what each element's code is multiplied by, of the same shape.
             dtype: of what is not quantized.
         """
+
+    def cache_scale(self, name: str, value: torch.Tensor) -> Tensors:
+        """The tensor of a scale of keys or values, ``*.k_proj.k_scale``, float32: as ModelOpt's."""
+        return {name: value}
 
     @abstractmethod
     def configuration(self, index: Mapping[str, Entry], kv_cache: str) -> Configuration:

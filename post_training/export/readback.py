@@ -29,6 +29,7 @@ QUANT_CONFIG = "hf_quant_config.json"
 # Safetensors' names of the dtypes that a weight that is not quantized may have.
 _PLAIN = ("BF16", "F16", "F32")
 _KV_SCALES = ("k_proj.k_scale", "v_proj.v_scale")
+_COMPRESSED_KV_SCALES = (".k_scale", ".v_scale")  # of the attention itself
 
 
 class Folder:
@@ -96,6 +97,8 @@ class Folder:
         if decoder is not None:
             module = name.removesuffix(".weight")
             return decoder.decode(self.tensor, module, self.tensor(f"{module}.{decoder.stored}"))
+        if self.is_compressed and name.endswith(_KV_SCALES):
+            name = compressed_tensors.cache_scale(name)
         stored = self.tensor(name)
         if not stored.dtype.is_floating_point or stored.element_size() < 2:
             raise ValueError(f"{name} is stored as {stored.dtype}, but not said to be quantized")
@@ -187,6 +190,15 @@ class Folder:
             return name
         return f"{name.removesuffix('weight')}{decoder.stored}" if decoder else name
 
+    def _is_cache_scale(self, name: str) -> bool:
+        """Whether it is a scale of keys or values, of an attention of the architecture."""
+        if not self.is_compressed:
+            return name.endswith(_KV_SCALES)
+        attention = name.rpartition(".")[0]
+        return (
+            name.endswith(_COMPRESSED_KV_SCALES) and f"{attention}.o_proj.weight" in self.expected
+        )
+
     def _form_problems(self, name: str, shape: tuple[int, ...]) -> Iterable[str]:
         """Stored dtype and shape against the configuration's, from the file's header alone."""
         entry = self.index[self._stored_name(name)]
@@ -208,7 +220,7 @@ class Folder:
         """Of a tensor that is no parameter."""
         module, _, kind = name.rpartition(".")
         decoder = DECODERS.get(self.algorithm(module) or "")
-        if kind not in SCALES and not name.endswith(_KV_SCALES):
+        if kind not in SCALES and not self._is_cache_scale(name):
             yield f"{name} is no tensor of this architecture"
         elif kind in SCALES and module not in modules:
             yield f"{name} belongs to no linear layer"
@@ -223,7 +235,7 @@ class Folder:
                 yield f"{name} is not finite and positive"
 
     def _configuration_problems(self, modules: set[str]) -> Iterable[str]:
-        kv_scales = sum(name.endswith(_KV_SCALES) for name in self.index)
+        kv_scales = sum(map(self._is_cache_scale, self.index))
         layers = sum(n.endswith(".o_proj.weight") for n in self.expected.keys() - self.carried)
         kv_algorithm = self.quantization.get("kv_cache_quant_algo")
         if kv_scales != (2 * layers if kv_algorithm else 0):

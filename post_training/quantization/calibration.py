@@ -20,7 +20,6 @@ from post_training.distributed.collectives import from_all_ranks
 from post_training.inference import forward, generation
 from post_training.quantization import experts, quantizers
 from post_training.quantization.coverage import first_names, global_name
-from post_training.quantization.formats import registry as formats
 
 logger = logging.getLogger("post_training")
 
@@ -159,18 +158,6 @@ def settle_zeros(model: torch.nn.Module) -> None:
             if not amax.any():
                 logger.warning("%s was zero throughout: its scale is 1", global_name(model, name))
             amax.masked_fill_(amax == 0, quantizer.maxbound)
-
-
-def round_scales(model: torch.nn.Module) -> None:
-    """Make the scales of weights numbers of bfloat16 where that is what engines read.
-
-    What is scored from here on is what is exported.
-    """
-    for name, quantizer in quantizers.enabled(model):
-        found = formats.number_format(quantizer) if name.endswith("weight_quantizer") else None
-        if found is not None and found.bf16_scales:
-            scale = quantizers.scale_of(quantizer._amax, quantizer).bfloat16().float()
-            quantizer._amax = scale * quantizer.maxbound  # float32, which holds the product
 
 
 def check_scales(

@@ -40,6 +40,7 @@ from post_training.quantization import (
     gptq_rounding,
     layerwise,
     quantizers,
+    scale_rounding,
 )
 from post_training.quantization.calibration import Calibration
 from post_training.quantization.coverage import first_names, global_name
@@ -126,7 +127,7 @@ def calibrate(
     _check([each for _, kinds in layers for kind in kinds for each in kind], data)
     mtq.calibrate(model, "max", forward_loop=forward_loop)
     calibration.settle_zeros(model)
-    calibration.round_scales(model)
+    scale_rounding.round_scales(model)
     found = _Found()
     batches = data.batches()
     with torch.no_grad(), InferenceMode.active():

@@ -26,6 +26,7 @@ from post_training.quantization import (
     packing,
     quantizers,
     row_blocks,
+    scale_rounding,
     smoothing,
 )
 from post_training.quantization.calibration import Calibration
@@ -74,7 +75,7 @@ def quantize(
         quantizers.require_savable(model, packed=options.packed)
         row_blocks.share_maxima(model)
         calibration.settle_zeros(model)
-        calibration.round_scales(model)
+        scale_rounding.round_scales(model)
         calibration.check_scales(model, data.probe(model))
     else:
         config = with_format(model, options, choice, data)
@@ -124,7 +125,7 @@ def with_format(
                     mtq.calibrate(model, config["algorithm"], forward_loop=forward_loop)
     row_blocks.share_maxima(model)
     calibration.settle_zeros(model)
-    calibration.round_scales(model)
+    scale_rounding.round_scales(model)
     calibration.check_scales(model, data.probe(model, seen), dynamic_inputs=not method)
     return config
 

@@ -18,6 +18,7 @@ from megatron.core.transformer import MegatronModule
 
 from post_training.common.errors import UsageError
 from post_training.distributed.collectives import from_all_ranks
+from post_training.quantization.formats.registry import number_format
 
 
 def calibrate(
@@ -55,6 +56,8 @@ def calibrate(
         and (quantizer := getattr(module, kind, None)) is not None
         and quantizer.is_enabled
     ]
+    if method != "smoothquant":
+        others += _of_tokens(model)
     for quantizer in others:
         quantizer.disable()
     try:
@@ -66,6 +69,16 @@ def calibrate(
         _fold(norm, linear)
     # Of the model as it is now: rounded factors, and inputs that were not looked at yet.
     mtq.calibrate(model, "max", forward_loop=forward_loop)
+
+
+def _of_tokens(model: MegatronModule) -> Iterator[Any]:
+    """Enabled quantizers of inputs with a scale a token, which have no maximum for a search."""
+    for module in model.modules():
+        quantizer = getattr(module, "input_quantizer", None)
+        if quantizer is not None and quantizer.is_enabled:
+            found = number_format(quantizer, is_input=True)
+            if found is not None and found.scale == "token":
+                yield quantizer
 
 
 def _pairs(model: MegatronModule) -> Iterator[tuple[Any, Any]]:

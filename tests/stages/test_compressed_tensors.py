@@ -18,6 +18,7 @@ import pytest
 import tools
 import torch
 from safetensors.torch import save_file
+from transformers import DynamicCache
 
 from post_training.common.errors import UsageError
 from post_training.config import arguments
@@ -31,6 +32,10 @@ FORMATS = {
     "INT4_BLOCKWISE_WEIGHT_ONLY_CFG": ("INT4_W4A16", 4.25),
     "INT8_SMOOTHQUANT_CFG": ("INT8_W8A8", 8.125),
     "INT4_AWQ_CFG": ("INT4_W4A16", 4.25),
+    "W4A8_FP8_AWQ_CFG": ("INT4_W4A8", 4.25),
+    "MXFP4_DEFAULT_CFG": ("MXFP4", 4.25),
+    "MXFP4_DEFAULT_CFG --weight-only": ("W4A16_MXFP4", 4.25),
+    "INT8_WEIGHT_ONLY_CFG --export-kv-cache-quant fp8": ("INT8_W8A16", 8.125),
     "FP8_PER_CHANNEL_PER_TOKEN_CFG": ("FP8_PER_CHANNEL_PER_TOKEN", 8.125),
     "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG": ("FP8_PB_WO", 8.002),
 }
@@ -49,7 +54,11 @@ EXPORTS = [("llama3", name) for name in FORMATS]
 EXPORTS += [("qwen3", "INT8_DEFAULT_CFG"), ("qwen3", "INT4_AWQ_CFG")]
 EXPORTS += [("qwen3", "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG")]
 IN_BF16 = ("INT8_DEFAULT_CFG", "INT8_WEIGHT_ONLY_CFG", "INT4_AWQ_CFG", *IN_MODELOPTS_LAYOUT)
-INPUT_ROUNDING = 0.01
+ROUNDED_INPUTS = {
+    **dict.fromkeys(("INT8_W8A8", "INT4_W4A8", "FP8_PER_CHANNEL_PER_TOKEN"), 0.01),
+    "MXFP4": 0.03,  # a step between codes is up to 50 % of an element
+}
+E2M1 = numpy.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=numpy.float32)
 
 
 def decode(tensors, module):
@@ -63,6 +72,12 @@ def decode(tensors, module):
         return weight.float() * scale[rows][:, 0, columns, 0]
     if weight is not None:
         return weight.float() * scale.reshape(-1, 1)
+    if scale.dtype == torch.uint8:
+        packed = tensors[f"{module}.weight_packed"].numpy()
+        codes = numpy.stack((packed & 15, packed >> 4), -1).reshape(len(packed), -1)
+        values = E2M1[codes & 7] * numpy.where(codes & 8, -1, 1)
+        powers = 2.0 ** (scale.numpy().astype(numpy.float32) - 127)
+        return torch.from_numpy(values * powers.repeat(32, axis=1)).float()
     rows, columns = tensors[f"{module}.weight_shape"].tolist()
     stored = tensors[f"{module}.weight_packed"].numpy().view(numpy.uint8)
     if stored.shape[1] == columns:
@@ -87,9 +102,43 @@ def round_tokens(_module, inputs):
     return ((inputs[0] / scale).to(torch.float8_e4m3fn).float() * scale,)
 
 
+def round_blocks(_module, inputs):
+    """E2M1 times the least power of two for 32 that leaves none above 6, ties to the even code."""
+    blocks = inputs[0].unflatten(-1, (-1, 32))
+    largest = blocks.abs().amax(-1, keepdim=True).clamp_min(2.0**-100)
+    power = (largest / 6).log2().ceil().exp2()
+    scaled = (blocks / power).abs()
+    borders = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    down, up = (torch.bucketize(scaled, borders, right=right) for right in (True, False))
+    codes = torch.where(up % 2 == 0, up, down)
+    return ((torch.from_numpy(E2M1)[codes] * blocks.sign() * power).flatten(-2),)
+
+
+def round_cache(model, tensors):
+    """Let the model's attention see keys and values in E4M3 with the folder's scales."""
+
+    class Rounding(DynamicCache):
+        def update(self, keys, values, layer, *more, **named):
+            scales = (tensors[f"model.layers.{layer}.self_attn.{x}_scale"] for x in "kv")
+            rounded = (
+                (each / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+                for each, scale in zip((keys, values), scales, strict=True)
+            )
+            return super().update(*rounded, layer, *more, **named)
+
+    def hook(_module, inputs, named):
+        return inputs, {**named, "past_key_values": Rounding()}
+
+    model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
 def engine_logits(folder, family, ids):
     """Logits of transformers' model with the decoded weights, inputs rounded where they are."""
     tensors = dict(tools.tensors(folder))
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    inputs = {}
+    if "config_groups" in config and config["quant_method"] == "compressed-tensors":
+        inputs = config["config_groups"]["group_0"]["input_activations"] or {}
     model = readback.Folder(folder)._untrained(dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -99,8 +148,12 @@ def engine_logits(folder, family, ids):
             scale, of_weight = (tensors.get(f"{name}.{kind}_scale") for kind in ("input", "weight"))
             if scale is not None:
                 module.register_forward_pre_hook(round_inputs(scale))
-            elif of_weight is not None and of_weight.dim() == 1:
+            elif of_weight is not None and (of_weight.dim() == 1 or inputs.get("num_bits") == 8):
                 module.register_forward_pre_hook(round_tokens)
+            elif of_weight is not None and inputs.get("num_bits") == 4:
+                module.register_forward_pre_hook(round_blocks)
+    if any(name.endswith("k_scale") for name in tensors):
+        round_cache(model, tensors)
     return tools.transformers_logits(model, ids)
 
 
@@ -116,7 +169,8 @@ def exported(tmp_path_factory):
         for name in (name for each, name in EXPORTS if each == family):
             work = root / f"{family} {name}"
             flags = (
-                *("--pretrained-model-path", root / family, "--fp32", "--export-quant-cfg", name),
+                *("--pretrained-model-path", root / family, "--fp32"),
+                *("--export-quant-cfg", *name.split()),
                 *("--calib-dataset-path-or-name", text, "--calib-size", 8, "--skip-generate"),
                 *("--calib-max-sequence-length", 64),
             )
@@ -154,8 +208,9 @@ def exported(tmp_path_factory):
 
 
 def require_near(actual, wanted, name):
-    if FORMATS[name][0] in ("INT8_W8A8", "FP8_PER_CHANNEL_PER_TOKEN"):
-        assert (actual - wanted).abs().mean() < INPUT_ROUNDING * wanted.std()
+    if FORMATS[name][0] in ROUNDED_INPUTS or "kv-cache" in name:
+        most = ROUNDED_INPUTS.get(FORMATS[name][0], 0.01)
+        assert (actual - wanted).abs().mean() < most * wanted.std()
     else:
         assert (actual - wanted).abs().max() < 1e-4
 
@@ -174,17 +229,30 @@ def test_transformers_loads_the_folder_with_compressed_tensors(exported, family,
     from transformers import AutoModelForCausalLM
 
     root, ids, logits = exported
+    folder, in_bf16 = root / f"{family} {name} hf", name.startswith("MXFP4")
     model, report = AutoModelForCausalLM.from_pretrained(
-        root / f"{family} {name} hf", dtype=torch.float32, output_loading_info=True
+        folder, dtype=torch.bfloat16 if in_bf16 else torch.float32, output_loading_info=True
     )
     assert not any(report.values())
-    require_near(tools.transformers_logits(model.eval(), ids), logits[family, name], name)
+    actual = tools.transformers_logits(model.eval(), ids)
+    if not in_bf16:
+        require_near(actual, logits[family, name], name)
+        return
+    # The package unpacks it to bfloat16, which holds it, whatever the model's dtype.
+    tensors = dict(tools.tensors(folder))
+    for key in (key for key in tensors if key.endswith("weight_packed")):
+        module = key.removesuffix(".weight_packed")
+        assert torch.equal(model.get_submodule(module).weight.float(), decode(tensors, module))
+    if "weight-only" in name:
+        difference = (actual - logits[family, name]).abs().mean()
+        assert difference < 0.03 * logits[family, name].std()
 
 
 PLAIN_ONES = {
     "INT8_SMOOTHQUANT_CFG": "INT8_DEFAULT_CFG",
     "INT4_AWQ_CFG": "INT4_BLOCKWISE_WEIGHT_ONLY_CFG",
 }
+SEARCHED = (*PLAIN_ONES, "W4A8_FP8_AWQ_CFG")
 
 
 @pytest.mark.parametrize("split", ["TP=1", "TP=2"])
@@ -218,14 +286,14 @@ def test_factors_are_in_the_norms_and_searched_nowhere_else(exported, name, spli
             assert torch.equal(decode(found, module), decode(rounded, module))
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if name not in PLAIN_ONES])
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in SEARCHED])
 def test_a_checkpoint_of_two_ranks_gives_the_same_folder(exported, name):
     root, _, _ = exported
     one = dict(tools.tensors(root / f"llama3 {name} hf"))
     two = dict(tools.tensors(root / f"{name} TP2 hf"))
     assert one.keys() == two.keys()
     for key, value in one.items():
-        if key.endswith("input_scale"):
+        if key.endswith(("input_scale", "k_scale", "v_scale")):
             assert torch.allclose(value, two[key], rtol=1e-5)  # sums of another order
         else:
             assert torch.equal(value, two[key]), key

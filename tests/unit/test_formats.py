@@ -106,13 +106,16 @@ EXPORTED = {
     "INT4_GPTQ_CFG": "INT4_W4A16",
     "INT8_GPTQ_CFG": "INT8_W8A16",
     "NVFP4_AWQ_LITE_CFG": "NVFP4",
+    "W4A8_FP8_AWQ_CFG": "INT4_W4A8",
+    "MXFP4_DEFAULT_CFG": "MXFP4",
+    "MXFP4_MLP_WEIGHT_ONLY_CFG": "W4A16_MXFP4",
 }
 REFUSED = {
-    "W4A8_AWQ_BETA_CFG": "INT4 with FP8 inputs",
+    "W4A8_AWQ_BETA_CFG": "W4A8_FP8_AWQ_CFG has none",
     "NVFP4_AWQ_FULL_CFG": "pre_quant_scale",
     "NVFP4_SVDQUANT_DEFAULT_CFG": "low-rank",
     "NVFP4_MLP_WEIGHT_ONLY_CFG": "blocks of 32",
-    "MXFP4_DEFAULT_CFG": "MXFP4",
+    "W4A8_MXFP4_FP8_CFG": "MXFP4 with inputs",
     "NVFP4_FOUR_OVER_SIX_CFG": "block scales",
     "NVFP4_FP8_MHA_CONFIG": "attention",
     "FP8_KV_CFG": "only in a model whose weights",
@@ -153,6 +156,11 @@ def test_the_kv_cache_changes_the_verdict():
     fp8 = formats.FORMATS["FP8_DEFAULT_CFG"]
     assert exportable.verdict(fp8, kv_cache="fp8").kv_cache_quant_algo == "FP8"
     assert exportable.verdict(fp8, kv_cache="nvfp4").kv_cache_quant_algo == "NVFP4"
+    int8 = formats.FORMATS["INT8_WEIGHT_ONLY_CFG"]
+    assert exportable.verdict(int8, kv_cache="fp8").kv_cache_quant_algo == "FP8"
+    for target, cache in (("vllm", "nvfp4"), ("sglang", "fp8")):
+        refused = exportable.verdict(int8, kv_cache=cache, target=target)
+        assert "keys and values beside INT8_W8A16" in refused.reason
     for cache in ("fp8_affine", "nvfp4_affine", "nvfp4_rotate"):
         assert not exportable.verdict(fp8, kv_cache=cache).exportable
 

@@ -1,4 +1,5 @@
-"""compressed-tensors: INT8 a byte each, or 8 or 4 bits each in words of 32, lowest bits first."""
+"""compressed-tensors: INT8 a byte each, or 8 or 4 bits each in words of 32, lowest bits first; and
+MXFP4, two a byte."""
 
 from __future__ import annotations
 
@@ -9,13 +10,25 @@ from typing import Any
 import torch
 
 from post_training.export.decoders.base import Decoder, Read, require_dtype, require_shape
+from post_training.export.decoders.mx import times_powers
+from post_training.export.decoders.nvfp4 import E2M1
 
 METHOD = "compressed-tensors"
-# Weight bits, group size and whether inputs are quantized -> what is read, and the layout's name.
-_ALGORITHMS = {
-    (8, None, True): ("INT8_W8A8", "int-quantized"),
-    (8, None, False): ("INT8_W8A16", "pack-quantized"),
-    (4, 128, False): ("INT4_W4A16", "pack-quantized"),
+_FIXED = {"symmetric": True, "dynamic": False}
+_ROWS = {**_FIXED, "type": "int", "strategy": "channel"}
+_BYTES = {**_ROWS, "num_bits": 8}
+_GROUPS = {**_ROWS, "num_bits": 4, "strategy": "group", "group_size": 128}
+_BLOCKS = {**_FIXED, "num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}
+_TOKENS = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": True, "strategy": "token"}
+_CACHE = {**_FIXED, "num_bits": 8, "type": "float", "strategy": "tensor"}
+# What is read -> the layout's name, and what is said about weights and inputs.
+_ALGORITHMS: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
+    "INT8_W8A8": ("int-quantized", _BYTES, {**_BYTES, "strategy": "tensor"}),
+    "INT8_W8A16": ("pack-quantized", _BYTES, None),
+    "INT4_W4A16": ("pack-quantized", _GROUPS, None),
+    "INT4_W4A8": ("pack-quantized", _GROUPS, _TOKENS),
+    "MXFP4": ("mxfp4-pack-quantized", _BLOCKS, {**_BLOCKS, "dynamic": True}),
+    "W4A16_MXFP4": ("mxfp4-pack-quantized", _BLOCKS, None),
 }
 
 
@@ -29,28 +42,41 @@ def described(config: Mapping[str, Any]) -> dict[str, Any]:
     if len(groups) != 1:
         raise ValueError(f"{len(groups)} config_groups instead of one")
     (group,) = groups.values()
-    weights, inputs = group.get("weights") or {}, group.get("input_activations")
-    # -1 and null both say that the scale is the whole row's.
-    size = None if weights.get("group_size") == -1 else weights.get("group_size")
-    found: Any = (weights.get("num_bits"), size, inputs is not None)
-    algorithm, layout = _ALGORITHMS.get(found, ("", ""))
-    strategy = "group" if size else "channel"
-    wanted = {"type": "int", "symmetric": True, "dynamic": False, "strategy": strategy}
-    wrong = [key for key, value in wanted.items() if weights.get(key) != value]
-    if inputs is not None:
-        wanted |= {"num_bits": 8, "strategy": "tensor"}
-        wrong += [f"input {key}" for key, value in wanted.items() if inputs.get(key) != value]
-    if group.get("targets") != ["Linear"]:
-        wrong.append("targets")
-    if config.get("format") != layout or wrong:
-        raise ValueError(
-            f"config_groups are none that is exported ({', '.join(wrong) or 'format'})"
-        )
+    weights, inputs = dict(group.get("weights") or {}), group.get("input_activations")
+    if weights.get("group_size") in (-1, None):  # both say that the scale is the whole row's
+        weights.pop("group_size", None)
+    found = next((n for n, form in _ALGORITHMS.items() if _says(form, weights, inputs)), None)
+    if found is None or group.get("targets") != ["Linear"]:
+        raise ValueError("config_groups are none that is exported")
+    if {config.get("format"), group.get("format")} != {_ALGORITHMS[found][0]}:
+        raise ValueError(f"config_groups are none that is exported: the format of {found}")
+    cache = config.get("kv_cache_scheme")
+    if cache is not None and not _is(_CACHE, cache):
+        raise ValueError("kv_cache_scheme is none that is exported")
     return {
-        "quant_algo": algorithm,
+        "quant_algo": found,
         "exclude_modules": config.get("ignore") or [],
-        "kv_cache_quant_algo": None,
+        "kv_cache_quant_algo": None if cache is None else "FP8",
     }
+
+
+def _says(form: Any, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> bool:
+    _, of_weights, of_inputs = form
+    if of_inputs is None or inputs is None:
+        return of_inputs is inputs and _is(of_weights, weights)
+    return _is(of_weights, weights) and _is(of_inputs, inputs)
+
+
+def _is(wanted: Mapping[str, Any], said: Mapping[str, Any]) -> bool:
+    """Whether all is said that is wanted, and no group's size beside it."""
+    same = all(said.get(key) == value for key, value in wanted.items())
+    return same and said.get("group_size") == wanted.get("group_size")
+
+
+def cache_scale(name: str) -> str:
+    """Where the scale ``*.k_proj.k_scale`` of ModelOpt's layout stands."""
+    attention, _, kind = name.rsplit(".", 2)
+    return f"{attention}.{kind}"
 
 
 def _bytes(read: Read, module: str, stored: torch.Tensor) -> torch.Tensor:
@@ -76,13 +102,36 @@ def _words(bits: int, group: int | None, read: Read, module: str, stored: torch.
     return blocks.reshape(rows, columns)
 
 
+def _words_for_fp8(read: Read, module: str, stored: torch.Tensor) -> Any:
+    """vLLM rounds the scales to E4M3 times one of the row, which must not change them."""
+    scale = read(f"{module}.weight_scale").float()
+    # The smallest that its kernel for dynamic scales gives; it stores an eighth of the codes.
+    row = (scale.amax(1, keepdim=True) / 448).clamp_min(1 / (448 * 512))
+    codes = (scale / row).to(torch.float8_e4m3fn).float() / 8
+    kept = codes.to(torch.float8_e4m3fn).float() * 8 * row
+    if not torch.allclose(kept, scale, rtol=2**-8, atol=0):
+        raise ValueError(f"{module} has scales that are no E4M3 numbers times one of the row")
+    return _words(4, 128, read, module, stored)
+
+
+def _halves(read: Read, module: str, stored: torch.Tensor) -> Any:
+    require_dtype(module, stored, torch.uint8)
+    table = torch.tensor(E2M1, device=stored.device)
+    codes = torch.stack((stored & 0xF, stored >> 4), dim=-1).flatten(1)
+    return times_powers(read, module, table[codes.long()])
+
+
 _SCALES = ("weight_scale", "weight_shape")
+_MX: dict[str, Any] = {
+    **{"scales": ("weight_scale",), "stored": "weight_packed"},
+    "zero_scales": True,
+}
+_PACKED: dict[str, Any] = {"scales": _SCALES, "stored": "weight_packed"}
 COMPRESSED_TENSORS = (
     Decoder("INT8_W8A8", "I8", _bytes),
-    Decoder(
-        "INT8_W8A16", "I32", partial(_words, 8, None), 4, scales=_SCALES, stored="weight_packed"
-    ),
-    Decoder(
-        "INT4_W4A16", "I32", partial(_words, 4, 128), 8, scales=_SCALES, stored="weight_packed"
-    ),
+    Decoder("INT8_W8A16", "I32", partial(_words, 8, None), 4, **_PACKED),
+    Decoder("INT4_W4A16", "I32", partial(_words, 4, 128), 8, **_PACKED),
+    Decoder("INT4_W4A8", "I32", _words_for_fp8, 8, **_PACKED),
+    Decoder("MXFP4", "U8", _halves, 2, **_MX),
+    Decoder("W4A16_MXFP4", "U8", _halves, 2, **_MX),
 )

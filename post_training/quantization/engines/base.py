@@ -9,7 +9,9 @@ from dataclasses import dataclass
 GENERATIONS = ("Ampere", "Ada", "Hopper", "Blackwell")
 MIXED = "MIXED_PRECISION"
 # Written in the layout of compressed-tensors, not in ModelOpt's.
-COMPRESSED_TENSORS = frozenset(("INT8_W8A8", "INT8_W8A16", "INT4_W4A16"))
+COMPRESSED_TENSORS = frozenset(
+    ("INT8_W8A8", "INT8_W8A16", "INT4_W4A16", "INT4_W4A8", "MXFP4", "W4A16_MXFP4")
+)
 READ = "read in the loader's source"
 
 
@@ -59,6 +61,7 @@ class Engine:
         algorithms: ``quant_algo`` of ``hf_quant_config.json`` -> how it runs.
         mixes: algorithms that it reads side by side in one model.
         kv_caches: ``kv_cache_quant_algo`` that it reads.
+        compressed_kv_caches: those that it reads in the layout of compressed-tensors.
     """
 
     target: str
@@ -68,6 +71,7 @@ class Engine:
     algorithms: Mapping[str, Support]
     mixes: frozenset[str] = frozenset()
     kv_caches: frozenset[str] = frozenset()
+    compressed_kv_caches: frozenset[str] = frozenset()
 
     def version_of(self, algorithm: str) -> str:
         """The version whose loader reads the algorithm."""

@@ -5,7 +5,7 @@ To add one: a file with its table, and a row here (docs/extending.md).
 
 from __future__ import annotations
 
-from post_training.quantization.engines.base import GENERATIONS, Engine
+from post_training.quantization.engines.base import COMPRESSED_TENSORS, GENERATIONS, Engine
 from post_training.quantization.engines.sglang import SGLANG
 from post_training.quantization.engines.tensorrt_llm import TENSORRT_LLM
 from post_training.quantization.engines.vllm import VLLM
@@ -42,6 +42,11 @@ def refusal(algorithm: str, target: str, kv_cache: str = "") -> str:
         )
     if kv_cache and kv_cache not in engine.kv_caches:
         return f"{engine.name} ({engine.version}) is not known to read {kv_cache} keys and values"
+    if kv_cache and algorithm in COMPRESSED_TENSORS and kv_cache not in engine.compressed_kv_caches:
+        return (
+            f"{engine.name} ({engine.version}) is not known to read {kv_cache} keys and values "
+            f"beside {algorithm}"
+        )
     return ""
 
 

@@ -52,8 +52,28 @@ VLLM = Engine(
         "INT4_W4A16": Support(
             native=_ALL, loader=f"{_SCHEMES}_wNa16.py", verified=_RUN, multiples=_MARLIN
         ),
+        # CUTLASS (kernels/linear/mixed_precision/cutlass.py); it gives 16 bits as bfloat16 alone.
+        "INT4_W4A8": Support(
+            native=("Hopper",),
+            loader=f"{_SCHEMES}_w4a8_fp8.py",
+            experts=False,
+            multiples=(128, 128),
+        ),
+        # Its loader of experts was not read.
+        "MXFP4": Support(
+            native=("Blackwell",),
+            weights_alone=_BEFORE_BLACKWELL,
+            loader=f"{_SCHEMES}_w4a4_mxfp4.py",
+            experts=False,
+        ),
+        # The same scheme: on Blackwell FlashInfer's kernel would round the inputs.
+        "W4A16_MXFP4": Support(
+            native=_BEFORE_BLACKWELL, loader=f"{_SCHEMES}_w4a4_mxfp4.py", experts=False
+        ),
     },
     # A layer of any other algorithm would silently be read as an unquantized one.
     mixes=frozenset(("FP8", "NVFP4", "W4A16_NVFP4")),
     kv_caches=frozenset(("FP8", "NVFP4")),
+    # CompressedTensorsKVCacheMethod; the names are those of maybe_remap_kv_scale_name.
+    compressed_kv_caches=frozenset(("FP8",)),
 )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from post_training.common.errors import UsageError
 from post_training.quantization.engines import registry as engines
-from post_training.quantization.engines.base import COMPRESSED_TENSORS, MIXED
+from post_training.quantization.engines.base import MIXED
 from post_training.quantization.formats.base import NO_KV_CACHE, Format, Linear
 from post_training.quantization.formats.registry import KV_CACHES, WEIGHTS
 
@@ -67,9 +67,6 @@ def judge(
             reason="engines read scales of keys and values only in a model whose weights are "
             "quantized"
         )
-    compressed = sorted(algorithms & COMPRESSED_TENSORS)
-    if compressed and kv != NO_KV_CACHE:
-        return Verdict(reason=f"{compressed[0]} is exported with keys and values in 16 bits only")
     engine = engines.TARGETS[target]
     if len(algorithms) > 1 and not algorithms <= engine.mixes:
         mixture = ", ".join(sorted(algorithms))

@@ -6,6 +6,10 @@ from post_training.quantization.formats.base import GPTQ, Format, FormatFamily, 
 
 _WEIGHTS = "*weight_quantizer"
 _INT4 = {"quantizer_name": _WEIGHTS, "cfg": {"num_bits": 4, "block_sizes": {-1: 128}}}
+_FP8_TOKENS = {
+    "quantizer_name": "*input_quantizer",
+    "cfg": {"num_bits": (4, 3), "axis": None, "type": "dynamic", "block_sizes": {-1: None}},
+}
 _INT8 = {"quantizer_name": _WEIGHTS, "cfg": {"num_bits": 8, "axis": 0}}
 
 INTEGER = FormatFamily(
@@ -35,14 +39,15 @@ INTEGER = FormatFamily(
             block_size=128,
             integer=True,
             bf16_scales=True,
-            exported_as={"": "INT4_W4A16"},
+            exported_as={"": "INT4_W4A16", "fp8_token": "INT4_W4A8"},
         ),
         NumberFormat(
             "int4_block_fp8",
             parts=("int4_block", "fp8"),
             bits=4.125,
             block_size=128,
-            refused="vLLM reads no INT4 with FP8 inputs that ModelOpt writes",
+            refused="vLLM reads no scale of a whole matrix beside those of INT4; "
+            "W4A8_FP8_AWQ_CFG has none",
         ),
     ),
     formats=(
@@ -53,6 +58,13 @@ INTEGER = FormatFamily(
         Format("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "int4_block"),
         Format("INT4_GPTQ_CFG", "int4_block", method=GPTQ, quant_cfg=(_INT4,)),
         Format("INT8_GPTQ_CFG", "int8_channel", method=GPTQ, quant_cfg=(_INT8,)),
+        Format(
+            "W4A8_FP8_AWQ_CFG",
+            "int4_block",
+            "fp8_token",
+            "awq_lite",
+            quant_cfg=(_INT4, _FP8_TOKENS),
+        ),
         Format("W4A8_AWQ_BETA_CFG", "int4_block_fp8", "fp8", "awq_lite", alias="w4a8_awq"),
     ),
 )

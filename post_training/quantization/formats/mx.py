@@ -18,7 +18,13 @@ MX = FormatFamily(
     weights=(
         _microscaling("mxfp8", (4, 3), 8, exported_as={"mxfp8": "MXFP8"}),
         _microscaling("mxfp6", (3, 2), 6, refused="no engine reads MXFP6"),
-        _microscaling("mxfp4", (2, 1), 4, refused="vLLM reads no MXFP4 that ModelOpt writes"),
+        _microscaling(
+            "mxfp4",
+            (2, 1),
+            4,
+            exported_as={"mxfp4": "MXFP4", "": "W4A16_MXFP4"},
+            refused="vLLM reads MXFP4 with inputs in MXFP4 or 16 bits",
+        ),
         _microscaling("mxint8", 8, 8, refused="no engine reads MXINT8"),
     ),
     formats=(
