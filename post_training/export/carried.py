@@ -46,5 +46,5 @@ class Carried:
         return [
             f"{name} is not what the source has"
             for name, tensor in extra_tensors.read(self.source)
-            if not torch.equal(written.tensor(name).cpu(), tensor)
+            if name not in written.index or not torch.equal(written.tensor(name).cpu(), tensor)
         ]

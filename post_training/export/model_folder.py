@@ -21,7 +21,13 @@ from post_training.common.quiet import quiet
 from post_training.config.options import StageOptions
 from post_training.distributed.collectives import from_all_ranks, on_first_rank
 from post_training.distributed.session import Session
-from post_training.export import comparison, compressed_tensors, readback, scaled_fp8
+from post_training.export import (
+    comparison,
+    compressed_tensors,
+    computed_as,
+    readback,
+    scaled_fp8,
+)
 from post_training.export.carried import Carried
 from post_training.export.fake_quantized import fake_quantized, unpack
 from post_training.export.folder import require_equal, write_tensors
@@ -113,7 +119,10 @@ def write(
 
     on_first_rank(write_small_files)
     written = readback.Folder(work, session.device, carried=carried.names)
-    problems = written.problems() if session.is_main else []
+    problems: list[str] = []
+    if session.is_main:
+        problems += written.problems()
+        problems += computed_as.problems(written.config, source.architecture)
     mine: list[str] = []
     for (group,) in progress(exporter.views(fake_quantized), desc="reading back"):
         mine += group

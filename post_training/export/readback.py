@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 
 from post_training.common import files, safetensors_index
-from post_training.export import stacked_experts
+from post_training.export import fused_linears, stacked_experts
 from post_training.export.decoders import compressed_tensors
 from post_training.export.decoders.base import Decoder
 from post_training.export.decoders.registry import DECODERS, SCALES
@@ -118,6 +118,7 @@ class Folder:
         modules = {n.removesuffix(".weight") for n in self.expected if n.endswith(".weight")}
         for name in self.index.keys() - used - self.carried:
             found += self._scale_problems(name, modules)
+        found += fused_linears.problems(self.expected, self.algorithm, self._number)
         return [*found, *self._configuration_problems(modules)]
 
     def bits_per_weight(self) -> float:
@@ -215,6 +216,13 @@ class Folder:
             yield f"{name} is stored as {entry.dtype}, but not said to be quantized"
         elif (*entry.shape[:-1], entry.shape[-1] * per_element) != shape:
             yield f"{name} has shape {entry.shape}, the architecture needs {shape}"
+        if decoder:
+            module = name.removesuffix(".weight")
+            missing = [each for each in decoder.scales if f"{module}.{each}" not in self.index]
+            yield from (f"{module}.{each} is missing" for each in missing)
+            if self._group_size(module) not in (None, decoder.block):
+                size = self._group_size(module)
+                yield f"{module} has blocks of {decoder.block}, not of {size} as group_size says"
 
     def _scale_problems(self, name: str, modules: set[str]) -> Iterable[str]:
         """Of a tensor that is no parameter."""
@@ -234,7 +242,20 @@ class Folder:
             if not (values.isfinite() & ((values >= 0) if zeros else (values > 0))).all():
                 yield f"{name} is not finite and positive"
 
+    def _number(self, name: str) -> float | None:
+        """What a stored tensor of one element holds."""
+        entry = self.index.get(name)
+        return float(self.tensor(name)) if entry and math.prod(entry.shape) == 1 else None
+
+    def _group_size(self, module: str) -> int | None:
+        """Inputs that share a scale, where ModelOpt's configuration says it."""
+        layers = self.quantization.get("quantized_layers")
+        said = self.quantization if layers is None else layers.get(module, {})
+        return said.get("group_size")
+
     def _configuration_problems(self, modules: set[str]) -> Iterable[str]:
+        if {"dtype", "torch_dtype"} <= self.config.keys():
+            yield "config.json has dtype and torch_dtype, of which engines read one or the other"
         kv_scales = sum(map(self._is_cache_scale, self.index))
         layers = sum(n.endswith(".o_proj.weight") for n in self.expected.keys() - self.carried)
         kv_algorithm = self.quantization.get("kv_cache_quant_algo")

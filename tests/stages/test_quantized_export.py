@@ -179,7 +179,7 @@ def test_a_wrong_scale_is_seen(exported, tmp_path):
     """The comparison above and the library's own reader both notice one scale that is off."""
     from safetensors.torch import save_file
 
-    from post_training.export import readback
+    from post_training.export import comparison, readback
 
     root, reference, ids, logits = exported
     tensors = stored_tensors(root / "FP8_DEFAULT_CFG_hf")
@@ -193,7 +193,7 @@ def test_a_wrong_scale_is_seen(exported, tmp_path):
     save_file(tensors, damaged / "model.safetensors")
     actual, _ = engine_logits(damaged, reference, ids)
     assert (actual - logits["FP8_DEFAULT_CFG"]).abs().mean() > 0.01 * actual.std()
-    assert readback.compare(
+    assert comparison.compare(
         readback.Folder(damaged), [(f"{name}.weight", original)], torch.bfloat16
     )
 
@@ -215,6 +215,23 @@ def test_a_wrong_scale_is_seen(exported, tmp_path):
             "not finite and positive",
         ),
         (lambda t: t.update({"model.layers.9.extra": torch.ones(2)}), "no tensor of this"),
+        (lambda t: t.pop("model.layers.0.mlp.up_proj.input_scale"), "input_scale is missing"),
+        (
+            lambda t: t["model.layers.0.mlp.up_proj.input_scale"].mul_(2),
+            "computed as one, but differ in input_scale",
+        ),
+        (
+            lambda t: t["model.layers.0.self_attn.k_proj.weight_scale"].mul_(2),
+            "computed as one, but differ in weight_scale",
+        ),
+        *(
+            (lambda t, v=v: t["model.layers.0.self_attn.o_proj.weight_scale"].fill_(v), "finite")
+            for v in (float("nan"), float("inf"), 0.0)
+        ),
+        (
+            lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.float8_e4m3fn)}),
+            "lm_head.weight is stored as F8_E4M3, but not said to be quantized",
+        ),
     ],
 )
 def test_reader_names_what_is_wrong(exported, tmp_path, change, message):
@@ -232,6 +249,56 @@ def test_reader_names_what_is_wrong(exported, tmp_path, change, message):
     assert readback.Folder(source).problems() == []
 
 
+@pytest.mark.parametrize(
+    ("file", "keys", "value", "message"),
+    [
+        ("hf_quant_config.json", ("quantization", "group_size"), 32, "blocks of 16, not of 32"),
+        ("config.json", ("torch_dtype",), "float32", "dtype and torch_dtype"),
+        ("config.json", ("num_key_value_heads",), 4, "the architecture needs"),
+        ("hf_quant_config.json", ("quantization", "exclude_modules"), [], "does not exclude it"),
+    ],
+)
+def test_a_changed_configuration_is_seen(exported, tmp_path, file, keys, value, message):
+    from post_training.export import readback
+
+    source = exported[0] / "NVFP4_DEFAULT_CFG_hf"
+    assert readback.Folder(source).problems() == []
+    for each in source.iterdir():
+        (tmp_path / each.name).write_bytes(each.read_bytes())
+    content = json.loads((tmp_path / file).read_text())
+    *parents, last = keys
+    place = content
+    for key in parents:
+        place = place[key]
+    assert place.get(last) != value
+    place[last] = value
+    (tmp_path / file).write_text(json.dumps(content))
+    found = readback.Folder(tmp_path).problems()
+    assert any(message in problem for problem in found), found[:5]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "name"),
+    [
+        ("rope_parameters", {"rope_theta": 1e4, "rope_type": "default"}, "rotary_base"),
+        ("rms_norm_eps", 1e-3, "layernorm_epsilon"),
+        ("num_attention_heads", 2, "num_attention_heads"),
+        ("hidden_act", "gelu", "hidden_act"),
+    ],
+)
+def test_a_value_that_no_shape_shows_is_compared_with_the_models(exported, key, value, name):
+    from post_training.export import computed_as
+    from post_training.models.architecture import Architecture
+
+    root = exported[0]
+    written = json.loads((root / "FP8_DEFAULT_CFG_hf" / "config.json").read_text())
+    saved = json.loads((root / "FP8_DEFAULT_CFG" / "run.json").read_text())["architecture"]
+    model = Architecture.from_json(saved)
+    assert computed_as.problems(written, model) == []
+    found = computed_as.problems({**written, key: value}, model)
+    assert any(name in each for each in found), found
+
+
 def test_missing_quantization_config_is_seen(exported, tmp_path):
     from post_training.export import readback
 
@@ -245,7 +312,7 @@ def test_missing_quantization_config_is_seen(exported, tmp_path):
 def test_a_wrong_input_scale_is_seen(exported, tmp_path):
     from safetensors.torch import save_file
 
-    from post_training.export import readback
+    from post_training.export import comparison, readback
 
     source = exported[0] / "FP8_DEFAULT_CFG_hf"
     for each in source.glob("*.json"):
@@ -256,8 +323,8 @@ def test_a_wrong_input_scale_is_seen(exported, tmp_path):
     tensors[name] = calibrated * 1.01
     save_file(tensors, tmp_path / "model.safetensors")
     reference = [(name, calibrated.reshape(()))]
-    assert readback.compare(readback.Folder(tmp_path), reference, torch.float32)
-    assert not readback.compare(readback.Folder(source), reference, torch.float32)
+    assert comparison.compare(readback.Folder(tmp_path), reference, torch.float32)
+    assert not comparison.compare(readback.Folder(source), reference, torch.float32)
 
 
 @pytest.mark.parametrize(

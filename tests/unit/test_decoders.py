@@ -87,6 +87,18 @@ def test_mxfp8_multiplies_a_power_of_two_per_32_inputs():
         ),
         ("NVFP4", torch.zeros(1, 16, dtype=torch.uint8), torch.ones(1, 2), "layer scale is stored"),
         (
+            "NVFP4",  # in blocks of 32
+            torch.zeros(1, 16, dtype=torch.uint8),
+            torch.ones(1, 1).to(torch.float8_e4m3fn),
+            "scale of shape",
+        ),
+        (
+            "MXFP8",
+            torch.ones(1, 64).to(torch.float8_e4m3fn),
+            torch.full((1, 2), 255, dtype=torch.uint8),
+            "not a number",
+        ),
+        (
             "MXFP8",
             torch.ones(1, 64).to(torch.float8_e4m3fn),
             torch.ones(1, 1, dtype=torch.uint8),

@@ -21,7 +21,8 @@ class Decoder:
         dtype: of the stored weight, as safetensors names it.
         decode: of (read, module, stored weight) -> float32 [out, in].
         per_element: weights that an element of the stored tensor holds.
-        scales: names of the tensors that stand beside the weight.
+        scales: names of the tensors that stand beside the weight, all of them.
+        block: inputs of a row that share a scale, where ``group_size`` says it.
         stored: name of the tensor that holds it.
         zero_scales: whether a block so small that its scale has the code zero may be stored.
     """
@@ -32,6 +33,7 @@ class Decoder:
     per_element: int = 1
     scales: tuple[str, ...] = ("weight_scale", "input_scale")
     stored: str = "weight"
+    block: int | None = None
     zero_scales: bool = False
 
 

@@ -27,4 +27,4 @@ def times_powers(read: Read, module: str, values: torch.Tensor) -> torch.Tensor:
     return (blocks * power.unsqueeze(-1)).reshape(values.shape)
 
 
-MX = (Decoder("MXFP8", "F8_E4M3", decode, zero_scales=True),)
+MX = (Decoder("MXFP8", "F8_E4M3", decode, scales=("weight_scale",), block=BLOCK, zero_scales=True),)

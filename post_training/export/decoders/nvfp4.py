@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from post_training.export.decoders.base import Decoder, Read, require_dtype, require_shape
@@ -24,8 +26,9 @@ def decode(read: Read, module: str, stored: torch.Tensor) -> torch.Tensor:
     return (values * block_scale.unsqueeze(-1)).reshape(rows, columns)
 
 
-_SCALES = ("weight_scale", "weight_scale_2", "input_scale")
+_SCALES = ("weight_scale", "weight_scale_2")
+_FORM: dict[str, Any] = {"per_element": 2, "block": BLOCK, "zero_scales": True}
 NVFP4 = (
-    Decoder("NVFP4", "U8", decode, per_element=2, scales=_SCALES, zero_scales=True),
-    Decoder("W4A16_NVFP4", "U8", decode, per_element=2, scales=_SCALES, zero_scales=True),
+    Decoder("NVFP4", "U8", decode, scales=(*_SCALES, "input_scale"), **_FORM),
+    Decoder("W4A16_NVFP4", "U8", decode, scales=_SCALES, **_FORM),
 )
