@@ -54,6 +54,7 @@ EXPORTS = [("llama3", name) for name in FORMATS]
 EXPORTS += [("qwen3", "INT8_DEFAULT_CFG"), ("qwen3", "INT4_AWQ_CFG")]
 EXPORTS += [("qwen3", "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG")]
 IN_BF16 = ("INT8_DEFAULT_CFG", "INT8_WEIGHT_ONLY_CFG", "INT4_AWQ_CFG", *IN_MODELOPTS_LAYOUT)
+LEFT_OUT = ("FP8_DEFAULT_CFG", "INT4_AWQ_CFG")  # a layout each
 ROUNDED_INPUTS = {
     **dict.fromkeys(("INT8_W8A8", "INT4_W4A8", "FP8_PER_CHANNEL_PER_TOKEN"), 0.01),
     "MXFP4": 0.03,  # a step between codes is up to 50 % of an element
@@ -200,6 +201,17 @@ def exported(tmp_path_factory):
         for each in ("bf16", "packed", "whole"):
             load = ("--load", root / f"{name} {each}")
             last.append(("export", (*load, "--export-dir", root / f"{name} {each} hf")))
+    # By the layer's number in the whole model, which is another one on the second stage.
+    for name in LEFT_OUT:
+        flags = (
+            *("--pretrained-model-path", root / "qwen3", "--export-quant-cfg", name),
+            *("--calib-dataset-path-or-name", text, "--calib-size", 8, "--skip-generate"),
+            *("--leave-out", "model.layers.1.*.down_proj", "*.0.*.k_proj"),
+            *("--calib-max-sequence-length", 64, "--save", root / f"{name} left out"),
+        )
+        two.append(("quantize", (*flags, "--pipeline-model-parallel-size", 2)))
+        folder = root / f"{name} left out hf"
+        last.append(("export", ("--load", root / f"{name} left out", "--export-dir", folder)))
     tools.run_stages(*one)
     tools.run_stages(*two, processes=2)
     tools.run_stages(*last)
@@ -369,6 +381,25 @@ def test_fp8_blocks_do_not_cross_the_borders_of_matrices(exported):
             blocks = source[key.removesuffix("_scale")].unflatten(1, (-1, 128))
             largest = blocks.unflatten(0, (-1, 128)).abs().amax((1, 3), keepdim=True)
             assert torch.allclose(scale, largest / 448, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_layers_left_out_are_the_sources(exported, name):
+    root = exported[0]
+    found, source = (dict(tools.tensors(root / each)) for each in (f"{name} left out hf", "qwen3"))
+    attention = [f"model.layers.0.self_attn.{x}_proj" for x in "qkv"]
+    left_out = {*attention, "model.layers.1.mlp.down_proj"}
+    plain = {
+        key.removesuffix(".weight")
+        for key, value in found.items()
+        if key.endswith("_proj.weight") and value.dtype == torch.bfloat16
+    }
+    assert plain == left_out
+    for module in left_out:
+        assert torch.equal(found[f"{module}.weight"], source[f"{module}.weight"].bfloat16())
+    folder = readback.Folder(root / f"{name} left out hf")
+    assert left_out <= {*folder.quantization["exclude_modules"]}
+    assert folder.problems() == []
 
 
 MODULE = "model.layers.0.self_attn.q_proj"
