@@ -35,10 +35,10 @@ def flags(source, save, *more):
 TP, PP = ("--tensor-model-parallel-size", 2), ("--pipeline-model-parallel-size", 2)
 REFUSED = {
     "unknown name": (("--export-quant-cfg", "nvfp5"), "nvfp5", "Did you mean: nvfp4"),
-    "int8 and keys in fp8": (
-        ("--export-quant-cfg", "int8", "--export-kv-cache-quant", "fp8"),
-        "--export-kv-cache-quant fp8",
-        "16 bits only",
+    "int8 and keys in nvfp4": (
+        ("--export-quant-cfg", "int8", "--export-kv-cache-quant", "nvfp4"),
+        "--export-kv-cache-quant nvfp4",
+        "NVFP4 keys and values beside INT8_W8A8",
     ),
     "awq": (("--export-quant-cfg", "NVFP4_AWQ_FULL_CFG"), "NVFP4_AWQ_FULL_CFG", "pre_quant_scale"),
     "auto with awq": (
@@ -163,18 +163,18 @@ def test_a_failing_smoke_generation_keeps_the_checkpoint_and_the_exit_code(sourc
 
 
 def test_an_unexportable_format_runs_when_it_is_allowed(source, tmp_path):
-    more = ("--export-quant-cfg", "mxfp4", "--allow-unexportable", "--skip-generate")
+    more = ("--export-quant-cfg", "mxfp6", "--allow-unexportable", "--skip-generate")
     done = tools.run("quantize.py", *flags(source, tmp_path / "q", *more))
     assert "export will refuse this checkpoint" in done.stderr
     found = manifest.read(tmp_path / "q")["quantization"]
     assert not found["exportable"]
-    assert "MXFP4" in found["reason"]
+    assert "MXFP6" in found["reason"]
 
 
 def test_an_unexportable_recipe_is_refused_before_calibration(source, tmp_path):
-    recipe = ("--recipe", "general/ptq/mxfp4_mlp_weight_only")
+    recipe = ("--recipe", "general/ptq/nvfp4_mlp_weight_only")
     done = tools.run("quantize.py", *flags(source, tmp_path / "q", *recipe), code=2)
-    assert "MXFP4" in done.stderr
+    assert "blocks of 32" in done.stderr
     assert not (tmp_path / "q").exists()
 
 
