@@ -2,8 +2,9 @@
 
 Both round every activation to 8 bits of mantissa, after other orders of additions; mcore rounds
 once more where it adds a bias after the product. Over six layers this adds up, so the difference is
-held to 1 % in the Euclidean norm, and ours may not be much further from float32 than theirs. Where a
-router has experts to choose from, a token near a tie goes to another one in the other rounding: 2 %.
+held to 1 % in the Euclidean norm, and ours may not be much further from float32 than theirs. Where
+a router has experts to choose from, a token near a tie goes to another one in the other rounding:
+2 %.
 """
 
 from __future__ import annotations
