@@ -18,7 +18,7 @@ from typing import Any, Protocol, cast
 
 from post_training.checkpoints.source import Source, fetch_configuration
 from post_training.cli import dry_run
-from post_training.common import locks, outputs, redaction
+from post_training.common import locks, outputs, redaction, streams
 from post_training.common.errors import UsageError, exit_with_usage_error, first_line
 from post_training.config import arguments, model_description
 from post_training.config.flags import spelled
@@ -95,6 +95,7 @@ def run[Options: StageOptions, P: Plan, Result](
     stage: Stage[Options, P, Result], argv: Sequence[str] | None = None
 ) -> None:
     """Run ``stage`` with a command line, by default this process's. A usage error exits with 2."""
+    streams.open_missing()
     if stage.saves_on_signal:
         # From the start: imports and loading take longer than a scheduler may wait.
         signals.defer_until_exit()

@@ -38,10 +38,7 @@ def check_folder(
         overwrite: an existing output of that kind is replaced when the new one is complete.
         needed: estimated bytes.
     """
-    if folder.is_symlink():
-        raise UsageError(
-            f"output {folder}", f"it is a symbolic link to {folder.readlink()}", "name its target"
-        )
+    _require_no_link(folder, f"output {folder}")
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"output {folder}", "it is a file", "name a folder")
     work = files.incomplete(folder)
@@ -193,6 +190,12 @@ def _exists(path: Path) -> bool:
         return False
 
 
+def _require_no_link(path: Path, what: str) -> None:
+    """Renaming an output into place would replace the link, and leave what it leads to."""
+    if path.is_symlink():
+        raise UsageError(what, f"it is a symbolic link to {path.readlink()}", "name its target")
+
+
 def writable(path: Path, what: str = "") -> None:
     """Raise UsageError unless this user may create ``path``, a file or a folder.
 
@@ -201,6 +204,7 @@ def writable(path: Path, what: str = "") -> None:
     Args:
         what: the output in a message (``output <path>``).
     """
+    _require_no_link(path, what or f"output {path}")
     parent = nearest_existing(path.absolute().parent)
     if not parent.is_dir():
         raise UsageError(what or f"output {path}", f"{parent} is a file", "name another place")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from post_training.common import files, inputs, memory
+from post_training.common import files, inputs, limits
 from post_training.common.errors import UsageError, suggest
 from post_training.data import records
 from post_training.data.records import Row
@@ -23,7 +23,6 @@ from post_training.data.records import Row
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TEMPLATE_BYTES = 2 << 30  # most memory that a chat template may take: it comes with the model
 _ROWS_CHECKED = 20_000  # about a second of JSONL; later rows are checked when they are read
 TEXT_KEYS = ("text", "article", "content", "document")
 CHAT_KEYS = ("messages", "conversations", "conversation")
@@ -250,7 +249,7 @@ def render(
         return "\n\n".join(turn["content"] for turn in document.messages)
 
     try:
-        with memory.limited(_TEMPLATE_BYTES):
+        with limits.of_a_template():
             rendered = tokenizer.apply_chat_template(
                 list(document.messages),
                 tools=list(document.tools) or None,
@@ -259,7 +258,7 @@ def render(
                 chat_template=template,
                 **(template_options or {}),
             )
-    except (jinja2.TemplateError, TypeError, ValueError, MemoryError) as error:
+    except (jinja2.TemplateError, TypeError, ValueError, MemoryError, TimeoutError) as error:
         roles = ", ".join(turn["role"] for turn in document.messages)
         raise UsageError(
             f"{option} {document.place}",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
-from post_training.common import files, safetensors_index
+from post_training.common import files, limits, safetensors_index
 from post_training.export import fused_linears, stacked_experts
 from post_training.export.decoders import compressed_tensors
 from post_training.export.decoders.base import Decoder
@@ -137,7 +137,8 @@ class Folder:
             model.generation_config = GenerationConfig.from_pretrained(self.path)
         if has_template := bool(tokenizer.chat_template):
             turns, form = [{"role": "user", "content": question}], {"add_generation_prompt": True}
-            question = tokenizer.apply_chat_template(turns, tokenize=False, **form)
+            with limits.of_a_template():
+                question = tokenizer.apply_chat_template(turns, tokenize=False, **form)
         prompt = tokenizer(question, return_tensors="pt", add_special_tokens=not has_template)
         # transformers 5.14 has no cache for layers that are an MLP alone (Nemotron-H).
         cached = "mlp" not in (getattr(model.config, "layer_types", None) or ())

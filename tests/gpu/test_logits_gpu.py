@@ -2,7 +2,9 @@
 
 Both round every activation to 8 bits of mantissa, after other orders of additions; mcore rounds
 once more where it adds a bias after the product. Over six layers this adds up, so the difference is
-held to 1 % in the Euclidean norm, and ours may not be much further from float32 than theirs.
+held to 1 % in the Euclidean norm, and ours may not be much further from float32 than theirs. Where
+a router has experts to choose from, a token near a tie goes to another one in the other rounding:
+2 %.
 """
 
 from __future__ import annotations
@@ -29,5 +31,6 @@ def test_logits_equal_transformers_in_bfloat16(tmp_path):
         exact = tools.transformers_logits(reference.cpu().float(), ids)
         ours = tools.read_logits(tmp_path / f"{family}_logits")
         difference = ((ours - peer).norm() / peer.norm()).item()
-        assert difference < 0.01, (family, difference)
+        limit = 0.02 if "experts" in tools.FAMILIES[family].parts else 0.01
+        assert difference < limit, (family, difference)
         assert (ours - exact).norm() < 1.2 * (peer - exact).norm(), family

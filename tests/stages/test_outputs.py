@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import time
@@ -89,11 +90,21 @@ def test_an_output_that_is_an_input_or_holds_one_is_refused(work, tmp_path, stag
     assert (tmp_path / "all" / "mlm" / manifest.FILE).exists()
 
 
-def test_a_symbolic_link_is_not_replaced(work, tmp_path):
+@pytest.mark.parametrize("stage", ["convert", "mmlu", "generate"])
+def test_a_symbolic_link_is_not_replaced(work, tmp_path, stage):
     (tmp_path / "there").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "there")
-    done = tools.run("convert.py", *words(work, "convert", tmp_path / "link"), "--check", code=2)
-    assert f"symbolic link to {tmp_path / 'there'}" in done.stderr
+    (tmp_path / "link").symlink_to(tmp_path / "there" if stage == "convert" else tmp_path / "none")
+    given = (*words(work, stage, tmp_path / "link"), "--check")
+    done = tools.run(f"{stage}.py", *given, code=2)
+    assert f"symbolic link to {tmp_path}" in done.stderr
+
+
+def test_closed_standard_streams_are_no_places_for_output(work, tmp_path):
+    """Files that a stage opens would get their numbers, and what libraries print."""
+    line = tools.command("convert.py", *words(work, "convert", tmp_path / "mlm"))
+    closed = f"exec {shlex.join(line)} <&- >&- 2>&-"
+    assert subprocess.run(["bash", "-c", closed], env=tools.environment()).returncode == 0
+    assert manifest.read(tmp_path / "mlm")["stage"] == "convert"
 
 
 @pytest.mark.parametrize("stage", ["mmlu", "generate"])

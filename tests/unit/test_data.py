@@ -2,6 +2,8 @@
 
 import json
 import resource
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow
@@ -12,6 +14,7 @@ from tools import byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from post_training import portable
+from post_training.common import limits
 from post_training.common.errors import UsageError
 from post_training.data import calibration_data, document_formats, records, sources
 
@@ -279,3 +282,32 @@ def test_a_chat_template_that_takes_all_memory_is_stopped():
     with pytest.raises(UsageError, match="takes more than 2 GiB"):
         document_formats.render(document, tokenizer, "--data")
     assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
+@pytest.mark.parametrize("thread", ["main", "another"])
+def test_a_chat_template_that_never_ends_is_stopped(thread, monkeypatch):
+    monkeypatch.setattr(limits, "_TEMPLATE_SECONDS", 0.3)
+    tokenizer = byte_tokenizer()
+    turns = ({"role": "user", "content": "Hi"},)
+    document = document_formats.Document("a.jsonl, line 1", messages=turns)
+    tokenizer.chat_template = (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}"
+        "{% endfor %}{% endfor %}{% endfor %}"
+    )
+
+    def refused():
+        with pytest.raises(UsageError, match=r"more than 0\.3 seconds of computing"):
+            document_formats.render(document, tokenizer, "--x")
+        return True
+
+    if thread == "another":
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(refused).result()
+    else:
+        assert refused()
+        # Arithmetic of long integers runs no instruction of Python's for minutes.
+        tokenizer.chat_template = "{{ (3 ** 99999999) % 7 }}"
+        assert refused()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    time.sleep(0.7)  # nothing arrives late
+    assert document_formats.render(document, tokenizer, "--x") == "Hi"

@@ -9,6 +9,7 @@ _ALL = (*_BEFORE_BLACKWELL, "Blackwell")
 _SCHEMES = "vllm/model_executor/layers/quantization/compressed_tensors/schemes/compressed_tensors"
 _MARLIN = (64, 128)  # the tiles of its kernel for weights alone
 _RUN = "run in vLLM 0.24.0 on H200, 2026-11-27"
+_RUN_ON_H100 = "run in vLLM 0.24.0 on H100, 2026-11-27"
 
 VLLM = Engine(
     target="vllm",
@@ -16,16 +17,19 @@ VLLM = Engine(
     version="0.24.0",
     loader="vllm/model_executor/layers/quantization/modelopt.py",
     algorithms={
-        "FP8": Support(
-            native=("Ada", "Hopper", "Blackwell"),
-            verified="run in vLLM 0.24.0 on H200, 2026-11-24",
-        ),
+        "FP8": Support(native=("Ada", "Hopper", "Blackwell"), verified=_RUN_ON_H100),
         # Its experts have one scale a matrix.
-        "FP8_PER_CHANNEL_PER_TOKEN": Support(native=("Ada", "Hopper", "Blackwell"), experts=False),
+        "FP8_PER_CHANNEL_PER_TOKEN": Support(
+            native=("Ada", "Hopper", "Blackwell"), verified=_RUN_ON_H100, experts=False
+        ),
         # On Blackwell the scales would have to be made powers of two first, which the loader
         # leaves out (process_weights_after_loading).
         "FP8_PB_WO": Support(
-            native=("Ada", "Hopper"), experts=False, multiples=(128, 128), separate=True
+            native=("Ada", "Hopper"),
+            verified=_RUN_ON_H100,
+            experts=False,
+            multiples=(128, 128),
+            separate=True,
         ),
         "NVFP4": Support(native=("Blackwell",), weights_alone=_BEFORE_BLACKWELL),
         "W4A16_NVFP4": Support(native=_ALL, verified=_RUN),
