@@ -109,7 +109,7 @@ def distill(plan: Plan, session: Session) -> TrainingResult:
     this = Run.open(plan, session)
     teacher_source = fetch_source(plan.teacher, plan.of_teacher)
     prepare = conversation_data.prepare if options.answers_only else text_data.prepare
-    parts, _ = this.data(prepare, plan.text)
+    parts, content = this.data(prepare, plan.text)
     exit_if_asked(session)
     split = options.sequence_parallel
     student = loading.load(this.source, options, session, sequence_parallel=split)
@@ -124,7 +124,7 @@ def distill(plan: Plan, session: Session) -> TrainingResult:
     model = conversion.attach(student, teacher, config, options.seed)
     if plan.start.resumes:
         torch_dist.load(model, plan.start.folder, only=conversion.LOSS_MODULES)
-    inputs = [*teacher_source.inputs("teacher"), {"role": "data", "path": plan.text.describe()}]
+    inputs = [*teacher_source.inputs("teacher"), *content["read"]]
     task = conversion.task(model, config, plan.training)
     return this.train(
         model, task, parts, inputs, lambda iteration: ({**metrics, "iteration": iteration}, {})

@@ -103,7 +103,7 @@ def eagle3(plan: Plan, session: Session) -> TrainingResult | None:
     if stored is None:
         parts, content = this.data(conversation_data.prepare, plan.text)
         prompts = files.read_json(Path(content["prompts"])) or []
-        inputs = [{"role": "data", "path": plan.text.describe()}]
+        inputs = content["read"]
     else:
         parts, prompts = stored.parts(), stored.prompts()
         inputs = [manifest.describe_input("features", str(stored.folder))]

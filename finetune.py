@@ -114,17 +114,16 @@ def finetune(plan: Plan, session: Session) -> TrainingResult:
     options = plan.options
     this = Run.open(plan, session)
     prepare = text_data.prepare if options.all_tokens else conversation_data.prepare
-    parts, _ = this.data(prepare, plan.text)
+    parts, content = this.data(prepare, plan.text)
     exit_if_asked(session)
     model = loading.load(this.source, options, session, sequence_parallel=options.sequence_parallel)
     parameters = count_parameters(model)
     exit_if_asked(session)
-    inputs = [{"role": "data", "path": plan.text.describe()}]
 
     def describe(iteration: int) -> tuple[dict[str, Any], dict[str, Any]]:
         return {"parameters": parameters, "iteration": iteration}, {}
 
-    return this.train(model, next_token.task(), parts, inputs, describe)
+    return this.train(model, next_token.task(), parts, content["read"], describe)
 
 
 def show(plan: Plan, result: TrainingResult, session: Session) -> None:

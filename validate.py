@@ -115,9 +115,10 @@ def validate(plan: Plan, session: Session) -> dict[str, Any]:
 
     options, saved, prompts = plan.options, plan.saved, plan.prompts
     read = None
+    read_from: list[dict[str, Any]] = []
     if prompts is not None:
         # First what needs the hub: a model may take minutes to load.
-        read = on_first_rank(lambda: prompt_options.load(prompts))
+        read, read_from = on_first_rank(lambda: prompt_options.load_recorded(prompts))
         logger.info("%s; the first turn of each is asked", read.describe())
     source = fetch_source(plan.source, options)
     speaker = measure.load_drafted_speaker(
@@ -145,7 +146,7 @@ def validate(plan: Plan, session: Session) -> dict[str, Any]:
     }
     if saved is not None:
         found["ground_truth"] = ground_truth.compare(saved, pairs, settings)
-    content = record.report_of_run(options, session, source.inputs(), found)
+    content = record.report_of_run(options, session, [*source.inputs(), *read_from], found)
     if session.is_main:
         draft_report.write(plan.report, content)
         if options.save_ground_truth_path:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -38,6 +38,7 @@ class CalibrationData:
         source: the path or name as given.
         requested: sequences asked for; ``n`` is smaller if the data has less.
         notes: what a user should know, one sentence each.
+        read: the files, as a manifest describes inputs.
     """
 
     input_ids: torch.Tensor
@@ -46,6 +47,7 @@ class CalibrationData:
     source: str
     requested: int
     notes: tuple[str, ...] = ()
+    read: tuple[dict[str, Any], ...] = ()
 
     def describe(self) -> str:
         """One line for the log: what was really used."""

@@ -58,7 +58,7 @@ def prepare(
     """
     target = folder / packing.fingerprint(source, tokenizer, length, rows)
     parts, content = packing.prepare(
-        target, lambda: _pack(source, tokenizer, length, rows, show_progress), PARTS
+        target, source, lambda: _pack(source, tokenizer, length, rows, show_progress), PARTS
     )
     return parts, {**content, "prompts": str(target / PROMPTS)}
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from post_training.config.checks import at_least
 from post_training.config.flags import flag
-from post_training.data import document_formats
+from post_training.data import document_formats, provenance
 from post_training.data.sources import CALIBRATION, TextSource
 
 if TYPE_CHECKING:
@@ -54,16 +54,21 @@ def load(
     from post_training.data import calibration_data
     from post_training.distributed import collectives
 
-    samples = collectives.on_first_rank(
-        lambda: calibration_data.load_calibration_data(
-            options.calib_dataset_path_or_name,
-            tokenizer,
-            options.calib_size,
-            min(options.calib_max_sequence_length, architecture.max_position_embeddings),
-            random_offset=options.calib_use_random_offset,
-            seed=seed,
-        )
-    )
+    place = options.calib_dataset_path_or_name
+
+    def read() -> CalibrationData:
+        with provenance.reading("calibration data", [(place, CALIBRATION)]) as files:
+            data = calibration_data.load_calibration_data(
+                place,
+                tokenizer,
+                options.calib_size,
+                min(options.calib_max_sequence_length, architecture.max_position_embeddings),
+                random_offset=options.calib_use_random_offset,
+                seed=seed,
+            )
+        return replace(data, read=tuple(files))
+
+    samples = collectives.on_first_rank(read)
     logger.info("calibration data: %s", samples.describe())
     return samples
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from post_training.common import files, inputs
-from post_training.data import records
+from post_training.data import provenance, records
 from post_training.data.assistant_mask import Tokens
-from post_training.data.sources import TextSource
+from post_training.data.sources import DATASET, TextSource
 
 if TYPE_CHECKING:
     import numpy
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 PAD = 0
 _OPEN = 64  # sequences that are filled at the same time
 _DESCRIPTION = "data.json"
+_FORMAT = 2  # of the folder; what another version kept is read and packed again
 
 
 class Packer:
@@ -120,7 +121,7 @@ class PackedConversations:
 
 def fingerprint(source: TextSource, tokenizer: Any, length: int, rows: int) -> str:
     """Hash of everything that decides the packed sequences."""
-    entries: list[Any] = [source.dataset, source.files, source.split, length]
+    entries: list[Any] = [_FORMAT, source.dataset, source.files, source.split, length]
     entries.append(None if source.local else rows)
     for path, option in source.local:
         for file in records.list_files(inputs.expanded(path), option):
@@ -132,12 +133,13 @@ def fingerprint(source: TextSource, tokenizer: Any, length: int, rows: int) -> s
 
 
 def prepare(
-    target: Path, pack: Callable[[], Packed], parts: Sequence[str]
+    target: Path, source: TextSource, pack: Callable[[], Packed], parts: Sequence[str]
 ) -> tuple[dict[str, PackedConversations], dict[str, Any]]:
     """Sequences by part, and their description; a collective call.
 
     Args:
         target: folder of the packed data; a file system that all ranks see.
+        source: what is packed; the description has it as ``read``, inputs of a manifest.
         pack: reads and packs; called on rank 0 unless ``target`` is there.
         parts: those that ``pack`` makes.
 
@@ -151,7 +153,10 @@ def prepare(
     def make() -> None:
         if (target / _DESCRIPTION).is_file():
             return
-        packed, description, others = pack()
+        places = source.local or [(source.dataset, DATASET)]
+        with provenance.reading("data", places) as read:
+            packed, description, others = pack()
+        description = {**description, "read": read}
         work = files.begin(target)
         for name, (ids, mask) in packed.items():
             numpy.save(work / f"{name}_ids.npy", ids)

@@ -44,6 +44,7 @@ def prepare(
     """
     return packing.prepare(
         folder / f"{packing.fingerprint(source, tokenizer, length, rows)}-text",
+        source,
         lambda: _pack(source, tokenizer, length, rows, show_progress),
         PARTS,
     )

@@ -12,7 +12,7 @@ from post_training.common import files
 from post_training.common.errors import UsageError
 from post_training.config.checks import at_least, positive_fraction
 from post_training.config.flags import flag
-from post_training.data import prompts, records
+from post_training.data import prompts, provenance, records
 
 OPTION = "--prompts-path"
 MT_BENCH = "HuggingFaceH4/mt_bench_prompts"
@@ -184,3 +184,14 @@ def load(options: PromptOptions, fraction: float = 1.0) -> prompts.Prompts:
     kept = dialogues[: math.ceil(fraction * len(dialogues))]
     left_out = sum((each.left_out for each in found), Counter[str]())
     return prompts.Prompts(", ".join(each.source for each in found), kept, left_out)
+
+
+def load_recorded(options: PromptOptions) -> tuple[prompts.Prompts, list[dict[str, Any]]]:
+    """As :func:`load`, and the files as a manifest names its inputs.
+
+    Raises:
+        UsageError: also if a file is replaced while it is read.
+    """
+    with provenance.reading("prompts", [(place, OPTION) for place in options.sources]) as read:
+        found = load(options)
+    return found, read

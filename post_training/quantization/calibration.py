@@ -53,6 +53,7 @@ class Calibration:
         """The data really used, for a manifest."""
         return {
             "source": self.data.source,
+            "read": list(self.data.read),
             "sequences": len(self.data.input_ids),
             "requested": self.data.requested,
             "sequence_length": self.data.input_ids.shape[1],

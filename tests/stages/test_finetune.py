@@ -6,6 +6,8 @@ the gradients of those before.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy
 import pytest
 import tools
@@ -14,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from post_training.checkpoints import torch_dist
-from post_training.common import manifest
+from post_training.common import files, manifest
 from post_training.export import readback
 from post_training.training import metrics as training_metrics
 
@@ -88,7 +90,9 @@ def test_it_learns_the_answers_and_is_exported(root):
     assert losses(root / "tuned", kind="eval")[-1] < found[0]
     content = manifest.read(root / "tuned")
     assert content["stage"] == "finetune"
-    assert {"model", "data"} == {each["role"] for each in content["inputs"]}
+    model, data = content["inputs"]
+    assert (model["role"], data["role"]) == ("model", "data")
+    assert data["sha256"] == files.sha256(Path(data["path"]))
     model = AutoModelForCausalLM.from_pretrained(root / "tuned_hf", dtype=torch.float32).eval()
     wanted = tools.transformers_logits(model, tools.tokens())
     assert (tools.read_logits(root / "logits") - wanted).abs().max() < 1e-4

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import speed
@@ -11,7 +12,7 @@ import tools
 import torch
 
 from post_training.checkpoints import torch_dist
-from post_training.common import manifest
+from post_training.common import files, manifest
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +144,8 @@ def test_the_stage_saves_records_and_prints_what_it_did(source, tmp_path):
     used = content["metrics"]["calibration"]
     assert (used["sequences"], used["sequence_length"], used["tokens"]) == (2, 64, 128)
     assert used["tokens_per_second"] > 0
+    (data,) = used["read"]
+    assert data["sha256"] == files.sha256(Path(data["path"]))
     reached = content["metrics"]["coverage"]
     assert reached["quantizers"] == {"KV cache": 4, "input": 4, "weight": 4}
     assert reached["bits_per_quantized_weight"] == 4.5

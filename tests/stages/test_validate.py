@@ -13,6 +13,7 @@ import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tools
@@ -20,6 +21,7 @@ import torch
 from drafted_checkpoints import DECODED
 from speculative_jobs import NEW_TOKENS, PROMPTS, STEPS
 
+from post_training.common import files
 from post_training.common.errors import UsageError
 from post_training.drafts import ground_truth
 from post_training.drafts.acceptance import Acceptance, AnswerPair, TokenizedPrompt, matching
@@ -120,6 +122,9 @@ def test_the_stage_decodes_every_prompt_twice(drafted, layout):
     content = report(drafted, f"validate {layout}")
     found = content["acceptance"]
     assert content["settings"]["steps"] == 3
+    prompts = content["inputs"][-1]
+    assert prompts["role"] == "prompts"
+    assert prompts["sha256"] == files.sha256(Path(prompts["path"]))
     assert content["settings"]["temperature"] == 0.0
     assert found["answers"] == found["identical_answers"] == 3
     assert found["tokens"] == 3 * 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -60,6 +61,26 @@ def test_another_length_or_file_is_packed_anew(kind, source, tmp_path):
     file.write_text(file.read_text() * 2)
     prepare(kind, source, tmp_path)
     assert len(list(tmp_path.glob("*/data.json"))) == 3
+
+
+def test_the_files_that_were_read_are_recorded_and_may_not_change_meanwhile(
+    kind, source, tmp_path, monkeypatch
+):
+    _, content = prepare(kind, source, tmp_path)
+    file = Path(source.files[0])
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert content["read"] == [{"role": "data", "path": str(file), "sha256": digest}]
+    read = kind._pack
+
+    def replaced(*given):
+        found = read(*given)
+        file.write_text(file.read_text() * 3)
+        return found
+
+    monkeypatch.setattr(kind, "_pack", replaced)
+    with pytest.raises(UsageError, match="replaced while it was read"):
+        prepare(kind, source, tmp_path / "another")
+    assert not (tmp_path / "another").exists()
 
 
 def test_no_data_is_refused_by_name(kind):
