@@ -117,7 +117,8 @@ def conversation(draw: random.Random) -> list[tuple[str, str]]:
         if not (begins and number == 0 and not turns):
             turns.append(("user", " ".join(draw.choices(WORDS, k=draw.randint(1, 4)))))
         text = " ".join(draw.choices(WORDS, k=draw.randint(1, 3)))
-        turns.append(("assistant", draw.choice([text, f" {text}", f"{text}\n"])))
+        empty = [""] if any(role == "assistant" for role, _ in turns) else []
+        turns.append(("assistant", draw.choice([text, f" {text}", f"{text}\n", *empty])))
     if draw.random() < 0.2:
         turns.append(("user", "and then?"))
     return turns
