@@ -25,6 +25,7 @@ import math
 import random
 import shutil
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -271,15 +272,17 @@ class Benchmark:
         self._note(name, ["--load", saved], exported, quantized, export)
 
     def _stage(self, name: str, *words: object) -> Figures:
-        """Run a stage in this process; returns its manifest."""
+        """Run a stage in this process; returns its manifest, with the seconds of this stage."""
         import importlib
 
         from post_training.common import files
 
         stage: Stage[Any, Any, Any] = importlib.import_module(name).STAGE
+        started = time.perf_counter()
         stage.work(make_plan(stage, [*map(str, words)]), self.session)
+        seconds = round(time.perf_counter() - started, 2)
         output = words[words.index("--export-dir" if name == "export" else "--save") + 1]
-        return files.read_json_object(Path(str(output)) / "run.json")
+        return {**files.read_json_object(Path(str(output)) / "run.json"), "seconds": seconds}
 
     def _note(
         self, name: str, words: list[object], exported: Path, quantize: Figures, export: Figures
