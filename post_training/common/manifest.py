@@ -35,8 +35,6 @@ from post_training.common.errors import UsageError
 FILE = "run.json"
 FORMAT = 2
 _SEAL = "content_xxh3_128"  # of everything else in the file
-_WEIGHTS = (".distcp", ".safetensors")  # verified while they are loaded
-_SMALL = 64 << 20  # bytes that are hashed within a tenth of a second
 _PACKAGES = (
     "torch",
     "megatron-core",
@@ -210,30 +208,6 @@ def damaged_outputs(folder: Path, content: dict[str, Any]) -> list[str]:
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
             damaged.append(entry["file"])
     return damaged
-
-
-def require_recorded(folder: Path, content: Mapping[str, Any]) -> None:
-    """Compare what lies beside the weights (configuration, tokenizer, index) with its hashes.
-
-    Raises:
-        UsageError: names a file that is not what was recorded.
-    """
-    small = [
-        entry
-        for entry in content.get("outputs", [])
-        if not entry["file"].endswith(_WEIGHTS) and entry["bytes"] <= _SMALL
-    ]
-    if damaged := files.changed(folder, small):
-        raise not_as_recorded(folder / damaged[0])
-
-
-def not_as_recorded(path: Path) -> UsageError:
-    """The error for a file that is missing, or whose hash is not the manifest's."""
-    return UsageError(
-        str(path),
-        f"its content is not what {FILE} recorded when it was made",
-        "copy or make it again; if you changed it on purpose, --no-verify loads it as it is",
-    )
 
 
 def is_valid(output: Path, source: str, made_by: Sequence[str] = ()) -> bool:
