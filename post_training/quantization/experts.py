@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -40,25 +40,18 @@ def counting(model: torch.nn.Module, counts: ExpertTokens) -> Iterator[None]:
                 layer: Any = router.layer_number
                 stack.callback(router.register_forward_hook(partial(count, layer - 1)).remove)
         yield
+    add(counts, mine)
+
+
+def add(counts: ExpertTokens, mine: Mapping[int, torch.Tensor]) -> None:
+    """Add this rank's tokens by layer and those of all others to ``counts``; a collective call."""
     # Tensor- and expert-parallel ranks of a replica routed the same tokens.
     replica, _, _ = generation.data_parallel()
-    gathered = from_all_ranks({(n, replica): chosen.tolist() for n, chosen in mine.items()})
-    found = {key: chosen for each in gathered for key, chosen in each.items()}
-    for (layer, _), chosen in sorted(found.items()):
-        before = counts.get(layer, [0] * len(chosen))
-        counts[layer] = [a + b for a, b in zip(before, chosen, strict=True)]
-
-
-def describe(counts: ExpertTokens) -> str:
-    """``40 in 5 layers, 12 to 310 tokens each``, and what those without any have."""
-    tokens = [count for layer in counts.values() for count in layer]
-    idle = tokens.count(0)
-    if not idle:
-        return f"{len(tokens)} in {len(counts)} layers, {min(tokens)} to {max(tokens)} tokens each"
-    return (
-        f"{idle} of {len(tokens)} got no calibration token: their inputs have the scale of their "
-        f"layer's other experts; more data (--calib-size) may reach them"
-    )
+    gathered = from_all_ranks({(n, replica): sent.tolist() for n, sent in mine.items()})
+    found = {key: sent for each in gathered for key, sent in each.items()}
+    for (layer, _), sent in sorted(found.items()):
+        before = counts.get(layer, [0] * len(sent))
+        counts[layer] = [a + b for a, b in zip(before, sent, strict=True)]
 
 
 def settle_idle(model: torch.nn.Module) -> None:

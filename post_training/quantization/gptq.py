@@ -35,6 +35,7 @@ from post_training.distributed.collectives import from_all_ranks
 from post_training.inference import forward, generation
 from post_training.quantization import (
     calibration,
+    expert_reach,
     experts,
     gptq_checks,
     gptq_rounding,
@@ -130,12 +131,13 @@ def calibrate(
     scale_rounding.round_scales(model)
     found = _Found()
     batches = data.batches()
+    data.forget_expert_tokens()
     with torch.no_grad(), InferenceMode.active():
         others = layerwise.other_arguments(core, batches[0])
         states = layerwise.first_inputs(core, batches)
         bar = tqdm(layers, desc="rounding", unit=" layers", disable=not data.show_progress)
         for (layer, kinds), given in zip(bar, others, strict=True):
-            observe = partial(layerwise.observe, layer, states, given)
+            observe = partial(_observe, layer, states, given, data)
             with _off([module for kind in kinds for module in kind]):
                 for part in itertools.chain.from_iterable(map(_parts, kinds)):
                     _quantize(part, observe, names, found)
@@ -222,15 +224,35 @@ def _parts(kind: list[Any]) -> Iterator[list[Any]]:
         yield kind[start : start + size]
 
 
+def _observe(
+    layer: torch.nn.Module,
+    states: list[torch.Tensor],
+    others: layerwise.Arguments,
+    data: Calibration,
+    hooks: list[tuple[Any, layerwise.Hook]],
+    *,
+    of_experts: bool,
+) -> None:
+    """Run the layer and tell each hook its module's inputs; a collective call for experts."""
+    if not of_experts:
+        layerwise.observe(layer, states, others, hooks)
+        return
+    added: experts.ExpertTokens = {}
+    with expert_reach.reaching(layer, data.expert_share, added):
+        layerwise.observe(layer, states, others, hooks, to_end=True)
+    data.expert_tokens_added.update(added)
+
+
 def _quantize(
     kind: list[Any],
-    observe: Callable[[list[tuple[Any, layerwise.Hook]]], None],
+    observe: Callable[..., None],
     names: Mapping[int, str],
     found: _Found,
 ) -> None:
     """Quantize linears of one kind from their inputs in one run of the layer."""
     hessians = [_Hessian(module) for module in kind]
-    observe([(module, hessian.add) for module, hessian in zip(kind, hessians, strict=True)])
+    hooks = [(module, hessian.add) for module, hessian in zip(kind, hessians, strict=True)]
+    observe(hooks, of_experts=experts.is_expert(names[id(kind[0])]))
     broken = set()
     for module, hessian in zip(kind, hessians, strict=True):
         name = names[id(module)]
