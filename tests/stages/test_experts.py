@@ -29,8 +29,19 @@ from post_training.training import run_folder
 
 EXPERTS, CHOSEN, IDLE = 8, 2, (4, 5, 6, 7)
 EP = ("--expert-model-parallel-size", 2)
-# --moe-calibrate -> experts that a token reaches. Run at EP=2.
-WIDER = {"all": EXPERTS, "0.6": 5}
+# By --moe-calibrate, and as a recipe of FP8 has it -> experts that a token reaches. Run at EP=2.
+WIDER = {"all": EXPERTS, "recipe": 5}
+RECIPE = """
+metadata: {recipe_type: ptq}
+quantize:
+  algorithm: {method: max, moe_calib_experts_ratio: 0.6}
+  quant_cfg:
+    - {quantizer_name: '*', enable: false}
+    - {quantizer_name: '*weight_quantizer', cfg: {num_bits: e4m3, axis: null}}
+    - {quantizer_name: '*input_quantizer', cfg: {num_bits: e4m3, axis: null}}
+    - {quantizer_name: '*output_layer*', enable: false}
+    - {quantizer_name: '*router*', enable: false}
+"""
 # Calibrated otherwise than by maxima alone: several passes, and a search.
 METHODS = ("INT4_AWQ_CFG", "auto")
 # Of three layers the second is dense.
@@ -64,14 +75,16 @@ def printed(root, model):
         "\n".join(json.dumps({"text": f"line {i}: " + "some text " * 9}) for i in range(60))
     )
     (root / "questions").mkdir()
+    recipe = root / "recipe.yaml"
+    recipe.write_text(RECIPE)
     ids = tools.tokens()
     source = ("--pretrained-model-path", root / "source", "--fp32")
     data = ("--calib-size", 8, "--calib-max-sequence-length", 64, "--skip-generate")
     text = ("--calib-dataset-path-or-name", root / "text.jsonl")
 
     def quantized(name, save, *more):
-        flags = (*source, "--save", root / save, "--export-quant-cfg", name, *text, *data, *more)
-        return ("quantize", flags)
+        form = ("--recipe", name) if name == recipe else ("--export-quant-cfg", name)
+        return ("quantize", (*source, "--save", root / save, *form, *text, *data, *more))
 
     def exported(name):
         return ("export", ("--load", root / name, "--export-dir", root / f"{name}_hf", "--fp32"))
@@ -82,7 +95,8 @@ def printed(root, model):
     fp8 = partial(quantized, "FP8_DEFAULT_CFG")
     at_two = tools.run_stages(
         fp8("EP=2", *EP),
-        *(fp8(mode, "--moe-calibrate", mode, *EP) for mode in WIDER),
+        fp8("all", "--moe-calibrate", "all", *EP),
+        quantized(recipe, "recipe", *EP),
         quantized("auto", "auto", "--auto-quantize-bits", 6, "--auto-quantize-score-size", 1, *EP),
         processes=2,
     ).stderr
@@ -217,7 +231,9 @@ def test_each_token_reaches_as_many_experts_as_are_asked_for(root, printed, mode
 
 
 def test_wider_calibration_leaves_what_the_layers_give_and_raises_scales_of_experts(root, printed):
-    routed, some, every = (stored_tensors(root / f"{name}_hf") for name in ("EP=2", "0.6", "all"))
+    routed, some, every = (
+        stored_tensors(root / f"{name}_hf") for name in ("EP=2", "recipe", "all")
+    )
     raised = 0
     for name, tensor in routed.items():
         if "experts" in name and name.endswith("down_proj.input_scale"):
