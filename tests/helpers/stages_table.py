@@ -69,7 +69,7 @@ class Model:
         text.update({key: size for key, size in _SIZES.items() if key in text})
         self.folder, self.teacher = (self._folder(name, config) for name in ("model", "teacher"))
         described = families.from_huggingface(config).to_json()
-        self.made = {"stage": "convert", "architecture": described}
+        self.made: dict[str, Any] = {"stage": "convert", "architecture": described}
         self.data = root / "chat.jsonl"
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         self.data.write_text(json.dumps({"messages": turns}) + "\n")
@@ -89,7 +89,7 @@ class Model:
         source, save = ("--pretrained-model-path", self.folder), ("--save", self.root / "new")
         training = ("--finetune-data-files", self.data, "--train-iters", 1, "--seq-length", 64)
         calibration = ("--calib-dataset-path-or-name", self.data)
-        prompts = ("--prompts", "a", "--output", self.root / "answers.jsonl")
+        prompts = ("--prompts-path", self.data, "--output", self.root / "answers.jsonl")
         found: dict[str, tuple[object, ...]] = {
             "convert": (*source, *save),
             "quantize": (*source, *save, *calibration),
