@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# https://huggingface.co/nvidia/Nemotron-H-4B-Instruct-128K
+# https://huggingface.co/nvidia/Nemotron-H-4B-Instruct
 export MODEL_ARGS=(
   --bf16
   --num-layers 52

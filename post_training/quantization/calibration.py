@@ -19,7 +19,7 @@ from post_training.data.calibration_data import CalibrationData
 from post_training.distributed.collectives import from_all_ranks
 from post_training.inference import forward, generation
 from post_training.quantization import expert_reach, experts, quantizers
-from post_training.quantization.coverage import first_names, global_name
+from post_training.quantization.layer_names import first_names, global_name
 
 logger = logging.getLogger("post_training")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -15,11 +14,10 @@ from modelopt.torch.quantization.calib import MaxCalibrator
 from post_training.distributed.collectives import from_all_ranks
 from post_training.inference import generation
 from post_training.quantization import quantizers
-from post_training.quantization.coverage import global_name
+from post_training.quantization.layer_names import EXPERT, global_name, is_expert
 
 # Number of the layer, from 0 -> tokens that each of its experts got.
 ExpertTokens = dict[int, list[int]]
-_EXPERT = re.compile(r"\.local_experts\.\d+\.")
 
 
 @contextlib.contextmanager
@@ -83,11 +81,6 @@ def settle_idle(model: torch.nn.Module) -> None:
                 quantizer._calibrator.collect(torch.tensor([largest[name]], device=device))
 
 
-def is_expert(name: str) -> bool:
-    """Whether a module is part of an expert that the router chooses."""
-    return _EXPERT.search(name) is not None
-
-
 def layer_name(model: torch.nn.Module, name: str) -> str:
     """The module's name in the whole model, without the number of the expert."""
     return without_number(global_name(model, name))
@@ -95,4 +88,4 @@ def layer_name(model: torch.nn.Module, name: str) -> str:
 
 def without_number(name: str) -> str:
     """The module's name, the same for all experts of a layer."""
-    return _EXPERT.sub(".local_experts.*.", name)
+    return EXPERT.sub(".local_experts.*.", name)

@@ -39,13 +39,14 @@ from post_training.quantization import (
     experts,
     gptq_checks,
     gptq_rounding,
+    layer_names,
     layerwise,
     quantizers,
     scale_rounding,
 )
 from post_training.quantization.calibration import Calibration
-from post_training.quantization.coverage import first_names, global_name
 from post_training.quantization.formats import registry as formats
+from post_training.quantization.layer_names import first_names, global_name
 
 # Linears that read what the others of their module compute.
 _LAST = ("linear_proj", "linear_fc2", "out_proj")
@@ -252,11 +253,11 @@ def _quantize(
     """Quantize linears of one kind from their inputs in one run of the layer."""
     hessians = [_Hessian(module) for module in kind]
     hooks = [(module, hessian.add) for module, hessian in zip(kind, hessians, strict=True)]
-    observe(hooks, of_experts=experts.is_expert(names[id(kind[0])]))
+    observe(hooks, of_experts=layer_names.is_expert(names[id(kind[0])]))
     broken = set()
     for module, hessian in zip(kind, hessians, strict=True):
         name = names[id(module)]
-        is_expert = experts.is_expert(name)
+        is_expert = layer_names.is_expert(name)
         hessian.of_all_replicas(expert=is_expert)
         ratio = None
         if not hessian.sum.isfinite().all():

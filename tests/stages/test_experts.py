@@ -246,6 +246,11 @@ def test_wider_calibration_leaves_what_the_layers_give_and_raises_scales_of_expe
 
 
 def test_quantized_at_ep_2_it_is_exported_as_at_ep_1(root, printed):
+    covered = [
+        json.loads((root / name / "run.json").read_text())["metrics"]["coverage"]
+        for name in ("FP8_DEFAULT_CFG", "EP=2")
+    ]
+    assert covered[0] == covered[1], "the experts of both ranks are counted"
     one, two = (stored_tensors(root / f"{name}_hf") for name in ("FP8_DEFAULT_CFG", "EP=2"))
     assert one.keys() == two.keys()
     for name, tensor in one.items():
