@@ -27,6 +27,7 @@ from post_training.data import options as calibration_options
 from post_training.inference import smoke_generation
 from post_training.models import parallel_check
 from post_training.models.families import registry as families
+from post_training.quantization import expert_options, expert_table
 from post_training.quantization import options as quantization_options
 from post_training.quantization.engines import registry as engines
 from post_training.quantization.formats.exportable import Verdict
@@ -74,6 +75,8 @@ def check(options: QuantizeOptions) -> Plan:
     choice = quantization_options.chosen(options)
     quantization_options.check(options, choice, source.described)
     options = quantization_options.noting(options, choice)
+    if source.described is not None:
+        options = expert_options.noting(options, source.described)
     model_description.check_tokenizer(options, own=True)
     calibration_options.check(options.calibration)
     outputs.check_folder(save, overwrite=options.overwrite, needed=size_estimate(source, options))
@@ -125,7 +128,7 @@ def quantize(plan: Plan, session: Session) -> Quantized:
 
 
 def show(plan: Plan, quantized: Quantized, session: Session) -> None:
-    from post_training.quantization import experts, gptq
+    from post_training.quantization import gptq
 
     options, content = plan.options, quantized.content
     reached, found = quantized.result.reached, quantized.result.found
@@ -135,8 +138,8 @@ def show(plan: Plan, quantized: Quantized, session: Session) -> None:
     readers, gpus = engines.describe(found.quant_algo)
     exported = f"{found.quant_algo}: {readers}; {gpus}" if found.exportable else "no engine"
     kv = found.kv_cache_quant_algo
-    tokens = used["expert_tokens"]
-    routed = {"experts": experts.describe(tokens)} if tokens else {}
+    routed = {"experts": expert_table.describe(used)} if used["expert_tokens"] else {}
+    expert_table.show(used)
     report.summary(
         f"quantized: {content['quantization']['format']}",
         {

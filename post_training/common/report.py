@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,19 @@ def number_of_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
+
+
+def ranges(numbers: Sequence[int], most: int | None = None) -> str:
+    """``1-3, 5``; of more than ``most`` ranges the first ones and how many numbers the rest has."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][-1] + 1:
+            found[-1][1:] = [number]
+        else:
+            found.append([number])
+    left = sum(each[-1] - each[0] + 1 for each in found[most:]) if most is not None else 0
+    text = ", ".join("-".join(map(str, each)) for each in found[:most])
+    return f"{text} and {left} more" if left else text
 
 
 def size(folder: Path) -> str:

@@ -27,7 +27,7 @@ from post_training.export.folder import Tensors
 from post_training.export.joining import Joining
 from post_training.models import post_norms
 from post_training.models.families import registry as families
-from post_training.quantization import experts, quantizers
+from post_training.quantization import layer_names, quantizers
 
 # From a linear layer to a float32 tensor of its weight's shape, [out, in].
 View = Callable[[Any], torch.Tensor]
@@ -47,7 +47,7 @@ class StreamingExporter(GPTModelExporter):
         """
         super().__init__(model, *args, **kwargs)
         own = {n: rule for n, rule in self.rules.items() if n.startswith("quantized_experts.")}
-        if own and any(experts.is_expert(name) for name, _ in quantizers.enabled(model)):
+        if own and any(layer_names.is_expert(name) for name, _ in quantizers.enabled(model)):
             names = {n.replace("quantized_", "local_"): rule for n, rule in own.items()}
             self.rules = {**self.rules, **names, "use_packed_local_experts": False}
 

@@ -222,6 +222,8 @@ def space(options: PruneOptions, architecture: Architecture) -> PruningSpace:
     UsageError for a model of a family that cannot be pruned.
     """
     reason = families.family_of(architecture).not_pruned
+    if architecture.is_hybrid:
+        reason = "its layers have one part each, and cutting them was not tried here"
     if unread := architecture.unfusable_norms:
         reason = (
             "pruning needs Transformer Engine's layers, which fuse each norm with the linear layer "

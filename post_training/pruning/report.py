@@ -73,7 +73,7 @@ def show(
     report.summary(
         "checkpoint",
         {
-            "kept layers": _ranges(found["kept_layers"]),
+            "kept layers": report.ranges(found["kept_layers"]),
             "scores from": scores,
             "checkpoint": f"{save} ({report.size(save)})",
             **report.cost(content),
@@ -142,14 +142,3 @@ def _before_and_after(
         table.add_row("perplexity of the calibration text", *perplexities)
     row("MMLU accuracy", "mmlu_accuracy", "{:.4f}".format)
     return table
-
-
-def _ranges(numbers: list[int]) -> str:
-    """``1-3, 5``."""
-    found: list[list[int]] = []
-    for number in numbers:
-        if found and number == found[-1][-1] + 1:
-            found[-1][1:] = [number]
-        else:
-            found.append([number])
-    return ", ".join("-".join(map(str, each)) for each in found)

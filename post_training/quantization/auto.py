@@ -6,8 +6,10 @@ format by construction. Every stage of a pipeline would search alone: PP=1 is re
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import modelopt.torch.quantization as mtq
@@ -15,10 +17,11 @@ import torch
 from modelopt.torch.opt.conversion import ModeloptStateManager
 from modelopt.torch.quantization.config import QuantizeConfig
 
+from post_training.common.errors import UsageError
 from post_training.common.quiet import quiet
 from post_training.distributed.collectives import from_all_ranks
 from post_training.inference import forward
-from post_training.quantization import leaving_out, quantizers, recipes
+from post_training.quantization import experts, leaving_out, quantizers, recipes
 from post_training.quantization.calibration import Calibration
 from post_training.quantization.configuration import (
     ALL_OFF,
@@ -57,16 +60,17 @@ def search(
     arguments["disabled_layers"] += left_out
     if not options.allow_unexportable:
         _require_exportable(core, arguments, weight_only=options.weight_only, target=options.target)
+    data.expert_share = options.experts.share
     device = forward.device_of(core)
     batches = [batch.to(device) for batch in data.batches()]
     by_gradient = arguments["method"] == "gradient"
-    with quiet(stdout=True):
+    with quiet(stdout=True), _feasible(options):
         _, state = mtq.auto_quantize(
             core,
             **arguments,
             data_loader=batches,
             # The Taylor expansion of the loss, or the divergence of the logits.
-            forward_step=_losses if by_gradient else _forward,
+            forward_step=_Step(data, _losses if by_gradient else _forward, len(batches)),
             loss_func=(lambda losses, _batch: losses.mean()) if by_gradient else None,
             num_calib_steps=len(batches),
             num_score_steps=max(1, min(len(batches), score_size // data.batch_size)),
@@ -91,6 +95,21 @@ def search(
             name.removesuffix(".quant_recipe"): str(v) for name, v in best["recipe"].items()
         },
     }
+
+
+@contextlib.contextmanager
+def _feasible(options: QuantizeOptions) -> Iterator[None]:
+    """Make a UsageError, on every rank, of ModelOpt's refusal of too few bits."""
+    try:
+        yield
+    except ValueError as error:
+        if "infeasible" not in str(error):
+            raise
+        raise UsageError(
+            f"--auto-quantize-bits {options.auto.bits:g}",
+            f"ModelOpt: {error}",
+            "give at least as many, or further formats (--auto-quantize-formats)",
+        ) from error
 
 
 def _require_exportable(
@@ -203,6 +222,31 @@ def _record_all_off(core: torch.nn.Module) -> None:
     for mode, state in ModeloptStateManager(core).state_dict():
         if mode == "auto_quantize":
             state["config"] = off
+
+
+@dataclass
+class _Step:
+    """One batch through the model, of a calibration or of the scores; a collective call.
+
+    Each candidate is calibrated on the batches; tokens of experts are counted once.
+
+    Attributes:
+        forward: gives what ModelOpt scores.
+        uncounted: batches that are still to be counted.
+    """
+
+    data: Calibration
+    forward: Callable[..., torch.Tensor]
+    uncounted: int
+
+    def __call__(self, model: Any, input_ids: torch.Tensor) -> torch.Tensor:
+        if not any(quantizer._if_calib for _, quantizer in quantizers.enabled(model)):
+            return self.forward(model, input_ids)
+        with self.data.watching_experts(model, count=self.uncounted > 0):
+            output = self.forward(model, input_ids)
+        self.uncounted -= 1
+        experts.settle_idle(model)
+        return output
 
 
 def _forward(model: Any, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:

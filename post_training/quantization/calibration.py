@@ -18,8 +18,8 @@ from post_training.common.errors import UsageError
 from post_training.data.calibration_data import CalibrationData
 from post_training.distributed.collectives import from_all_ranks
 from post_training.inference import forward, generation
-from post_training.quantization import experts, quantizers
-from post_training.quantization.coverage import first_names, global_name
+from post_training.quantization import expert_reach, experts, quantizers
+from post_training.quantization.layer_names import first_names, global_name
 
 logger = logging.getLogger("post_training")
 
@@ -37,7 +37,9 @@ class Calibration:
         show_progress: draw a progress bar.
         tokens: tokens computed so far by all ranks; some algorithms make several passes.
         seconds: time that took.
-        expert_tokens: tokens that the experts of each layer got.
+        expert_share: of a layer's experts, that each token reaches; 0: the router's choice.
+        expert_tokens: tokens that the router sent to the experts of each layer, in one pass.
+        expert_tokens_added: those that reached them beyond that.
         gptq: what GPTQ did; empty with other methods.
     """
 
@@ -46,7 +48,9 @@ class Calibration:
     show_progress: bool = False
     tokens: int = 0
     seconds: float = 0.0
+    expert_share: float = 0.0
     expert_tokens: experts.ExpertTokens = field(default_factory=dict)
+    expert_tokens_added: experts.ExpertTokens = field(default_factory=dict)
     gptq: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -63,7 +67,9 @@ class Calibration:
             "seconds": round(self.seconds, 3),
             "tokens_per_second": round(self.tokens / self.seconds, 1) if self.seconds else 0.0,
             "notes": list(self.data.notes),
+            "expert_share": self.expert_share,
             "expert_tokens": {str(layer): n for layer, n in self.expert_tokens.items()},
+            "expert_tokens_added": {str(layer): n for layer, n in self.expert_tokens_added.items()},
             **({"gptq": self.gptq} if self.gptq else {}),
         }
 
@@ -76,9 +82,28 @@ class Calibration:
 
     def __call__(self, model: torch.nn.Module) -> None:
         """Run everything once; every rank of the model takes part."""
-        with experts.counting(model, self.expert_tokens):
+        self.forget_expert_tokens()
+        with self.watching_experts(model):
             self._run(model, self.batches())
         experts.settle_idle(model)
+
+    def forget_expert_tokens(self) -> None:
+        """Each pass has all data, so what is counted is that of the last one."""
+        self.expert_tokens.clear()
+        self.expert_tokens_added.clear()
+
+    @contextlib.contextmanager
+    def watching_experts(self, model: torch.nn.Module, *, count: bool = True) -> Iterator[None]:
+        """In the block tokens reach the experts that they are to reach, and are counted.
+
+        The end of the block is a collective call.
+        """
+        routed, added = (self.expert_tokens, self.expert_tokens_added) if count else ({}, {})
+        with (
+            experts.counting(model, routed),
+            expert_reach.reaching(model, self.expert_share, added),
+        ):
+            yield
 
     def probe(
         self, model: torch.nn.Module, seen: Mapping[str, int] | None = None

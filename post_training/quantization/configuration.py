@@ -41,7 +41,7 @@ def configuration(options: QuantizeOptions, choice: Format | Recipe) -> Config:
     if cache and not config.get("algorithm"):
         # Keys and values need a maximum even where the weights' scales need no calibration.
         config["algorithm"] = "max"
-    if options.sync_expert_weight_amax:
+    if options.experts.sync_expert_weight_amax:
         algorithm = config["algorithm"]
         given = algorithm if isinstance(algorithm, dict) else {"method": algorithm}
         config["algorithm"] = {**given, "sync_expert_weight_amax": True}

@@ -152,12 +152,15 @@ def survey(
     Raises:
         UsageError: on every rank, if the recipe matches a weight that has no quantizer, or none.
     """
-    mine = _survey_rank(model, config, left_out)
-    is_leader = (
-        parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-        and parallel_state.get_tensor_model_parallel_rank() == 0
-    )
-    parts = [part for leads, part in from_all_ranks((is_leader, mine)) if leads]
+    # Experts are divided otherwise than the rest of the model.
+    leads = {
+        False: parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+        and parallel_state.get_tensor_model_parallel_rank() == 0,
+        True: parallel_state.get_expert_data_parallel_rank() == 0
+        and parallel_state.get_expert_tensor_parallel_rank() == 0,
+    }
+    mine = [_survey_rank(model, config, left_out, of_experts=each) for each in leads if leads[each]]
+    parts = [part for each in from_all_ranks(mine) for part in each]
     counts = sum((Counter(part.quantizers) for part in parts), Counter())
     found = Coverage(
         [layer for part in parts for layer in part.layers],
@@ -173,7 +176,7 @@ def survey(
     if missed:
         raise UsageError(
             f"{len(missed)} weights that the recipe matches",
-            f"ModelOpt placed no quantizer there: {first_names(missed)}",
+            f"ModelOpt placed no quantizer there: {layer_names.first_names(missed)}",
             "build the model with ModelOpt's layer spec (no --export-default-te-spec), or leave "
             "these layers out in a recipe",
         )
@@ -188,33 +191,46 @@ def survey(
 
 
 def _survey_rank(
-    model: torch.nn.Module, config: Config | None, left_out: Sequence[str]
+    model: torch.nn.Module, config: Config | None, left_out: Sequence[str], *, of_experts: bool
 ) -> Coverage:
-    """This rank's part of :func:`survey`."""
+    """This rank's part of :func:`survey`, of its experts or of what is no expert."""
     entries = config["quant_cfg"] if config else []
     tied = getattr(model, "share_embeddings_and_output_weights", False)
     layers, weights = [], set()
     for name, module in model.named_modules():
-        if not is_linear(module):
+        if not is_linear(module) or layer_names.is_expert(f"{name}.") != of_experts:
             continue  # multiplies by no weight, or by another module's
         weight = module._parameters["weight"]
         weights.add(id(weight))
         if tied and name == "output_layer":
             continue  # a copy of the embedding, on another pipeline stage
         form, reason = quantizers.linear_of(module), ""
-        whole = global_name(model, name)
+        whole = _with_number_of_expert(model, layer_names.global_name(model, name))
         if form is None and (pattern := layer_names.matching(whole, left_out)):
             reason = f"--leave-out {pattern}"
         elif form is None:
             searched = "the search left it in 16 bits"
             reason = _why_plain(name, module, entries) if config else searched
-        layers.append(Layer(whole, _size(weight), form, reason))
+        layers.append(Layer(whole, _size(weight, of_experts), form, reason))
     others = sum(
-        _size(parameter)
+        _size(parameter, of_experts)
         for name, parameter in model.named_parameters()
-        if id(parameter) not in weights and "quantizer" not in name
+        if id(parameter) not in weights
+        and "quantizer" not in name
+        and layer_names.is_expert(name) == of_experts
     )
-    return Coverage(layers, others, _count(model), _unused(model, entries))
+    return Coverage(layers, others, _count(model, of_experts), _unused(model, entries))
+
+
+def _with_number_of_expert(model: Any, name: str) -> str:
+    """Replace the expert's place on this rank by its number in the layer, from 0."""
+    found = layer_names.EXPERT.search(name)
+    if found is None:
+        return name
+    ranks = parallel_state.get_expert_model_parallel_world_size()
+    before = parallel_state.get_expert_model_parallel_rank() * model.config.num_moe_experts // ranks
+    start, end = found.span(1)
+    return f"{name[:start]}{before + int(found[1])}{name[end:]}"
 
 
 def _why_plain(name: str, module: torch.nn.Module, entries: Sequence[Config]) -> str:
@@ -246,10 +262,12 @@ def is_linear(module: torch.nn.Module) -> bool:
     return weight is not None and weight.ndim == 2 and "Embedding" not in type(module).__name__
 
 
-def _count(model: torch.nn.Module) -> dict[str, int]:
+def _count(model: torch.nn.Module, of_experts: bool) -> dict[str, int]:
     """Enabled quantizers of each kind."""
     counts: Counter[str] = Counter()
     for name, _ in quantizers.enabled(model):
+        if layer_names.is_expert(name) != of_experts:
+            continue
         # Some weights have two quantizers in a row, "weight_quantizer.0" and ".1": count one.
         own = name.removesuffix(".0").rpartition(".")[2]
         if not own.isdecimal():
@@ -265,24 +283,15 @@ def _unused(model: torch.nn.Module, entries: Sequence[Config]) -> list[str]:
     return [each for each in dict.fromkeys(patterns) if not fnmatch.filter(names, each)]
 
 
-def global_name(model: torch.nn.Module, name: str) -> str:
-    """Replace the layer's place on this pipeline stage by its number in the model, from 0."""
-    parts = name.split(".")
-    if len(parts) > 2 and parts[:2] == ["decoder", "layers"] and parts[2].isdecimal():
-        layer: Any = model.get_submodule(".".join(parts[:3]))
-        parts[2] = str(layer.layer_number - 1)
-    return ".".join(parts)
-
-
-def _size(parameter: Any) -> int:
+def _size(parameter: Any, of_experts: bool) -> int:
     """Elements over all tensor-parallel ranks, also of a weight that is packed."""
     shape = getattr(parameter, "metadata", {}).get("shape", parameter.shape)
     is_shard = getattr(parameter, "tensor_model_parallel", False)
-    ranks = parallel_state.get_tensor_model_parallel_world_size() if is_shard else 1
+    ranks = 1
+    if is_shard:
+        ranks = (
+            parallel_state.get_expert_tensor_parallel_world_size()
+            if of_experts
+            else parallel_state.get_tensor_model_parallel_world_size()
+        )
     return math.prod(shape) * ranks
-
-
-def first_names(names: Sequence[str]) -> str:
-    """A few of them, and how many more there are."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

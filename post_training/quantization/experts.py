@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,11 +14,10 @@ from modelopt.torch.quantization.calib import MaxCalibrator
 from post_training.distributed.collectives import from_all_ranks
 from post_training.inference import generation
 from post_training.quantization import quantizers
-from post_training.quantization.coverage import global_name
+from post_training.quantization.layer_names import EXPERT, global_name, is_expert
 
 # Number of the layer, from 0 -> tokens that each of its experts got.
 ExpertTokens = dict[int, list[int]]
-_EXPERT = re.compile(r"\.local_experts\.\d+\.")
 
 
 @contextlib.contextmanager
@@ -40,25 +38,18 @@ def counting(model: torch.nn.Module, counts: ExpertTokens) -> Iterator[None]:
                 layer: Any = router.layer_number
                 stack.callback(router.register_forward_hook(partial(count, layer - 1)).remove)
         yield
+    add(counts, mine)
+
+
+def add(counts: ExpertTokens, mine: Mapping[int, torch.Tensor]) -> None:
+    """Add this rank's tokens by layer and those of all others to ``counts``; a collective call."""
     # Tensor- and expert-parallel ranks of a replica routed the same tokens.
     replica, _, _ = generation.data_parallel()
-    gathered = from_all_ranks({(n, replica): chosen.tolist() for n, chosen in mine.items()})
-    found = {key: chosen for each in gathered for key, chosen in each.items()}
-    for (layer, _), chosen in sorted(found.items()):
-        before = counts.get(layer, [0] * len(chosen))
-        counts[layer] = [a + b for a, b in zip(before, chosen, strict=True)]
-
-
-def describe(counts: ExpertTokens) -> str:
-    """``40 in 5 layers, 12 to 310 tokens each``, and what those without any have."""
-    tokens = [count for layer in counts.values() for count in layer]
-    idle = tokens.count(0)
-    if not idle:
-        return f"{len(tokens)} in {len(counts)} layers, {min(tokens)} to {max(tokens)} tokens each"
-    return (
-        f"{idle} of {len(tokens)} got no calibration token: their inputs have the scale of their "
-        f"layer's other experts; more data (--calib-size) may reach them"
-    )
+    gathered = from_all_ranks({(n, replica): sent.tolist() for n, sent in mine.items()})
+    found = {key: sent for each in gathered for key, sent in each.items()}
+    for (layer, _), sent in sorted(found.items()):
+        before = counts.get(layer, [0] * len(sent))
+        counts[layer] = [a + b for a, b in zip(before, sent, strict=True)]
 
 
 def settle_idle(model: torch.nn.Module) -> None:
@@ -90,11 +81,6 @@ def settle_idle(model: torch.nn.Module) -> None:
                 quantizer._calibrator.collect(torch.tensor([largest[name]], device=device))
 
 
-def is_expert(name: str) -> bool:
-    """Whether a module is part of an expert that the router chooses."""
-    return _EXPERT.search(name) is not None
-
-
 def layer_name(model: torch.nn.Module, name: str) -> str:
     """The module's name in the whole model, without the number of the expert."""
     return without_number(global_name(model, name))
@@ -102,4 +88,4 @@ def layer_name(model: torch.nn.Module, name: str) -> str:
 
 def without_number(name: str) -> str:
     """The module's name, the same for all experts of a layer."""
-    return _EXPERT.sub(".local_experts.*.", name)
+    return EXPERT.sub(".local_experts.*.", name)

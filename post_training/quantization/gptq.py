@@ -35,16 +35,18 @@ from post_training.distributed.collectives import from_all_ranks
 from post_training.inference import forward, generation
 from post_training.quantization import (
     calibration,
+    expert_reach,
     experts,
     gptq_checks,
     gptq_rounding,
+    layer_names,
     layerwise,
     quantizers,
     scale_rounding,
 )
 from post_training.quantization.calibration import Calibration
-from post_training.quantization.coverage import first_names, global_name
 from post_training.quantization.formats import registry as formats
+from post_training.quantization.layer_names import first_names, global_name
 
 # Linears that read what the others of their module compute.
 _LAST = ("linear_proj", "linear_fc2", "out_proj")
@@ -130,12 +132,13 @@ def calibrate(
     scale_rounding.round_scales(model)
     found = _Found()
     batches = data.batches()
+    data.forget_expert_tokens()
     with torch.no_grad(), InferenceMode.active():
         others = layerwise.other_arguments(core, batches[0])
         states = layerwise.first_inputs(core, batches)
         bar = tqdm(layers, desc="rounding", unit=" layers", disable=not data.show_progress)
         for (layer, kinds), given in zip(bar, others, strict=True):
-            observe = partial(layerwise.observe, layer, states, given)
+            observe = partial(_observe, layer, states, given, data)
             with _off([module for kind in kinds for module in kind]):
                 for part in itertools.chain.from_iterable(map(_parts, kinds)):
                     _quantize(part, observe, names, found)
@@ -222,19 +225,39 @@ def _parts(kind: list[Any]) -> Iterator[list[Any]]:
         yield kind[start : start + size]
 
 
+def _observe(
+    layer: torch.nn.Module,
+    states: list[torch.Tensor],
+    others: layerwise.Arguments,
+    data: Calibration,
+    hooks: list[tuple[Any, layerwise.Hook]],
+    *,
+    of_experts: bool,
+) -> None:
+    """Run the layer and tell each hook its module's inputs; a collective call for experts."""
+    if not of_experts:
+        layerwise.observe(layer, states, others, hooks)
+        return
+    added: experts.ExpertTokens = {}
+    with expert_reach.reaching(layer, data.expert_share, added):
+        layerwise.observe(layer, states, others, hooks, to_end=True)
+    data.expert_tokens_added.update(added)
+
+
 def _quantize(
     kind: list[Any],
-    observe: Callable[[list[tuple[Any, layerwise.Hook]]], None],
+    observe: Callable[..., None],
     names: Mapping[int, str],
     found: _Found,
 ) -> None:
     """Quantize linears of one kind from their inputs in one run of the layer."""
     hessians = [_Hessian(module) for module in kind]
-    observe([(module, hessian.add) for module, hessian in zip(kind, hessians, strict=True)])
+    hooks = [(module, hessian.add) for module, hessian in zip(kind, hessians, strict=True)]
+    observe(hooks, of_experts=layer_names.is_expert(names[id(kind[0])]))
     broken = set()
     for module, hessian in zip(kind, hessians, strict=True):
         name = names[id(module)]
-        is_expert = experts.is_expert(name)
+        is_expert = layer_names.is_expert(name)
         hessian.of_all_replicas(expert=is_expert)
         ratio = None
         if not hessian.sum.isfinite().all():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 from post_training.common.errors import UsageError, suggest
 
@@ -26,6 +27,8 @@ _MEGATRON_PARENTS = (
     (re.compile(r"(?<![a-z_])experts\.(?=[\d*\[?])"), "experts.local_experts."),
     (re.compile(r"(?<![a-z_])lm_head"), "output_layer"),
 )
+EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
+_SHOWN = 5
 # Linears that compute queries, keys and values; with multi-latent attention there are several.
 QKV = ("*.linear_qkv", "*.linear_q_*proj", "*.linear_kv_*proj")
 _EXPERTS = re.compile(r"^(.*\.local_experts)\.\d+\.")
@@ -104,3 +107,23 @@ def _nearest(pattern: str, names: Collection[str]) -> str:
     found = {pattern_of(name) for name in names}
     known = sorted(found | {f"*.{each.rpartition('.')[2]}" for each in found} - {"*.*"})
     return suggest(pattern, known) or f"the model has {', '.join(known)}"
+
+
+def is_expert(name: str) -> bool:
+    """Whether a module is part of an expert that the router chooses."""
+    return EXPERT.search(name) is not None
+
+
+def global_name(model: Any, name: str) -> str:
+    """Replace the layer's place on this pipeline stage by its number in the model, from 0."""
+    parts = name.split(".")
+    if len(parts) > 2 and parts[:2] == ["decoder", "layers"] and parts[2].isdecimal():
+        layer: Any = model.get_submodule(".".join(parts[:3]))
+        parts[2] = str(layer.layer_number - 1)
+    return ".".join(parts)
+
+
+def first_names(names: Sequence[str]) -> str:
+    """A few of them, and how many more there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

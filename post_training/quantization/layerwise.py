@@ -81,18 +81,21 @@ def observe(
     states: Sequence[torch.Tensor],
     others: Arguments,
     hooks: Sequence[tuple[torch.nn.Module, Hook]],
+    *,
+    to_end: bool = False,
 ) -> None:
     """Run the layer for each hidden states, and tell each hook its module's positional arguments.
 
-    What comes after a single module is not computed; with several, experts say, which of them are
-    called and in what order is the data's choice.
+    What comes after a single module is not computed, unless ``to_end`` says that it is called
+    more than once; with several, experts say, which of them are called and in what order is the
+    data's choice.
     """
 
     def last(module: torch.nn.Module, given: tuple[Any, ...]) -> None:
         hooks[0][1](module, given)
         raise _ReachedError
 
-    alone = len(hooks) == 1
+    alone = len(hooks) == 1 and not to_end
     with contextlib.ExitStack() as stack:
         for module, hook in hooks:
             stack.callback(module.register_forward_pre_hook(last if alone else hook).remove)

@@ -23,6 +23,7 @@ from post_training.quantization import (
     search_options,
 )
 from post_training.quantization.engines import registry as engines
+from post_training.quantization.expert_options import ExpertOptions
 from post_training.quantization.formats import exportable
 from post_training.quantization.formats import registry as formats
 from post_training.quantization.formats.base import GPTQ, NO_KV_CACHE, Format
@@ -62,9 +63,6 @@ class QuantizeOptions(StageOptions):
     export_real_quant_cfg: str | None = flag(
         metavar="NAME", help="the same as --export-quant-cfg NAME --compress"
     )
-    sync_expert_weight_amax: bool = flag(
-        False, help="give all experts of a layer the same weight scale"
-    )
     target: str = flag(
         engines.DEFAULT,
         choices=tuple(engines.TARGETS),
@@ -74,6 +72,7 @@ class QuantizeOptions(StageOptions):
         False, help="quantize even if the engine would not read the export correctly"
     )
     calibration: CalibrationOptions = group(CalibrationOptions)
+    experts: ExpertOptions = group(ExpertOptions)
     auto: AutoQuantizeOptions = group(AutoQuantizeOptions)
     smoke: SmokeOptions = group(SmokeOptions)
 
@@ -232,8 +231,8 @@ def _check_runs(options: QuantizeOptions, choice: Format, what: str) -> None:
     if ranks > 1 and options.packed and formats.packs_by_rank(choice.weight):
         raise exportable.unpackable(what, ranks)
     if choice.method == GPTQ:
-        experts_synced = options.sync_expert_weight_amax
-        gptq_checks.check(what, options.parallel, packed=options.packed, synced=experts_synced)
+        synced = options.experts.sync_expert_weight_amax
+        gptq_checks.check(what, options.parallel, packed=options.packed, synced=synced)
     if choice.method in ("local_hessian", "awq_lite") and replicas > 1:
         raise UsageError(
             f"{what} with DP={replicas}",

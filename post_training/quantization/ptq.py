@@ -103,6 +103,7 @@ def with_format(
     names = leaving_out.local_names(model, left_out)
     config["quant_cfg"] += [{"quantizer_name": f"{name}.*", "enable": False} for name in names]
     method = method_of(config)
+    data.expert_share = _expert_share(options, config)
     with quiet(stdout=True):
         # Not mtq.quantize: it checks that a weight quantizer is enabled on its own rank, and would
         # leave the others waiting. The survey asks all of them.
@@ -128,6 +129,14 @@ def with_format(
     scale_rounding.round_scales(model)
     calibration.check_scales(model, data.probe(model, seen), dynamic_inputs=not method)
     return config
+
+
+def _expert_share(options: QuantizeOptions, config: Config) -> float:
+    """Of a layer's experts, that a token reaches: by the flag, else as a recipe has it."""
+    algorithm = config["algorithm"]
+    if "moe_calibrate" in options.given or not isinstance(algorithm, dict):
+        return options.experts.share
+    return float(algorithm.get("moe_calib_experts_ratio") or options.experts.share)
 
 
 def _needs_data(model: MegatronModule, method: str) -> bool:

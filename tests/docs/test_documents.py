@@ -8,6 +8,7 @@ from pathlib import Path
 import documents
 import formats_table
 import pytest
+import stages_table
 import tools
 
 TEXTS = {name: documents.read(name) for name in documents.NAMES}
@@ -100,12 +101,18 @@ def test_commands_that_cannot_run_here_pass_their_checks(tmp_path):
     assert len(lines) >= 5
 
 
-def test_the_formats_table_is_the_codes():
-    shown = re.search(
-        r"<!-- formats: .*?-->\n(.*?)\n<!-- end of formats -->", TEXTS["docs/formats.md"], re.DOTALL
-    )
+@pytest.mark.parametrize(
+    ("page", "name", "table"),
+    [
+        ("docs/formats.md", "formats", formats_table.markdown_table),
+        ("docs/models.md", "stages", stages_table.markdown_table),
+    ],
+)
+def test_a_generated_table_is_what_the_code_says(page, name, table):
+    marked = rf"<!-- {name}: .*?-->\n(.*?)\n<!-- end of {name} -->"
+    shown = re.search(marked, TEXTS[page], re.DOTALL)
     assert shown is not None
-    assert shown[1].strip() == formats_table.markdown_table().strip()
+    assert shown[1].strip() == table().strip()
 
 
 def test_every_conf_is_listed():

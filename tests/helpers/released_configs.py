@@ -1,6 +1,6 @@
 """The config.json of each released model with a conf, as far as it decides the architecture.
 
-Values of the publishers' files, but for Nemotron-Mini's, which are those of Megatron-LM's conf.
+Values of the publishers' files, but for those of Nemotron, which are those of Megatron-LM's confs.
 """
 
 from __future__ import annotations
@@ -330,5 +330,81 @@ RELEASED |= {
             "rope_scaling": None,
             "use_qk_norm": False,
         },
+    },
+}
+_NEMOTRON_H = {
+    "architectures": ["NemotronHForCausalLM"],
+    "model_type": "nemotron_h",
+    **{"head_dim": 128, "num_key_value_heads": 8, "layer_norm_epsilon": 1e-05},
+    **{"mamba_head_dim": 64, "n_groups": 8, "ssm_state_size": 128},
+    **{"max_position_embeddings": 8192, "vocab_size": 131072, "tie_word_embeddings": False},
+}
+_NEMOTRON_3 = {
+    **_NEMOTRON_H,
+    **{"num_key_value_heads": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1},
+    "norm_topk_prob": True,
+}
+_NANO_9B = {
+    **_NEMOTRON_H,
+    **{"hidden_size": 4480, "intermediate_size": 15680, "num_attention_heads": 40},
+    **{"mamba_num_heads": 128, "mamba_head_dim": 80, "max_position_embeddings": 131072},
+    "hybrid_override_pattern": "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-",
+}
+RELEASED |= {
+    "nvidia/Nemotron-H-4B-Instruct": {
+        **_NEMOTRON_H,
+        **{"hidden_size": 3072, "intermediate_size": 12288, "num_attention_heads": 32},
+        "mamba_num_heads": 112,
+        "hybrid_override_pattern": "M-M-M-M*-" + "M-M-M-M-M*-" * 3 + "M-M-M-M-M-",
+    },
+    "nvidia/Nemotron-H-8B-Base-8K": {
+        **_NEMOTRON_H,
+        **{"hidden_size": 4096, "intermediate_size": 21504, "num_attention_heads": 32},
+        "mamba_num_heads": 128,
+        "hybrid_override_pattern": "M-M-M-M*-" + "M-M-M-M-M*-" * 3 + "M-M-M-M-M-",
+    },
+    "nvidia/Nemotron-H-47B-Reasoning-128K": {
+        **_NEMOTRON_H,
+        **{"hidden_size": 8192, "intermediate_size": 30720, "num_attention_heads": 64},
+        **{"mamba_num_heads": 256, "ssm_state_size": 256},
+        "hybrid_override_pattern": "M-" * 8
+        + "M*-"
+        + "M-" * 9
+        + "M*-"
+        + "M-M-M-M-M*-" * 2
+        # What compressing the 56B left: layers without their neighbours.
+        + "M-M-M-M-M-M-M---MM---M-M*-M-M-M-M-M-",
+    },
+    "nvidia/Nemotron-H-56B-Base-8K": {
+        **_NEMOTRON_H,
+        **{"hidden_size": 8192, "intermediate_size": 32768, "num_attention_heads": 64},
+        **{"mamba_num_heads": 256, "ssm_state_size": 256},
+        "hybrid_override_pattern": "M-M-M-M*-" + "M-M-M-M-M*-" * 9 + "M-M-M-M-M-",
+    },
+    "nvidia/NVIDIA-Nemotron-Nano-9B-v2": _NANO_9B,
+    "nvidia/NVIDIA-Nemotron-Nano-9B-v2-Base": _NANO_9B,
+    "nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16": {
+        **_NEMOTRON_3,
+        **{"hidden_size": 2688, "intermediate_size": 1856, "num_attention_heads": 32},
+        **{"moe_intermediate_size": 1856, "moe_shared_expert_intermediate_size": 3712},
+        **{"n_routed_experts": 128, "num_experts_per_tok": 6, "routed_scaling_factor": 2.5},
+        "mamba_num_heads": 64,
+        "hybrid_override_pattern": "MEMEM*E" + "MEMEM*E" * 4 + "MEMEMEM*EMEMEMEME",
+    },
+    "nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-BF16": {
+        **_NEMOTRON_3,
+        **{"hidden_size": 4096, "intermediate_size": 2688, "num_attention_heads": 32},
+        **{"moe_intermediate_size": 2688, "moe_shared_expert_intermediate_size": 5376},
+        **{"n_routed_experts": 512, "num_experts_per_tok": 22, "routed_scaling_factor": 5.0},
+        **{"moe_latent_size": 1024, "mamba_num_heads": 128},
+        "hybrid_override_pattern": "MEMEMEM*E" * 3 + "MEMEMEMEM*E" * 4 + "MEMEMEM*EMEMEMEME",
+    },
+    "nvidia/NVIDIA-Nemotron-3-Ultra-550B-A55B-BF16": {
+        **_NEMOTRON_3,
+        **{"hidden_size": 8192, "intermediate_size": 5120, "num_attention_heads": 64},
+        **{"moe_intermediate_size": 5120, "moe_shared_expert_intermediate_size": 10240},
+        **{"n_routed_experts": 512, "num_experts_per_tok": 22, "routed_scaling_factor": 5.0},
+        **{"moe_latent_size": 2048, "mamba_num_heads": 256},
+        "hybrid_override_pattern": ("MEMEMEM*EMEMEM*E" + "MEMEMEM*E") * 4 + "MEMEMEME",
     },
 }

@@ -19,12 +19,31 @@ from test_mmlu_stage import reference_answers
 from test_quantized_export import TOLERANCES, decode, rounded_input, rounding_hook, stored_tensors
 from torch.nn import functional
 
+import export
+import quantize
+from post_training.cli.stage import make_plan
+from post_training.common.errors import UsageError
 from post_training.models import transformers_names
 from post_training.training import metrics as training_metrics
 from post_training.training import run_folder
 
-EXPERTS, IDLE = 8, (4, 5, 6, 7)
+EXPERTS, CHOSEN, IDLE = 8, 2, (4, 5, 6, 7)
 EP = ("--expert-model-parallel-size", 2)
+# By --moe-calibrate, and as a recipe of FP8 has it -> experts that a token reaches. Run at EP=2.
+WIDER = {"all": EXPERTS, "recipe": 5}
+RECIPE = """
+metadata: {recipe_type: ptq}
+quantize:
+  algorithm: {method: max, moe_calib_experts_ratio: 0.6}
+  quant_cfg:
+    - {quantizer_name: '*', enable: false}
+    - {quantizer_name: '*weight_quantizer', cfg: {num_bits: e4m3, axis: null}}
+    - {quantizer_name: '*input_quantizer', cfg: {num_bits: e4m3, axis: null}}
+    - {quantizer_name: '*output_layer*', enable: false}
+    - {quantizer_name: '*router*', enable: false}
+"""
+# Calibrated otherwise than by maxima alone: several passes, and a search.
+METHODS = ("INT4_AWQ_CFG", "auto")
 # Of three layers the second is dense.
 SPARSE = (0, 2)
 PRUNED = {"num_moe_experts": 4, "moe_ffn_hidden_size": 32, "hidden_size": 64}
@@ -37,7 +56,8 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(root):
-    sizes = {"num_hidden_layers": 3, "num_experts": EXPERTS, "max_position_embeddings": 2048}
+    sizes = {"num_hidden_layers": 3, "num_experts": EXPERTS, "moe_intermediate_size": 128}
+    sizes |= {"num_experts_per_tok": CHOSEN, "max_position_embeddings": 2048}
     model = tools.random_model(root / "source", "qwen3-moe", **sizes)
     with torch.no_grad():
         for layer in SPARSE:
@@ -55,32 +75,42 @@ def printed(root, model):
         "\n".join(json.dumps({"text": f"line {i}: " + "some text " * 9}) for i in range(60))
     )
     (root / "questions").mkdir()
+    recipe = root / "recipe.yaml"
+    recipe.write_text(RECIPE)
     ids = tools.tokens()
     source = ("--pretrained-model-path", root / "source", "--fp32")
     data = ("--calib-size", 8, "--calib-max-sequence-length", 64, "--skip-generate")
     text = ("--calib-dataset-path-or-name", root / "text.jsonl")
 
-    def quantize(name, save, *more):
-        flags = (*source, "--save", root / save, "--export-quant-cfg", name, *text, *data, *more)
-        return ("quantize", flags)
+    def quantized(name, save, *more):
+        form = ("--recipe", name) if name == recipe else ("--export-quant-cfg", name)
+        return ("quantize", (*source, "--save", root / save, *form, *text, *data, *more))
 
-    def export(name):
+    def exported(name):
         return ("export", ("--load", root / name, "--export-dir", root / f"{name}_hf", "--fp32"))
 
     def logits(name):
         return tools.logits_job(root / f"{name}_logits", ids, "--load", root / name, "--fp32")
 
-    at_two = tools.run_stages(quantize("FP8_DEFAULT_CFG", "EP=2", *EP), processes=2).stderr
-    jobs = [export("EP=2")]
+    fp8 = partial(quantized, "FP8_DEFAULT_CFG")
+    at_two = tools.run_stages(
+        fp8("EP=2", *EP),
+        fp8("all", "--moe-calibrate", "all", *EP),
+        quantized(recipe, "recipe", *EP),
+        quantized("auto", "auto", "--auto-quantize-bits", 6, "--auto-quantize-score-size", 1, *EP),
+        processes=2,
+    ).stderr
+    jobs = [exported(name) for name in ("EP=2", *WIDER, "auto")]
+    jobs += [quantized("INT4_AWQ_CFG", "INT4_AWQ_CFG"), exported("INT4_AWQ_CFG")]
     for name in TOLERANCES:
-        jobs += [quantize(name, name), logits(name), export(name)]
+        jobs += [quantized(name, name), logits(name), exported(name)]
     sizes = ("--prune-export-config", json.dumps(PRUNED))
     text = ("--calib-dataset", root / "text.jsonl")
     mmlu = ("--few-shots", FEW_SHOTS, "--mmlu-dataset", write_questions(root / "questions"))
     jobs += [
         ("mmlu", (*source, *mmlu, "--mmlu-output", root / "mmlu.json")),
         ("prune", (*source, "--save", root / "pruned", *sizes, *text, *data)),
-        export("pruned"),
+        exported("pruned"),
         logits("pruned"),
     ]
     tools.write_conversations(root / "chat.jsonl")
@@ -165,24 +195,62 @@ def test_routers_are_named_as_not_quantized(root, printed, name):
     assert {f"model.layers.{layer}.mlp.gate" for layer in SPARSE} <= set(excluded)
 
 
-@pytest.mark.parametrize("name", [*TOLERANCES, "EP=2"])
+def calibration_of(root, name):
+    return json.loads((root / name / "run.json").read_text())["metrics"]["calibration"]
+
+
+@pytest.mark.parametrize("name", [*TOLERANCES, "EP=2", *METHODS])
 def test_experts_without_tokens_are_counted_and_have_scales(root, printed, name):
-    used = json.loads((root / name / "run.json").read_text())["metrics"]["calibration"]
+    used = calibration_of(root, name)
     for layer in SPARSE:
         tokens = used["expert_tokens"][str(layer)]
-        assert sum(tokens) == 2 * used["tokens"], "each token chooses two"
+        assert sum(tokens) == CHOSEN * used["tokens"], "each token chooses two, in every pass"
         assert [n for n, count in enumerate(tokens) if count == 0] == list(IDLE)
-    assert "8 of 16 got no calibration token" in " ".join(printed.replace("│", " ").split())
+    words = " ".join(printed.replace("│", " ").split())
+    assert "8 of 16 got no calibration token" in words and "4: 4-7" in words
     tensors = stored_tensors(root / f"{name}_hf")
     for layer in SPARSE:
         for part in ("gate_proj", "up_proj", "down_proj"):
             names = [f"model.layers.{layer}.mlp.experts.{n}.{part}" for n in range(EXPERTS)]
-            inputs = {float(tensors[f"{each}.input_scale"]) for each in names}
-            assert len(inputs) == 1 and inputs.pop() > 0
+            if name != "INT4_AWQ_CFG":  # inputs in 16 bits
+                inputs = {float(tensors[f"{each}.input_scale"]) for each in names}
+                assert len(inputs) == 1 and inputs.pop() > 0
             assert all((tensors[f"{each}.weight_scale"].float() > 0).any() for each in names)
 
 
+@pytest.mark.parametrize("mode", WIDER)
+def test_each_token_reaches_as_many_experts_as_are_asked_for(root, printed, mode):
+    routed, used = calibration_of(root, "EP=2"), calibration_of(root, mode)
+    assert used["expert_tokens"] == routed["expert_tokens"], "the router's choice is its own"
+    for layer, tokens in used["expert_tokens"].items():
+        both = [a + b for a, b in zip(tokens, used["expert_tokens_added"][layer], strict=True)]
+        assert sum(both) == WIDER[mode] * used["tokens"]
+        assert max(both) <= used["tokens"], "no expert gets a token twice"
+        assert any(both[number] for number in IDLE)
+    assert not routed["expert_tokens_added"]
+
+
+def test_wider_calibration_leaves_what_the_layers_give_and_raises_scales_of_experts(root, printed):
+    routed, some, every = (
+        stored_tensors(root / f"{name}_hf") for name in ("EP=2", "recipe", "all")
+    )
+    raised = 0
+    for name, tensor in routed.items():
+        if "experts" in name and name.endswith("down_proj.input_scale"):
+            assert tensor <= some[name] <= every[name]
+            raised += tensor < every[name]
+        else:  # inputs of later layers are those of the routed model
+            assert torch.equal(tensor.float(), some[name].float()), name
+            assert torch.equal(tensor.float(), every[name].float()), name
+    assert raised in (EXPERTS, 2 * EXPERTS), "of one layer at least"
+
+
 def test_quantized_at_ep_2_it_is_exported_as_at_ep_1(root, printed):
+    covered = [
+        json.loads((root / name / "run.json").read_text())["metrics"]["coverage"]
+        for name in ("FP8_DEFAULT_CFG", "EP=2")
+    ]
+    assert covered[0] == covered[1], "the experts of both ranks are counted"
     one, two = (stored_tensors(root / f"{name}_hf") for name in ("FP8_DEFAULT_CFG", "EP=2"))
     assert one.keys() == two.keys()
     for name, tensor in one.items():
@@ -192,11 +260,18 @@ def test_quantized_at_ep_2_it_is_exported_as_at_ep_1(root, printed):
             assert torch.equal(two[name].float(), tensor.float()), name
 
 
-def test_export_at_ep_2_is_refused_before_anything_is_loaded(root, printed):
+def refusal(monkeypatch, stage, *flags):
+    """What the checks of a stage say; four processes are planned."""
+    monkeypatch.setenv("MLM_PLANNED_PROCESSES", "4")
+    with pytest.raises(UsageError) as error:
+        make_plan(stage, [*map(str, flags), "--check"])
+    return str(error.value)
+
+
+def test_export_at_ep_2_is_refused_before_anything_is_loaded(root, printed, monkeypatch):
     flags = ("--load", root / "EP=2", "--export-dir", root / "refused", *EP)
-    done = tools.run("export.py", *flags, processes=2, code=1)
-    assert "EP=2" in done.stderr and "export at TP=1 EP=1" in done.stderr
-    assert not (root / "refused").exists()
+    said = refusal(monkeypatch, export.STAGE, *flags)
+    assert "EP=2" in said and "export at TP=1 EP=1" in said
 
 
 def test_mmlu_answers_are_those_of_transformers(root, model, printed):
@@ -235,8 +310,17 @@ def test_the_draft_of_a_model_with_experts_is_exported_and_agrees_with_greedy_de
     assert acceptance["identical_answers"] == acceptance["answers"] > 0
 
 
-def test_quantizing_at_tp_and_ep_together_is_refused_before_anything_is_loaded(root, model):
+def test_what_quantize_cannot_do_with_experts_is_refused_or_noted(root, model, monkeypatch):
+    save = ("--pretrained-model-path", root / "source", "--save", root / "refused")
     both = (*EP, "--tensor-model-parallel-size", 2)
-    flags = ("--pretrained-model-path", root / "source", "--save", root / "refused", *both)
-    done = tools.run("quantize.py", *flags, "--check", code=2, MLM_PLANNED_PROCESSES="4")
-    assert "TP=2 EP=2" in done.stderr and "ModelOpt" in done.stderr
+    said = refusal(monkeypatch, quantize.STAGE, *save, *both)
+    assert "TP=2 EP=2" in said and "ModelOpt" in said
+    for word in ("none", "0", "1.5", "nan"):
+        said = refusal(monkeypatch, quantize.STAGE, *save, "--moe-calibrate", word)
+        assert f"--moe-calibrate {word}" in said and "all, or the share" in said
+    plan = make_plan(quantize.STAGE, list(map(str, (*save, "--moe-calibrate", 0.25))))
+    assert "changes nothing: the router sends each token to 2 of 8" in plan.options.notices[-1]
+    tools.random_model(root / "dense", "qwen3")
+    dense = ("--pretrained-model-path", root / "dense", "--save", root / "refused")
+    plan = make_plan(quantize.STAGE, list(map(str, (*dense, "--moe-calibrate", "all"))))
+    assert "unused, as the model has no experts: --moe-calibrate" in plan.options.notices

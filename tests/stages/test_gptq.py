@@ -74,11 +74,14 @@ def root(tmp_path_factory):
     one = [tools.logits_job(root / "plain logits", ids, *plain)]
     for name in (*ROUNDED, *ROUNDED.values()):
         one += [quantize(name, name), *finish(name)]
-    at_two = quantize("INT4_GPTQ_CFG", "EP=2", "--expert-model-parallel-size", 2, source="moe")
-    tools.run_stages(*one)
+    ep = ("INT4_GPTQ_CFG", "EP=2", "--expert-model-parallel-size", 2)
     tools.run_stages(quantize("INT4_GPTQ_CFG", "DP=2"), processes=2)
-    tools.run_stages(at_two, processes=2)
-    tools.run_stages(*finish("DP=2"), *finish("EP=2"))
+    tools.run_stages(
+        quantize(*ep, source="moe"),
+        quantize(ep[0], "all", *ep[2:], "--moe-calibrate", "all", source="moe"),
+        processes=2,
+    )
+    tools.run_stages(*one, *finish("DP=2"), *finish("EP=2"), finish("all")[1])
     return root
 
 
@@ -158,6 +161,16 @@ def test_an_expert_with_too_few_tokens_is_rounded_to_nearest_and_named(root):
     scale = found[f"{name}.weight_scale"].float().repeat_interleave(128, 1)
     nearest = (source[f"{name}.weight"] / scale).round().clamp(-8, 7) * scale
     assert torch.allclose(decode(found, name), nearest)
+
+
+def test_experts_that_no_token_chooses_are_quantized_from_tokens_that_reach_them(root):
+    done, routed = gptq_of(root, "all"), gptq_of(root, "EP=2")
+    assert not [name for name in done["rounded_to_nearest"] if "EP rank 1" in name]
+    assert done["linears"] > routed["linears"]
+    found, nearest = stored(root, "all"), stored(root, "EP=2")
+    name = f"model.layers.{SPARSE}.mlp.experts.{IDLE}.down_proj"
+    assert not torch.equal(decode(found, name), decode(nearest, name))
+    assert readback.Folder(root / "all hf").problems() == []
 
 
 @pytest.mark.parametrize(

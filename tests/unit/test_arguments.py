@@ -75,7 +75,7 @@ def test_every_conf_is_understood_by_every_stage(conf, stage):
 def test_a_conf_holds_architecture_only(conf):
     args = parse(*conf_flags(conf))
     other_names = {"padded_vocab_size", "untie_embeddings_and_output_weights"}
-    other_names.add("group_query_attention")
+    other_names |= {"group_query_attention", "export_model_type"}
     assert set(args.given) - set(args.stated) - other_names == {"bf16"}
 
 

@@ -182,7 +182,6 @@ FAMILIES = (
             Refused("n_shared_experts", 1, "another number of shared experts"),
         ),
         parts=frozenset({"experts", "Mamba layers"}),
-        not_pruned="its layers have one part each, and cutting them was not tried here",
         # transformers 5.14 saves the embedding under a name that no engine reads.
         other_names={"backbone.embeddings.weight": "backbone.embedding.weight"},
         tiny={
