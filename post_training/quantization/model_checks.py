@@ -42,6 +42,12 @@ def check(
             f"the method {method} was not tried on the projections of Mamba layers",
             "choose a format that rounds to nearest, such as FP8_DEFAULT_CFG or NVFP4_DEFAULT_CFG",
         )
+    if method in ("awq_clip", "awq_full") and architecture.resolved()["num_moe_experts"]:
+        raise UsageError(
+            what,
+            f"ModelOpt's {method} fails at an expert that gets no token of a batch",
+            "choose a format with awq_lite or GPTQ, such as INT4_AWQ_CFG or INT4_GPTQ_CFG",
+        )
     if not architecture.multi_latent_attention:
         return
     if method == GPTQ:

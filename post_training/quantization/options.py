@@ -26,7 +26,7 @@ from post_training.quantization.engines import registry as engines
 from post_training.quantization.expert_options import ExpertOptions
 from post_training.quantization.formats import exportable
 from post_training.quantization.formats import registry as formats
-from post_training.quantization.formats.base import GPTQ, NO_KV_CACHE, Format
+from post_training.quantization.formats.base import AWQ, GPTQ, NO_KV_CACHE, Format
 from post_training.quantization.recipes import Recipe
 from post_training.quantization.search_options import AutoQuantizeOptions
 
@@ -233,7 +233,7 @@ def _check_runs(options: QuantizeOptions, choice: Format, what: str) -> None:
     if choice.method == GPTQ:
         synced = options.experts.sync_expert_weight_amax
         gptq_checks.check(what, options.parallel, packed=options.packed, synced=synced)
-    if choice.method in ("local_hessian", "awq_lite") and replicas > 1:
+    if choice.method in ("local_hessian", *AWQ) and replicas > 1:
         raise UsageError(
             f"{what} with DP={replicas}",
             "ModelOpt adds up neither Hessians nor losses of the replicas, whose scales would "

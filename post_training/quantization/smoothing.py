@@ -4,7 +4,8 @@ Both divide the weights' input channels by factors and multiply the layer's inpu
 (``pre_quant_scale``), which no engine does. Where the input is a norm's output, and nothing else
 reads it, the norm's own weight takes the factors: the model then computes the same without them.
 Elsewhere (attention output, second layer of the MLP, experts) nothing is searched, and the scales
-are those of plain calibration.
+are those of plain calibration, or where AWQ is asked to clip (``awq_clip``, ``awq_full``), smaller
+maxima with which the layer's outputs differ less.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import modelopt.torch.quantization as mtq
 import torch
 from megatron.core.transformer import MegatronModule
+from modelopt.torch.quantization.config import AWQClipCalibConfig, AWQLiteCalibConfig
 
 from post_training.common.errors import UsageError
 from post_training.distributed.collectives import from_all_ranks
@@ -34,12 +36,13 @@ def calibrate(
 
     Args:
         algorithm: ModelOpt's configuration of ``method``.
-        method: ``smoothquant`` or ``awq_lite``.
+        method: ``smoothquant``, ``awq_lite`` or ``awq_full``.
         forward_loop: runs the calibration data once; called two or three times.
 
     Raises:
         UsageError: on every rank, if no layer of the model can take part.
     """
+    search, scales = _parts(algorithm, method)
     # Each method passes by the layers whose quantizer of this kind is off.
     kind = "input_quantizer" if method == "smoothquant" else "weight_quantizer"
     pairs = [pair for pair in _pairs(model) if getattr(pair[1], kind).is_enabled]
@@ -68,7 +71,7 @@ def calibrate(
     for quantizer in others:
         quantizer.disable()
     try:
-        mtq.calibrate(model, algorithm, forward_loop=forward_loop)
+        mtq.calibrate(model, search, forward_loop=forward_loop)
     finally:
         for quantizer in others:
             quantizer.enable()
@@ -79,7 +82,20 @@ def calibrate(
             quantizer.reset_amax()
             quantizer.set_from_attribute_config(_OF_TOKENS)
     # Of the model as it is now: rounded factors, and inputs that were not looked at yet.
-    mtq.calibrate(model, "max", forward_loop=forward_loop)
+    mtq.calibrate(model, scales, forward_loop=forward_loop)
+
+
+def _parts(algorithm: Any, method: str) -> tuple[Any, Any]:
+    """The configurations that search factors, and those that find the scales afterwards."""
+    if method != "awq_full":
+        return algorithm, "max"
+    given = algorithm if isinstance(algorithm, dict) else {}
+    kinds = {"awq_lite": AWQLiteCalibConfig, "awq_clip": AWQClipCalibConfig}
+    lite, clip = (
+        {**{k: v for k, v in given.items() if k in kind.model_fields}, "method": name}
+        for name, kind in kinds.items()
+    )
+    return lite, clip
 
 
 def _of_tokens(model: MegatronModule) -> Iterator[Any]:

@@ -41,7 +41,6 @@ REFUSED = {
         "--export-kv-cache-quant nvfp4",
         "NVFP4 keys and values beside INT8_W8A8",
     ),
-    "awq": (("--export-quant-cfg", "NVFP4_AWQ_FULL_CFG"), "NVFP4_AWQ_FULL_CFG", "pre_quant_scale"),
     "auto with awq": (
         ("--export-quant-cfg", "auto", "--auto-quantize-formats", "nvfp4_awq_lite,fp8"),
         "nvfp4_awq_lite,fp8",
@@ -104,7 +103,7 @@ def test_replicas_whose_scales_would_differ_are_refused(source, tmp_path):
 
 
 def test_a_refusal_takes_less_than_a_second_and_no_torch(source, tmp_path):
-    words = flags(source, tmp_path / "q", "--export-quant-cfg", "nvfp4_awq_full")
+    words = flags(source, tmp_path / "q", "--export-quant-cfg", "nvfp4_svdquant")
     seconds = []
     for _ in range(3):
         started = time.monotonic()

@@ -19,12 +19,11 @@ PRE_QUANT_SCALE = (
 )
 LOW_RANK = "a low-rank product is added to each linear layer, which no engine computes"
 # ModelOpt's algorithms that add something to a linear layer, and what.
-EXTRA_OF_METHOD = {
-    "awq_full": PRE_QUANT_SCALE,
-    "svdquant": LOW_RANK,
-}
+EXTRA_OF_METHOD = {"svdquant": LOW_RANK}
 # Those whose factors go into the norms before the layers, so that nothing is added.
-FOLDED_METHODS = ("smoothquant", "awq_lite")
+FOLDED_METHODS = ("smoothquant", "awq_lite", "awq_full")
+# Of one replica's losses alone.
+AWQ = ("awq_lite", "awq_clip", "awq_full")
 # Ours: it changes weights so that their rounding errors compensate one another.
 GPTQ = "gptq"
 # Value of --export-kv-cache-quant that leaves keys and values in 16 bits.

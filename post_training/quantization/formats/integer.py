@@ -78,6 +78,8 @@ INTEGER = FormatFamily(
         ),
         Format("INT8_WEIGHT_ONLY_CFG", "int8_channel", alias="int8_wo"),
         Format("INT4_AWQ_CFG", "int4_block", method="awq_lite"),
+        Format("INT4_AWQ_CLIP_CFG", "int4_block", method="awq_clip", quant_cfg=(_INT4,)),
+        Format("INT4_AWQ_FULL_CFG", "int4_block", method="awq_full", quant_cfg=(_INT4,)),
         Format("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "int4_block"),
         Format("INT4_GPTQ_CFG", "int4_block", method=GPTQ, quant_cfg=(_INT4,)),
         Format("INT8_GPTQ_CFG", "int8_channel", method=GPTQ, quant_cfg=(_INT8,)),
