@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from post_training.checkpoints import finite, huggingface, torch_dist
 from post_training.checkpoints.source import Source
-from post_training.common import files, manifest, safetensors_index
+from post_training.common import files, manifest, recorded, safetensors_index
 from post_training.common.errors import UsageError, first_line
 from post_training.common.safetensors_index import Entry
 from post_training.config.options import StageOptions
@@ -105,20 +105,12 @@ def verified(folder: Path, options: StageOptions) -> Iterator[None]:
     except (Exception, CheckpointException) as error:  # the latter is no Exception
         # What is damaged may not load. Another rank may be the one that looks at it.
         if damaged := files.changed(folder, outputs):
-            raise _not_as_recorded(folder / damaged[0]) from error
+            raise recorded.not_as_recorded(folder / damaged[0]) from error
         raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     if found := collectives.first_failure(next(iter(changed.result()), None)):
-        raise _not_as_recorded(folder / found)
-
-
-def _not_as_recorded(path: Path) -> UsageError:
-    return UsageError(
-        str(path),
-        f"its content is not what {manifest.FILE} recorded when it was made",
-        "copy or make it again; if you changed it on purpose, --no-verify loads it as it is",
-    )
+        raise recorded.not_as_recorded(folder / found)
 
 
 def _import_weights(

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from post_training.checkpoints import huggingface, torch_dist
-from post_training.common import files, forms, inputs, manifest, regular, safetensors_index
+from post_training.common import (
+    files,
+    forms,
+    inputs,
+    manifest,
+    recorded,
+    regular,
+    safetensors_index,
+)
 from post_training.common.errors import UsageError
 from post_training.config.model_description import architecture
 from post_training.config.options import StageOptions
@@ -101,6 +109,8 @@ def find_source(options: StageOptions) -> Source:
     elsewhere = options.dry_run and options.states_model and not Path(location).exists()
     if not elsewhere and not inputs.is_hub_name(location):
         described = architecture(options, model_folder(Path(location)))
+        if not options.no_verify:
+            recorded.require_recorded(Path(location), manifest.read(Path(location)) or {})
     elif (folder := huggingface.resolved(location)) is not None:
         described, origin = architecture(options, _unquantized(folder)), str(folder)
     elif not options.dry_run and (reason := families.unconvertible(options.stated)):
@@ -167,6 +177,8 @@ def _find_checkpoint(options: StageOptions, location: str) -> Source:
         content = manifest.read(folder)
     if content is not None:
         _check_content(options, folder, content)
+        if not options.no_verify:
+            recorded.require_recorded(folder, content)
         _check_quantized_layout(options, content)
     if (folder / torch_dist.HUGGINGFACE).is_dir():
         origin = str(folder / torch_dist.HUGGINGFACE)

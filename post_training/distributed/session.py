@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from post_training.common import threads, versions
 from post_training.common.errors import UsageError, exit_with_usage_error
+from post_training.common.garbage import uncollected
 from post_training.common.quiet import quiet
 from post_training.distributed import liveness, placement, signals
 from post_training.distributed.parallel import Parallel
@@ -157,7 +158,8 @@ def _join(timeout_minutes: float) -> torch.device:
         signals.end_with_parent()  # torchrun, which may be killed alone
     place = placement.join()
     threads.configure()
-    import torch
+    with uncollected():
+        import torch
 
     device = _device()
     # Objects and checkpoints are exchanged on the host, tensors on the device.
@@ -211,10 +213,12 @@ def _import_packages() -> object:
     from post_training import portable
 
     missing_gpu = () if torch.cuda.is_available() else ("torch.utils.cpp_extension",)
-    with quiet(*missing_gpu, warning=""):
+    with quiet(*missing_gpu, warning=""), uncollected():
         report = portable.install()
         import megatron.core.models.gpt
         import megatron.core.post_training.modelopt.gpt.model_specs  # noqa: F401
+        import modelopt.torch.opt.plugins  # noqa: F401
+        import transformers  # noqa: F401
     return report
 
 

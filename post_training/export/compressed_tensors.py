@@ -2,8 +2,8 @@
 
 Each linear of the Hugging Face model has tensors of its own, q, k, v and gate, up apart:
 
-- ``int-quantized``: ``weight`` int8 [out, in], ``weight_scale`` float32 [out, 1] and
-  ``input_scale`` float32 [1];
+- ``int-quantized``: ``weight`` int8 [out, in], ``weight_scale`` float32 [out, 1] and, unless each
+  token of the inputs has its own, ``input_scale`` float32 [1];
 - ``pack-quantized``: ``weight_packed`` int32 [out, in * bits / 32], element ``i`` of a word in its
   bits from ``i * bits`` on, plus ``2 ** (bits - 1)``; ``weight_scale`` in the model's dtype,
   [out, 1] or [out, in / group]; ``weight_shape`` int64 [2].
@@ -31,6 +31,8 @@ from post_training.export.folder import Tensors
 from post_training.export.layout import Configuration, Layout, plain_linears
 
 _FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
+_INT8 = {**_FP8, "type": "int"}
+_TOKENS = {"strategy": "token", "dynamic": True}
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _WORD = 32  # bits of an element of weight_packed
 
@@ -75,21 +77,21 @@ class Scheme(Compressed):
     Attributes:
         bits: of a weight.
         group: weights of a row that share a scale; None: the whole row.
-        static_inputs: inputs are integers of the same size too, with one calibrated scale.
-        token_inputs: inputs are FP8, with a scale that is found for each token.
+        packed: whether integers are packed into words, for kernels that unpack the weights.
+        inputs: what is said about the inputs; None: they are in 16 bits.
     """
 
     bits: int
     group: int | None = None
-    static_inputs: bool = False
-    token_inputs: bool = False
+    packed: bool = True
+    inputs: Mapping[str, Any] | None = None
 
     def stored(
         self, module: str, value: torch.Tensor, steps: torch.Tensor, dtype: torch.dtype
     ) -> Tensors:
         scale = steps[:, :: self.group or steps.shape[1]].contiguous()
         codes = torch.round(value / steps).to(torch.int8)
-        if self.static_inputs:
+        if not self.packed:
             return {f"{module}.weight": codes, f"{module}.weight_scale": scale}
         if not torch.equal(scale.to(dtype).float(), scale):
             raise UsageError(
@@ -107,14 +109,12 @@ class Scheme(Compressed):
         number = {"num_bits": self.bits, "type": "int", "symmetric": True, "dynamic": False}
         strategy = "group" if self.group else "channel"
         weights = {**number, "strategy": strategy, "group_size": self._group_size()}
-        if self.static_inputs:
-            return "int-quantized", weights, {**number, "strategy": "tensor"}
-        tokens = {**_FP8, "strategy": "token", "dynamic": True}
-        return "pack-quantized", weights, tokens if self.token_inputs else None
+        layout = "pack-quantized" if self.packed else "int-quantized"
+        return layout, weights, None if self.inputs is None else dict(self.inputs)
 
     def _group_size(self) -> int | None:
         """As vLLM 0.24 wants it: its kernel of experts stops at a null for a scale a row."""
-        return self.group or (None if self.static_inputs else -1)
+        return self.group or (-1 if self.packed else None)
 
 
 @dataclass(frozen=True)
@@ -149,10 +149,11 @@ class Mxfp4(Compressed):
 
 # By the name that quantization/formats gives them.
 LAYOUTS: dict[str, Layout] = {
-    "INT8_W8A8": Scheme(8, static_inputs=True),
+    "INT8_W8A8": Scheme(8, packed=False, inputs={**_INT8, "strategy": "tensor"}),
+    "INT8_PER_CHANNEL_PER_TOKEN": Scheme(8, packed=False, inputs={**_INT8, **_TOKENS}),
     "INT8_W8A16": Scheme(8),
     "INT4_W4A16": Scheme(4, group=128),
-    "INT4_W4A8": Scheme(4, group=128, token_inputs=True),
+    "INT4_W4A8": Scheme(4, group=128, inputs={**_FP8, **_TOKENS}),
     "MXFP4": Mxfp4(inputs=True),
     "W4A16_MXFP4": Mxfp4(inputs=False),
 }

@@ -213,7 +213,7 @@ def _target_head(core: Any) -> torch.Tensor:
     if core.share_embeddings_and_output_weights:
         weight: torch.Tensor = core.shared_embedding_or_output_weight()
         return weight
-    return fake_quantized(core.output_layer)
+    return fake_quantized(core.output_layer).to(core.eagle_config.params_dtype)
 
 
 def config_json(config: Any, target: Mapping[str, Any], longest: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Stand-ins for the CUDA and NCCL calls that megatron-core and ModelOpt make without need.
 
 Active only where there is no CUDA device (:func:`install` is then called by
-``portable.install``). Four kinds:
+``portable.install``). Five kinds:
 
 1. Functions of ``torch.cuda`` and methods of ``Tensor``: the CPU answers. There is one generator,
    the CPU's, and work is done when a call returns, so streams and events are empty.
@@ -9,6 +9,7 @@ Active only where there is no CUDA device (:func:`install` is then called by
 3. Literal ``device="cuda"`` arguments in modules of megatron-core: those modules see ``torch``
    through :class:`_TorchOnCpu`, which sends such tensors to the CPU. ``torch`` itself is unchanged.
 4. A collective that NCCL takes and gloo refuses.
+5. ``torch.compile``, by which the two fuse functions for GPUs.
 
 Paths in comments are below ``megatron/core`` (0.19.2) or, where said, ``modelopt/torch`` (0.47.0).
 """
@@ -113,6 +114,22 @@ def _gather_scalars(
     return _all_gather_into_tensor(output_tensor, torch.atleast_1d(input_tensor), *args, **kwargs)
 
 
+_compile = torch.compile
+
+
+def _compile_others(model: Any = None, **options: Any) -> Any:
+    """``torch.compile``, except that functions of megatron-core and ModelOpt stay as they are.
+
+    They compile wherever they define what a GPU runs fused (jit.py:21, transformer/moe/router.py
+    :918, ModelOpt's quantization/algorithms.py:1746). That alone imports Inductor, 1.5 s of every
+    start, and a call would need a C++ compiler.
+    """
+    caller = sys._getframe(1).f_globals.get("__name__", "")
+    if not caller.startswith(("megatron.core.", "modelopt.")):
+        return _compile(model, **options)
+    return (lambda function: function) if model is None else model
+
+
 class _TorchOnCpu(ModuleType):
     """``torch`` as seen by one module: factories take ``device="cuda"`` for the CPU."""
 
@@ -185,6 +202,7 @@ def install() -> None:
     torch.Tensor.cuda = _tensor_cuda  # type: ignore[method-assign, assignment]
     torch.Tensor.type = _tensor_type  # type: ignore[method-assign, assignment]
     torch.distributed.all_gather_into_tensor = _gather_scalars
+    torch.compile = _compile_others
     imports.on_import("megatron.core.tensor_parallel.random", _change_random)
     imports.on_import("megatron.core.transformer.moe.moe_utils", _change_moe_utils)
     for name in _MODULES_WITH_CUDA_LITERALS:

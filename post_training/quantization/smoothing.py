@@ -20,6 +20,9 @@ from post_training.common.errors import UsageError
 from post_training.distributed.collectives import from_all_ranks
 from post_training.quantization.formats.registry import number_format
 
+_STATIC = {"type": "static", "block_sizes": None}
+_OF_TOKENS = {"type": "dynamic", "block_sizes": {-1: None}}
+
 
 def calibrate(
     model: MegatronModule,
@@ -56,8 +59,12 @@ def calibrate(
         and (quantizer := getattr(module, kind, None)) is not None
         and quantizer.is_enabled
     ]
+    tokens = list(_of_tokens(model))
     if method != "smoothquant":
-        others += _of_tokens(model)
+        others += tokens
+    else:  # needs the largest input of each channel
+        for quantizer in tokens:
+            quantizer.set_from_attribute_config(_STATIC)
     for quantizer in others:
         quantizer.disable()
     try:
@@ -67,6 +74,10 @@ def calibrate(
             quantizer.enable()
     for norm, linear in pairs:
         _fold(norm, linear)
+    if method == "smoothquant":
+        for quantizer in tokens:
+            quantizer.reset_amax()
+            quantizer.set_from_attribute_config(_OF_TOKENS)
     # Of the model as it is now: rounded factors, and inputs that were not looked at yet.
     mtq.calibrate(model, "max", forward_loop=forward_loop)
 

@@ -87,7 +87,10 @@ def _checkpoints(work: Path) -> list[tuple[str, tuple[object, ...]]]:
     eagle3 = ("--algorithm", "eagle3")
     four = ("--eagle-config", work / "four.json")
     deep = ("--eagle-config", work / "deep.json")
+    whole = work / "llama3 bf16"  # a draft without a head of its own, nor a tied one
     return [
+        ("convert", (*llama[:2], *eagle3, "--save", whole)),
+        ("export", ("--load", whole, "--export-dir", f"{whole} draft", "--export-extra-modules")),
         ("convert", (*source, "--save", work / "qwen3 plain")),
         ("convert", (*source, *eagle3, "--save", work / "qwen3 untrained")),
         ("convert", (*source, *eagle3, *deep, "--save", work / "qwen3 deep")),

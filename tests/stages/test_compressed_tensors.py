@@ -28,6 +28,8 @@ from quantize import QuantizeOptions, check
 
 FORMATS = {
     "INT8_DEFAULT_CFG": ("INT8_W8A8", 8.125),  # 32 bits of scale for 256 weights
+    "INT8_PER_CHANNEL_PER_TOKEN_CFG": ("INT8_PER_CHANNEL_PER_TOKEN", 8.125),
+    "INT8_SMOOTHQUANT_PER_TOKEN_CFG": ("INT8_PER_CHANNEL_PER_TOKEN", 8.125),
     "INT8_WEIGHT_ONLY_CFG": ("INT8_W8A16", 8.125),
     "INT4_BLOCKWISE_WEIGHT_ONLY_CFG": ("INT4_W4A16", 4.25),
     "INT8_SMOOTHQUANT_CFG": ("INT8_W8A8", 8.125),
@@ -56,7 +58,8 @@ EXPORTS += [("qwen3", "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG")]
 IN_BF16 = ("INT8_DEFAULT_CFG", "INT8_WEIGHT_ONLY_CFG", "INT4_AWQ_CFG", *IN_MODELOPTS_LAYOUT)
 LEFT_OUT = ("FP8_DEFAULT_CFG", "INT4_AWQ_CFG")  # a layout each
 ROUNDED_INPUTS = {
-    **dict.fromkeys(("INT8_W8A8", "INT4_W4A8", "FP8_PER_CHANNEL_PER_TOKEN"), 0.01),
+    **dict.fromkeys(("INT8_W8A8", "INT8_PER_CHANNEL_PER_TOKEN"), 0.01),
+    **dict.fromkeys(("INT4_W4A8", "FP8_PER_CHANNEL_PER_TOKEN"), 0.01),
     "MXFP4": 0.03,  # a step between codes is up to 50 % of an element
 }
 E2M1 = numpy.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=numpy.float32)
@@ -103,6 +106,14 @@ def round_tokens(_module, inputs):
     return ((inputs[0] / scale).to(torch.float8_e4m3fn).float() * scale,)
 
 
+def round_int8_tokens(largest):
+    def hook(_module, inputs):
+        scale = inputs[0].abs().amax(-1, keepdim=True) / largest
+        return ((inputs[0] / scale).round().clamp(-128, 127) * scale,)
+
+    return hook
+
+
 def round_blocks(_module, inputs):
     """E2M1 times the least power of two for 32 that leaves none above 6, ties to the even code."""
     blocks = inputs[0].unflatten(-1, (-1, 32))
@@ -133,8 +144,11 @@ def round_cache(model, tensors):
     model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def engine_logits(folder, family, ids):
-    """Logits of transformers' model with the decoded weights, inputs rounded where they are."""
+def engine_logits(folder, family, ids, *, largest=127):
+    """Logits of transformers' model with the decoded weights, inputs rounded where they are.
+
+    ``largest``: what the largest input of a token becomes in INT8; 127 in engines' kernels.
+    """
     tensors = dict(tools.tensors(folder))
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     inputs = {}
@@ -149,6 +163,8 @@ def engine_logits(folder, family, ids):
             scale, of_weight = (tensors.get(f"{name}.{kind}_scale") for kind in ("input", "weight"))
             if scale is not None:
                 module.register_forward_pre_hook(round_inputs(scale))
+            elif of_weight is not None and inputs.get("type") == "int":
+                module.register_forward_pre_hook(round_int8_tokens(largest))
             elif of_weight is not None and (of_weight.dim() == 1 or inputs.get("num_bits") == 8):
                 module.register_forward_pre_hook(round_tokens)
             elif of_weight is not None and inputs.get("num_bits") == 4:
@@ -247,6 +263,10 @@ def test_transformers_loads_the_folder_with_compressed_tensors(exported, family,
     )
     assert not any(report.values())
     actual = tools.transformers_logits(model.eval(), ids)
+    if FORMATS[name][0] == "INT8_PER_CHANNEL_PER_TOKEN":
+        # The package makes it 127.5, and so rounds otherwise than engines.
+        require_near(actual, engine_logits(folder, family, ids, largest=127.5), name)
+        return
     if not in_bf16:
         require_near(actual, logits[family, name], name)
         return
@@ -262,6 +282,7 @@ def test_transformers_loads_the_folder_with_compressed_tensors(exported, family,
 
 PLAIN_ONES = {
     "INT8_SMOOTHQUANT_CFG": "INT8_DEFAULT_CFG",
+    "INT8_SMOOTHQUANT_PER_TOKEN_CFG": "INT8_PER_CHANNEL_PER_TOKEN_CFG",
     "INT4_AWQ_CFG": "INT4_BLOCKWISE_WEIGHT_ONLY_CFG",
 }
 SEARCHED = (*PLAIN_ONES, "W4A8_FP8_AWQ_CFG")
@@ -559,7 +580,7 @@ def test_experts_with_static_inputs_are_refused(tmp_path, name):
         check(arguments.parse("quantize", QuantizeOptions, words))
 
 
-@pytest.mark.parametrize("name", ["int8", "int4_awq"])
+@pytest.mark.parametrize("name", ["int8_sq_pt", "int4_awq"])
 def test_a_format_that_the_target_does_not_read_is_refused_before_calibration(tmp_path, name):
     tools.random_model(tmp_path / "model", "llama3", **SIZES)
     flags = ("--pretrained-model-path", tmp_path / "model", "--save", tmp_path / "q", "--check")
@@ -567,10 +588,13 @@ def test_a_format_that_the_target_does_not_read_is_refused_before_calibration(tm
     check(arguments.parse("quantize", QuantizeOptions, [*words, "sglang"]))
     with pytest.raises(UsageError, match=r"TensorRT-LLM .* is not known to read INT.*vLLM, SGLang"):
         check(arguments.parse("quantize", QuantizeOptions, [*words, "trtllm"]))
+    static = [each.replace(name, "int8") for each in words]
+    with pytest.raises(UsageError, match=r"SGLang .* is not known to read INT8_W8A8"):
+        check(arguments.parse("quantize", QuantizeOptions, [*static, "sglang"]))
 
 
 def test_a_checkpoint_is_exported_for_the_engines_that_read_it_alone(exported, tmp_path):
-    work = exported[0] / "llama3 INT8_DEFAULT_CFG"
+    work = exported[0] / "llama3 INT8_WEIGHT_ONLY_CFG"
     assert json.loads((work / "run.json").read_text())["quantization"]["target"] == "vllm"
     flags = ("--load", work, "--export-dir", tmp_path / "hf", "--check", "--target")
     tools.run("export.py", *flags, "sglang")

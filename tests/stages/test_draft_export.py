@@ -167,6 +167,11 @@ def test_a_shared_head_is_the_targets(drafted):
     tensors = load_file(drafted.exported("qwen3", "TP=1") / "model.safetensors")
     target = dict(tools.tensors(drafted.work / "qwen3 hf"))
     assert torch.equal(tensors["lm_head.weight"], target["model.embed_tokens.weight"])
+    # In 16 bits, of a target whose output layer is not its embedding.
+    tensors = load_file(drafted.work / "llama3 bf16 draft" / "model.safetensors")
+    target = dict(tools.tensors(drafted.work / "llama3 hf"))
+    assert torch.equal(tensors["lm_head.weight"], target["lm_head.weight"].bfloat16())
+    assert {each.dtype for each in tensors.values()} == {torch.bfloat16}
 
 
 @both

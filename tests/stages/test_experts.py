@@ -166,9 +166,9 @@ def engine_logits(folder, ids):
     reference = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     tensors = stored_tensors(folder)
     with torch.no_grad():
-        for name, buffer in reference.named_buffers():
-            if name in tensors:  # biases of routers
-                buffer.copy_(tensors[name])
+        for name, value in (*reference.named_buffers(), *reference.named_parameters()):
+            if name in tensors and not name.endswith("weight"):  # biases, routers' included
+                value.copy_(tensors[name])
         for name, module in reference.named_modules():
             if f"{name}.weight" in tensors:
                 module.weight.copy_(decode(tensors, name))

@@ -11,6 +11,7 @@ import math
 import pytest
 import tools
 import torch
+from decoded import transformers_model
 from safetensors.torch import save_file
 from test_compressed_tensors import decode as decode_integers
 from test_experts import engine_logits
@@ -136,22 +137,7 @@ def test_engine_logits_equal_the_quantized_models(root, done, name):
 
 @pytest.mark.parametrize("name", INTEGERS)
 def test_integers_stand_for_the_quantized_models_weights(root, model, done, name):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(root / f"{name}_hf")
-    del config.quantization_config
-    stored = dict(tools.tensors(root / f"{name}_hf"))
-    modules = {key.rpartition(".")[0] for key in stored}
-    weights = {key: value for key, value in stored.items() if "packed" not in key}
-    for module in modules:
-        if (decoded := decode_integers(stored, module)) is not None:
-            weights[f"{module}.weight"] = decoded
-    folder = root / f"{name}_plain"
-    folder.mkdir(exist_ok=True)
-    save_file({k: t.contiguous() for k, t in weights.items()}, folder / "model.safetensors",
-              metadata={"format": "pt"})  # fmt: skip
-    config.save_pretrained(folder)
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    plain = transformers_model(root / f"{name}_hf", root / f"{name}_plain", decode_integers)
     actual = tools.transformers_logits(plain, tools.tokens())
     wanted = tools.read_logits(root / f"{name}_logits")
     original = tools.transformers_logits(model, tools.tokens())

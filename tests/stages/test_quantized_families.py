@@ -1,16 +1,21 @@
 """Every family, quantized and exported, gives an engine the logits of the quantized model.
 
-Models with experts are in test_experts.py, but for what the export itself reads back.
+Models whose experts transformers has in one tensor are in test_experts.py and
+test_latent_attention.py, but for what the export itself reads back and for those of ``MORE``.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import partial
 
 import pytest
 import tools
 import torch
+from decoded import transformers_model
+from test_compressed_tensors import decode as decode_integers
+from test_experts import engine_logits as engine_logits_of_experts
 from test_quantized_export import (
     TOLERANCES,
     decode,
@@ -23,9 +28,17 @@ from post_training.export.joining import Joining
 
 # One matrix for query, key and value: scales of blocks are joined too.
 READ = [name for name, family in tools.FAMILIES.items() if not family.not_quantized]
-FORMATS = dict.fromkeys(READ, "FP8_DEFAULT_CFG") | {"phi3": "NVFP4_DEFAULT_CFG"}
+INTEGERS = "INT4_BLOCKWISE_WEIGHT_ONLY_CFG"
+MORE = ("glm4-moe",)
+FORMATS = (
+    dict.fromkeys(READ, ("FP8_DEFAULT_CFG",))
+    | {"phi3": ("NVFP4_DEFAULT_CFG",)}
+    | dict.fromkeys(MORE, (*TOLERANCES, INTEGERS))
+)
 SIMULATED = ("qwen3", "qwen3-moe", "phi3")  # --export-vllm-fq: plain, with experts, joined
 DENSE = [name for name in READ if "experts" not in tools.FAMILIES[name].parts]
+EXPORTS = [(family, name) for family, names in FORMATS.items() for name in names]
+FLOATS = [each for each in EXPORTS if each[1] != INTEGERS]
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +49,10 @@ def exported(tmp_path_factory):
         "\n".join(json.dumps({"text": f"line {i}: " + "some text " * 9}) for i in range(60))
     )
     models, jobs = {}, []
-    for family, name in FORMATS.items():
+    for family in FORMATS:
         models[family] = tools.random_model(root / f"{family} source", family, num_hidden_layers=4)
-        work = root / family
+    for family, name in EXPORTS:
+        work = root / f"{family} {name}"
         jobs += [
             (
                 "quantize",
@@ -49,30 +63,56 @@ def exported(tmp_path_factory):
                     *("--calib-size", 8, "--calib-max-sequence-length", 64),
                 ),
             ),
-            tools.logits_job(root / f"{family} logits", tools.tokens(), "--load", work, "--fp32"),
-            ("export", ("--load", work, "--export-dir", root / f"{family} hf", "--fp32")),
+            tools.logits_job(
+                root / f"{family} {name} logits", tools.tokens(), "--load", work, "--fp32"
+            ),
+            ("export", ("--load", work, "--export-dir", f"{work} hf", "--fp32")),
         ]
         if family in SIMULATED:
-            folder = ("--export-dir", root / f"{family} simulated")
+            folder = ("--export-dir", f"{work} simulated")
             jobs.append(("export", ("--load", work, *folder, "--export-vllm-fq", "--fp32")))
     tools.run_stages(*jobs)
     return root, models
 
 
-@pytest.mark.parametrize("family", DENSE)
-def test_engine_logits_equal_the_quantized_models(exported, family):
+@pytest.mark.parametrize(("family", "name"), [each for each in FLOATS if each[0] in DENSE])
+def test_engine_logits_equal_the_quantized_models(exported, family, name):
     root, models = exported
-    actual, quantized = engine_logits(root / f"{family} hf", models[family], tools.tokens())
-    wanted = tools.read_logits(root / f"{family} logits")
-    linears = [m for m in models[family].modules() if isinstance(m, torch.nn.Linear)]
+    reference = copy.deepcopy(models[family])
+    actual, quantized = engine_logits(root / f"{family} {name} hf", reference, tools.tokens())
+    wanted = tools.read_logits(root / f"{family} {name} logits")
+    linears = [m for m in reference.modules() if isinstance(m, torch.nn.Linear)]
     assert quantized == len(linears) - 1, "all but the output layer"
-    assert (actual - wanted).abs().mean() < TOLERANCES[FORMATS[family]] * wanted.std()
+    assert (actual - wanted).abs().mean() < TOLERANCES[name] * wanted.std()
 
 
-@pytest.mark.parametrize("family", sorted(FORMATS.keys() - set(DENSE)))
-def test_each_expert_of_an_exported_model_has_its_scales(exported, family):
+EXPERTS = [each for each in FLOATS if each[0] not in DENSE]
+
+
+@pytest.mark.parametrize(("family", "name"), [each for each in EXPERTS if each[0] in MORE])
+def test_engine_logits_with_experts_equal_the_quantized_models(exported, family, name):
     root, _ = exported
-    names = {name for name, _ in tools.tensors(root / f"{family} hf")}
+    actual = engine_logits_of_experts(root / f"{family} {name} hf", tools.tokens())
+    wanted = tools.read_logits(root / f"{family} {name} logits")
+    assert (actual - wanted).abs().mean() < TOLERANCES[name] * wanted.std()
+
+
+@pytest.mark.parametrize("family", MORE)
+def test_integers_stand_for_the_quantized_models_weights(exported, family):
+    root, models = exported
+    name = f"{family} {INTEGERS}"
+    plain = transformers_model(root / f"{name} hf", root / f"{name} plain", decode_integers)
+    actual = tools.transformers_logits(plain, tools.tokens())
+    wanted = tools.read_logits(root / f"{name} logits")
+    original = tools.transformers_logits(models[family], tools.tokens())
+    assert (actual - wanted).abs().max() < 1e-3
+    assert (original - wanted).abs().mean() > 0.01 * wanted.std()
+
+
+@pytest.mark.parametrize(("family", "name"), EXPERTS)
+def test_each_expert_of_an_exported_model_has_its_scales(exported, family, name):
+    root, _ = exported
+    names = {each for each, _ in tools.tensors(root / f"{family} {name} hf")}
     linears = [n.removesuffix("weight") for n in names if ".experts." in n and n.endswith("weight")]
     config = tools.FAMILIES[family].tiny_config(num_hidden_layers=4)
     values = tools.FAMILIES[family].read(config).resolved()
@@ -86,7 +126,8 @@ def test_each_expert_of_an_exported_model_has_its_scales(exported, family):
 
 def test_engine_logits_of_experts_that_transformers_has_in_one_tensor(exported):
     root, models = exported
-    tensors = stored_tensors(root / "llama4 hf")
+    folder = root / "llama4 FP8_DEFAULT_CFG hf"
+    tensors = stored_tensors(folder)
 
     def linear(name, x):
         x = rounded_input(x, tensors[f"{name}.input_scale"].float(), is_fp8=True)
@@ -105,33 +146,34 @@ def test_engine_logits_of_experts_that_transformers_has_in_one_tensor(exported):
         if name.endswith("feed_forward.experts"):
             module.forward = partial(experts, name, module.num_experts)
             sparse += 1
-    actual, quantized = engine_logits(root / "llama4 hf", models["llama4"], tools.tokens())
+    actual, quantized = engine_logits(folder, models["llama4"], tools.tokens())
     # Attention, and in the others of the four layers a dense MLP or a shared expert.
     assert (sparse, quantized) == (2, 4 * (4 + 3))
-    wanted = tools.read_logits(root / "llama4 logits")
+    wanted = tools.read_logits(root / "llama4 FP8_DEFAULT_CFG logits")
     assert (actual - wanted).abs().mean() < TOLERANCES["FP8_DEFAULT_CFG"] * wanted.std()
 
 
 @pytest.mark.parametrize("family", SIMULATED)
 def test_a_folder_for_simulation_has_the_weights_and_maxima_of_the_packed_one(exported, family):
     root, _ = exported
+    (name,) = FORMATS[family]
     packed, plain = (
-        stored_tensors(root / f"{family} hf"),
-        stored_tensors(root / f"{family} simulated"),
+        stored_tensors(root / f"{family} {name} {kind}") for kind in ("hf", "simulated")
     )
     kinds = ("weight_scale", "weight_scale_2", "input_scale")
-    assert plain.keys() == {name for name in packed if not name.endswith(kinds)}
-    for name, value in plain.items():
-        module, _, kind = name.rpartition(".")
-        wanted = decode(packed, module) if kind == "weight" else packed[name]
+    assert plain.keys() == {each for each in packed if not each.endswith(kinds)}
+    for each, value in plain.items():
+        module, _, kind = each.rpartition(".")
+        wanted = decode(packed, module) if kind == "weight" else packed[each]
         torch.testing.assert_close(value, wanted.float(), rtol=1e-6, atol=0)
-    state = torch.load(root / f"{family} simulated" / "quantizer_state.pth", weights_only=True)
-    for name, value in packed.items():
-        if name.endswith("input_scale"):
-            largest = 448 if FORMATS[family].startswith("FP8") else 6 * 448
-            maximum = state[name.replace("input_scale", "input_quantizer._amax")]
+    simulated = root / f"{family} {name} simulated"
+    state = torch.load(simulated / "quantizer_state.pth", weights_only=True)
+    for each, value in packed.items():
+        if each.endswith("input_scale"):
+            largest = 448 if name.startswith("FP8") else 6 * 448
+            maximum = state[each.replace("input_scale", "input_quantizer._amax")]
             torch.testing.assert_close(maximum / largest, value.reshape(maximum.shape))
-    assert not (root / f"{family} simulated" / "hf_quant_config.json").exists()
+    assert not (simulated / "hf_quant_config.json").exists()
 
 
 def test_parts_with_different_scales_are_not_joined():

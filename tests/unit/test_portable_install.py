@@ -135,6 +135,15 @@ def test_streams_and_events_have_happened():
 
 
 @on_cpu
+@pytest.mark.parametrize(("module", "compiled"), [("megatron.core.fusions", False), ("own", True)])
+def test_functions_of_megatron_core_stay_as_they_are(module, compiled):
+    program = "plain = torch.compile(abs)\nas_decorator = torch.compile(dynamic=True)(abs)"
+    names = {"torch": torch, "__name__": module}
+    exec(program, names)
+    assert [names[each] is not abs for each in ("plain", "as_decorator")] == [compiled] * 2
+
+
+@on_cpu
 def test_literal_cuda_devices_mean_the_cpu_in_listed_modules_only():
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.transformer import utils

@@ -344,6 +344,7 @@ TEXTS = st.one_of(
 )
 
 
+@cache  # a strategy is checked and prepared when it is first drawn from
 def given_flag(action: argparse.Action) -> st.SearchStrategy[list[str]]:
     """A flag with values that it may have, or text instead."""
     name = st.sampled_from(sorted(action.option_strings))

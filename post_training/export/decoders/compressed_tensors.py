@@ -24,6 +24,7 @@ _CACHE = {**_FIXED, "num_bits": 8, "type": "float", "strategy": "tensor"}
 # What is read -> the layout's name, and what is said about weights and inputs.
 _ALGORITHMS: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {
     "INT8_W8A8": ("int-quantized", _BYTES, {**_BYTES, "strategy": "tensor"}),
+    "INT8_PER_CHANNEL_PER_TOKEN": ("int-quantized", _BYTES, {**_TOKENS, "type": "int"}),
     "INT8_W8A16": ("pack-quantized", _BYTES, None),
     "INT4_W4A16": ("pack-quantized", _GROUPS, None),
     "INT4_W4A8": ("pack-quantized", _GROUPS, _TOKENS),
@@ -80,11 +81,15 @@ def cache_scale(name: str) -> str:
 
 
 def _bytes(read: Read, module: str, stored: torch.Tensor) -> torch.Tensor:
+    require_shape(module, read(f"{module}.input_scale"), (1,))
+    return _bytes_alone(read, module, stored)
+
+
+def _bytes_alone(read: Read, module: str, stored: torch.Tensor) -> torch.Tensor:
     require_dtype(module, stored, torch.int8)
     scale = read(f"{module}.weight_scale")
     require_dtype(f"{module} scale", scale, torch.float32)
     require_shape(module, scale, (stored.shape[0], 1))
-    require_shape(module, read(f"{module}.input_scale"), (1,))
     return stored.float() * scale
 
 
@@ -129,6 +134,7 @@ _MX: dict[str, Any] = {
 _PACKED: dict[str, Any] = {"scales": _SCALES, "stored": "weight_packed"}
 COMPRESSED_TENSORS = (
     Decoder("INT8_W8A8", "I8", _bytes),
+    Decoder("INT8_PER_CHANNEL_PER_TOKEN", "I8", _bytes_alone, scales=("weight_scale",)),
     Decoder("INT8_W8A16", "I32", partial(_words, 8, None), 4, **_PACKED),
     Decoder("INT4_W4A16", "I32", partial(_words, 4, 128), 8, **_PACKED),
     Decoder("INT4_W4A8", "I32", _words_for_fp8, 8, **_PACKED),

@@ -17,6 +17,7 @@ _FILES = (
     "deepseek",
     "ernie",
     "glm",
+    "glm_moe",
     "gpt_oss",
     "granite",
     "llama",

@@ -10,7 +10,10 @@ GENERATIONS = ("Ampere", "Ada", "Hopper", "Blackwell")
 MIXED = "MIXED_PRECISION"
 # Written in the layout of compressed-tensors, not in ModelOpt's.
 COMPRESSED_TENSORS = frozenset(
-    ("INT8_W8A8", "INT8_W8A16", "INT4_W4A16", "INT4_W4A8", "MXFP4", "W4A16_MXFP4")
+    (
+        *("INT8_W8A8", "INT8_PER_CHANNEL_PER_TOKEN", "INT8_W8A16"),
+        *("INT4_W4A16", "INT4_W4A8", "MXFP4", "W4A16_MXFP4"),
+    )
 )
 READ = "read in the loader's source"
 

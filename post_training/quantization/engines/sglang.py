@@ -5,6 +5,8 @@ from __future__ import annotations
 from post_training.quantization.engines.base import GENERATIONS, Engine, Support
 
 _COMPRESSED = "sglang/srt/layers/quantization/compressed_tensors/compressed_tensors.py"
+_HERE = "0.5.15.post1"  # that was run
+_RUN = f"run in SGLang {_HERE} on H100, 2026-11-28"
 
 SGLANG = Engine(
     target="sglang",
@@ -12,11 +14,20 @@ SGLANG = Engine(
     version="0.5.23",
     loader="sglang/srt/layers/quantization/modelopt_quant.py",
     algorithms={
-        "FP8": Support(native=("Ada", "Hopper", "Blackwell")),
-        "NVFP4": Support(native=("Blackwell",)),
-        "INT8_W8A8": Support(native=("Ampere", "Ada", "Hopper"), loader=_COMPRESSED),
-        "INT8_W8A16": Support(native=GENERATIONS, loader=_COMPRESSED),
-        "INT4_W4A16": Support(native=GENERATIONS, loader=_COMPRESSED),
+        "FP8": Support(native=("Ada", "Hopper", "Blackwell"), version=_HERE, verified=_RUN),
+        "NVFP4": Support(
+            native=("Blackwell",),
+            weights_alone=("Ampere", "Ada", "Hopper"),
+            version=_HERE,
+            verified=_RUN,
+        ),
+        # Not INT8_W8A8: a linear of several parts has room for the input scale of one, and the
+        # scale of each token is taken anyway (schemes/compressed_tensors_w8a8_int8.py).
+        "INT8_PER_CHANNEL_PER_TOKEN": Support(
+            native=("Ampere", "Ada", "Hopper"), loader=_COMPRESSED, experts=False
+        ),
+        "INT8_W8A16": Support(native=GENERATIONS, loader=_COMPRESSED, version=_HERE, verified=_RUN),
+        "INT4_W4A16": Support(native=GENERATIONS, loader=_COMPRESSED, version=_HERE, verified=_RUN),
     },
     # A mixture without NVFP4 is taken for INT4 with FP8 inputs (configs/model_config.py).
     kv_caches=frozenset(("FP8",)),

@@ -10,6 +10,7 @@ _SCHEMES = "vllm/model_executor/layers/quantization/compressed_tensors/schemes/c
 _MARLIN = (64, 128)  # the tiles of its kernel for weights alone
 _RUN = "run in vLLM 0.24.0 on H200, 2026-11-27"
 _RUN_ON_H100 = "run in vLLM 0.24.0 on H100, 2026-11-27"
+_RUN_LATER = "run in vLLM 0.24.0 on H100, 2026-11-28"
 
 VLLM = Engine(
     target="vllm",
@@ -31,7 +32,9 @@ VLLM = Engine(
             multiples=(128, 128),
             separate=True,
         ),
-        "NVFP4": Support(native=("Blackwell",), weights_alone=_BEFORE_BLACKWELL),
+        "NVFP4": Support(
+            native=("Blackwell",), weights_alone=_BEFORE_BLACKWELL, verified=_RUN_LATER
+        ),
         "W4A16_NVFP4": Support(native=_ALL, verified=_RUN),
         # 0.24.0 lacks it among the methods that may override another (vllm/config/model.py).
         "MXFP8": Support(
@@ -40,7 +43,7 @@ VLLM = Engine(
             version="0.33.0",
             verified=f"{READ}; 0.24.0 does not load it",
         ),
-        MIXED: Support(),
+        MIXED: Support(verified=_RUN_LATER),
         # The kernel for Blackwell fails when the engine starts (vLLM's issue 54311).
         # Experts need scales of inputs that are found for each token.
         "INT8_W8A8": Support(
@@ -49,6 +52,9 @@ VLLM = Engine(
             verified=_RUN,
             experts=False,
             multiples=(16, 16),
+        ),
+        "INT8_PER_CHANNEL_PER_TOKEN": Support(
+            native=_BEFORE_BLACKWELL, loader=f"{_SCHEMES}_w8a8_int8.py", multiples=(16, 16)
         ),
         "INT8_W8A16": Support(
             native=_ALL, loader=f"{_SCHEMES}_wNa16.py", verified=_RUN, multiples=_MARLIN
@@ -60,6 +66,7 @@ VLLM = Engine(
         "INT4_W4A8": Support(
             native=("Hopper",),
             loader=f"{_SCHEMES}_w4a8_fp8.py",
+            verified=_RUN_LATER,
             experts=False,
             multiples=(128, 128),
         ),
@@ -68,11 +75,15 @@ VLLM = Engine(
             native=("Blackwell",),
             weights_alone=_BEFORE_BLACKWELL,
             loader=f"{_SCHEMES}_w4a4_mxfp4.py",
+            verified=_RUN_LATER,
             experts=False,
         ),
         # The same scheme: on Blackwell FlashInfer's kernel would round the inputs.
         "W4A16_MXFP4": Support(
-            native=_BEFORE_BLACKWELL, loader=f"{_SCHEMES}_w4a4_mxfp4.py", experts=False
+            native=_BEFORE_BLACKWELL,
+            loader=f"{_SCHEMES}_w4a4_mxfp4.py",
+            verified=_RUN_LATER,
+            experts=False,
         ),
     },
     # A layer of any other algorithm would silently be read as an unquantized one.

@@ -11,6 +11,10 @@ _FP8_TOKENS = {
     "cfg": {"num_bits": (4, 3), "axis": None, "type": "dynamic", "block_sizes": {-1: None}},
 }
 _INT8 = {"quantizer_name": _WEIGHTS, "cfg": {"num_bits": 8, "axis": 0}}
+_INT8_TOKENS = {
+    "quantizer_name": "*input_quantizer",
+    "cfg": {"num_bits": 8, "axis": None, "type": "dynamic", "block_sizes": {-1: None}},
+}
 
 INTEGER = FormatFamily(
     inputs=(NumberFormat("int8_token", 8, "token"),),
@@ -29,7 +33,11 @@ INTEGER = FormatFamily(
             bits=8.0,
             integer=True,
             bf16_scales=True,
-            exported_as={"int8": "INT8_W8A8", "": "INT8_W8A16"},
+            exported_as={
+                "int8": "INT8_W8A8",
+                "int8_token": "INT8_PER_CHANNEL_PER_TOKEN",
+                "": "INT8_W8A16",
+            },
         ),
         NumberFormat(
             "int4_block",
@@ -53,6 +61,21 @@ INTEGER = FormatFamily(
     formats=(
         Format("INT8_DEFAULT_CFG", "int8_channel", "int8"),
         Format("INT8_SMOOTHQUANT_CFG", "int8_channel", "int8", "smoothquant", alias="int8_sq"),
+        Format(
+            "INT8_PER_CHANNEL_PER_TOKEN_CFG",
+            "int8_channel",
+            "int8_token",
+            alias="int8_pc_pt",
+            quant_cfg=(_INT8, _INT8_TOKENS),
+        ),
+        Format(
+            "INT8_SMOOTHQUANT_PER_TOKEN_CFG",
+            "int8_channel",
+            "int8_token",
+            "smoothquant",
+            alias="int8_sq_pt",
+            quant_cfg=(_INT8, _INT8_TOKENS),
+        ),
         Format("INT8_WEIGHT_ONLY_CFG", "int8_channel", alias="int8_wo"),
         Format("INT4_AWQ_CFG", "int4_block", method="awq_lite"),
         Format("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "int4_block"),

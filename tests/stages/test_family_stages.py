@@ -1,0 +1,119 @@
+"""Families whose layers differ from Llama's through the stages that train, and what is carried.
+
+Logits at every layout, the exact round trip, greedy tokens and exported formats are in tests of all
+families; what a family is refused for is here too.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tools
+import torch
+from safetensors.torch import load_file, save_file
+
+from post_training.training import metrics as training_metrics
+from post_training.training import run_folder
+
+TRAINED = ("glm4-moe",)
+LAYERS = 4
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("stages")
+
+
+@pytest.fixture(scope="module")
+def further(root):
+    """GLM-4.5 with a layer that predicts a further token, as published: its tensors by name."""
+    folder = root / "glm4-moe"
+    tools.random_model(folder, "glm4-moe", torch.bfloat16, num_hidden_layers=LAYERS)
+    tensors = load_file(folder / "model.safetensors")
+    last, own = f"model.layers.{LAYERS - 1}.", f"model.layers.{LAYERS}."
+    layer = {name.replace(last, own): -value for name, value in tensors.items() if last in name}
+    layer[f"{own}eh_proj.weight"] = torch.randn(128, 256).bfloat16()
+    layer[f"{own}shared_head.norm.weight"] = torch.randn(128).bfloat16()
+    layer[f"{own}shared_head.head.weight"] = torch.randn(512, 128).bfloat16()
+    save_file({**tensors, **layer}, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    assert config["num_nextn_predict_layers"] == 1
+    return layer
+
+
+@pytest.fixture(scope="module")
+def done(root, further):
+    """Everything that runs in one process."""
+    text = tools.write_texts(root / "text.jsonl")
+    tools.write_conversations(root / "chat.jsonl")
+    (root / "prompts.jsonl").write_text(json.dumps({"turns": ["What is 3 + 4?"]}) + "\n")
+    training = (
+        *("--finetune-data-files", root / "chat.jsonl", "--fp32", "--seq-length", 128),
+        *("--train-iters", 6, "--micro-batch-size", 2, "--log-interval", 1, "--eval-iters", 0),
+        *("--lr", 2e-3),
+    )
+    jobs = []
+    for family in TRAINED:
+        folder, work = root / family, root / f"{family} fp8"
+        if not folder.exists():
+            tools.random_model(folder, family, torch.bfloat16, num_hidden_layers=LAYERS)
+        source = ("--pretrained-model-path", folder)
+        drafted = root / f"{family} drafted"
+        quantized = ("--save", work, "--export-quant-cfg", "FP8_DEFAULT_CFG", "--skip-generate")
+        data = ("--calib-dataset-path-or-name", text, "--calib-size", 8)
+        jobs += [
+            ("quantize", (*source, *quantized, *data, "--calib-max-sequence-length", 64)),
+            ("export", ("--load", work, "--export-dir", root / f"{family} hf")),
+            ("eagle3", (*source, *training, "--save", drafted)),
+            ("validate", ("--load", drafted, "--fp32", "--osl", 8, "--steps", 2,
+                          "--prompts-path", root / "prompts.jsonl", "--require-identical",
+                          "--validate-output", root / f"{family} validate.json")),
+            ("distill", ("--load", work, "--teacher", folder, *training,
+                         "--save", root / f"{family} distilled")),
+        ]  # fmt: skip
+    return tools.run_stages(*jobs).stderr
+
+
+def losses(folder):
+    logged = training_metrics.read(folder / run_folder.FOLDER)
+    return [line["loss"] for line in logged if line["kind"] == "train"]
+
+
+@pytest.mark.parametrize("family", TRAINED)
+def test_a_draft_is_trained_and_decodes_as_the_model_alone(root, done, family):
+    found = losses(root / f"{family} drafted")
+    assert len(found) == 6 and found[-1] < found[0]
+    acceptance = json.loads((root / f"{family} validate.json").read_text())["acceptance"]
+    assert acceptance["identical_answers"] == acceptance["answers"] > 0
+
+
+@pytest.mark.parametrize("family", TRAINED)
+def test_a_quantized_model_is_distilled_towards_its_original(root, done, family):
+    found = losses(root / f"{family} distilled")
+    assert len(found) == 6 and 0 < found[0] < 0.05, "FP8 is near to what it was made of"
+    assert found[-1] < found[1], "what the first step added is taken away again"
+
+
+def test_layers_for_further_tokens_travel_with_glm(root, further, done):
+    stored = dict(tools.tensors(root / "glm4-moe hf"))
+    own = f"model.layers.{LAYERS}."
+    assert {name for name in stored if name.startswith(own)} == further.keys()
+    for name, tensor in further.items():
+        assert stored[name].dtype == tensor.dtype and torch.equal(stored[name], tensor), name
+    quantization = json.loads((root / "glm4-moe hf" / "hf_quant_config.json").read_text())
+    assert f"{own}*" in quantization["quantization"]["exclude_modules"]
+
+
+@pytest.mark.parametrize(
+    ("family", "stage", "flags", "reason"),
+    [
+        ("glm4-moe", "prune", ("--prune-export-config", '{"hidden_size": 64}'), "further tokens"),
+    ],
+)
+def test_what_does_not_work_is_refused_before_anything_is_loaded(
+    root, further, tmp_path, family, stage, flags, reason
+):
+    source = ("--pretrained-model-path", root / family, "--save", tmp_path / "refused")
+    done = tools.run(f"{stage}.py", *source, *flags, "--check", code=2)
+    assert reason in " ".join(done.stderr.split())
