@@ -13,5 +13,7 @@ setup_development_environment
 
 # Tests start several processes at a time: one thread each.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false
+# Hundreds of processes import the same modules: the first compiles them for all.
+unset PYTHONDONTWRITEBYTECODE
 # In the order of the folders, whose last, tests/unit, has the short ones: no worker ends alone.
 exec "$PYTHON" -m pytest -n "${TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"

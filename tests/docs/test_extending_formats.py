@@ -31,7 +31,6 @@ def python(root: Path, *words: object) -> subprocess.CompletedProcess[str]:
     environment = {
         **tools.environment(),
         "PYTHONPATH": os.pathsep.join((str(root), str(root / "tests" / "helpers"))),
-        "PYTHONDONTWRITEBYTECODE": "1",
     }
     return subprocess.run(
         [sys.executable, *map(str, words)],

@@ -59,7 +59,6 @@ def launch(
     variables |= {
         "PYTHON": sys.executable,
         "PYTHONPATH": str(root),
-        "PYTHONDONTWRITEBYTECODE": "1",
         "SANDBOX_ROOT": str(sandbox),
         "HF_MODEL_CKPT": str(sandbox / "model"),
     }

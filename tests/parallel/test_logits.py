@@ -7,41 +7,57 @@ Logits are of the order of 1 to 10, so this is five to six decimal digits.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import pytest
 import tools
+import torch
 
 NEW_TOKENS = 8
 PLAIN = ("TP=1", "TP=2", "PP=2")
 
 
+@dataclass(frozen=True)
+class Reference:
+    """A model's folder, and what transformers computes with it."""
+
+    folder: Path
+    logits: torch.Tensor
+    tokens: list[list[int]]
+
+
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Family -> folder and transformers model."""
-    root = tmp_path_factory.mktemp("models")
-    names = [*tools.FAMILIES, *tools.ROTARY]
-    return {name: (root / name, tools.random_model(root / name, name)) for name in names}
+def references(tmp_path_factory) -> dict[str, Reference]:
+    """By family, computed once for all layouts."""
+    root, ids = tmp_path_factory.mktemp("models"), tools.tokens()
+    found = {}
+    for name in (*tools.FAMILIES, *tools.ROTARY):
+        model = tools.random_model(root / name, name)
+        logits = tools.transformers_logits(model, ids)
+        assert logits.std() > 0.5, "logits that hardly vary would agree by chance"
+        tokens = tools.transformers_tokens(model, ids, NEW_TOKENS)
+        found[name] = Reference(root / name, logits, tokens)
+    return found
 
 
 @pytest.mark.parametrize("layout", list(tools.LAYOUTS))
-def test_logits_equal_transformers_in_float32(models, layout, tmp_path):
+def test_logits_equal_transformers_in_float32(references, layout, tmp_path):
     processes, flags = tools.LAYOUTS[layout]
     ids = tools.tokens()
     names = tools.families_at(layout) + list(tools.ROTARY if layout in PLAIN else ())
-    divided = {name: models[name] for name in names}
     tools.run_stages(
         *(
             tools.logits_job(
-                *(tmp_path / name, ids, "--pretrained-model-path", folder, "--fp32"),
-                *("--new-tokens", NEW_TOKENS, *flags),
+                *(tmp_path / name, ids, "--pretrained-model-path", references[name].folder),
+                *("--fp32", "--new-tokens", NEW_TOKENS, *flags),
             )
-            for name, (folder, _) in divided.items()
+            for name in names
         ),
         processes=processes,
     )
-    for name, (_, reference) in divided.items():
-        wanted = tools.transformers_logits(reference, ids)
-        difference = (tools.read_logits(tmp_path / name) - wanted).abs().max().item()
-        assert wanted.std() > 0.5, "logits that hardly vary would agree by chance"
-        greedy = tools.transformers_tokens(reference, ids, NEW_TOKENS)
-        assert tools.read_tokens(tmp_path / name) == greedy, (name, layout)
+    for name in names:
+        wanted = references[name]
+        difference = (tools.read_logits(tmp_path / name) - wanted.logits).abs().max().item()
+        assert tools.read_tokens(tmp_path / name) == wanted.tokens, (name, layout)
         assert difference < (1e-4 if processes == 1 else 1e-3), (name, layout, difference)
