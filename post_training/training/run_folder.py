@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from post_training.checkpoints import torch_dist
-from post_training.common import manifest, outputs
+from post_training.common import manifest, outputs, ownership
 from post_training.common.errors import UsageError
 
 FOLDER = "training"  # metrics, curves and packed data, beside the iterations
@@ -60,7 +60,7 @@ def check_folder(
     if not folder.is_dir():
         return
     if overwrite:
-        outputs.require_own(folder, outputs.CHECKPOINT, [FOLDER])
+        ownership.require_own(folder, outputs.CHECKPOINT, begun=(folder / FOLDER).is_dir())
         return
     what, content = f"output folder {folder}", manifest.read(folder) or {}
     made_by = content.get("stage")
