@@ -135,7 +135,9 @@ def test_variables_reach_the_stage(environment, tmp_path):
 
 
 def test_nothing_but_the_word_dry_run_keeps_a_launcher_from_starting(environment, tmp_path):
-    words = started("quantize.sh", CONFS[0], **environment, MLM_PROMPTS="say --dry-run twice")
+    words = started(
+        "quantize.sh", "Qwen/Qwen3-0.6B", **environment, MLM_PROMPTS="say --dry-run twice"
+    )
     assert "--prompts=say --dry-run twice" in words
     for text, cause in (
         ("MODEL_ARGS=(--bf16)\nexit 0\n", "it ends the shell"),
@@ -148,7 +150,7 @@ def test_nothing_but_the_word_dry_run_keeps_a_launcher_from_starting(environment
     words = started("convert.sh", "org/model", "--save", "out", **environment, **conf)
     assert words[0] == str(ROOT / "convert.py")
     left = {"RANK": "0", "WORLD_SIZE": "2"}
-    done = bash("convert.sh", CONFS[0], **environment, **left, code=2)
+    done = bash("convert.sh", "Qwen/Qwen3-0.6B", **environment, **left, code=2)
     assert "the layout has 1 process" in done.stderr
 
 
@@ -156,7 +158,7 @@ def test_nothing_is_imported_from_the_current_folder(environment, tmp_path):
     (tmp_path / "json.py").write_text("open('ran', 'w')")
     (tmp_path / "run.json").write_text("{}")
     environment |= {"MLM_MODEL_CKPT": str(tmp_path), "PYTHONSAFEPATH": "1"}
-    bash(ROOT / "finetune.sh", CONFS[0], cwd=tmp_path, **environment, code=2)
+    bash(ROOT / "finetune.sh", "Qwen/Qwen3-0.6B", cwd=tmp_path, **environment, code=2)
     assert not (tmp_path / "ran").exists()
 
 
