@@ -280,6 +280,15 @@ def test_what_someone_put_into_an_output_is_not_replaced_with_it(stage, holds, t
             outputs.check_folder(output, overwrite=True)
 
 
+@pytest.mark.parametrize("name", ["../run.json", "/etc/passwd", "weights"])
+def test_a_manifest_names_the_files_of_its_folder_once(name, tmp_path):
+    content = manifest.read(own_output(tmp_path / "run"))
+    content["outputs"].append({"file": name, "bytes": 1})
+    files.write_json(tmp_path / "run" / manifest.FILE, manifest.sealed(content))
+    with pytest.raises(UsageError, match=r"outside of its folder|an output twice"):
+        manifest.read(tmp_path / "run")
+
+
 def test_a_folder_with_a_name_that_runs_use_is_not_one_of_theirs(tmp_path):
     for name in ("training/data/x", "settings.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
