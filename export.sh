@@ -22,8 +22,10 @@ start export "$@"
 require MLM_MODEL_CKPT "the Megatron checkpoint to export"
 TP=1 ETP=1 EP=1 CP=1 DP=1
 suffix="export"
-case " ${MLM_EXTRA_ARGS:-} ${REST[*]} " in
-  *" --export-extra-modules "* | *" --export-offline-model "*) suffix="draft" ;;
-esac
+words=("${REST[@]}")
+to_array words MLM_EXTRA_ARGS
+for word in --export-extra-modules --export-offline-model; do
+  ! has_word "$word" "${words[@]}" || suffix="draft"
+done
 launch export --load "$MLM_MODEL_CKPT" --pretrained-model-name "$HF_MODEL_CKPT" \
   --export-dir "${EXPORT_DIR:-$MLM_WORK_DIR/${MLM_MODEL_CFG}_$suffix}"

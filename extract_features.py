@@ -107,7 +107,7 @@ def _settings(plan: Plan, source: Source, draft: Draft) -> dict[str, Any]:
         "num_samples": options.num_samples,
         "shard_size": options.shard_size,
         "data": plan.text.describe(),
-        "model": str(Path(source.location).resolve()) if source.is_local else source.huggingface,
+        "model": dict(source.entry) if source.is_local else source.huggingface,
     }
 
 
@@ -125,14 +125,7 @@ def extract_features(plan: Plan, session: Session) -> dict[str, Any]:
     draft = plan.draft
     assert draft is not None  # None with --dry-run alone
     settings = _settings(plan, source, draft)
-
-    def begin() -> None:
-        if options.overwrite:
-            files.set_aside(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        files.write_json(folder / features.SETTINGS, settings)
-
-    collectives.on_first_rank(begin)
+    collectives.on_first_rank(lambda: extraction.begin(folder, settings, options.overwrite))
     data, content = conversation_data.prepare(
         plan.text,
         loading.tokenizer(source, options),
@@ -142,6 +135,8 @@ def extract_features(plan: Plan, session: Session) -> dict[str, Any]:
         session.show_progress,
     )
     logger.info("data: %s", conversation_data.describe(content))
+    read = content.pop("read")
+    collectives.on_first_rank(lambda: extraction.require_same_data(folder, read))
     shards = extraction.plan_shards(data, options.num_samples, options.shard_size)
     size = source.architecture.value("hidden_size")
     extraction.check_room(folder, shards, plan.seq_length, size, draft, options.precision)
@@ -159,6 +154,7 @@ def extract_features(plan: Plan, session: Session) -> dict[str, Any]:
         options,
         session,
         source,
+        inputs=[*source.inputs(), *read],
         metrics={**content, "extracted": sum(len(shard.rows) for shard in shards)},
         extra={
             "features": {

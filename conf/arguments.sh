@@ -55,6 +55,13 @@ counted() {
   if (($1 == 1)); then echo "1 $2"; else echo "$1 $3"; fi
 }
 
+# has_word WORD WORDS...: whether it is one of them, and not only a part of one.
+has_word() {
+  local word
+  for word in "${@:2}"; do [[ "$word" != "$1" ]] || return 0; done
+  return 1
+}
+
 # require VARIABLE MEANING: fail unless the variable has a value.
 require() {
   [[ -n "${!1:-}" ]] || fail "$1 (not set)" "$2 is needed" "$1=... bash $(basename "$0") <conf>"
@@ -66,7 +73,7 @@ has_draft() {
   local features="[[:space:]]--(offline-distillation-data|export-offline-model)[[:space:]=]"
   [[ ! " ${*:2} ${MLM_EXTRA_ARGS:-} " =~ $features ]] || return 0
   [[ -f "$1/run.json" ]] || return 1
-  "$PYTHON" -c 'import json, sys; sys.exit(not json.load(open(sys.argv[1])).get("draft"))' \
+  "$PYTHON" -P -c 'import json, sys; sys.exit(not json.load(open(sys.argv[1])).get("draft"))' \
     "$1/run.json" 2>/dev/null
 }
 
@@ -128,14 +135,22 @@ read_set_up() {
 
 # read_loosely FILE: source a file that was not written for strict mode.
 read_loosely() {
+  ! grep -q $'\r$' "$1" ||
+    fail "$1" "its lines end as in Windows (CR LF)" "sed -i 's/\\r\$//' $1"
+  # What the launcher is about to do would be left out, with exit code 0.
+  BEING_READ=$1
+  trap 'fail "$BEING_READ" "it ends the shell" "take exit, exec and set -e out of it"' EXIT
   set +eu
   # shellcheck source=/dev/null
   source "$1"
   set -eu
+  [[ "$(trap -p EXIT)" != *BEING_READ* ]] || trap - EXIT
 }
 
-# choose_python: the interpreter that runs the stages.
+# choose_python: the interpreter that runs the stages. -P keeps it from importing from the current
+# folder, which -m and -c do; a stage is imported from its own, which this variable would prevent.
 choose_python() {
+  unset PYTHONSAFEPATH
   if [[ -n "${PYTHON:-}" ]]; then
     type -P "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON" "there is no such program" "unset PYTHON"
     return
@@ -170,14 +185,16 @@ read_conf() {
     mapfile -t names < <(conf_names)
     fail "conf $MLM_MODEL_CFG" "there is no $file" "$(nearest "$MLM_MODEL_CFG" "${names[@]}")"
   fi
-  local -A given=()
+  local -A mlm_given=([SCRIPT_DIR]=$SCRIPT_DIR)
   for variable in HF_MODEL_CKPT TOKENIZER_MODEL TP PP CP EP ETP DP; do
-    [[ -n "${!variable:-}" ]] && given[$variable]=${!variable}
+    [[ -n "${!variable:-}" ]] && mlm_given[$variable]=${!variable}
   done
   unset MODEL_ARGS
+  local mlm_folder=$PWD # relative paths of the command line are of this folder
   read_loosely "$file"
-  for variable in "${!given[@]}"; do
-    printf -v "$variable" '%s' "${given[$variable]}"
+  [[ "$PWD" == "$mlm_folder" ]] || cd "$mlm_folder"
+  for variable in "${!mlm_given[@]}"; do
+    printf -v "$variable" '%s' "${mlm_given[$variable]}"
   done
   [[ -n "${MODEL_ARGS[*]:-}" ]] || fail "conf $file" "it does not set MODEL_ARGS" \
     "MODEL_ARGS=(--num-layers 28 ...)"
@@ -304,10 +321,17 @@ check_nodes() {
 # PLANNED is not empty, nothing is started, and the address of the first node is not looked up.
 choose_launcher() {
   local tasks=${SLURM_STEP_ID:+${SLURM_STEP_NUM_TASKS:-}} meeting
+  local outside=${RANK:+${WORLD_SIZE:-}} # processes, where torchrun or a scheduler started this one
   # Processes share the node's cores; a single one uses all it may
   # (post_training/common/threads.py).
   ((WORLD == 1)) || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
   LAUNCHER=()
+  # Left over in the shell, they make a process wait for others that nobody starts.
+  if [[ -n "$outside" && "$outside" != "$WORLD" ]] &&
+    [[ "${LAUNCH_SCRIPT:-}" == python* || (-z "${LAUNCH_SCRIPT:-}" && $WORLD -eq 1) ]]; then
+    fail "RANK=$RANK WORLD_SIZE=$outside" "the layout has $(counted "$WORLD" process processes)" \
+      "unset RANK WORLD_SIZE, or start as many processes as the layout has"
+  fi
   if [[ -n "${LAUNCH_SCRIPT:-}" ]]; then
     if [[ "$LAUNCH_SCRIPT" == python* && ${tasks:-1} -gt 1 && $tasks -ne $WORLD ]]; then
       fail "$tasks tasks in this SLURM step" "the layout has $WORLD processes, a task each" \
@@ -320,7 +344,7 @@ choose_launcher() {
   fi
   LAUNCHER=("$PYTHON")
   ((WORLD > 1)) || return 0
-  LAUNCHER+=(-m torch.distributed.run "--nproc_per_node=$((WORLD / NNODES))")
+  LAUNCHER+=(-P -m torch.distributed.run "--nproc_per_node=$((WORLD / NNODES))")
   if [[ -n "${PET_RDZV_ENDPOINT:-}${PET_MASTER_ADDR:-}" ]]; then
     return 0 # torchrun's own variables give the rendezvous
   elif ((NNODES == 1)); then
@@ -352,7 +376,7 @@ launch() {
     words) printf '%s\0' "$stage.py" "${arguments[@]}" && exit 0 ;;
     check) planned=1 ;;
   esac
-  [[ " ${arguments[*]} " != *" --dry-run "* ]] || planned=1
+  ! has_word --dry-run "${arguments[@]}" || planned=1
   choose_launcher "$planned"
   local line=("${LAUNCHER[@]}" "$SCRIPT_DIR/$stage.py" "${arguments[@]}")
   # Reports a mistake once, within a second, instead of from every process of a job.

@@ -83,7 +83,9 @@ submit_job() {
   fi
   choose_launch_style
   local line=(sbatch "${OPTIONS[@]}" "$SCRIPT_DIR/slurm/sbatch.sh" "${STAGE_LINE[@]}")
-  if [[ " ${STAGE_LINE[*]} ${MLM_EXTRA_ARGS:-} " == *" --dry-run "* ]]; then
+  local words=("${STAGE_LINE[@]}")
+  to_array words MLM_EXTRA_ARGS
+  if has_word --dry-run "${words[@]}"; then
     work=$(read_set_up && work_folder)
     MLM_WORK_DIR=$work bash "$SCRIPT_DIR/${STAGE_LINE[0]}" "${STAGE_LINE[@]:1}"
     (

@@ -86,7 +86,7 @@ is_valid() {
 # OUTPUT started from. Training is too expensive to drop silently, or to resume from another model.
 require_same_start() {
   case "$1" in distill | eagle3) ;; *) return 0 ;; esac
-  [[ " ${STAGE_WORDS[*]} " != *" --overwrite "* ]] || return 0
+  ! has_word --overwrite "${STAGE_WORDS[@]}" || return 0
   grep -qs '^[0-9]' "$OUTPUT/latest_checkpointed_iteration.txt" || return 0
   fail "$1: output $OUTPUT" \
     "it holds a training run, and $INPUT, which that run started from, will be made again" \
@@ -129,6 +129,7 @@ main() {
   MLM_MODEL_CFG=$CONF
   if [[ "$CONF" == auto ]]; then name_model; else HF_MODEL_CKPT=${HF_MODEL_CKPT:-$CONF}; fi
   export HF_MODEL_CKPT
+  keep_paths
   cd "$SCRIPT_DIR"
 
   # Find every mistake before the first job is submitted.
@@ -181,6 +182,18 @@ main() {
   else
     echo "watch them, and see why one failed: tail -n +1 -F $FOLDER/pipeline.log"
   fi
+}
+
+# keep_paths: make the variables' relative paths absolute: the jobs run in the repository's folder.
+keep_paths() {
+  local variable
+  for variable in MLM_WORK_DIR EXPORT_DIR; do
+    [[ -z "${!variable:-}" || "${!variable}" == /* ]] || export "$variable=$PWD/${!variable}"
+  done
+  for variable in HF_MODEL_CKPT MLM_MODEL_CKPT TEACHER_CKPT TOKENIZER_MODEL SANDBOX_ROOT DATASET \
+    PROMPTS_PATH; do
+    [[ "${!variable:-/}" == /* || ! -e "${!variable}" ]] || export "$variable=$PWD/${!variable}"
+  done
 }
 
 # next_model STAGE: set MODEL. Scores are about a model; other outputs are the next stage's input.

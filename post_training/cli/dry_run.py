@@ -63,7 +63,7 @@ def launch_line(processes: int) -> str:
     if not words:
         words = [sys.executable]
         if processes > 1:
-            words += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+            words += ["-P", "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
         words += sys.argv
     return redaction.quoted([word for word in words if word not in ("--dry-run", "--check")])
 

@@ -153,6 +153,11 @@ def read(folder: Path) -> dict[str, Any] | None:
     seal = content.pop(_SEAL, None)
     if seal != _hash(content) and (seal is not None or content.get("format", 0) > 1):
         raise UsageError(f"manifest {path}", "it was changed after it was written", remedy)
+    names = [each["file"] for each in content.get("outputs", [])]
+    if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
+        raise UsageError(f"manifest {path}", "its outputs lie outside of its folder", remedy)
+    if len(set(names)) < len(names):  # each would be read and compared once more
+        raise UsageError(f"manifest {path}", "it names an output twice", remedy)
     return content
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from post_training.common import files, manifest, redaction, report
+from post_training.common import files, manifest, ownership, redaction, report
 from post_training.common.errors import UsageError, first_line
 from post_training.common.inputs import nearest_existing
 
@@ -53,46 +53,9 @@ def check_folder(
             "delete it, name another, or give --overwrite (MLM_EXTRA_ARGS=--overwrite)",
         )
     if folder.is_dir():
-        require_own(folder, made_by)
+        ownership.require_own(folder, made_by)
     disk_space(folder, needed)
     writable(folder)
-
-
-def require_own(folder: Path, made_by: Sequence[str], marks: Sequence[str] = ()) -> None:
-    """Raise UsageError unless --overwrite may replace a folder: an output of these stages.
-
-    Args:
-        marks: names of files or folders that an unfinished output of theirs has.
-    """
-    found = (manifest.read(folder) or {}).get("stage")
-    if found in made_by or any((folder / name).exists() for name in marks):
-        _require_nothing_else(folder)
-        return
-    if any(folder.iterdir()):
-        what = f"the output of {found}" if found else "something else"
-        raise UsageError(
-            f"--overwrite, output folder {folder}",
-            f"it holds {what}, and not what this stage makes",
-            "name another folder; if nobody needs it, delete it yourself",
-        )
-
-
-def _require_nothing_else(folder: Path) -> None:
-    """Raise UsageError if a person or another run put something into an output."""
-    content = manifest.read(folder) or {}
-    known = {folder / each["file"] for each in content.get("outputs", [])}
-    # Training adds iterations and metrics to what its manifest lists.
-    grows = not known or content.get("stage") not in ("convert", "quantize", "prune", *EXPORT)
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder)
-        if path.is_dir() or name == Path(manifest.FILE) or name.name.startswith("."):
-            continue
-        if path.name == manifest.FILE if grows else path not in known:
-            raise UsageError(
-                f"--overwrite, output folder {folder}",
-                f"it holds more than the stage's output: {name}",
-                "move that elsewhere, or delete the folder yourself",
-            )
 
 
 def check_file(path: Path, option: str, stage: str) -> None:

@@ -33,6 +33,13 @@ _APART = frozenset(
     bf16 fp16 params_dtype pipeline_dtype
     """.split()
 )
+# Fields that say how a model is run, and change what it computes: experiments, regularization.
+_OTHER_RESULTS = frozenset(
+    """
+    use_mup flash_decode moe_router_force_load_balancing moe_router_force_biased
+    moe_input_jitter_eps moe_expert_capacity_factor
+    """.split()
+)
 
 
 def parse[Options: StageOptions](
@@ -124,7 +131,15 @@ def _overrides(given: Mapping[str, Any]) -> dict[str, Any]:
     """Given fields of TransformerConfig that say how the model is run: fusions, recompute, ..."""
     model = {*TRANSFORMER_FIELDS, *MLA_FIELDS, *OWN_FIELDS}
     names = transformer_fields.load().keys() - model - _APART
-    return {name: value for name, value in given.items() if name in names}
+    found = {name: value for name, value in given.items() if name in names}
+    for name in _OTHER_RESULTS & found.keys():
+        if found[name] not in (None, False):
+            raise UsageError(
+                f"{flags.spelled(name)}",
+                "with it the model computes something else than its files describe",
+                "leave it out",
+            )
+    return found
 
 
 def _stated(given: Mapping[str, Any], vocabulary_multiple: int) -> dict[str, Any]:

@@ -40,11 +40,18 @@ def placement() -> Placement:
     """This process's rank among those of the stage.
 
     Raises:
-        UsageError: if a variable of torchrun's or SLURM's is not an integer.
+        UsageError: if a variable of torchrun's or SLURM's is not an integer, or no rank.
     """
     # pyxis sets RANK and LOCAL_RANK for images with PyTorch, without WORLD_SIZE.
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return Placement(_whole("RANK"), _whole("WORLD_SIZE"), _whole("LOCAL_RANK"))
+        found = Placement(_whole("RANK"), _whole("WORLD_SIZE"), _whole("LOCAL_RANK"))
+        if not 0 <= found.rank < found.world or found.local_rank < 0:
+            raise UsageError(
+                f"RANK={found.rank} WORLD_SIZE={found.world} LOCAL_RANK={found.local_rank}",
+                "ranks count from 0 to WORLD_SIZE - 1",
+                "unset them, or let torchrun or srun set them",
+            )
+        return found
     if in_step_of_tasks():
         return Placement(
             _whole("SLURM_PROCID"), _whole("SLURM_STEP_NUM_TASKS", 1), _whole("SLURM_LOCALID")

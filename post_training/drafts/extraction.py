@@ -24,6 +24,7 @@ from post_training.data.packing import PackedConversations
 from post_training.distributed.session import Session
 from post_training.drafts.algorithm import DraftAlgorithm
 from post_training.drafts.eagle3.draft import Draft
+from post_training.drafts.features import SETTINGS
 
 logger = logging.getLogger("post_training")
 
@@ -56,6 +57,30 @@ def plan_shards(data: Mapping[str, PackedConversations], samples: int, size: int
 def missing(folder: Path, shards: Sequence[Shard]) -> list[Shard]:
     """The shards that ``folder`` lacks."""
     return [each for each in shards if not (folder / each.file).exists()]
+
+
+def begin(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
+    """Start an extraction in ``folder``, or resume one that ``features.check_folder`` let pass."""
+    if overwrite:
+        files.set_aside(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    before = files.read_json(folder / SETTINGS) or {}
+    files.write_json(folder / SETTINGS, {**before, **settings})
+
+
+def require_same_data(folder: Path, read: Sequence[Mapping[str, Any]]) -> None:
+    """Raise UsageError if the first shards in ``folder`` are of other data than ``read``.
+
+    ``read`` describes the data as inputs of a manifest; it is kept for the runs that resume.
+    """
+    settings = files.read_json_object(folder / SETTINGS, "settings", "give --overwrite")
+    if settings.get("read", read) != read:
+        raise UsageError(
+            f"--output-dir {folder}",
+            "the data was changed since the extraction was started there",
+            "restore it, name another folder, or give --overwrite",
+        )
+    files.write_json(folder / SETTINGS, {**settings, "read": read})
 
 
 def check_room(

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from safetensors import safe_open
 
 from post_training.checkpoints.source import Source
-from post_training.common import files, forms, manifest, outputs
+from post_training.common import files, forms, manifest, outputs, ownership
 from post_training.common.errors import UsageError
 from post_training.data import conversation_data
 from post_training.drafts import registry
@@ -61,7 +61,9 @@ def check_folder(
     if not folder.is_dir():
         return
     if overwrite:
-        outputs.require_own(folder, ["extract_features"], [SETTINGS])
+        found = files.read_json(folder / SETTINGS)  # other programs have files of this name
+        begun = isinstance(found, dict) and "aux_hidden_state_layer_ids" in found
+        ownership.require_own(folder, ["extract_features"], begun=begun)
         return
     content = manifest.read(folder)
     if content is not None:

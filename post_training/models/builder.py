@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from post_training.common.errors import UsageError
+from post_training.models import megatron_errors
 from post_training.models.architecture import Architecture
 from post_training.models.families import registry as families
 from post_training.models.transformer_fields import DTYPES
@@ -88,12 +89,8 @@ def transformer_config(architecture: Architecture, options: BuildOptions) -> Tra
         # The flags' default, which is Megatron-LM's and not megatron-core's.
         run_time["q_lora_rank"] = architecture.value("q_lora_rank")
     values = {**architecture.transformer, **run_time}
-    try:
+    with megatron_errors.told():
         config = config_class(**{name: _python_value(name, v) for name, v in values.items()})
-    except (AssertionError, TypeError, ValueError) as error:
-        raise UsageError(
-            "the model configuration", f"megatron-core refuses it: {error}", "change those values"
-        ) from error
     if architecture.yarn is not None:
         # What GPTModel reads from the configuration, which has no such fields. Without the two
         # scales of DeepSeek the attention factor follows from the scaling factor.
@@ -117,7 +114,7 @@ def build(
         options = replace(options, meta_device=True)  # the layers then take no memory
     config = transformer_config(architecture, options)
     context = torch.device("meta") if options.meta_device else contextlib.nullcontext()
-    with context:
+    with megatron_errors.told(), context:
         model = _MODEL_TYPES[architecture.model_type](architecture, config, options)
     _complete(model, architecture)
     if not layers:

@@ -199,7 +199,7 @@ class Run:
         plan, training, source = self.plan, self.plan.training, self.source
         # Before the first save, which may replace the source.
         if plan.start.resumes:  # the folder itself is then the source
-            made_from = list((source.manifest or {})["inputs"])
+            made_from = run_folder.inputs_of_all((source.manifest or {})["inputs"], inputs)
         else:
             made_from = [*source.inputs(), *inputs]
 

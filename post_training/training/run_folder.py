@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from post_training.checkpoints import torch_dist
-from post_training.common import manifest, outputs
+from post_training.common import manifest, outputs, ownership
 from post_training.common.errors import UsageError
+
+logger = logging.getLogger("post_training")
 
 FOLDER = "training"  # metrics, curves and packed data, beside the iterations
 JOB = "slurm_job"  # in the manifest: which job trained last
@@ -39,6 +42,29 @@ def resumes(folder: Path, overwrite: bool) -> bool:
     return restarts != "0" and (manifest.read(folder) or {}).get(JOB) == job
 
 
+def inputs_of_all(
+    before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Inputs of a resumed run: those that its manifest has, and those of now that are others.
+
+    A warning names each of the others: the iterations after the interruption are made from it.
+    """
+    known = [_content(each) for each in before]
+    others = [dict(each) for each in now if _content(each) not in known]
+    for each in others:
+        logger.warning(
+            "%s %s is not what the run read before the interruption: run.json has both",
+            *(each["role"], each["path"]),
+        )
+    return [*map(dict, before), *others]
+
+
+def _content(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells inputs apart: the hash, wherever it lies; the name where there is none."""
+    hashed = {name: value for name, value in entry.items() if name != "path"}
+    return hashed if len(hashed) > 1 else dict(entry)
+
+
 def check_folder(
     folder: Path,
     stage: str,
@@ -60,7 +86,7 @@ def check_folder(
     if not folder.is_dir():
         return
     if overwrite:
-        outputs.require_own(folder, outputs.CHECKPOINT, [FOLDER])
+        ownership.require_own(folder, outputs.CHECKPOINT, begun=(folder / FOLDER).is_dir())
         return
     what, content = f"output folder {folder}", manifest.read(folder) or {}
     made_by = content.get("stage")

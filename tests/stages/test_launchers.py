@@ -134,6 +134,34 @@ def test_variables_reach_the_stage(environment, tmp_path):
     assert words[-4:] == ["--seed", "7", "--seed", "8"]
 
 
+def test_nothing_but_the_word_dry_run_keeps_a_launcher_from_starting(environment, tmp_path):
+    words = started(
+        "quantize.sh", "Qwen/Qwen3-0.6B", **environment, MLM_PROMPTS="say --dry-run twice"
+    )
+    assert "--prompts=say --dry-run twice" in words
+    for text, cause in (
+        ("MODEL_ARGS=(--bf16)\nexit 0\n", "it ends the shell"),
+        ("set -e\nfalse\nMODEL_ARGS=(--bf16)\n", "it ends the shell"),
+        ("MODEL_ARGS=(--bf16)\r\n", "CR LF"),
+    ):
+        conf = write_conf(tmp_path, text)
+        assert cause in bash("convert.sh", "org/model", **environment, **conf, code=2).stderr
+    conf = write_conf(tmp_path, "cd /\nSCRIPT_DIR=/\nMODEL_ARGS=(--bf16)\n")
+    words = started("convert.sh", "org/model", "--save", "out", **environment, **conf)
+    assert words[0] == str(ROOT / "convert.py")
+    left = {"RANK": "0", "WORLD_SIZE": "2"}
+    done = bash("convert.sh", "Qwen/Qwen3-0.6B", **environment, **left, code=2)
+    assert "the layout has 1 process" in done.stderr
+
+
+def test_nothing_is_imported_from_the_current_folder(environment, tmp_path):
+    (tmp_path / "json.py").write_text("open('ran', 'w')")
+    (tmp_path / "run.json").write_text("{}")
+    environment |= {"MLM_MODEL_CKPT": str(tmp_path), "PYTHONSAFEPATH": "1"}
+    bash(ROOT / "finetune.sh", "Qwen/Qwen3-0.6B", cwd=tmp_path, **environment, code=2)
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -326,7 +354,7 @@ def test_one_process_is_plain_python(environment, showing_python):
 def test_several_processes_are_torchruns_with_a_port_of_their_own(environment, showing_python):
     environment |= {"PYTHON": showing_python, "TP": "2", "PP": "2"}
     words = bash("convert.sh", "Qwen/Qwen3-0.6B", **environment).stdout.splitlines()
-    run = ["-m", "torch.distributed.run", "--nproc_per_node=4", "--standalone"]
+    run = ["-P", "-m", "torch.distributed.run", "--nproc_per_node=4", "--standalone"]
     assert words[:5] == [*run, str(ROOT / "convert.py")]
     environment["PET_RDZV_ENDPOINT"] = "head:29500"
     words = bash("convert.sh", "Qwen/Qwen3-0.6B", **environment).stdout.splitlines()
@@ -338,7 +366,7 @@ def test_several_nodes_meet_at_the_first_one(environment):
     given = {"NODE_RANK": "1", "MASTER_ADDR": "head", "MASTER_PORT": "29500"}
     shown = bash("convert.sh", "Qwen/Qwen3-0.6B", "--dry-run", **environment, **given).stdout
     assert (
-        "-m torch.distributed.run --nproc_per_node=4 --nnodes=2 --node_rank=1 "
+        "-P -m torch.distributed.run --nproc_per_node=4 --nnodes=2 --node_rank=1 "
         "--master_addr=head --master_port=29500" in shown
     )
     assert "8: TP=4 PP=2 CP=1 EP=1 ETP=4 DP=1, on 2 nodes with 4 each" in shown

@@ -130,10 +130,10 @@ def test_training_over_another_run_takes_the_new_models_files(work, tmp_path):
     output = tmp_path / "run"
     tools.run("distill.py", *words(work, "distill", output))
     (output / "huggingface" / "tokenizer_config.json").write_text('{"of": "the run before"}')
-    (output / "old").write_text("")
+    (output / "iter_0000002" / "old").write_text("")
     tools.run("distill.py", *words(work, "distill", output), "--overwrite")
     assert "the run before" not in (output / "huggingface" / "tokenizer_config.json").read_text()
-    assert not (output / "old").exists()
+    assert not (output / "iter_0000002" / "old").exists()
     assert not output.with_name(".run.previous").exists()
 
 

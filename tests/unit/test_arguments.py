@@ -260,6 +260,8 @@ def expect_usage_error(capsys, *words: str, contains: list[str]) -> None:
         (["--zzzzzz", "--yyyyyy"], ["--zzzzzz", "--yyyyyy", "--help-all"]),
         (["-x"], ["-x\n"]),
         (["stray"], ["'stray'", "a flag is expected"]),
+        (["--moe-expert-capacity-factor", "1"], ["--moe-expert-capacity-factor\n", "computes"]),
+        (["--use-mup"], ["--use-mup\n", "computes something else"]),
         (["--num-layers", "many"], ["--num-layers many", "a whole number"]),
         (["--norm-epsilon", "small"], ["small", "a number"]),
         (["--num-layers"], ["--num-layers", "expected one argument"]),

@@ -22,6 +22,8 @@ from post_training.common import files, forms, locks, manifest, outputs, regular
 from post_training.common.errors import UsageError
 from post_training.common.quiet import quiet
 from post_training.data import records
+from post_training.drafts import features
+from post_training.training import run_folder
 
 
 def test_a_missing_json_file_is_none_where_it_may_be_missing(tmp_path):
@@ -256,19 +258,45 @@ def own_output(folder: Path, stage: str = "convert") -> Path:
     return folder
 
 
-@pytest.mark.parametrize("holds", ["notes", "another output", "nothing else"])
+@pytest.mark.parametrize(
+    "holds", ["notes.txt", ".env", "iter_notes", "training/notes.txt", "another output", "its own"]
+)
 @pytest.mark.parametrize("stage", ["convert", "distill"])
 def test_what_someone_put_into_an_output_is_not_replaced_with_it(stage, holds, tmp_path):
     output = own_output(tmp_path / "run", stage)
-    if holds == "notes":
-        (output / "notes.txt").write_text("mine")
-    elif holds == "another output":
+    if holds == "another output":
         own_output(output / "quantized", "quantize")
-    if holds == "nothing else" or (holds, stage) == ("notes", "distill"):  # training adds files
+    elif holds == "its own" and stage == "distill":
+        for name in ("iter_0000002/__0_0.distcp", "training/metrics.jsonl", ".lock"):
+            (output / name).parent.mkdir(exist_ok=True)
+            (output / name).write_text("")
+    elif holds != "its own":
+        (output / holds).parent.mkdir(exist_ok=True)
+        (output / holds).write_text("mine")
+    if holds == "its own":
         outputs.check_folder(output, overwrite=True)
     else:
         with pytest.raises(UsageError, match="it holds more than the stage's output"):
             outputs.check_folder(output, overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["../run.json", "/etc/passwd", "weights"])
+def test_a_manifest_names_the_files_of_its_folder_once(name, tmp_path):
+    content = manifest.read(own_output(tmp_path / "run"))
+    content["outputs"].append({"file": name, "bytes": 1})
+    files.write_json(tmp_path / "run" / manifest.FILE, manifest.sealed(content))
+    with pytest.raises(UsageError, match=r"outside of its folder|an output twice"):
+        manifest.read(tmp_path / "run")
+
+
+def test_a_folder_with_a_name_that_runs_use_is_not_one_of_theirs(tmp_path):
+    for name in ("training/data/x", "settings.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(UsageError, match=r"more than the stage's output: settings\.json"):
+        run_folder.check_folder(tmp_path, "distill", overwrite=True)
+    with pytest.raises(UsageError, match="it holds something else"):
+        features.check_folder(tmp_path, None, overwrite=True)
 
 
 def test_a_copy_that_someone_keeps_beside_the_output_stays(tmp_path):

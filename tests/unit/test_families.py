@@ -139,6 +139,8 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_
         ({"intermediate_size": None}, "intermediate_size = None"),
         ({"vocab_size": "512"}, "vocab_size = '512'"),
         ({"rms_norm_eps": "1e-6"}, "rms_norm_eps = '1e-6'"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps = 0.0"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0.0}}, "rope_theta = 0"),
         ({"tie_word_embeddings": "false"}, "tie_word_embeddings = 'false'"),
         ({"layer_types": ["linear_attention"] * 6}, "linear_attention"),
         ({"rope_parameters": ROPE, "rope_scaling": {"type": "linear", "factor": 2.0}}, "differ"),
@@ -183,9 +185,18 @@ def test_partial_rotation_is_read_only_where_transformers_heeds_it(family):
         ("mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok = 1"),
         ("mixtral", {"num_experts": 3}, "num_experts = 3"),
         ("qwen3-moe", {"num_experts_per_tok": 1}, "num_experts_per_tok = 1"),
+        ("deepseek-v3", {"n_group": 8}, "n_group = 8, topk_group = 2 of 8 experts"),
+        ("deepseek-v3", {"n_group": 3}, "equal groups"),
+        ("deepseek-v3", {"routed_scaling_factor": 0.0}, "routed_scaling_factor = 0.0"),
+        ("nemotron-h", {"n_group": 8}, "n_group = 8"),
+        ("nemotron-h", {"moe_latent_size": True}, "moe_latent_size = True"),
+        ("nemotron-h", {"ssm_state_size": 0}, "ssm_state_size = 0"),
+        ("gpt-oss", {"rope_parameters": {}}, "without a rope_type"),
+        ("gpt-oss", {"rope_parameters": {"rope_type": "yarn", "factor": 32.0}}, "original_max"),
+        ("granite", {"attention_multiplier": 0.0}, "attention_multiplier = 0.0"),
     ],
 )
-def test_experts_that_cannot_be_chosen_so_are_refused(name, changes, shown):
+def test_a_value_of_a_familys_own_that_cannot_be_is_refused(name, changes, shown):
     with pytest.raises(UsageError) as refused:
         families.from_huggingface(FAMILIES[name].tiny_config(**changes))
     assert shown in str(refused.value)

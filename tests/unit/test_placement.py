@@ -44,6 +44,13 @@ def test_torchruns_variables_win(variables):
     assert placement.placement() == placement.Placement(5, 8, 1)
 
 
+@pytest.mark.parametrize("rank", ["8", "-1"])
+def test_a_rank_is_one_of_the_world(variables, rank):
+    variables(RANK=rank, WORLD_SIZE="8", LOCAL_RANK="0")
+    with pytest.raises(UsageError, match=f"RANK={rank} WORLD_SIZE=8"):
+        placement.placement()
+
+
 def test_a_rank_without_a_world_size_is_pyxis_and_slurm_says_the_rest(variables):
     """pyxis's source: for an image with PYTORCH_VERSION, RANK is SLURM_PROCID in every task."""
     variables(RANK="3", LOCAL_RANK="1", **STEP)

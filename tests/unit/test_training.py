@@ -23,6 +23,7 @@ from post_training.config import arguments
 from post_training.config.flags import group
 from post_training.config.options import StageOptions
 from post_training.distributed import signals
+from post_training.drafts import extraction
 from post_training.training import metrics as training_metrics
 from post_training.training import options as training_options
 from post_training.training import run_folder
@@ -258,3 +259,26 @@ def test_a_folder_is_free_or_holds_a_run_to_resume(tmp_path):
     files.write_text(other / "thesis.txt", "years of work")
     with pytest.raises(UsageError, match=r"thesis\.txt"):
         run_folder.check_folder(other, "eagle3")
+
+
+def test_what_a_resumed_run_reads_beside_what_it_read_before_is_recorded(caplog):
+    before = [
+        {"role": "model", "path": "/m", "manifest_sha256": "1"},
+        {"role": "data", "path": "/d", "sha256": "2"},
+        {"role": "data", "path": "org/set"},
+    ]
+    moved = {"role": "data", "path": "/elsewhere", "sha256": "2"}
+    assert run_folder.inputs_of_all(before, [moved, before[2]]) == before
+    changed = {"role": "data", "path": "/d", "sha256": "3"}
+    with caplog.at_level("WARNING", "post_training"):
+        assert run_folder.inputs_of_all(before, [changed]) == [*before, changed]
+    assert "data /d is not what the run read before" in caplog.text
+
+
+def test_an_extraction_is_resumed_with_the_data_it_began_with(tmp_path):
+    read = [{"role": "data", "path": "/d", "sha256": "1"}]
+    for _ in range(2):
+        extraction.begin(tmp_path, {"dtype": "fp32"}, overwrite=False)
+        extraction.require_same_data(tmp_path, read)
+    with pytest.raises(UsageError, match="data was changed since the extraction"):
+        extraction.require_same_data(tmp_path, [{**read[0], "sha256": "2"}])

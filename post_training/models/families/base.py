@@ -38,7 +38,9 @@ DECODER_DEFAULTS = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embedd
 _NEEDED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
 _COUNTS = (
     *(*_NEEDED, "num_query_groups", "kv_channels"),
-    *("num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk"),
+    *("num_moe_experts", "moe_ffn_hidden_size", "moe_router_topk", "moe_latent_size"),
+    *("mamba_num_heads", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim"),
+    *("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"),
 )
 # A null there means what megatron-core derives, and not the family's default.
 _DERIVED = ("num_key_value_heads", "head_dim")
@@ -117,13 +119,16 @@ class Family:
         config = self._filled(self.text(config))
         self.check_types(config)
         self.check(config)
+        positions = self.rotary(config)
+        if not positions.get("rotary_base", 1.0) > 0:
+            refuse(f"rope_theta = {positions['rotary_base']:g}", "a number above 0 is needed")
         return Architecture(
             transformer=self.transformer(config),
             vocab_size=config["vocab_size"],
             max_position_embeddings=config.get("max_position_embeddings", 2048),
             share_embeddings_and_output_weights=bool(config["tie_word_embeddings"]),
             huggingface_architecture=self.architecture,
-            **self.rotary(config),
+            **positions,
         )
 
     def text(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,6 +162,8 @@ class Family:
             number = type(default) is float and type(value) is int
             if type(value) is not type(default) and not number:
                 refuse(f"{key} = {value!r}", f"it has to be like {default!r}")
+            if type(default) is float and not value > 0:  # megatron-core takes 0 for none
+                refuse(f"{key} = {value!r}", "a number above 0 is needed")
         counts = {self.keys[name]: name in _NEEDED for name in _COUNTS if name in self.keys}
         for key, is_needed in {**counts, "vocab_size": True}.items():
             value = config.get(key)
@@ -262,3 +269,16 @@ def check_router(experts: Any, chosen: Any, *, normalized: bool) -> None:
         refuse(f"num_experts = {experts!r}", f"each token needs {chosen} of them")
     if normalized and chosen == 1:
         refuse("num_experts_per_tok = 1", "megatron-core does not weigh a single expert with 1")
+
+
+def check_groups(experts: int, groups: int, chosen: int, ranked: int) -> None:
+    """Raise UsageError unless a token can choose ``chosen`` of the groups of experts.
+
+    Args:
+        ranked: how many of a group's experts decide its rank.
+    """
+    if groups < 1 or experts % groups or experts // groups < ranked or not 1 <= chosen <= groups:
+        refuse(
+            f"n_group = {groups}, topk_group = {chosen} of {experts} experts",
+            f"equal groups of at least {ranked} are needed, and some of them chosen",
+        )

@@ -63,7 +63,10 @@ class GptOss(Family):
         base = float({**config, **scaling}.get("rope_theta", 150000.0))
         if kind not in (None, "yarn"):
             return super().rotary({**config, "rope_theta": base})
-        stated = _YARN if kind is None else {**_YARN, "truncate": True, **scaling}
+        if kind is None and {"rope_scaling", "rope_parameters"} & config.keys():
+            refuse("rope_parameters without a rope_type", "readers take different ones")
+        # What the file leaves out has the values of every family's YaRN.
+        stated = {"truncate": True, **scaling} if scaling else _YARN
         return {"rotary_base": base, **positions.yarn(stated)}
 
     def with_shape(

@@ -15,6 +15,7 @@ from post_training.models.families.base import (
     Family,
     Refused,
     WeightMapping,
+    check_groups,
     check_router,
     refuse,
 )
@@ -81,6 +82,9 @@ class NemotronH(Family):
         check_router(config["n_routed_experts"], chosen, normalized=config["norm_topk_prob"])
         if config["norm_topk_prob"] != (chosen > 1):
             refuse("norm_topk_prob = False", "megatron-core normalizes the weights of experts")
+        if config["topk_group"] < config["n_group"]:
+            groups = config["n_group"], config["topk_group"]
+            check_groups(config["n_routed_experts"], *groups, ranked=2)
         if config["topk_group"] < config["n_group"] and chosen // config["topk_group"] != 2:
             refuse(
                 f"topk_group = {config['topk_group']} with num_experts_per_tok = {chosen}",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from post_training.models.families.base import Family, refuse
+from post_training.models.families.base import Family, check_groups, refuse
 
 KEYS = {
     "num_moe_experts": "n_routed_experts",
@@ -49,7 +49,10 @@ class SharedExperts(Family):
                 f"megatron-core {'normalizes' if normalized else 'does not normalize'} the weights "
                 f"of {chosen} experts with {self.score} scores",
             )
-        if (groups := self._groups(config)) and chosen // groups[1] != self.group_experts:
+        groups = self._groups(config)
+        if groups:
+            check_groups(config["n_routed_experts"], *groups, ranked=self.group_experts)
+        if groups and chosen // groups[1] != self.group_experts:
             refuse(
                 f"topk_group = {groups[1]} of {groups[0]} with num_experts_per_tok = {chosen}",
                 f"the model ranks groups by their {self.group_experts} best experts, "
