@@ -42,6 +42,12 @@ def check(
             f"the method {method} was not tried on the projections of Mamba layers",
             "choose a format that rounds to nearest, such as FP8_DEFAULT_CFG or NVFP4_DEFAULT_CFG",
         )
+    if method in FOLDED_METHODS and not architecture.pre_norms:
+        raise UsageError(
+            what,
+            f"{method} folds its factors into norms, and these layers have no norm before them",
+            "choose a format that rounds to nearest, such as FP8_DEFAULT_CFG or NVFP4_DEFAULT_CFG",
+        )
     if not architecture.multi_latent_attention:
         return
     if method == GPTQ:

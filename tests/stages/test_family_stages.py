@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from post_training.training import metrics as training_metrics
 from post_training.training import run_folder
 
-TRAINED = ("glm4-moe",)
+TRAINED = ("glm4-moe", "olmo2", "minimax-m2")
+FUSED = ("gemma3", "glm4-moe", "minimax-m2")  # norms before attention and MLP
 LAYERS = 4
+PRUNED = ("--prune-export-config", '{"hidden_size": 64}')
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +56,13 @@ def done(root, further):
         *("--lr", 2e-3),
     )
     jobs = []
+    for family in {*TRAINED, *FUSED} - {"glm4-moe"}:
+        tools.random_model(root / family, family, torch.bfloat16, num_hidden_layers=LAYERS)
+    for family in FUSED:
+        flags = ("--pretrained-model-path", root / family, "--fp32", "--export-default-te-spec")
+        jobs.append(tools.logits_job(root / f"{family} fused", tools.tokens(), *flags))
     for family in TRAINED:
         folder, work = root / family, root / f"{family} fp8"
-        if not folder.exists():
-            tools.random_model(folder, family, torch.bfloat16, num_hidden_layers=LAYERS)
         source = ("--pretrained-model-path", folder)
         drafted = root / f"{family} drafted"
         quantized = ("--save", work, "--export-quant-cfg", "FP8_DEFAULT_CFG", "--skip-generate")
@@ -78,6 +83,15 @@ def done(root, further):
 def losses(folder):
     logged = training_metrics.read(folder / run_folder.FOLDER)
     return [line["loss"] for line in logged if line["kind"] == "train"]
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_transformer_engines_layers_compute_the_same(root, done, family):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(root / family, dtype=torch.float32).eval()
+    wanted = tools.transformers_logits(model, tools.tokens())
+    assert (tools.read_logits(root / f"{family} fused") - wanted).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("family", TRAINED)
@@ -108,7 +122,11 @@ def test_layers_for_further_tokens_travel_with_glm(root, further, done):
 @pytest.mark.parametrize(
     ("family", "stage", "flags", "reason"),
     [
-        ("glm4-moe", "prune", ("--prune-export-config", '{"hidden_size": 64}'), "further tokens"),
+        ("glm4-moe", "prune", PRUNED, "further tokens"),
+        ("olmo2", "prune", PRUNED, "norms"),
+        ("minimax-m2", "prune", PRUNED, "norms of all heads"),
+        ("olmo2", "convert", ("--export-default-te-spec",), "without norms before them"),
+        ("olmo2", "quantize", ("--export-quant-cfg", "INT4_AWQ_CFG"), "have no norm before them"),
     ],
 )
 def test_what_does_not_work_is_refused_before_anything_is_loaded(

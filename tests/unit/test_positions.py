@@ -27,7 +27,14 @@ def test_frequencies_are_those_of_the_transformers_model(family, kind):
     from transformers import AutoConfig, AutoModel
 
     stated = {"rope_theta": 20000.0, **SCALED[kind]["rope_parameters"]}
+    of_tiny = tools.FAMILIES[family].tiny.get("rope_parameters", {})
+    stated |= {key: of_tiny[key] for key in ("partial_rotary_factor",) if key in of_tiny}
     changes = {"rope_parameters": stated, "max_position_embeddings": 32, "num_hidden_layers": 1}
+    of_kind = of_tiny.keys() & {"full_attention"}
+    if of_kind:
+        types = ["sliding_attention", *of_kind]
+        changes |= {"rope_parameters": {"full_attention": stated}, "layer_types": types}
+        changes["num_hidden_layers"] = 2
     # Their only layer has experts.
     dense = {"mlp_only_layers": [], "interleave_moe_layer_step": 1, "first_k_dense_replace": 0}
     changes |= {key: dense[key] for key in tools.FAMILIES[family].tiny.keys() & dense.keys()}
@@ -41,11 +48,13 @@ def test_frequencies_are_those_of_the_transformers_model(family, kind):
     dim = int(found.value("kv_channels") * found.rotary_percent)
     # transformers rotates a text that is shorter than one before it by that one's length.
     for length in LENGTHS:
-        reference(torch.zeros(1), torch.arange(length)[None])
+        reference(torch.zeros(1), torch.arange(length)[None], *of_kind)
         lengths = (length,) if kind == "dynamic" else ()
         frequencies = getattr(rotary, kind)(found.rope_parameters, found.rotary_base, dim, *lengths)
-        assert reference.attention_scaling == 1.0
-        torch.testing.assert_close(frequencies, reference.inv_freq, rtol=1e-6, atol=0)
+        prefix = "".join(f"{each}_" for each in of_kind)
+        assert getattr(reference, f"{prefix}attention_scaling") == 1.0
+        wanted = getattr(reference, f"{prefix}inv_freq")
+        torch.testing.assert_close(frequencies, wanted, rtol=1e-6, atol=0)
     assert frequencies[-1] < 0.9 * rotary.linear({"factor": 1.0}, found.rotary_base, dim)[-1]
 
 
@@ -63,7 +72,12 @@ def test_neighbouring_values_are_not_rotated_by_yarn():
 
 @pytest.mark.parametrize(
     ("family", "changes", "shown"),
-    [("qwen3", SCALED["dynamic"], "dynamic"), ("granite", {}, "multipliers")],
+    [
+        ("qwen3", SCALED["dynamic"], "dynamic"),
+        ("granite", {}, "multipliers"),
+        ("gemma3", {}, "multipliers"),
+        ("olmo3", {}, "yarn"),
+    ],
 )
 def test_targets_whose_drafts_would_compute_something_else_get_none(family, changes, shown):
     config = tools.FAMILIES[family].tiny_config(**changes)
