@@ -50,11 +50,7 @@ def done(root, further):
     text = tools.write_texts(root / "text.jsonl")
     tools.write_conversations(root / "chat.jsonl")
     (root / "prompts.jsonl").write_text(json.dumps({"turns": ["What is 3 + 4?"]}) + "\n")
-    training = (
-        *("--finetune-data-files", root / "chat.jsonl", "--fp32", "--seq-length", 128),
-        *("--train-iters", 6, "--micro-batch-size", 2, "--log-interval", 1, "--eval-iters", 0),
-        *("--lr", 2e-3),
-    )
+    training = training_flags(root)
     jobs = []
     for family in {*TRAINED, *FUSED} - {"glm4-moe"}:
         tools.random_model(root / family, family, torch.bfloat16, num_hidden_layers=LAYERS)
@@ -77,12 +73,30 @@ def done(root, further):
             ("distill", ("--load", work, "--teacher", folder, *training,
                          "--save", root / f"{family} distilled")),
         ]  # fmt: skip
-    return tools.run_stages(*jobs).stderr
+    tuned = ("--pretrained-model-path", root / "olmo2", *training, "--save", root / "tuned")
+    return tools.run_stages(*jobs, ("finetune", tuned)).stderr
 
 
-def losses(folder):
+def training_flags(root):
+    return (
+        *("--finetune-data-files", root / "chat.jsonl", "--fp32", "--seq-length", 128),
+        *("--train-iters", 6, "--micro-batch-size", 2, "--log-interval", 1, "--eval-iters", 0),
+        *("--lr", 2e-3),
+    )
+
+
+def losses(folder, name="loss"):
     logged = training_metrics.read(folder / run_folder.FOLDER)
-    return [line["loss"] for line in logged if line["kind"] == "train"]
+    return [line[name] for line in logged if line["kind"] == "train"]
+
+
+def test_norms_over_all_heads_are_trained_on_two_ranks_as_on_one(root, done, tmp_path):
+    sizes = ("--tensor-model-parallel-size", 2, "--sequence-parallel")
+    source = ("--pretrained-model-path", root / "olmo2", *training_flags(root))
+    tools.run_stages(("finetune", (*source, "--save", tmp_path / "two", *sizes)), processes=2)
+    for name in ("loss", "grad_norm"):
+        one, two = losses(root / "tuned", name), losses(tmp_path / "two", name)
+        assert two == pytest.approx(one, rel=1e-3), name
 
 
 @pytest.mark.parametrize("family", FUSED)

@@ -58,6 +58,75 @@ def test_frequencies_are_those_of_the_transformers_model(family, kind):
     assert frequencies[-1] < 0.9 * rotary.linear({"factor": 1.0}, found.rotary_base, dim)[-1]
 
 
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192}
+DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
+KINDS = {"full_attention": DEFAULT, "sliding_attention": DEFAULT}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "base", "local"),
+    [
+        # As published: the scaling is that of full layers, whose factor follows from the scaling.
+        (
+            "olmo3",
+            {
+                "rope_parameters": None,
+                "rope_theta": 500000,
+                "rope_scaling": {**YARN, "attention_factor": 1.2079441541679836},
+            },
+            500000.0,
+            500000.0,
+        ),
+        ("olmo3", {"rope_parameters": None}, 500000.0, None),
+        ("olmo3", {"rope_parameters": KINDS}, 10000.0, None),
+        ("gemma3", {"rope_parameters": None}, 1000000.0, 10000.0),
+        (
+            "gemma3",
+            {"rope_parameters": None, "rope_theta": 500000, "rope_local_base_freq": 20000},
+            500000.0,
+            20000.0,
+        ),
+    ],
+)
+def test_layers_within_a_window_are_rotated_by_their_own_base(family, changes, base, local):
+    config = {**tools.FAMILIES[family].tiny_config(), **changes}
+    found = families.from_huggingface(config)
+    assert (found.rotary_base, found.local_rotary_base) == (base, local)
+    assert (found.yarn is not None) == ("rope_scaling" in changes)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "shown"),
+    [
+        ("olmo3", {"rope_parameters": None, "rope_theta": 10000.0}, "vLLM this one"),
+        (
+            "olmo3",
+            {"rope_parameters": {"full_attention": {**YARN, "attention_factor": 1.3}}},
+            "attention_factor = 1.3",
+        ),
+        (
+            "gemma3",
+            {"rope_parameters": {**KINDS, "sliding_attention": {**YARN}}},
+            "'yarn' of layers within a window",
+        ),
+        ("gemma3", {"rope_parameters": DEFAULT}, "each kind of layer"),
+        ("gemma3", {"sliding_window": 0}, "sliding_window = 0"),
+        ("minimax-m2", {"rotary_dim": 16}, "partial_rotary_factor = 0.5"),
+        ("minimax-m2", {"attn_type_list": [1, 0]}, "lightning"),
+    ],
+)
+def test_positions_that_readers_understand_differently_are_refused(family, changes, shown):
+    with pytest.raises(UsageError, match=shown):
+        families.from_huggingface({**tools.FAMILIES[family].tiny_config(), **changes})
+
+
+def test_minimax_rotates_what_its_files_say():
+    config = tools.FAMILIES["minimax-m2"].tiny_config(rope_parameters=DEFAULT, rotary_dim=16)
+    assert families.from_huggingface(config).rotary_percent == 0.25
+    del config["rotary_dim"]
+    assert families.from_huggingface(config).rotary_percent == 1.0
+
+
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "llama3", "yarn"])
 def test_scalings_that_transformers_does_not_read_are_refused(kind):
     with pytest.raises(UsageError, match=f"(?s)rope type '{kind}'.*longrope alone"):
