@@ -127,7 +127,7 @@ FAMILIES = (
             "query_pre_attn_scalar": 48,
             # Shorter than the tests' texts, and than what is generated after them.
             "sliding_window": 16,
-            "layer_types": windows.types(windows.every(3, 6)),
+            "sliding_window_pattern": 3,
             "rope_parameters": {
                 windows.SLIDING: {"rope_type": "default", "rope_theta": 10000.0},
                 windows.FULL: {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},

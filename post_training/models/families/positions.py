@@ -162,7 +162,7 @@ def yarn(stated: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("mscale", "mscale_all_dim", "partial_rotary_factor"):
         if stated.get(key) is not None:
             refuse(f"rope scaling {key} = {stated[key]!r}", "only files without it are read")
-    factor, own = stated.get("attention_factor"), 0.1 * math.log(_number(stated, "factor")) + 1.0
+    factor, own = stated.get("attention_factor"), 0.1 * math.log(stated.get("factor") or 1) + 1.0
     if factor is not None and not math.isclose(factor, own, rel_tol=1e-9):
         refuse(f"rope scaling attention_factor = {factor!r}", f"only {own!r} is computed")
     return {
