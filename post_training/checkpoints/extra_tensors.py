@@ -64,7 +64,14 @@ def read(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def carry(source: Path, target: Path) -> None:
-    """Write the tensors of ``source`` beside the ``config.json`` of ``target``."""
+    """Write the tensors of ``source`` beside the ``config.json`` of ``target``.
+
+    None where that has no place for them any more: a pruned model predicts no further tokens.
+    """
+    config = huggingface.read_config(target)
+    if not all(families.is_carried(config, name) for name in find(source)):
+        logger.info("tensors of no layer here are left out: they fit the model of before alone")
+        return
     for path in source.glob(_PATTERN):
         shutil.copyfile(path, target / path.name)
     if any(source.glob(_PATTERN)):

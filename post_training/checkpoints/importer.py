@@ -37,7 +37,8 @@ class Importer(GPTModelImporter):
 
     def _get_safetensor(self, key: str, parallel_config: Any = None) -> torch.Tensor:
         if key not in self.index:
-            key = families.FAMILIES[self.arch].other_names.get(key, key)
+            family = families.FAMILIES[self.arch]
+            key = family.stored_name(family.other_names.get(key, key))
         if key in self.index:
             self.names_read.add(key)
             if sizes := self._divided.get(key):

@@ -15,6 +15,7 @@ from post_training.models.families import registry as families
 _VALUES = (
     *("num_attention_heads", "num_query_groups", "activation_func", "layernorm_epsilon"),
     *("rotary_base", "rotary_percent", "rope_scaling", "rope_scaling_factor", "moe_router_topk"),
+    *("local_rotary_base", "post_norms", "pre_norms", "full_width_qk_norms"),
 )
 
 

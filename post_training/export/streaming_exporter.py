@@ -125,8 +125,9 @@ class StreamingExporter(GPTModelExporter):
         }
 
     def _take(self) -> Tensors:
-        tensors, self._state_dict = dict(self._state_dict), OrderedDict()
-        return tensors
+        tensors, self._state_dict = self._state_dict, OrderedDict()
+        family = families.FAMILIES.get(self.arch)
+        return {(family.stored_name(n) if family else n): t for n, t in tensors.items()}
 
     @cached_property
     def _joining(self) -> Joining:

@@ -72,8 +72,12 @@ class Architecture:
     that megatron-core does not compute (``models/rotary.py``), by transformers' names. ``yarn`` has
     the values of the position embedding ``yarn`` by megatron-core's names, for attention without
     latents. ``multipliers`` are constant factors (``models/multipliers.py``): ``embedding`` of the
-    embeddings, ``residual`` of what attention and MLP add, ``logits_divisor`` below the logits.
-    ``post_norms``: what attention and MLP give is normalized too (``models/post_norms.py``).
+    embeddings, ``residual`` of what attention and MLP add, ``logits_divisor`` below the logits;
+    ``rounded``: that of embeddings is rounded to their dtype.
+    ``post_norms``: what attention and MLP give is normalized too (``models/post_norms.py``);
+    ``pre_norms`` False: what they get is not. ``full_width_qk_norms``: the norms of queries and
+    keys are over all heads at once (``models/full_width_norms.py``). ``local_rotary_base`` is that
+    of layers within a window, where it is another one (``models/local_rotary.py``).
     ``attention_chunks`` (``size``, and 1 in ``layers`` for each layer that attends within chunks)
     and ``attention_temperature`` (``floor_scale`` and ``scale``, on layers without rotation) are
     Llama 4's (``models/llama4_attention.py``).
@@ -91,6 +95,9 @@ class Architecture:
     yarn: dict[str, Any] | None = None
     multipliers: dict[str, float] | None = None
     post_norms: bool = False
+    pre_norms: bool = True
+    full_width_qk_norms: bool = False
+    local_rotary_base: float | None = None
     attention_chunks: dict[str, Any] | None = None
     attention_temperature: dict[str, float] | None = None
     share_embeddings_and_output_weights: bool = False
@@ -121,6 +128,8 @@ class Architecture:
         """
         if self.multi_latent_attention:
             return "the norms of its latents"
+        if not self.pre_norms:
+            return "layers without norms before them"
         return "the biases of its LayerNorms" if self.value("normalization") == "LayerNorm" else ""
 
     def value(self, name: str) -> Any:

@@ -108,6 +108,8 @@ def build(
     """
     import torch
 
+    from post_training.models import completion
+
     # Whoever imports or exports weights has built the model before.
     families.register_weight_mapping(architecture)
     if not layers:
@@ -116,7 +118,7 @@ def build(
     context = torch.device("meta") if options.meta_device else contextlib.nullcontext()
     with megatron_errors.told(), context:
         model = _MODEL_TYPES[architecture.model_type](architecture, config, options)
-    _complete(model, architecture)
+    completion.complete(model, architecture)
     if not layers:
         model.decoder.layers = torch.nn.ModuleList()
     if options.meta_device:
@@ -124,33 +126,6 @@ def build(
     elif torch.cuda.is_available():
         model.cuda(torch.cuda.current_device())
     return model.eval()
-
-
-def _complete(model: MegatronModule, architecture: Architecture) -> None:
-    """Give a model what megatron-core's own classes do not compute."""
-    from post_training.models import expert_outputs
-
-    expert_outputs.weigh(model)
-    if architecture.rope_parameters is not None:
-        from post_training.models import rotary
-
-        rotary.scale(model, architecture)
-    if architecture.post_norms:
-        from post_training.models import post_norms
-
-        post_norms.attach(model)
-    if architecture.multipliers is not None:
-        from post_training.models import multipliers
-
-        multipliers.attach(model, architecture.multipliers)
-    if (
-        architecture.attention_chunks
-        or architecture.attention_temperature
-        or architecture.value("qk_l2_norm")
-    ):
-        from post_training.models import llama4_attention
-
-        llama4_attention.attach(model, architecture)
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -188,7 +163,7 @@ def _gpt_model(
 
     return GPTModel(
         config=config,
-        transformer_layer_spec=_layer_spec(config, options),
+        transformer_layer_spec=_layer_spec(architecture, config, options),
         vocab_size=architecture.vocab_size,
         max_sequence_length=architecture.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -232,7 +207,9 @@ _MODEL_TYPES = {
 }
 
 
-def _layer_spec(config: TransformerConfig, options: BuildOptions) -> Any:
+def _layer_spec(
+    architecture: Architecture, config: TransformerConfig, options: BuildOptions
+) -> Any:
     if options.layer_spec == "transformer_engine":
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
@@ -251,6 +228,10 @@ def _layer_spec(config: TransformerConfig, options: BuildOptions) -> Any:
         from post_training.models.latent_attention import without_query_latent
 
         without_query_latent(spec)
+    if not architecture.pre_norms:
+        from post_training.models import post_norms
+
+        post_norms.without_pre_norms(spec)
     return spec
 
 

@@ -15,7 +15,8 @@ import torch
 def attach(model: Any, multipliers: Mapping[str, float]) -> None:
     """Let ``model``, this rank's part, heed the factors; see ``Architecture.multipliers``."""
     if (factor := multipliers["embedding"]) != 1 and model.pre_process:
-        model.embedding.register_forward_hook(partial(_multiply, factor))
+        rounded = bool(multipliers.get("rounded"))
+        model.embedding.register_forward_hook(partial(_multiply, factor, rounded))
     if (factor := multipliers["residual"]) != 1:
         for layer in model.decoder.layers:
             layer.self_attention.register_forward_hook(partial(_multiply_first, factor))
@@ -24,8 +25,10 @@ def attach(model: Any, multipliers: Mapping[str, float]) -> None:
         model.output_layer.register_forward_hook(partial(_divide_first, divisor))
 
 
-def _multiply(factor: float, _module: Any, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
-    return output * factor
+def _multiply(
+    factor: float, rounded: bool, _module: Any, _inputs: Any, output: torch.Tensor
+) -> torch.Tensor:
+    return output * (torch.tensor(factor).to(output.dtype).item() if rounded else factor)
 
 
 def _multiply_first(

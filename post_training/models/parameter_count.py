@@ -63,12 +63,12 @@ def per_stage(architecture: Architecture, parallel: Parallel) -> list[tuple[int,
 
 def _layers(values: dict[str, Any], parallel: Parallel) -> list[int]:
     """Parameters of each layer on a rank."""
-    norm = _norm(values, values["hidden_size"])
-    attention = _attention(values, parallel.tensor)
+    norm = _norm(values, values["hidden_size"]) * values["pre_norms"]
+    attention = norm + _attention(values, parallel.tensor)
     mlp = norm + _mlp(values, values["ffn_hidden_size"], parallel.tensor)
     experts = norm + _experts(values, parallel) if values["num_moe_experts"] else 0
     if not (letters := values["hybrid_layer_pattern"]):
-        attention += 2 * norm if values["post_norms"] else 0
+        attention += 2 * values["post_norms"] * _norm(values, values["hidden_size"])
         return [attention + (experts if moe else mlp) for moe in moe_layers(values)]
     mamba = norm + _mamba(values, parallel.tensor)
     parts = {"M": mamba, "*": attention, "-": mlp, "E": experts}
@@ -116,10 +116,10 @@ def _row(inputs: int, outputs: int, ranks: int, bias: bool) -> int:
 
 
 def _attention(values: dict[str, Any], ranks: int) -> int:
-    """Attention of a layer with the norm before it."""
+    """Attention of a layer without the norm before it."""
     hidden, heads = values["hidden_size"], values["num_attention_heads"]
     bias = values["add_bias_linear"]
-    count = _norm(values, hidden)
+    count = 0
     if values["softmax_type"] == "learnable":
         count += heads // ranks
     if values["multi_latent_attention"]:
@@ -127,7 +127,10 @@ def _attention(values: dict[str, Any], ranks: int) -> int:
     size, groups = values["kv_channels"], values["num_query_groups"]
     queries = heads * size * (2 if values["attention_output_gate"] else 1)
     if values["qk_layernorm"] and not values["qk_l2_norm"]:
-        count += 2 * _norm(values, size)
+        shared = values["full_width_qk_norms"]
+        count += (
+            _norm(values, (heads + groups) * size // ranks) if shared else 2 * _norm(values, size)
+        )
     count += _column(hidden, queries + 2 * groups * size, ranks, bias or values["add_qkv_bias"])
     return count + _row(heads * size, hidden, ranks, bias)
 

@@ -48,6 +48,12 @@ def check(
             f"ModelOpt's {method} fails at an expert that gets no token of a batch",
             "choose a format with awq_lite or GPTQ, such as INT4_AWQ_CFG or INT4_GPTQ_CFG",
         )
+    if method in FOLDED_METHODS and not architecture.pre_norms:
+        raise UsageError(
+            what,
+            f"{method} folds its factors into norms, and these layers have no norm before them",
+            "choose a format that rounds to nearest, such as FP8_DEFAULT_CFG or NVFP4_DEFAULT_CFG",
+        )
     if not architecture.multi_latent_attention:
         return
     if method == GPTQ:

@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from post_training.checkpoints import loading
 from post_training.checkpoints.source import Source
 from post_training.common import files, manifest
+from post_training.models import parameter_count
+from post_training.models.architecture import Architecture
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,9 @@ def test_round_trip_is_exact(sources, layout, tmp_path):
         assert_same_tensors(sources / family, exported)
         config = json.loads((exported / "config.json").read_text())
         assert config == json.loads((sources / family / "config.json").read_text())
+        record = json.loads((tmp_path / family / "run.json").read_text())
+        total = parameter_count.total(Architecture.from_json(record["architecture"]))
+        assert record["metrics"]["parameters"] == total, family
 
 
 def test_shards_have_the_chosen_size_and_an_index(source, tmp_path):

@@ -169,6 +169,12 @@ def experts_as_an_engine(tensors, prefix, hidden, chosen, weights):
     return output
 
 
+def transformers_name(name):
+    """Mixtral's and MiniMax's names of files -> those that transformers gives to modules."""
+    parts = {"block_sparse_moe": "mlp", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+    return ".".join(parts.get(part, part) for part in name.split("."))
+
+
 def engine_logits(folder, ids):
     """transformers' model with the folder's weights and rounded inputs."""
     from transformers import AutoModelForCausalLM
@@ -176,7 +182,7 @@ def engine_logits(folder, ids):
     config = transformers_names.config(folder)
     del config.quantization_config
     reference = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    tensors = stored_tensors(folder)
+    tensors = {transformers_name(n): tensor for n, tensor in stored_tensors(folder).items()}
     with torch.no_grad():
         for name, value in (*reference.named_buffers(), *reference.named_parameters()):
             if name in tensors and not name.endswith("weight"):  # biases, routers' included

@@ -16,8 +16,14 @@ from safetensors.torch import load_file, save_file
 from post_training.training import metrics as training_metrics
 from post_training.training import run_folder
 
-TRAINED = ("glm4-moe",)
+TRAINED = ("glm4-moe", "olmo2", "minimax-m2")
+FUSED = ("gemma3", "glm4-moe", "minimax-m2")  # norms before attention and MLP
 LAYERS = 4
+SIZES = {
+    **{"hidden_size": 64, "ffn_hidden_size": 128},
+    **{"moe_ffn_hidden_size": 64, "moe_shared_expert_intermediate_size": 128},
+}
+PRUNED = ("--prune-export-config", '{"hidden_size": 64}')
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +54,15 @@ def done(root, further):
     text = tools.write_texts(root / "text.jsonl")
     tools.write_conversations(root / "chat.jsonl")
     (root / "prompts.jsonl").write_text(json.dumps({"turns": ["What is 3 + 4?"]}) + "\n")
-    training = (
-        *("--finetune-data-files", root / "chat.jsonl", "--fp32", "--seq-length", 128),
-        *("--train-iters", 6, "--micro-batch-size", 2, "--log-interval", 1, "--eval-iters", 0),
-        *("--lr", 2e-3),
-    )
+    training = training_flags(root)
     jobs = []
+    for family in {*TRAINED, *FUSED} - {"glm4-moe"}:
+        tools.random_model(root / family, family, torch.bfloat16, num_hidden_layers=LAYERS)
+    for family in FUSED:
+        flags = ("--pretrained-model-path", root / family, "--fp32", "--export-default-te-spec")
+        jobs.append(tools.logits_job(root / f"{family} fused", tools.tokens(), *flags))
     for family in TRAINED:
         folder, work = root / family, root / f"{family} fp8"
-        if not folder.exists():
-            tools.random_model(folder, family, torch.bfloat16, num_hidden_layers=LAYERS)
         source = ("--pretrained-model-path", folder)
         drafted = root / f"{family} drafted"
         quantized = ("--save", work, "--export-quant-cfg", "FP8_DEFAULT_CFG", "--skip-generate")
@@ -72,12 +77,49 @@ def done(root, further):
             ("distill", ("--load", work, "--teacher", folder, *training,
                          "--save", root / f"{family} distilled")),
         ]  # fmt: skip
-    return tools.run_stages(*jobs).stderr
+    sizes = ("--prune-export-config", json.dumps(SIZES), "--calib-dataset", text)
+    data = ("--calib-size", 4, "--calib-max-sequence-length", 64, "--skip-generate")
+    source = ("--pretrained-model-path", root / "glm4-moe", "--fp32")
+    jobs += [
+        ("prune", (*source, "--save", root / "pruned", *sizes, *data)),
+        ("export", ("--load", root / "pruned", "--fp32", "--export-dir", root / "pruned hf")),
+        tools.logits_job(root / "pruned logits", tools.tokens(), "--load", root / "pruned",
+                         "--fp32"),
+    ]  # fmt: skip
+    tuned = ("--pretrained-model-path", root / "olmo2", *training, "--save", root / "tuned")
+    return tools.run_stages(*jobs, ("finetune", tuned)).stderr
 
 
-def losses(folder):
+def training_flags(root):
+    return (
+        *("--finetune-data-files", root / "chat.jsonl", "--fp32", "--seq-length", 128),
+        *("--train-iters", 6, "--micro-batch-size", 2, "--log-interval", 1, "--eval-iters", 0),
+        *("--lr", 2e-3),
+    )
+
+
+def losses(folder, name="loss"):
     logged = training_metrics.read(folder / run_folder.FOLDER)
-    return [line["loss"] for line in logged if line["kind"] == "train"]
+    return [line[name] for line in logged if line["kind"] == "train"]
+
+
+def test_norms_over_all_heads_are_trained_on_two_ranks_as_on_one(root, done, tmp_path):
+    sizes = ("--tensor-model-parallel-size", 2, "--sequence-parallel")
+    source = ("--pretrained-model-path", root / "olmo2", *training_flags(root))
+    tools.run_stages(("finetune", (*source, "--save", tmp_path / "two", *sizes)), processes=2)
+    # A step of this size makes more of a rounding: gradients are compared before the first.
+    for name, steps in (("loss", 6), ("grad_norm", 1)):
+        one, two = losses(root / "tuned", name), losses(tmp_path / "two", name)
+        assert two[:steps] == pytest.approx(one[:steps], rel=1e-4 if steps == 1 else 1e-3), name
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_transformer_engines_layers_compute_the_same(root, done, family):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(root / family, dtype=torch.float32).eval()
+    wanted = tools.transformers_logits(model, tools.tokens())
+    assert (tools.read_logits(root / f"{family} fused") - wanted).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("family", TRAINED)
@@ -105,10 +147,28 @@ def test_layers_for_further_tokens_travel_with_glm(root, further, done):
     assert f"{own}*" in quantization["quantization"]["exclude_modules"]
 
 
+def test_pruned_glm_computes_as_in_transformers_and_predicts_no_further_tokens(root, done):
+    from transformers import AutoModelForCausalLM
+
+    folder = root / "pruned hf"
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["num_nextn_predict_layers"], config["hidden_size"]) == (0, 64)
+    assert (config["moe_intermediate_size"], config["n_shared_experts"]) == (64, 2)
+    names = {name for name, _ in tools.tensors(folder)}
+    assert not any(name.startswith(f"model.layers.{LAYERS}.") for name in names)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    wanted = tools.transformers_logits(model, tools.tokens())
+    assert wanted.std() > 0.3
+    assert (tools.read_logits(root / "pruned logits") - wanted).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize(
     ("family", "stage", "flags", "reason"),
     [
-        ("glm4-moe", "prune", ("--prune-export-config", '{"hidden_size": 64}'), "further tokens"),
+        ("olmo2", "prune", PRUNED, "norms"),
+        ("minimax-m2", "prune", PRUNED, "norms of all heads"),
+        ("olmo2", "convert", ("--export-default-te-spec",), "without norms before them"),
+        ("olmo2", "quantize", ("--export-quant-cfg", "INT4_AWQ_CFG"), "have no norm before them"),
     ],
 )
 def test_what_does_not_work_is_refused_before_anything_is_loaded(

@@ -37,6 +37,11 @@ def rotates(family):
     return family.read(family.tiny_config()).position_embedding_type != "none"
 
 
+def by_kind(family):
+    """Whether layers within a window are rotated by their own values in ``rope_parameters``."""
+    return "full_attention" in family.tiny.get("rope_parameters", {})
+
+
 def lists_layers(family):
     """Whether a list of layers says how many there are, whatever the number in the file."""
     return family.read(family.tiny_config()).is_hybrid
@@ -59,12 +64,16 @@ def test_the_older_form_of_rotary_positions_is_read_like_transformers_own(family
     if not rotates(family):
         pytest.skip("no positions")
     config = written(family, tmp_path)
-    rope = config.pop("rope_parameters")
-    older = {**config, "rope_theta": rope["rope_theta"], "rope_scaling": rope}
-    assert families.from_huggingface(older) == family.read({**config, "rope_parameters": rope})
+    whole = rope = config.pop("rope_parameters")
+    older = dict(config)
+    if by_kind(family):
+        older["rope_local_base_freq"] = whole["sliding_attention"]["rope_theta"]
+        rope = whole["full_attention"]
+    older |= {"rope_theta": rope["rope_theta"], "rope_scaling": rope}
+    assert families.from_huggingface(older) == family.read({**config, "rope_parameters": whole})
     older["rope_scaling"] = {**rope, "type": rope["rope_type"]}
     del older["rope_scaling"]["rope_type"]
-    assert families.from_huggingface(older) == family.read({**config, "rope_parameters": rope})
+    assert families.from_huggingface(older) == family.read({**config, "rope_parameters": whole})
 
 
 def test_it_has_as_many_parameters_as_the_transformers_model(family):
@@ -158,6 +167,10 @@ def test_a_value_that_changes_the_model_is_refused_by_name(family, changes, show
         pytest.skip("its linear_attention is a Mamba layer")
     if "num_hidden_layers" in changes and lists_layers(family):
         changes, shown = {"hybrid_override_pattern": "M-X"}, "layers X"
+    if by_kind(family) and changes.get("rope_parameters"):
+        if "full_attention" in changes["rope_parameters"]:
+            pytest.skip("its layers are rotated by their kind")
+        changes = {**changes, "rope_parameters": {"full_attention": changes["rope_parameters"]}}
     epsilon = family.keys["layernorm_epsilon"]
     changes = {epsilon if key == "rms_norm_eps" else key: changes[key] for key in changes}
     shown = shown.replace("rms_norm_eps", epsilon)
@@ -170,7 +183,10 @@ def test_a_value_that_changes_the_model_is_refused_by_name(family, changes, show
 def test_partial_rotation_is_read_only_where_transformers_heeds_it(family):
     if not rotates(family):
         pytest.skip("no positions")
-    config = family.tiny_config(rope_parameters={**ROPE, "partial_rotary_factor": 0.5})
+    rope = {**ROPE, "partial_rotary_factor": 0.5}
+    config = family.tiny_config(
+        rope_parameters={"full_attention": rope} if by_kind(family) else rope
+    )
     if family.partial_rotary:
         assert families.from_huggingface(config).rotary_percent == 0.5
     else:

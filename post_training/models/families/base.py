@@ -242,6 +242,10 @@ class Family:
         """
         return bool(self.prefix) and not name.startswith(self.prefix)
 
+    def stored_name(self, name: str) -> str:
+        """A tensor's name in the files, where ModelOpt's rules cannot say it."""
+        return name
+
     def joined(self, values: Mapping[str, Any]) -> Mapping[str, Mapping[str, int]]:
         """Linear layers of the files that hold several of ModelOpt's rules, and each part's rows.
 
@@ -257,6 +261,13 @@ class Family:
             text = {**TINY_SIZES, **self.tiny["text_config"], **changes}
             return {**self.tiny, **own, "text_config": text}
         return {**TINY_SIZES, **self.tiny, **own, **changes}
+
+
+def is_further_layer(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a tensor belongs to a layer after the last, which predicts further tokens."""
+    parts = name.split(".")
+    is_layer = parts[:2] == ["model", "layers"] and parts[2].isdecimal()
+    return is_layer and int(parts[2]) >= config["num_hidden_layers"]
 
 
 def check_router(experts: Any, chosen: Any, *, normalized: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from post_training.models.families import shared_experts
@@ -22,6 +22,20 @@ class Glm4Moe(SharedExperts):
     def rotary(self, config: Mapping[str, Any]) -> dict[str, Any]:
         # What transformers fills in where the key is absent.
         return super().rotary({"partial_rotary_factor": 0.5, **config})
+
+    def is_carried(self, config: Mapping[str, Any], name: str) -> bool:
+        predicts = config.get("num_nextn_predict_layers", 1) != 0
+        return predicts and super().is_carried(config, name)
+
+    def with_shape(
+        self,
+        config: Mapping[str, Any],
+        values: Mapping[str, Any],
+        kept_layers: Sequence[int] | None = None,
+    ) -> dict[str, Any]:
+        """A pruned model has no layers for further tokens, since nothing cuts them."""
+        changed = super().with_shape(config, values, kept_layers)
+        return changed if changed == config else {**changed, "num_nextn_predict_layers": 0}
 
     def weight_mapping(self) -> WeightMapping:
         from modelopt.torch.export.plugins.mcore_deepseek import (
@@ -73,8 +87,6 @@ FAMILIES = (
         },
         refused=(ONLY_SILU,),
         parts=frozenset({"experts"}),
-        not_pruned="the layers that predict further tokens travel as they are, of the sizes of "
-        "before",
         partial_rotary=True,
         tiny={
             "model_type": "glm4_moe",

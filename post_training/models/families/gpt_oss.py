@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from post_training.models.families import positions
+from post_training.models.families import positions, windows
 from post_training.models.families.base import (
     DECODER_KEYS,
     ONLY_SILU,
@@ -23,7 +23,6 @@ _YARN: dict[str, Any] = {
     "truncate": False,
     "original_max_position_embeddings": 4096,
 }
-_SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
 class GptOss(Family):
@@ -37,24 +36,17 @@ class GptOss(Family):
 
     def check_windows(self, config: Mapping[str, Any]) -> None:
         """Raise UsageError for other kinds of layers than the two, or a window without a size."""
-        types, layers = config.get("layer_types", []), config["num_hidden_layers"]
-        if types and (len(types) < layers or not {*types} <= {_SLIDING, _FULL}):
-            refuse(f"layer_types = {types!r}", f"{layers} layers need '{_SLIDING}' or '{_FULL}'")
-        window = config["sliding_window"]
-        if any(_windows(config)) and not (isinstance(window, int) and window > 0):
-            refuse(f"sliding_window = {window!r}", "layers attend within a window of this size")
+        windows.check(config, _windows(config))
 
     def transformer(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        layers, windows = config["num_hidden_layers"], _windows(config)
-        found = super().transformer(config) | {
+        layers, within = config["num_hidden_layers"], _windows(config)
+        found = super().transformer(config) | windows.fields(config, within)
+        if within == windows.every(2, layers):
+            found["window_attn_skip_freq"] = 2
+        return found | {
             "moe_ffn_hidden_size": config["intermediate_size"],
             "moe_layer_freq": [1] * layers,
         }
-        if any(windows):
-            # Keys before the query's own, which the window of the file counts too.
-            found["window_size"] = [config["sliding_window"] - 1, 0]
-            found["window_attn_skip_freq"] = 2 if windows == _alternating(layers) else windows
-        return found
 
     def rotary(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """YaRN's values by the names that megatron-core's GPTModel reads; or no scaling."""
@@ -76,23 +68,18 @@ class GptOss(Family):
         kept_layers: Sequence[int] | None = None,
     ) -> dict[str, Any]:
         changed = super().with_shape(config, values, kept_layers)
-        layers, windows = values["num_layers"], values["window_attn_skip_freq"]
-        if windows == 2:
-            windows = _alternating(layers)
-        windows = list(windows or [0] * layers)[:layers]
-        if windows != _windows({**self.defaults, **changed}):
-            changed["layer_types"] = [_SLIDING if within else _FULL for within in windows]
+        layers, within = values["num_layers"], values["window_attn_skip_freq"]
+        if within == 2:
+            within = windows.every(2, layers)
+        within = list(within or [0] * layers)[:layers]
+        if within != _windows({**self.defaults, **changed}):
+            changed["layer_types"] = windows.types(within)
         return changed
-
-
-def _alternating(layers: int) -> list[int]:
-    return [1 - layer % 2 for layer in range(layers)]
 
 
 def _windows(config: Mapping[str, Any]) -> list[int]:
     """1 for each layer that attends within the window, 0 for the others."""
-    types, layers = config.get("layer_types"), config["num_hidden_layers"]
-    return [int(each == _SLIDING) for each in types[:layers]] if types else _alternating(layers)
+    return windows.read(config, windows.every(2, config["num_hidden_layers"]))
 
 
 FAMILIES = (

@@ -44,31 +44,39 @@ class Mixtral(Mistral):
         return super().with_shape(config, sizes, kept_layers)
 
     def weight_mapping(self) -> WeightMapping:
-        from modelopt.torch.export.plugins.mcore_custom import (
-            COL_ETP,
-            ROW_ETP,
-            GatedMLPMerging,
-            GatedMLPSlicing,
-            NameRemapping,
-        )
+        return weight_mapping()
 
-        importing, exporting = super().weight_mapping()
-        mlp = "model.layers.{}.block_sparse_moe."
-        expert, names = f"{mlp}experts.{{}}.", {"gate_proj_name": "w1", "up_proj_name": "w3"}
-        return WeightMapping(
-            importing={
-                **importing,
-                "router": NameRemapping(f"{mlp}gate."),
-                "local_experts.linear_fc1": GatedMLPMerging(expert, {**COL_ETP, **names}),
-                "local_experts.linear_fc2": NameRemapping(f"{expert}w2.", ROW_ETP),
-            },
-            exporting={
-                **exporting,
-                "router": NameRemapping(f"{mlp}gate."),
-                "local_experts.linear_fc1": GatedMLPSlicing(expert, names),
-                "local_experts.linear_fc2": NameRemapping(f"{expert}w2."),
-            },
-        )
+
+def weight_mapping() -> WeightMapping:
+    """Rules for the weights, experts' names included."""
+    from modelopt.torch.export.plugins.mcore_custom import (
+        COL_ETP,
+        ROW_ETP,
+        GatedMLPMerging,
+        GatedMLPSlicing,
+        NameRemapping,
+    )
+    from modelopt.torch.export.plugins.mcore_llama import (
+        llama_causal_lm_export,
+        llama_causal_lm_import,
+    )
+
+    mlp = "model.layers.{}.block_sparse_moe."
+    expert, names = f"{mlp}experts.{{}}.", {"gate_proj_name": "w1", "up_proj_name": "w3"}
+    return WeightMapping(
+        importing={
+            **llama_causal_lm_import,
+            "router": NameRemapping(f"{mlp}gate."),
+            "local_experts.linear_fc1": GatedMLPMerging(expert, {**COL_ETP, **names}),
+            "local_experts.linear_fc2": NameRemapping(f"{expert}w2.", ROW_ETP),
+        },
+        exporting={
+            **llama_causal_lm_export,
+            "router": NameRemapping(f"{mlp}gate."),
+            "local_experts.linear_fc1": GatedMLPSlicing(expert, names),
+            "local_experts.linear_fc2": NameRemapping(f"{expert}w2."),
+        },
+    )
 
 
 FAMILIES = (

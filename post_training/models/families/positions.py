@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+from post_training.models.families import windows
 from post_training.models.families.refusal import refuse
 
 # What megatron-core's Llama 3 scaling has fixed (rotary_pos_embedding.py, _apply_scaling).
@@ -34,6 +36,39 @@ def rope_scaling(config: Mapping[str, Any]) -> dict[str, Any]:
     if any(isinstance(value, Mapping) for value in scaling.values()):
         refuse(f"rope_parameters of {', '.join(scaling)}", "layers are rotated differently")
     return dict(scaling)
+
+
+def of_each_kind(
+    config: Mapping[str, Any], base: float, local_base: float
+) -> tuple[dict[str, Any], float]:
+    """``config`` with the rotation of its full layers in one form, and the base of the others.
+
+    transformers 5 writes ``rope_parameters`` with an entry for each kind of layer; in the older
+    form ``rope_theta`` and ``rope_scaling`` are those of full layers.
+
+    Args:
+        base: of full layers, where the file does not state it; ``local_base`` of those within a
+            window.
+
+    Raises:
+        UsageError: for a scaling of the layers within a window, or one that states no kind.
+    """
+    found = dict(config.get("rope_parameters") or {})
+    full = dict(found.pop(windows.FULL, None) or {})
+    local = dict(found.pop(windows.SLIDING, None) or {})
+    if found:
+        refuse(f"rope_parameters with {', '.join(found)}", "each kind of layer needs its own")
+    older = config.get("rope_scaling") or {}
+    if older and full and older != full:
+        refuse("rope_scaling and rope_parameters", "they differ, and readers take one of them")
+    if (kind := local.get("rope_type", "default")) != "default":
+        refuse(f"rope type {kind!r} of layers within a window", "only unscaled ones are computed")
+    if further := local.keys() - {"rope_type", "rope_theta"}:
+        refuse(f"{', '.join(sorted(further))} of layers within a window", "it is not computed")
+    theta = full.get("rope_theta", config.get("rope_theta", base))
+    plain = {key: value for key, value in config.items() if key != "rope_parameters"}
+    local_base = float(local.get("rope_theta", local_base))
+    return {**plain, "rope_theta": theta, "rope_scaling": {**older, **full}}, local_base
 
 
 def read(config: Mapping[str, Any], *, partial_rotary: bool, interleaved: bool) -> dict[str, Any]:
@@ -124,9 +159,12 @@ def _dynamic(stated: Mapping[str, Any]) -> dict[str, Any]:
 
 def yarn(stated: Mapping[str, Any]) -> dict[str, Any]:
     """YaRN's values by the names that megatron-core's GPTModel reads."""
-    for key in ("attention_factor", "mscale", "mscale_all_dim", "partial_rotary_factor"):
+    for key in ("mscale", "mscale_all_dim", "partial_rotary_factor"):
         if stated.get(key) is not None:
             refuse(f"rope scaling {key} = {stated[key]!r}", "only files without it are read")
+    factor, own = stated.get("attention_factor"), 0.1 * math.log(stated.get("factor") or 1) + 1.0
+    if factor is not None and not math.isclose(factor, own, rel_tol=1e-9):
+        refuse(f"rope scaling attention_factor = {factor!r}", f"only {own!r} is computed")
     return {
         "position_embedding_type": "yarn",
         "yarn": {

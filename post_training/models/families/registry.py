@@ -16,16 +16,19 @@ from post_training.models.families.base import Family
 _FILES = (
     "deepseek",
     "ernie",
+    "gemma",
     "glm",
     "glm_moe",
     "gpt_oss",
     "granite",
     "llama",
     "llama4",
+    "minimax",
     "mistral",
     "mixtral",
     "nemotron",
     "nemotron_h",
+    "olmo",
     "phi3",
     "qwen",
     "qwen_moe",
@@ -38,19 +41,12 @@ FAMILIES: dict[str, Family] = {
     for family in importlib.import_module(f"{__package__}.{name}").FAMILIES
 }
 # Architectures near to a known one that megatron-core 0.19's layers do not compute.
-_NORMS_AFTER = (
-    "it normalizes what attention and MLP give in place of what they get, and queries and keys "
-    "over all heads at once, which megatron-core's layers do not"
-)
-_GEMMA = "its layers within a window are rotated by another base than the others"
 _NOT_COMPUTED = {
     "Gemma2ForCausalLM": "its attention scores and logits are capped",
-    "Gemma3ForCausalLM": _GEMMA,
-    "Gemma3ForConditionalGeneration": _GEMMA,
+    "Gemma3ForConditionalGeneration": "tokens of an image attend to each other in both directions; "
+    "its text model alone (Gemma3ForCausalLM) is converted",
     "GraniteMoeForCausalLM": "a layer's experts are two tensors (input_linear, output_linear), for "
     "which there are no rules yet",
-    "Olmo2ForCausalLM": _NORMS_AFTER,
-    "Olmo3ForCausalLM": _NORMS_AFTER,
 }
 # What a model may have beyond a dense decoder, and the flags that state it.
 PARTS = {

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from post_training.models.families.base import Family, check_groups, refuse
+from post_training.models.families.base import Family, check_groups, is_further_layer, refuse
 
 KEYS = {
     "num_moe_experts": "n_routed_experts",
@@ -108,6 +108,4 @@ class SharedExperts(Family):
 
     def is_carried(self, config: Mapping[str, Any], name: str) -> bool:
         """Layers after the last, which predict further tokens (``num_nextn_predict_layers``)."""
-        parts = name.split(".")
-        is_layer = parts[:2] == ["model", "layers"] and parts[2].isdecimal()
-        return is_layer and int(parts[2]) >= config["num_hidden_layers"]
+        return is_further_layer(config, name)
