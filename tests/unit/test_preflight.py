@@ -361,7 +361,9 @@ def test_a_hub_name_passes_offline(tmp_path):
 
 
 def test_overwrite_allows_an_occupied_output(tmp_path):
-    write_checkpoint(tmp_path / "out", stage="convert", command="x")
+    names = ("release/metadata.json", "release/__0_0.distcp", "latest_checkpointed_iteration.txt")
+    outputs = [{"file": name, "bytes": 1} for name in names]
+    write_checkpoint(tmp_path / "out", stage="convert", command="x", outputs=outputs)
     flags = ["--pretrained-model-path", write_model(tmp_path / "m"), "--save", tmp_path / "out"]
     assert stage("convert.py", *flags, "--check", "--overwrite").returncode == 0
 
