@@ -22,7 +22,7 @@ _TRAINING = (
     *(f"training/data/[0-9a-f]*/*{suffix}" for suffix in (".npy", ".json")),
 )
 _FEATURES = (
-    *("settings.json", "prompts.json", "data/*"),
+    *("settings.json", "prompts.json", ".data/*"),
     *(f"{part}/shard-*.safetensors" for part in ("train", "valid", "test")),
 )
 _GROWING = {

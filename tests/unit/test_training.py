@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint
 
+import extract_features
 from post_training.checkpoints import torch_dist
 from post_training.checkpoints.unpickling import only_known_classes
 from post_training.common import files, manifest
@@ -23,7 +24,7 @@ from post_training.config import arguments
 from post_training.config.flags import group
 from post_training.config.options import StageOptions
 from post_training.distributed import signals
-from post_training.drafts import extraction
+from post_training.drafts import extraction, features
 from post_training.training import metrics as training_metrics
 from post_training.training import options as training_options
 from post_training.training import run_folder
@@ -278,7 +279,11 @@ def test_what_a_resumed_run_reads_beside_what_it_read_before_is_recorded(caplog)
 def test_an_extraction_is_resumed_with_the_data_it_began_with(tmp_path):
     read = [{"role": "data", "path": "/d", "sha256": "1"}]
     for _ in range(2):
-        extraction.begin(tmp_path, {"dtype": "fp32"}, overwrite=False)
+        extraction.begin(tmp_path, {"aux_hidden_state_layer_ids": [1]}, overwrite=False)
         extraction.require_same_data(tmp_path, read)
     with pytest.raises(UsageError, match="data was changed since the extraction"):
         extraction.require_same_data(tmp_path, [{**read[0], "sha256": "2"}])
+    for name in (f"{extract_features.DATA}/0a/train_ids.npy", "train/shard-00000.safetensors"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("")
+    features.check_folder(tmp_path, None, overwrite=True)
