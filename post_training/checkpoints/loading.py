@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 _RECOMPUTED = "rotary_emb.inv_freq"
 # Buffers of the Megatron model, which are no parameters.
 _BUFFERS = "e_score_correction_bias"
+_CHANGING = re.compile(r"strftime_now|\|\s*random\b")
 # What the importer raises for a tensor that is missing or has another shape.
 _DOES_NOT_FIT = (KeyError, ValueError, RuntimeError, AssertionError)
 
@@ -253,6 +255,12 @@ def tokenizer(source: Source, options: StageOptions) -> Any:
             "name a folder with tokenizer.json in TOKENIZER_MODEL, or install the version of "
             "transformers and tokenizers that wrote it",
         ) from error
+    if _CHANGING.search(str(found.chat_template or "")):
+        logger.warning(
+            "the chat template of %s writes the date, or text by chance: the same command gives "
+            "other tokens another time",
+            location,
+        )
     _require_embeddings(f"tokenizer {location}", found, source.architecture.vocab_size)
     return found
 

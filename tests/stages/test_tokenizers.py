@@ -56,4 +56,8 @@ def test_a_template_that_writes_a_token_without_embedding_is_refused(model):
 
 def test_a_token_that_no_template_writes_may_have_no_embedding(model):
     change_tokenizer(model, add_token)
-    assert f"texts must not contain {TOKEN}" in generate(model, 0)
+    template = model / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%Y') }}" + template.read_text())
+    told = generate(model, 0)
+    assert f"texts must not contain {TOKEN}" in told
+    assert f"the chat template of {model} writes the date" in told
