@@ -60,6 +60,12 @@ def check(target: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None
     if target.exists() and not manifest_path(target).is_file():
         raise UsageError(what, "it exists, and no stage made it", "name another file")
     outputs.writable(target)
+    rows = files.incomplete(target)
+    # A run leaves rows with their record, or none yet.
+    if rows.exists() and rows.stat().st_size and not state_path(target).is_file():
+        raise UsageError(
+            what, f"{rows}, where its rows are collected, is of no run", "move that away"
+        )
     state = _read_state(target)
     if state is None or overwrite:
         return

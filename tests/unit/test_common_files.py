@@ -18,7 +18,16 @@ import generate
 import mmlu
 from post_training.checkpoints.source import Source
 from post_training.cli.stage import make_plan
-from post_training.common import files, forms, locks, manifest, outputs, regular, safetensors_index
+from post_training.common import (
+    files,
+    forms,
+    locks,
+    manifest,
+    outputs,
+    regular,
+    resumable_jsonl,
+    safetensors_index,
+)
 from post_training.common.errors import UsageError
 from post_training.common.quiet import quiet
 from post_training.data import records
@@ -278,6 +287,13 @@ def test_what_someone_put_into_an_output_is_not_replaced_with_it(stage, holds, t
     else:
         with pytest.raises(UsageError, match="it holds more than the stage's output"):
             outputs.check_folder(output, overwrite=True)
+
+
+def test_a_file_of_somebody_else_is_not_taken_for_rows_of_a_run(tmp_path):
+    (tmp_path / "answers.jsonl.incomplete").write_text("a download")
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match="is of no run"):
+            resumable_jsonl.check(tmp_path / "answers.jsonl", {}, overwrite=overwrite)
 
 
 @pytest.mark.parametrize("name", ["../run.json", "/etc/passwd", "weights"])
