@@ -61,7 +61,9 @@ def others(key: str, value: Any) -> list[Any]:
 def changed(config: dict[str, Any], whole: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """A description of each change, and the configuration with it."""
     for key, value in whole.items():
-        for other in [] if key in SKIPPED else [*others(key, value), ABSENT]:
+        if key in SKIPPED:
+            continue
+        for other in [*others(key, value), ABSENT]:
             found = copy.deepcopy(config)
             found.pop(key, None)
             yield (
