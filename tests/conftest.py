@@ -1,14 +1,8 @@
-"""Fixtures that several test files share.
-
-``tiny_model`` is the quickstart's trained model, made once for each state of its sources and kept
-between runs in ``POST_TRAINING_CACHE`` (by default below the user's cache folder).
-"""
+"""Fixtures that several test files share."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Generator
 from pathlib import Path
 
@@ -16,7 +10,6 @@ import hypothesis
 import pytest
 import speed
 
-ROOT = Path(__file__).resolve().parent.parent
 # Property tests: the same examples in every run of the suite, and an hour's worth of others.
 _PROPERTIES = {
     "suppress_health_check": list(hypothesis.HealthCheck),
@@ -35,8 +28,16 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("suite")
 
 
+# Minutes long each: the short ones after them let the workers finish together.
+_FIRST = ("test_commands.py", "test_readers.py")
+
+
 def pytest_configure() -> None:
     speed.share()  # before pytest-xdist starts workers
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in _FIRST)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -71,19 +72,9 @@ def environment(tmp_path):
 @pytest.fixture(scope="session")
 def tiny_model() -> Path:
     """Folder of the trained tiny Qwen3 with its data; concurrent test workers wait for one."""
-    from filelock import FileLock
+    import quickstart_model
 
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "post_training"
-    cache = Path(os.environ.get("POST_TRAINING_CACHE", default))
-    cache.mkdir(parents=True, exist_ok=True)
-    folder = cache / "tiny"
-    with FileLock(cache / "tiny.lock"):
-        subprocess.run(
-            [sys.executable, "-m", "quickstart.train", "--output", str(folder), "--force"],
-            cwd=ROOT,
-            check=True,
-        )
-    return folder
+    return quickstart_model.make()
 
 
 @pytest.fixture(scope="session")
