@@ -1,7 +1,9 @@
 """RMSNorm of queries and keys over all heads at once, as in OLMo 2 and MiniMax-M2.
 
-megatron-core's norms see one head. These take their place in the built layers; at TP > 1 each rank
-has the weights of its heads, and the mean square is that of all ranks' heads.
+megatron-core's norms see one head. These are put into the built layers; at TP > 1 each rank has the
+weights of its heads, and the mean square is that of all ranks' heads. ``qk_layernorm`` stays off in
+the configuration: with it megatron-core adds up the gradients of all ranks' weights, as of weights
+that every head shares (distributed/finalize_model_grads.py).
 """
 
 from __future__ import annotations

@@ -126,11 +126,10 @@ def _attention(values: dict[str, Any], ranks: int) -> int:
         return count + _latent_attention(values, ranks)
     size, groups = values["kv_channels"], values["num_query_groups"]
     queries = heads * size * (2 if values["attention_output_gate"] else 1)
-    if values["qk_layernorm"] and not values["qk_l2_norm"]:
-        shared = values["full_width_qk_norms"]
-        count += (
-            _norm(values, (heads + groups) * size // ranks) if shared else 2 * _norm(values, size)
-        )
+    if values["full_width_qk_norms"]:
+        count += _norm(values, (heads + groups) * size // ranks)
+    elif values["qk_layernorm"] and not values["qk_l2_norm"]:
+        count += 2 * _norm(values, size)
     count += _column(hidden, queries + 2 * groups * size, ranks, bias or values["add_qkv_bias"])
     return count + _row(heads * size, hidden, ranks, bias)
 

@@ -112,7 +112,6 @@ FAMILIES = (
         },
         constants={
             **RMSNORM_SWIGLU,
-            "qk_layernorm": True,
             "moe_router_score_function": "sigmoid",
             "moe_router_enable_expert_bias": True,
             "moe_router_dtype": "fp32",

@@ -91,7 +91,7 @@ class Olmo3(Olmo2):
 
 
 _SHARED: dict[str, Any] = {
-    "constants": {**RMSNORM_SWIGLU, "qk_layernorm": True},
+    "constants": RMSNORM_SWIGLU,
     "refused": (ONLY_SILU, NO_ATTENTION_BIAS),
     "not_pruned": "ModelOpt does not cut the norms after attention and MLP, nor those of all heads",
 }
