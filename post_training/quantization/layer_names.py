@@ -29,6 +29,7 @@ _MEGATRON_PARENTS = (
 )
 EXPERT = re.compile(r"\.local_experts\.(\d+)\.")
 _SHOWN = 5
+_LONGEST = 500  # fnmatch takes seconds for a pattern of thousands of brackets
 # Linears that compute queries, keys and values; with multi-latent attention there are several.
 QKV = ("*.linear_qkv", "*.linear_q_*proj", "*.linear_kv_*proj")
 _EXPERTS = re.compile(r"^(.*\.local_experts)\.\d+\.")
@@ -80,6 +81,12 @@ def check(patterns: Sequence[str], names: Collection[str]) -> None:
         UsageError: naming the pattern and the nearest ones that match.
     """
     for pattern in patterns:
+        if len(pattern) > _LONGEST:
+            raise UsageError(
+                f"{_FLAG} {pattern[:_LONGEST]}...",
+                f"it has {len(pattern):,} characters, and a linear layer has a name of a few dozen",
+                "give a pattern of names, such as '*.linear_fc2'",
+            )
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             raise UsageError(
                 f"{_FLAG} {pattern}", "no linear layer matches it", _nearest(pattern, names)

@@ -8,6 +8,7 @@ on the second rank.
 from __future__ import annotations
 
 import json
+import shutil
 from functools import partial
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ import pytest
 import tools
 import torch
 from questions import FEW_SHOTS, write_questions
+from safetensors.torch import save_file
 from test_mmlu_stage import reference_answers
 from test_quantized_export import TOLERANCES, decode, rounded_input, stored_tensors
 from torch.nn import functional
@@ -23,6 +25,7 @@ import export
 import quantize
 from post_training.cli.stage import make_plan
 from post_training.common.errors import UsageError
+from post_training.export import readback
 from post_training.models import transformers_names
 from post_training.training import metrics as training_metrics
 from post_training.training import run_folder
@@ -195,6 +198,25 @@ def engine_logits(folder, ids):
             if name.endswith("mlp.experts"):
                 module.forward = partial(experts_as_an_engine, tensors, name)
     return tools.transformers_logits(reference, ids)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, name: t.pop(f"{name}.input_scale"), "up_proj.input_scale is missing"),
+        (lambda t, name: t[f"{name}.weight_scale"].zero_(), "weight_scale is not finite and pos"),
+        (lambda t, name: t[f"{name}.input_scale"].mul_(2), "computed as one, but differ in input"),
+    ],
+)
+def test_an_expert_with_a_damaged_scale_is_seen(root, printed, tmp_path, change, message):
+    source, name = root / "FP8_DEFAULT_CFG_hf", "model.layers.2.mlp.experts.5.up_proj"
+    assert readback.Folder(source).problems() == []
+    shutil.copytree(source, tmp_path / "damaged")
+    tensors = stored_tensors(source)
+    change(tensors, name)
+    save_file(tensors, tmp_path / "damaged" / "model.safetensors")
+    found = readback.Folder(tmp_path / "damaged").problems()
+    assert any(message in each and ".experts.5." in each for each in found), found
 
 
 @pytest.mark.parametrize("name", [*TOLERANCES, TOKENS])

@@ -7,12 +7,15 @@ families; what a family is refused for is here too.
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import tools
 import torch
 from safetensors.torch import load_file, save_file
 
+from post_training.export import readback
+from post_training.export.carried import Carried
 from post_training.training import metrics as training_metrics
 from post_training.training import run_folder
 
@@ -145,6 +148,16 @@ def test_layers_for_further_tokens_travel_with_glm(root, further, done):
         assert stored[name].dtype == tensor.dtype and torch.equal(stored[name], tensor), name
     quantization = json.loads((root / "glm4-moe hf" / "hf_quant_config.json").read_text())
     assert f"{own}*" in quantization["quantization"]["exclude_modules"]
+    # What the export itself looks at before its folder gets its name.
+    of_source = Carried(root / "glm4-moe fp8" / "huggingface", frozenset(further))
+    assert of_source.problems(readback.Folder(root / "glm4-moe hf")) == []
+    lost, changed = f"{own}eh_proj.weight", f"{own}shared_head.norm.weight"
+    damaged = root / "glm4-moe damaged"
+    shutil.copytree(root / "glm4-moe hf", damaged)
+    tensors = {name: each for name, each in stored.items() if name != lost}
+    save_file({**tensors, changed: tensors[changed] + 1}, damaged / "model.safetensors")
+    found = of_source.problems(readback.Folder(damaged))
+    assert found == [f"{name} is not what the source has" for name in (lost, changed)]
 
 
 def test_pruned_glm_computes_as_in_transformers_and_predicts_no_further_tokens(root, done):

@@ -116,6 +116,7 @@ def test_layers_that_stay_in_16_bits_may_have_any_size(models, tmp_path):
 
 LEFT_OUT = {
     "nothing": ("odd", "linear_fc2", "no linear layer matches", r"did you mean '\*linear_fc2\*'"),
+    "thousands of brackets": ("odd", "[" * 9_999, "9,999 characters", "a pattern of names"),
     "misspelt": ("odd", "*.linear_ptoj", "no linear layer matches", r"\*\.linear_proj"),
     "a layer beyond the last": ("odd", "decoder.layers.2.*", "no linear", "self_attention"),
     "an expert by its other name": ("experts", "*.experts.1.up_proj", "1 of the 4", "exper"),

@@ -355,10 +355,10 @@ def test_several_processes_are_torchruns_with_a_port_of_their_own(environment, s
     environment |= {"PYTHON": showing_python, "TP": "2", "PP": "2"}
     words = bash("convert.sh", "Qwen/Qwen3-0.6B", **environment).stdout.splitlines()
     run = ["-P", "-m", "torch.distributed.run", "--nproc_per_node=4", "--standalone"]
-    assert words[:5] == [*run, str(ROOT / "convert.py")]
+    assert words[:6] == [*run, str(ROOT / "convert.py")]
     environment["PET_RDZV_ENDPOINT"] = "head:29500"
     words = bash("convert.sh", "Qwen/Qwen3-0.6B", **environment).stdout.splitlines()
-    assert words[:4] == [*run[:3], str(ROOT / "convert.py")]
+    assert words[:5] == [*run[:4], str(ROOT / "convert.py")]
 
 
 def test_several_nodes_meet_at_the_first_one(environment):

@@ -299,6 +299,27 @@ def test_a_value_that_no_shape_shows_is_compared_with_the_models(exported, key, 
     assert any(name in each for each in found), found
 
 
+def test_parts_of_a_fused_linear_with_different_algorithms_are_seen(exported, tmp_path):
+    """One of q, k and v in 16 bits, as files and configuration both say."""
+    from safetensors.torch import save_file
+
+    from post_training.export import readback
+
+    source, module = exported[0] / "FP8_DEFAULT_CFG_hf", "model.layers.1.self_attn.k_proj"
+    for each in source.glob("*.json"):
+        (tmp_path / each.name).write_bytes(each.read_bytes())
+    tensors = stored_tensors(source)
+    tensors[f"{module}.weight"] = decode(tensors, module).bfloat16()
+    for kind in ("weight_scale", "input_scale"):
+        del tensors[f"{module}.{kind}"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    content = json.loads((tmp_path / "hf_quant_config.json").read_text())
+    content["quantization"]["exclude_modules"].append(module)
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(content))
+    found = readback.Folder(tmp_path).problems()
+    assert any("computed as one, but are FP8 and None" in each for each in found), found
+
+
 def test_missing_quantization_config_is_seen(exported, tmp_path):
     from post_training.export import readback
 

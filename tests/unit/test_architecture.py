@@ -302,9 +302,9 @@ def test_another_models_name_is_not_taken_for_a_misspelling(architecture):
 @pytest.mark.parametrize(
     ("architecture", "reason"),
     [
-        ("Gemma3ForCausalLM", "another base"),
+        ("Gemma3ForConditionalGeneration", "in both directions"),
         ("Gemma2ForCausalLM", "capped"),
-        ("Olmo2ForCausalLM", "over all heads at once"),
+        ("GraniteMoeForCausalLM", "two tensors"),
     ],
 )
 def test_an_architecture_that_megatron_core_lacks_is_refused_with_the_reason(architecture, reason):
