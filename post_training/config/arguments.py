@@ -38,6 +38,7 @@ _OTHER_RESULTS = frozenset(
     """
     use_mup flash_decode moe_router_force_load_balancing moe_router_force_biased
     moe_input_jitter_eps moe_expert_capacity_factor
+    moe_router_topk_limited_devices use_te_activation_func
     """.split()
 )
 

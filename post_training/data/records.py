@@ -6,7 +6,6 @@ imports torch: checks before the work use it.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import logging
@@ -19,6 +18,7 @@ from urllib.parse import urlparse
 
 from post_training.common import files, inputs, regular
 from post_training.common.errors import UsageError, first_line
+from post_training.data import parquet
 
 csv.field_size_limit(1 << 30)  # Python's own limit is 131,072 characters
 logger = logging.getLogger("post_training")
@@ -148,38 +148,7 @@ def _jsonl(path: Path, option: str) -> Iterator[Row]:
 
 
 def _parquet(path: Path, option: str) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            for batch in table.iter_batches(batch_size=256):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield Row(f"{path}, row {number}", _plain(values))
-    except pyarrow.ArrowException as error:
-        raise UsageError(
-            f"{option} {path}",
-            f"it is not a readable parquet file: {error}",
-            "write it again, or give JSONL",
-        ) from error
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON has it: times and decimals as text, bytes as text where they are UTF-8.
-
-    Other bytes stay what they are: an image is no text, and what asks for text refuses it.
-    """
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if isinstance(value, bytes):
-        with contextlib.suppress(UnicodeDecodeError):
-            return value.decode()
-        return value
-    return value if value is None or isinstance(value, str | bool | int | float) else str(value)
+    yield from (Row(*row) for row in parquet.rows(path, option))
 
 
 def _csv(path: Path, option: str) -> Iterator[Row]:

@@ -262,6 +262,7 @@ def expect_usage_error(capsys, *words: str, contains: list[str]) -> None:
         (["stray"], ["'stray'", "a flag is expected"]),
         (["--moe-expert-capacity-factor", "1"], ["--moe-expert-capacity-factor\n", "computes"]),
         (["--use-mup"], ["--use-mup\n", "computes something else"]),
+        (["--moe-router-topk-limited-devices", "2"], ["--moe-router-topk-limited-devices\n"]),
         (["--num-layers", "many"], ["--num-layers many", "a whole number"]),
         (["--norm-epsilon", "small"], ["small", "a number"]),
         (["--num-layers"], ["--num-layers", "expected one argument"]),

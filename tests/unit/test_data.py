@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from post_training import portable
 from post_training.common import limits
 from post_training.common.errors import UsageError
-from post_training.data import calibration_data, document_formats, records, sources
+from post_training.data import calibration_data, document_formats, parquet, records, sources
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
 
@@ -147,6 +147,19 @@ def test_every_conversation_layout_gives_the_same_turns(row):
 def test_an_instruction_is_followed_by_its_input():
     row = records.Row("here", {"instruction": "Sort.", "input": "b a", "output": "a b"})
     assert document_formats.document_of(row, "--data").messages[0]["content"] == "Sort.\n\nb a"
+
+
+def test_a_small_parquet_file_that_stands_for_gigabytes_is_refused(tmp_path, monkeypatch):
+    """A value that repeats is stored once: 256 of 4 MB in a few kilobytes."""
+    monkeypatch.setattr(parquet, "_BYTES", 256 << 20)
+    table = pyarrow.table({"text": pyarrow.array(["x" * (4 << 20)] * 256)})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 100_000
+    with pytest.raises(UsageError, match="256 rows from row 1 on") as refused:
+        list(records.read(tmp_path / "a.parquet", "--data"))
+    assert "memory" in refused.value.cause
+    monkeypatch.undo()
+    assert len(list(records.read(tmp_path / "a.parquet", "--data"))) == 256
 
 
 def test_parquet_text_csv_and_jsonl_read_alike(tmp_path):
