@@ -244,9 +244,9 @@ class Folder:
                 yield f"{name} is not finite and positive"
 
     def _number(self, name: str) -> float | None:
-        """What a stored tensor of one element holds."""
+        """What a stored number holds; None for the scales of rows or blocks, be it of one."""
         entry = self.index.get(name)
-        return float(self.tensor(name)) if entry and math.prod(entry.shape) == 1 else None
+        return float(self.tensor(name)) if entry and entry.shape in ((), (1,)) else None
 
     def _group_size(self, module: str) -> int | None:
         """Inputs that share a scale, where ModelOpt's configuration says it."""

@@ -52,11 +52,15 @@ SIZES = {
     "head_dim": 32,
     "num_hidden_layers": 2,
 }
-MODELS = {"llama3": {"tie_word_embeddings": False}, "qwen3": {"tie_word_embeddings": True}}
+MODELS = {
+    "llama3": {"tie_word_embeddings": False},
+    "qwen3": {"tie_word_embeddings": True},
+    "mistral": {"hidden_size": 128},  # keys and values are one block of 128 x 128
+}
 # Tied embeddings change nothing that depends on the format.
 EXPORTS = [("llama3", name) for name in FORMATS]
 EXPORTS += [("qwen3", "INT8_DEFAULT_CFG"), ("qwen3", "INT4_AWQ_CFG")]
-EXPORTS += [("qwen3", "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG")]
+EXPORTS += [("mistral", "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG")]
 IN_BF16 = ("INT8_DEFAULT_CFG", "INT8_WEIGHT_ONLY_CFG", "INT4_AWQ_CFG", *IN_MODELOPTS_LAYOUT)
 LEFT_OUT = ("FP8_DEFAULT_CFG", "INT4_AWQ_CFG")  # a layout each
 ROUNDED_INPUTS = {
@@ -184,7 +188,7 @@ def exported(tmp_path_factory):
     text = tools.write_texts(root / "text.jsonl")
     one, two, last = [], [], []
     for family, changes in MODELS.items():
-        tools.random_model(root / family, family, **SIZES, **changes)
+        tools.random_model(root / family, family, **{**SIZES, **changes})
         for name in (name for each, name in EXPORTS if each == family):
             work = root / f"{family} {name}"
             flags = (
