@@ -42,12 +42,6 @@ def check(
             f"the method {method} was not tried on the projections of Mamba layers",
             "choose a format that rounds to nearest, such as FP8_DEFAULT_CFG or NVFP4_DEFAULT_CFG",
         )
-    if method in ("awq_clip", "awq_full") and architecture.resolved()["num_moe_experts"]:
-        raise UsageError(
-            what,
-            f"ModelOpt's {method} fails at an expert that gets no token of a batch",
-            "choose a format with awq_lite or GPTQ, such as INT4_AWQ_CFG or INT4_GPTQ_CFG",
-        )
     if method in FOLDED_METHODS and not architecture.pre_norms:
         raise UsageError(
             what,
@@ -70,3 +64,19 @@ def check(
                 "finds no scales for them",
                 "leave keys and values in 16 bits",
             )
+
+
+def check_clipping(what: str, method: str, experts: int | None) -> None:
+    """Raise UsageError for AWQ's search of clipped maxima in a model with experts.
+
+    Args:
+        what: the format or recipe, in the message.
+        method: of calibration; several are joined by ``+``.
+        experts: of a layer; 0 or None: none.
+    """
+    if experts and {"awq_clip", "awq_full"} & set(method.split("+")):
+        raise UsageError(
+            what,
+            f"ModelOpt's {method} fails at an expert that gets no token of a batch",
+            "choose a format with awq_lite or GPTQ, such as INT4_AWQ_CFG or INT4_GPTQ_CFG",
+        )

@@ -181,6 +181,8 @@ def check(options: QuantizeOptions, choice: Choice, architecture: Architecture |
         used = None if isinstance(choice, Recipe) else weights
         allowed = options.allow_unexportable
         model_checks.check(architecture, what, kv_caches, allowed, method=method, weights=used)
+        for each in named:
+            model_checks.check_clipping(what, each.method, architecture.value("num_moe_experts"))
     if isinstance(choice, Format):
         _check_format(options, choice, architecture)
     sizes = options.parallel

@@ -23,6 +23,7 @@ from post_training.quantization import (
     coverage,
     gptq,
     leaving_out,
+    model_checks,
     packing,
     quantizers,
     row_blocks,
@@ -103,6 +104,8 @@ def with_format(
     names = leaving_out.local_names(model, left_out)
     config["quant_cfg"] += [{"quantizer_name": f"{name}.*", "enable": False} for name in names]
     method = method_of(config)
+    # Of a recipe nothing else has looked at it.
+    model_checks.check_clipping(f"the method {method}", method, model.config.num_moe_experts)
     data.expert_share = _expert_share(options, config)
     with quiet(stdout=True):
         # Not mtq.quantize: it checks that a weight quantizer is enabled on its own rank, and would

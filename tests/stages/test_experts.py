@@ -27,6 +27,7 @@ from post_training.cli.stage import make_plan
 from post_training.common.errors import UsageError
 from post_training.export import readback
 from post_training.models import transformers_names
+from post_training.quantization import model_checks
 from post_training.training import metrics as training_metrics
 from post_training.training import run_folder
 
@@ -358,6 +359,12 @@ def test_what_quantize_cannot_do_with_experts_is_refused_or_noted(root, model, m
         assert f"--moe-calibrate {word}" in said and "all, or the share" in said
     said = refusal(monkeypatch, quantize.STAGE, *save, "--export-quant-cfg", "int4_awq_full")
     assert "awq_full fails at an expert that gets no token" in said
+    searched = ("--export-quant-cfg", "auto", "--auto-quantize-formats", "nvfp4_awq_clip", "fp8")
+    said = refusal(monkeypatch, quantize.STAGE, *save, *searched)
+    assert "awq_clip fails at an expert that gets no token" in said
+    model_checks.check_clipping("a recipe", "awq_lite+max", 8)
+    with pytest.raises(UsageError, match="fails at an expert"):
+        model_checks.check_clipping("a recipe", "max+awq_clip", 8)
     plan = make_plan(quantize.STAGE, list(map(str, (*save, "--moe-calibrate", 0.25))))
     assert "changes nothing: the router sends each token to 2 of 8" in plan.options.notices[-1]
     tools.random_model(root / "dense", "qwen3")

@@ -138,6 +138,11 @@ def test_a_pattern_that_leaves_out_nothing_or_a_part_is_refused(models, tmp_path
 RECIPES = {
     "sizes": ("odd", PTQ + WEIGHTS % "" + NEVER, "linear_proj has 256 outputs and 96 inputs"),
     "experts": ("experts", PTQ + WEIGHTS % "" + INPUTS % "" + NEVER, "does not read experts"),
+    "clipping": (
+        "experts",
+        PTQ.replace("max", "awq_clip") + WEIGHTS % "" + NEVER,
+        "awq_clip fails at an expert that gets no token",
+    ),
     "blocks of rows": ("narrow", PTQ + SQUARES + NEVER, "linear_qkv has 64 outputs"),
     "a search": ("odd", SEARCH + WEIGHTS % "", "linear_proj has 256 outputs and 96 inputs"),
 }
