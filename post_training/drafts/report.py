@@ -168,7 +168,14 @@ def exported(metrics: Mapping[str, Any], folder: Path) -> dict[str, str]:
     }
 
 
-def served(folder: Path) -> str:
-    """The option of ``vllm serve`` for an exported draft, after a space."""
+def served(folder: Path, target: str) -> str:
+    """The options of vLLM's or SGLang's server for an exported draft, after a space."""
+    if target == "sglang":
+        return (
+            f" --speculative-algorithm EAGLE3 --speculative-draft-model-path {folder} "
+            "--speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-num-draft-tokens 4"
+        )
+    if target != "vllm":
+        return ""  # TensorRT-LLM reads it from a file
     described = {"method": "eagle3", "model": str(folder), "num_speculative_tokens": 3}
     return f" --speculative-config '{json.dumps(described)}'"

@@ -10,6 +10,13 @@ from post_training.common import report
 from post_training.drafts import report as draft_report
 from post_training.drafts.record import SUBFOLDER
 
+# By --target.
+_SERVE = {
+    "vllm": "vllm serve",
+    "sglang": "python -m sglang.launch_server --model-path",
+    "trtllm": "trtllm-serve",
+}
+
 
 def show(folder: Path, content: Mapping[str, Any], *, has_model: bool, simulated: bool) -> None:
     """Print what was written to ``folder``, and how to serve it.
@@ -35,10 +42,10 @@ def show(folder: Path, content: Mapping[str, Any], *, has_model: bool, simulated
     if draft:
         place = folder / SUBFOLDER if has_model else folder
         rows |= draft_report.exported(draft, place)
-        served = draft_report.served(place)
+        served = draft_report.served(place, content["target"])
     if "draft_left_out" in metrics:
         rows["draft"] = f"NOT WRITTEN: {metrics['draft_left_out']}"
     rows["folder"] = f"{folder} ({report.size(folder)})"
-    serve = "vllm_serve_fakequant.py" if simulated else "vllm serve"
+    serve = "vllm_serve_fakequant.py" if simulated else _SERVE[content["target"]]
     next_step = f"{serve} {target}{served}"
     report.summary("exported and verified", {**rows, **report.cost(content)}, next_step)

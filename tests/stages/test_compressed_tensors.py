@@ -604,5 +604,10 @@ def test_a_checkpoint_is_exported_for_the_engines_that_read_it_alone(exported, t
     assert json.loads((work / "run.json").read_text())["quantization"]["target"] == "vllm"
     flags = ("--load", work, "--export-dir", tmp_path / "hf", "--check", "--target")
     tools.run("export.py", *flags, "sglang")
+    done = tools.run("export.py", *flags[:4], "--fp32", "--target", "sglang")
+    assert (
+        f"python -m sglang.launch_server --model-path {tmp_path / 'hf'}"
+        in done.stdout + done.stderr
+    )
     done = tools.run("export.py", *flags, "trtllm", code=2)
     assert "TensorRT-LLM" in done.stderr and "vLLM, SGLang would" in done.stderr
