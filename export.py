@@ -124,8 +124,9 @@ def check(options: ExportOptions) -> Plan:
             export_target.check(source, target)
         needed = size_estimate(source, options)
         outputs.check_folder(folder, outputs.EXPORT, overwrite=options.overwrite, needed=needed)
-    has_draft = draft_of(source) is not None
-    return Plan(options, source, folder, not alone, alone or has_draft, target)
+    draft = draft_of(source)
+    export_target.check_draft(draft, source, target)
+    return Plan(options, source, folder, not alone, alone or draft is not None, target)
 
 
 def export(plan: Plan, session: Session) -> dict[str, Any]:

@@ -73,7 +73,16 @@ def check(
     Raises:
         UsageError: naming the layer and its sizes.
     """
-    support = engines.TARGETS[target].algorithms.get(algorithm, Support())
+    engine = engines.TARGETS[target]
+    why = engine.not_modelopt.get(values["huggingface_architecture"] or "", "")
+    if why and algorithm and algorithm not in engines.COMPRESSED_TENSORS:
+        raise UsageError(
+            what,
+            f"{engine.name} ({engine.version}) does not load it: {why}",
+            "choose a format in the layout of compressed-tensors, such as INT8_WEIGHT_ONLY_CFG or "
+            "INT8_PER_CHANNEL_PER_TOKEN_CFG, or another --target",
+        )
+    support = engine.algorithms.get(algorithm, Support())
     for layer in layers(values, separate=support.separate):
         name = layer.first_but(left_out)
         why = name and refusal(

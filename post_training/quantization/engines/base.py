@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # In order of age.
 GENERATIONS = ("Ampere", "Ada", "Hopper", "Blackwell")
@@ -65,6 +65,8 @@ class Engine:
         mixes: algorithms that it reads side by side in one model.
         kv_caches: ``kv_cache_quant_algo`` that it reads.
         compressed_kv_caches: those that it reads in the layout of compressed-tensors.
+        last_layer: whether a draft may read the output of the model's last layer.
+        not_modelopt: architectures that it does not load in ModelOpt's layout -> why.
     """
 
     target: str
@@ -75,6 +77,8 @@ class Engine:
     mixes: frozenset[str] = frozenset()
     kv_caches: frozenset[str] = frozenset()
     compressed_kv_caches: frozenset[str] = frozenset()
+    last_layer: bool = True
+    not_modelopt: Mapping[str, str] = field(default_factory=dict)
 
     def version_of(self, algorithm: str) -> str:
         """The version whose loader reads the algorithm."""
