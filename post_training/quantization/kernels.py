@@ -11,7 +11,7 @@ from post_training.models import parameter_count
 from post_training.models.architecture import Architecture
 from post_training.quantization import layer_names
 from post_training.quantization.engines import registry as engines
-from post_training.quantization.engines.base import Support
+from post_training.quantization.engines.base import COMPRESSED_TENSORS, Support
 
 _REMEDY = (
     "choose another format, such as FP8_DEFAULT_CFG or, for experts, INT8_WEIGHT_ONLY_CFG; or give "
@@ -75,7 +75,7 @@ def check(
     """
     engine = engines.TARGETS[target]
     why = engine.not_modelopt.get(values["huggingface_architecture"] or "", "")
-    if why and algorithm and algorithm not in engines.COMPRESSED_TENSORS:
+    if why and algorithm and algorithm not in COMPRESSED_TENSORS:
         raise UsageError(
             what,
             f"{engine.name} ({engine.version}) does not load it: {why}",
