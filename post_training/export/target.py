@@ -25,7 +25,8 @@ def check(source: Source, target: str) -> None:
         UsageError: naming the format, the reason and what to do.
     """
     recorded = (source.manifest or {}).get("quantization") or {}
-    algorithm, reason = recorded.get("quant_algo", ""), recorded.get("reason", "")
+    algorithm = engines.stored_as(recorded.get("quant_algo", ""), target)
+    reason = recorded.get("reason", "")
     what = f"--load {source.location} --target {target}"
     if recorded.get("exportable") is not False:
         reason = engines.refusal(algorithm, target, recorded.get("kv_cache_quant_algo", ""))

@@ -9,6 +9,7 @@ from post_training.common.errors import UsageError
 from post_training.distributed.parallel import Parallel
 from post_training.models import parameter_count
 from post_training.models.architecture import Architecture
+from post_training.models.families import registry as families
 from post_training.quantization import layer_names
 from post_training.quantization.engines import registry as engines
 from post_training.quantization.engines.base import COMPRESSED_TENSORS, Support
@@ -83,6 +84,13 @@ def check(
             "INT8_PER_CHANNEL_PER_TOKEN_CFG, or another --target",
         )
     support = engine.algorithms.get(algorithm, Support())
+    if not support.special and _is_special(values):
+        raise UsageError(
+            what,
+            f"{engine.name}'s {algorithm} was read for linears of q, k, v and gate, up of their "
+            "own, which this model's files do not have",
+            _REMEDY,
+        )
     for layer in layers(values, separate=support.separate):
         name = layer.first_but(left_out)
         why = name and refusal(
@@ -96,6 +104,12 @@ def check(
         )
         if why:
             raise UsageError(what, why, _REMEDY)
+
+
+def _is_special(values: Mapping[str, Any]) -> bool:
+    """Whether attention is multi-latent, or linears are joined in the files."""
+    family = families.FAMILIES.get(values["huggingface_architecture"] or "")
+    return bool(values["multi_latent_attention"] or (family and family.joined(values)))
 
 
 def check_blocks(

@@ -586,7 +586,7 @@ def test_experts_with_static_inputs_are_refused(tmp_path, name):
         check(arguments.parse("quantize", QuantizeOptions, words))
 
 
-@pytest.mark.parametrize("name", ["int8_sq_pt", "int4_awq"])
+@pytest.mark.parametrize("name", ["int8_sq_pt", "int8_pc_pt"])
 def test_a_format_that_the_target_does_not_read_is_refused_before_calibration(tmp_path, name):
     tools.random_model(tmp_path / "model", "llama3", **SIZES)
     flags = ("--pretrained-model-path", tmp_path / "model", "--save", tmp_path / "q", "--check")
@@ -609,5 +609,6 @@ def test_a_checkpoint_is_exported_for_the_engines_that_read_it_alone(exported, t
         f"python -m sglang.launch_server --model-path {tmp_path / 'hf'}"
         in done.stdout + done.stderr
     )
-    done = tools.run("export.py", *flags, "trtllm", code=2)
-    assert "TensorRT-LLM" in done.stderr and "vLLM, SGLang would" in done.stderr
+    static = ("--load", exported[0] / "llama3 INT8_DEFAULT_CFG", *flags[2:])
+    done = tools.run("export.py", *static, "trtllm", code=2)
+    assert "TensorRT-LLM" in done.stderr and "vLLM would" in done.stderr

@@ -140,7 +140,11 @@ def test_formats_that_no_engine_would_read_correctly_are_refused_with_the_reason
 
 
 def test_every_exportable_algorithm_has_engines_and_gpus():
-    found = [exportable.verdict(row) for row in formats.FORMATS.values()]
+    found = [
+        exportable.verdict(row, target=target)
+        for row in formats.FORMATS.values()
+        for target in engines.TARGETS
+    ]
     algorithms = {each.quant_algo for each in found if each.exportable}
     assert algorithms | {"MIXED_PRECISION"} == set(engines.algorithms())
     for algorithm in algorithms:
@@ -207,7 +211,7 @@ def test_an_input_with_a_scale_per_token_is_recognised():
 
 
 def test_an_engine_that_does_not_read_a_format_is_named_with_those_that_do():
-    found = exportable.verdict(formats.FORMATS["INT8_WEIGHT_ONLY_CFG"], target="trtllm")
+    found = exportable.verdict(formats.FORMATS["INT8_PER_CHANNEL_PER_TOKEN_CFG"], target="trtllm")
     assert not found.exportable
     assert "TensorRT-LLM" in found.reason
     assert "; vLLM, SGLang would" in found.reason
