@@ -389,7 +389,7 @@ def test_scales_of_a_bf16_model_are_numbers_of_bf16(exported, name):
 @pytest.mark.parametrize(
     ("name", "how"),
     [
-        # ModelOpt packs weights in the middle of two numbers of MXFP4 otherwise than it rounds them.
+        # ModelOpt packs weights between two numbers of MXFP4 otherwise than it rounds them.
         *((name, "packed") for name in IN_BF16 if name not in POWERS),
         # AWQ's search compares sums of errors, which two stages add up in another order.
         *((name, "bf16") for name in IN_BF16 if name != "INT4_AWQ_CFG"),
