@@ -89,6 +89,7 @@ def quantize(plan: Plan, session: Session) -> Quantized:
     Raises:
         UsageError: if the format cannot be exported, or a weight that it matches has no scale.
     """
+    from post_training.inference.batching import Batching
     from post_training.quantization import calibration, configuration, ptq
 
     options = plan.options
@@ -100,7 +101,9 @@ def quantize(plan: Plan, session: Session) -> Quantized:
     )
     model = loading.load(source, options, session)
     data = calibration.Calibration(
-        samples, options.calibration.calib_batch_size, session.show_progress
+        samples,
+        Batching(options.calibration.calib_batch_size, "--calib-batch-size"),
+        session.show_progress,
     )
     result = ptq.quantize(model, options, plan.choice, data)
     reason = families.family_of(source.architecture).not_quantized
