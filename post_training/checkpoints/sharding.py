@@ -82,9 +82,11 @@ def keep_dtypes(model: MegatronModule, weights: Path) -> None:
     there = stored(weights)
     for name, tensor in model.sharded_state_dict(metadata=metadata(weights)).items():
         key = getattr(tensor, "key", "")
-        found: Any = there.get(key, there.get(f"{key}_w"))
+        # Those of a gated delta net's linear are in parts.
+        names = (key, f"{key}_w", f"{key}.query")
+        found: Any = next((there[each] for each in names if each in there), None)
         dtype = found.properties.dtype if hasattr(found, "properties") else None
-        if name.endswith("weight_quantizer._amax") and dtype not in (None, tensor.dtype):
+        if name.endswith("weight_quantizer._amax") and dtype not in (None, tensor.data.dtype):
             quantizer = model.get_submodule(name.rpartition(".")[0])
             quantizer._amax = quantizer._amax.to(dtype)
 

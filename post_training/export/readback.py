@@ -69,9 +69,10 @@ class Folder:
             kept = model.state_dict().keys()
             tensors = {name: each for name, each in model.named_buffers() if name in kept}
             saved = revert_weight_conversion(model, {**dict(model.named_parameters()), **tensors})
-        published = {each: name for name, each in families.of(self.config).other_names.items()}
+        family = families.of(self.config)
+        published = {each: name for name, each in family.other_names.items()}
         shapes = {published.get(name, name): tuple(each.shape) for name, each in saved.items()}
-        return stacked_experts.named(shapes, self.index)
+        return stacked_experts.named(shapes, self.index, family.stacked)
 
     def tensor(self, name: str) -> torch.Tensor:
         """One stored tensor, as it is."""
@@ -157,7 +158,8 @@ class Folder:
 
     def _loaded(self) -> Any:
         """The model with its dequantized weights, in float32."""
-        weights = stacked_experts.joined({n: self.dequantized(n) for n in self.expected})
+        stacked = families.of(self.config).stacked
+        weights = stacked_experts.joined({n: self.dequantized(n) for n in self.expected}, stacked)
         with torch.device("meta"):
             model_class: Any = type(self._untrained())
         return model_class.from_pretrained(

@@ -121,6 +121,12 @@ def configuration(
             "they depend on the length of the text, which drafted tokens would change",
             "train a draft for a model with other rotary positions",
         )
+    if architecture.has_delta_nets:
+        raise UsageError(
+            "the target's gated delta nets",
+            "their states cannot be taken back to before tokens of a draft that were refused",
+            "train a draft for a model with attention in every layer",
+        )
     if target["multipliers"]:
         raise UsageError(
             "the target's multipliers of embeddings and logits",

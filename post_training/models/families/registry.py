@@ -12,6 +12,8 @@ from post_training.models import quantized_files
 from post_training.models.architecture import Architecture
 from post_training.models.families.base import Family
 
+Joined = Mapping[str, Mapping[str, int]]
+Divided = Mapping[str, Mapping[str, Sequence[int]]]
 # One row a file of this folder; each file has a tuple FAMILIES.
 _FILES = (
     "deepseek",
@@ -32,6 +34,7 @@ _FILES = (
     "phi3",
     "qwen",
     "qwen_moe",
+    "qwen_next",
     "seed_oss",
     "smollm",
 )
@@ -53,6 +56,7 @@ PARTS = {
     "experts": ("num_moe_experts",),
     "multi-latent attention": ("multi_latent_attention",),
     "Mamba layers": ("hybrid_layer_pattern", "is_hybrid_model"),
+    "gated delta nets": ("linear_attention_freq",),
 }
 # A model of an unknown architecture keeps the keys that most decoders share.
 _ANY_DECODER = Family(name="decoder", architecture="", defaults={}, tiny={})
@@ -143,9 +147,13 @@ def is_carried(config: Mapping[str, Any], name: str) -> bool:
     return of(config).is_carried(config, name)
 
 
-def joined(architecture: Architecture) -> Mapping[str, Mapping[str, int]]:
-    """Linear layers of the files that hold several of ModelOpt's; see :meth:`Family.joined`."""
-    return family_of(architecture).joined(architecture.resolved())
+def rearranged(architecture: Architecture) -> tuple[Joined, Divided]:
+    """Linear layers of the files that hold several of ModelOpt's, or parts of them.
+
+    See :meth:`Family.joined` and :meth:`Family.divided`.
+    """
+    family, values = family_of(architecture), architecture.resolved()
+    return family.joined(values), family.divided(values)
 
 
 def refuse_quantized(config: Mapping[str, Any], source: str = "config.json") -> None:
