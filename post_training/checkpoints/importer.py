@@ -180,26 +180,39 @@ class Importer(GPTModelImporter):
         A layer's experts are one tensor, [experts, in, out] or [experts, out, in], all gates before
         all ups.
         """
-        self.names_read.add(prefix)
         experts = list(module.children())
         ranks = parallel_state.get_expert_tensor_parallel_world_size()
         rank = parallel_state.get_expert_tensor_parallel_rank()
         first = parallel_state.get_expert_model_parallel_rank() * len(experts)
-        with safe_open(self.index[prefix].path, framework="pt") as file:
-            whole = file.get_slice(prefix)
-            for number, expert in enumerate(experts, start=first):
-                weight = whole[number : number + 1][0]
-                weight = weight.T if inputs_first else weight
-                if layer_type == "linear_fc1":
-                    halves = (half.chunk(ranks)[rank] for half in weight.chunk(2))
-                    weight = torch.cat(list(halves))
-                else:
-                    weight = weight.chunk(ranks, dim=1)[rank]
-                parameter = getattr(expert, layer_type).weight
-                if parameter.shape != weight.shape:
-                    raise ValueError(f"{prefix}: {weight.shape}, not {parameter.shape}")
-                with torch.no_grad():
-                    parameter.copy_(weight)
+        for number, expert in enumerate(experts, start=first):
+            weight = self._of_expert(prefix, number, inputs_first)
+            if layer_type == "linear_fc1":
+                halves = (half.chunk(ranks)[rank] for half in weight.chunk(2))
+                weight = torch.cat(list(halves))
+            else:
+                weight = weight.chunk(ranks, dim=1)[rank]
+            parameter = getattr(expert, layer_type).weight
+            if parameter.shape != weight.shape:
+                raise ValueError(f"{prefix}: {weight.shape}, not {parameter.shape}")
+            with torch.no_grad():
+                parameter.copy_(weight)
+
+    def _of_expert(self, prefix: str, number: int, inputs_first: bool) -> torch.Tensor:
+        """An expert's weight, [out, in], of one tensor or of the expert's own."""
+        if prefix in self.index:
+            self.names_read.add(prefix)
+            with safe_open(self.index[prefix].path, framework="pt") as file:
+                weight = file.get_slice(prefix)[number : number + 1][0]
+            return weight.T if inputs_first else weight
+        stacked = families.FAMILIES[self.arch].stacked
+        if stacked is None:
+            raise KeyError(f"the source has no tensor {prefix}")
+        is_gate = prefix.endswith(stacked.gate_up)
+        whole, names = (
+            (stacked.gate_up, stacked.one[:2]) if is_gate else (stacked.down, stacked.one[2:])
+        )
+        parent = f"{prefix.removesuffix(whole)}experts.{number}"
+        return torch.cat([self._get_safetensor(f"{parent}.{name}.weight") for name in names])
 
     def _unpack_name_remapping_gpt_oss(
         self,

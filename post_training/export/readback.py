@@ -286,7 +286,8 @@ class Folder:
         for module in sorted(modules):
             # Embeddings are never quantized; a linear that is neither quantized nor excluded
             # would be read as quantized.
-            is_linear = module.endswith(("_proj", "_with_mqa", "lm_head")) or ".experts." in module
+            ends = ("_proj", "_with_mqa", "lm_head")
+            is_linear = module.endswith(ends) or ".experts." in module or ".in_proj_" in module
             covered = module not in listed if listed is not None else self._is_excluded(module)
             if is_linear and not covered and f"{module}.weight_scale" not in self.index:
                 yield f"{module} is plain, but the configuration does not exclude it"

@@ -17,9 +17,12 @@ from post_training.models.families.stacked import StackedExperts
 def named(
     expected: Mapping[str, tuple[int, ...]], stored: Container[str], stacked: StackedExperts | None
 ) -> dict[str, tuple[int, ...]]:
-    """``expected`` with each expert's names and shapes for what is not ``stored`` as one tensor."""
+    """``expected`` with each expert's names and shapes for what is not ``stored`` as one tensor.
+
+    transformers saves some experts one by one that published files have in one tensor.
+    """
     found: dict[str, tuple[int, ...]] = {}
-    for name, shape in expected.items():
+    for name, shape in _together(expected, stacked).items():
         whole = _whole(name, stacked)
         if stacked is None or name in stored or not whole:
             found[name] = shape
@@ -58,6 +61,14 @@ def joined(
         for own, whole in ((stacked.gate_up, both), (stacked.down, downs)):
             found[f"{parent}{own}"] = whole.mT if stacked.inputs_first else whole
     return found
+
+
+def _together(
+    expected: Mapping[str, tuple[int, ...]], stacked: StackedExperts | None
+) -> dict[str, tuple[int, ...]]:
+    """``expected`` with the experts of a layer in one tensor."""
+    meta = {name: torch.empty(shape, device="meta") for name, shape in expected.items()}
+    return {name: tuple(each.shape) for name, each in joined(meta, stacked).items()}
 
 
 def _whole(name: str, stacked: StackedExperts | None) -> str:

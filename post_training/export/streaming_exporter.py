@@ -156,6 +156,11 @@ class StreamingExporter(GPTModelExporter):
             super()._record_layer_quant_config(part, *described)
 
     def _record_excluded_module(self, prefix: str) -> None:
+        """Of experts in one tensor, engines ask for the layer that has them, ``experts``."""
+        family = families.FAMILIES.get(self.arch)
+        for whole in family.stacked[:2] if family and family.stacked else ():
+            if prefix.endswith(f".{whole}"):
+                super()._record_excluded_module(f"{prefix.removesuffix(whole)}experts*")
         for part in self._dividing.modules(self._joining.module(prefix)):
             super()._record_excluded_module(part)
 
@@ -176,11 +181,16 @@ class StreamingExporter(GPTModelExporter):
         """As the original, but a parameter of its own (attention sinks, the decays of Mamba layers;
         they are float32 in the model) is written in the dtype of the others, where that does not
         change it."""
+        if isinstance(module, torch.Tensor) and module.dim() == 2:
+            # A linear by its parameter alone: the gate of shared experts.
+            linear = torch.nn.Linear(0, 0, bias=False, device="meta")
+            linear.weight = torch.nn.Parameter(module.detach(), requires_grad=False)
+            module, prefix = linear, prefix.removesuffix("weight")
         if isinstance(module, torch.Tensor):
             exact, rounded = module.detach(), module.detach().to(self.dtype)
             keeps = self._view is None and torch.equal(rounded.to(exact.dtype), exact)
             module = rounded if keeps else exact.float()
-            if module.dim() > 1:  # such as the gate of shared experts
+            if module.dim() > 1:  # kernels of a convolution
                 self._record_excluded_module(prefix.removesuffix("weight"))
         super()._name_remapping(module, prefix, **options)
 

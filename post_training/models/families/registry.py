@@ -33,6 +33,7 @@ _FILES = (
     "olmo",
     "phi3",
     "qwen",
+    "qwen35",
     "qwen_moe",
     "qwen_next",
     "seed_oss",
@@ -43,13 +44,19 @@ FAMILIES: dict[str, Family] = {
     for name in _FILES
     for family in importlib.import_module(f"{__package__}.{name}").FAMILIES
 }
+_INDEXER = (
+    "its attention chooses tokens by an indexer: ModelOpt reads no indexer's weights, and "
+    "megatron-core keeps no cache for it"
+)
 # Architectures near to a known one that megatron-core 0.19's layers do not compute.
 _NOT_COMPUTED = {
     "Gemma2ForCausalLM": "its attention scores and logits are capped",
     "Gemma3ForConditionalGeneration": "tokens of an image attend to each other in both directions; "
     "its text model alone (Gemma3ForCausalLM) is converted",
-    "GraniteMoeForCausalLM": "a layer's experts are two tensors (input_linear, output_linear), for "
-    "which there are no rules yet",
+    "DeepseekV32ForCausalLM": _INDEXER,
+    "GlmMoeDsaForCausalLM": _INDEXER,
+    "GraniteMoeHybridForCausalLM": "a layer has a Mamba or attention part, and an MLP or experts, "
+    "times constant factors; layers of megatron-core's hybrid have one part",
 }
 # What a model may have beyond a dense decoder, and the flags that state it.
 PARTS = {
