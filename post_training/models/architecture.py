@@ -82,7 +82,8 @@ class Architecture:
     of layers within a window, where it is another one (``models/local_rotary.py``).
     ``attention_chunks`` (``size``, and 1 in ``layers`` for each layer that attends within chunks)
     and ``attention_temperature`` (``floor_scale`` and ``scale``, on layers without rotation) are
-    Llama 4's (``models/llama4_attention.py``).
+    Llama 4's (``models/llama4_attention.py``); Ministral 3 has the latter on all layers, ``from``
+    position 0.
     """
 
     transformer: dict[str, Any]

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.ssm.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules, common
 from megatron.core.ssm.utils import _split_tensor_factory
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
@@ -169,31 +167,18 @@ class CachingGatedDeltaNet(GatedDeltaNet):
         return query, key, value.unflatten(-1, (-1, self.value_head_dim))
 
     def sharded_state_dict(self, prefix: str = "", *arguments: Any, **options: Any) -> Any:
-        """Each part of a linear is divided over ranks, and so are the maxima of its rows."""
+        """Each part of a linear is divided over ranks."""
         found = super().sharded_state_dict(prefix, *arguments, **options)
-        linears = (
-            ("in_proj", self.in_proj_split_names, self.in_proj_split_sections),
-            ("in_proj_ba", ["beta", "alpha"], (self.num_v_heads_local_tp,) * 2),
-        )
-        for linear, names, rows in linears:
-            for key, value in found.items():
-                if key.startswith(f"{prefix}{linear}.") and isinstance(value, ShardedTensor):
-                    found[key] = _divided(value, names, rows)
+        key, parts = f"{prefix}in_proj_ba.weight", self.row_parts("in_proj_ba")
+        found[key] = _split_tensor_factory(found[key], list(parts.values()), list(parts), 0)
         return found
 
-
-def _divided(value: ShardedTensor, names: Sequence[str], rows: Sequence[int]) -> Any:
-    """A factory of each part's tensor, or ``value`` if it does not belong to rows.
-
-    A maximum may belong to one row, to some of its blocks or to several rows.
-    """
-    if not value.local_shape:
-        return value
-    share = Fraction(value.local_shape[0], sum(rows))
-    sizes = [share * each for each in rows]
-    if any(size.denominator != 1 for size in sizes):
-        return value
-    return _split_tensor_factory(value, [int(size) for size in sizes], list(names), 0)
+    def row_parts(self, linear: str) -> dict[str, int]:
+        """This rank's rows of each part of a linear, which ranks divide part by part."""
+        if linear == "in_proj":
+            return dict(zip(self.in_proj_split_names, self.in_proj_split_sections, strict=True))
+        heads: int = self.num_v_heads_local_tp
+        return {"beta": heads, "alpha": heads}
 
 
 def replace_attention(block: Any, config: Any, layers: Sequence[int]) -> None:

@@ -37,6 +37,12 @@ class CachingMambaMixer(MambaMixer):
         found: RecurrentStates = memory[self.layer_number]
         return found
 
+    def row_parts(self, linear: str) -> dict[str, int]:
+        """This rank's rows of each part of a linear, which ranks divide part by part."""
+        states = self.ngroups_local_tp * self.d_state
+        inner = self.d_inner_local_tp
+        return {"z": inner, "x": inner, "B": states, "C": states, "dt": self.nheads_local_tp}
+
     def _decode(
         self,
         hidden_states: torch.Tensor,

@@ -29,7 +29,7 @@ from post_training.export.joining import Joining
 # One matrix for query, key and value: scales of blocks are joined too.
 READ = [name for name, family in tools.FAMILIES.items() if not family.not_quantized]
 INTEGERS = "INT4_BLOCKWISE_WEIGHT_ONLY_CFG"
-MORE = ("glm4-moe", "olmo2", "olmo3", "minimax-m2", "gemma3", "qwen3-next")
+MORE = ("glm4-moe", "olmo2", "olmo3", "minimax-m2", "gemma3", "qwen3-next", "granite-moe-shared")
 FORMATS = (
     dict.fromkeys(READ, ("FP8_DEFAULT_CFG",))
     | {"phi3": ("NVFP4_DEFAULT_CFG",)}

@@ -13,11 +13,13 @@ from post_training.models.families import registry as families
 
 SCALED = {scaled["rope_parameters"]["rope_type"]: scaled for _, scaled in tools.ROTARY.values()}
 LENGTHS = (8, 48, 200)
-# Latent attention has YaRN alone, Phi-3 longrope, Nemotron-H no positions.
+# Latent attention has YaRN alone, Phi-3 longrope, Nemotron-H no positions, Ministral 3 a factor of
+# queries among the rotary values.
 PLAIN = [
     name
     for name, family in tools.FAMILIES.items()
-    if "multi-latent attention" not in family.parts and name not in ("phi3", "nemotron-h")
+    if "multi-latent attention" not in family.parts
+    and name not in ("phi3", "nemotron-h", "ministral3")
 ]
 
 

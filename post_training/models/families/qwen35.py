@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from post_training.models.families import gated_delta
+from post_training.models.families import gated_delta, vision
 from post_training.models.families.base import (
     DECODER_KEYS,
     NO_ATTENTION_BIAS,
@@ -29,15 +29,7 @@ class Qwen35(DeltaNets):
     """
 
     def text(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        if not self.prefix:
-            return dict(config)
-        found = config.get("text_config")
-        if not isinstance(found, Mapping):
-            refuse(f"text_config = {found!r}", "the text model's values are needed")
-        tied = [each.get("tie_word_embeddings", False) for each in (config, found)]
-        if tied[0] != tied[1]:
-            refuse(f"tie_word_embeddings = {tied[0]!r}", f"it is {tied[1]!r} in text_config")
-        return dict(found)
+        return vision.text(config) if self.prefix else dict(config)
 
     def divided(self, values: Mapping[str, Any]) -> Mapping[str, Mapping[str, Sequence[int]]]:
         heads = values["linear_num_value_heads"]

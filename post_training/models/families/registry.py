@@ -26,6 +26,7 @@ _FILES = (
     "llama",
     "llama4",
     "minimax",
+    "ministral",
     "mistral",
     "mixtral",
     "nemotron",
