@@ -232,6 +232,9 @@ def test_the_text_model_of_mistral_3_may_be_an_earlier_one(models):
     found = families.from_huggingface({**config, "text_config": text})
     of_text = tools.FAMILIES["mistral"].read(text)
     assert {each.name for each in found.differences(of_text)} == {"huggingface_architecture"}
+    absent = {key: text[key] for key in text.keys() - {"head_dim", "rms_norm_eps"}}
+    found = families.from_huggingface({**config, "text_config": absent})
+    assert found.differences(tools.FAMILIES["mistral"].read(absent))[1:] == []
     for changes, shown in (
         ({"text_config": {**text, "model_type": "mixtral"}}, "model_type = 'mixtral'"),
         ({"text_config": {k: v for k, v in text.items() if k != "sliding_window"}}, "window"),

@@ -115,9 +115,10 @@ def configuration(
             "drafts are made with rotary positions (rope)",
             "train a draft for a model with rotary positions",
         )
-    if (target["rope_parameters"] or {}).get("rope_type") == "dynamic":
+    kind = (target["rope_parameters"] or {}).get("rope_type")
+    if kind in ("dynamic", "longrope"):
         raise UsageError(
-            "the target's rotary positions: dynamic",
+            f"the target's rotary positions: {kind}",
             "they depend on the length of the text, which drafted tokens would change",
             "train a draft for a model with other rotary positions",
         )

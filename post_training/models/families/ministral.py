@@ -77,8 +77,9 @@ class Mistral3(Ministral3):
         if (kind := found.get("model_type", "mistral")) not in ("mistral", "ministral3"):
             refuse(f"text_config: model_type = {kind!r}", "known are 'mistral' and 'ministral3'")
         if kind == "mistral":
-            # What transformers takes for a text model of that kind without the key.
-            found.setdefault("sliding_window", Mistral.absent_window)
+            # What transformers takes for a text model of that kind without the keys.
+            absent = {"sliding_window": Mistral.absent_window, "rms_norm_eps": 1e-6}
+            found = {**absent, "head_dim": None, **found}
         return found
 
     def tempers(self, text: Mapping[str, Any]) -> bool:
