@@ -125,6 +125,10 @@ def run[Options: StageOptions, P: Plan, Result](
                 result = stage.work(plan, opened)
             if opened.is_main and stage.show is not None:
                 stage.show(plan, result, opened)
+        except NotImplementedError as error:  # of a stand-in: says what it lacks and what to do
+            logger.debug("not computed here", exc_info=True)
+            remedy = "leave out the flag that asks for it; --log-level debug shows where it is"
+            raise UsageError(f"{stage.name} on this machine", first_line(error), remedy) from error
         except Exception as error:
             if full := outputs.full_disk(error, found):
                 raise full from error

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from post_training.common import files, inputs, limits
+from post_training.common import inputs, json_text, limits
 from post_training.common.errors import UsageError, suggest
 from post_training.data import records
 from post_training.data.records import Row
@@ -215,7 +215,7 @@ def _from_json(value: Any) -> Any:
     """Some data sets store lists of objects as JSON text, because parquet has fixed columns."""
     if isinstance(value, str):
         try:
-            return files.parse_json(value)
+            return json_text.parse(value)
         except (ValueError, RecursionError):
             return value
     return value

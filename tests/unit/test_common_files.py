@@ -289,6 +289,22 @@ def test_what_someone_put_into_an_output_is_not_replaced_with_it(stage, holds, t
             outputs.check_folder(output, overwrite=True)
 
 
+def test_a_folder_of_somebody_else_is_not_taken_for_what_a_killed_run_left(tmp_path):
+    work = tmp_path / "model.incomplete"
+    (work / "part").mkdir(parents=True)
+    (work / "part" / "weights").write_text("a download")
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match=r"model\.incomplete.* holds something else"):
+            outputs.check_folder(tmp_path / "model", overwrite=overwrite)
+    (work / "part").rename(tmp_path / "model.part")
+    assert files.begin(tmp_path / "model") == work
+    (tmp_path / "model.part").rename(work / "part")
+    outputs.check_folder(tmp_path / "model", overwrite=False)
+    assert not [*files.tree(files.begin(tmp_path / "model"))]
+    files.publish(tmp_path / "model")
+    assert not [*(tmp_path / "model").iterdir()]
+
+
 def test_a_file_of_somebody_else_is_not_taken_for_rows_of_a_run(tmp_path):
     (tmp_path / "answers.jsonl.incomplete").write_text("a download")
     for overwrite in (False, True):
