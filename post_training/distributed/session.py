@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from post_training.common import threads, versions
 from post_training.common.errors import UsageError, exit_with_usage_error, first_line
@@ -35,7 +35,11 @@ logger = logging.getLogger("post_training")
 
 @dataclass
 class Session:
-    """What a stage knows of the process it runs in."""
+    """What a stage knows of the process it runs in.
+
+    ``named_inputs`` are files that its flags name besides models and data, as manifests record
+    them.
+    """
 
     stage: str
     parallel: Parallel
@@ -44,6 +48,7 @@ class Session:
     world: int
     progress_bars: bool = True
     started: float = field(default_factory=time.time)
+    named_inputs: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def is_main(self) -> bool:

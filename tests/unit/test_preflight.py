@@ -227,6 +227,30 @@ def the_models_tokenizer_that_makes_gigabytes_of_a_line(work: Path):
     return flags, [str(model / "tokenizer.json"), "normalizer", "times as long"]
 
 
+def an_adapter_beside_a_model(work: Path):
+    (write_model(work / "m") / "adapter_config.json").write_text("{}")
+    flags = ["--pretrained-model-path", work / "m"]
+    return flags, ["adapter_config.json", "PEFT", "merge_and_unload"]
+
+
+def an_index_of_other_files_beside_a_whole_model(work: Path):
+    model = write_model(work / "m")
+    (write_model(work / "n") / "model.safetensors").rename(model / "model-1.safetensors")
+    names = {"weight_map": {"model.norm.weight": "model-1.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(names))
+    return ["--pretrained-model-path", model], ["besides its files, model.safetensors"]
+
+
+def a_tensor_in_two_files(work: Path):
+    model = write_model(work / "m")
+    other = write_model(work / "n", None, **{"a": [1], "model.norm.weight": [64]})
+    (other / "model.safetensors").rename(model / "model-1.safetensors")
+    names = {"model.norm.weight": "model.safetensors", "a": "model-1.safetensors"}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    parts = ["it has model.norm.weight, and so has", "model-1.safetensors"]
+    return ["--pretrained-model-path", model], parts
+
+
 def an_occupied_output_folder(work: Path):
     (work / "out").mkdir()
     (work / "out" / "notes.txt").write_text("mine")
@@ -326,6 +350,9 @@ CASES: list[Case] = [
     a_tokenizer_folder_without_tokenizer,
     a_tokenizer_folder_that_is_missing,
     the_models_tokenizer_that_makes_gigabytes_of_a_line,
+    an_adapter_beside_a_model,
+    an_index_of_other_files_beside_a_whole_model,
+    a_tensor_in_two_files,
     an_occupied_output_folder,
     an_output_that_a_stage_made,
     an_output_below_a_file,
