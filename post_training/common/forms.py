@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, get_type_hints
 
 import yaml
 
-from post_training.common import files, regular
+from post_training.common import files, json_text, regular
 from post_training.common.errors import UsageError
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def read_yaml(path: Path, what: str, remedy: str) -> Any:
     try:
         text = regular.read_text(path)
         content = yaml.load(text, _Loader)
-        files.require_whole_characters(text, content)
+        json_text.require_whole_characters(text, content)
         return content
     except OSError as error:
         raise UsageError(what, f"it cannot be read: {error.strerror}", remedy) from error

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
-from post_training.common import files, inputs, regular
+from post_training.common import inputs, json_text, regular
 from post_training.common.errors import UsageError, first_line
 from post_training.data import parquet
 
@@ -125,8 +125,8 @@ def _jsonl(path: Path, option: str) -> Iterator[Row]:
                 continue
             place = f"{path}, line {number}"
             try:
-                values = files.parse_json(line)
-            except files.HalfCharacterError as error:
+                values = json_text.parse(line)
+            except json_text.HalfCharacterError as error:
                 remedy = "write the character whole, or delete what is left of it"
                 raise UsageError(f"{option} {place}", str(error), remedy) from error
             except (ValueError, RecursionError) as error:

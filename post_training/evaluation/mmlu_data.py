@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from post_training.common import files, inputs
+from post_training.common import inputs, json_text
 from post_training.common.errors import UsageError
 from post_training.data import records
 from post_training.data.records import Row
@@ -155,7 +155,7 @@ def _choices(values: dict[str, Any]) -> list[Any] | None:
     listed = values.get("choices")
     if isinstance(listed, str):
         try:
-            listed = files.parse_json(listed)
+            listed = json_text.parse(listed)
         except (ValueError, RecursionError):
             return None
     if isinstance(listed, list):
