@@ -7,6 +7,7 @@ It holds stand-ins and nothing else; no feature of this repository lives here.
 - ``site/mamba_ssm``, ``mamba``: the scan and the steps of Mamba-2 layers without their kernels.
 - ``quantization``: the block formats of ModelOpt (NVFP4, MXFP8, ...) without its CUDA kernels.
 - ``imports``: how the above reach the import system.
+- ``left_out``: plugins of ModelOpt that nothing here needs, and that take long to import.
 
 Call :func:`install` once, before ``megatron.core`` or ``modelopt`` is imported::
 
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 
 import torch
 
-from post_training.portable import cuda, imports, mamba, quantization
+from post_training.portable import cuda, imports, left_out, mamba, quantization
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ def install() -> PortableReport:
         cuda.install()
     quantization.install()
     mamba.install()
+    left_out.install()
     return PortableReport(name, str(engine.__version__), on_cpu, reason)
 
 
