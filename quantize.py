@@ -24,6 +24,7 @@ from post_training.checkpoints.source import Source, fetch_source, find_source, 
 from post_training.cli.stage import Stage, run
 from post_training.common import outputs, report
 from post_training.common.errors import UsageError
+from post_training.common.manifest import describe_input
 from post_training.config import checks, model_description
 from post_training.data import options as calibration_options
 from post_training.export import exporting
@@ -108,9 +109,6 @@ def _planned_export(options: QuantizeStageOptions) -> ExportPlan | None:
         return None
     remedy = "or save a checkpoint (MLM_MODEL_SAVE, without EXPORT_DIR) and run export.sh"
     exporting.check_layout(options.parallel, f"TP=1 EP=1 (PP may be larger), {remedy}")
-    if options.parallel.data > 1:
-        what = f"DP={options.parallel.data} with --export-dir {options.export_dir}"
-        raise UsageError(what, "every replica would write the whole model", f"DP=1, {remedy}")
     folder, allowed = Path(options.export_dir), options.allow_unexportable
     return ExportPlan(folder, options.target, options.shard_bytes, allow_unexportable=allowed)
 
@@ -162,10 +160,14 @@ def quantize(plan: Plan, session: Session) -> Quantized:
         content = torch_dist.save(model, plan.save, manifest, small_files=small_files)
     if plan.export is not None:
         metrics = {**metrics, **exporting.write(plan.export, model, source, options, session)}
-        manifest = record.of_run(options, session, source, metrics=metrics, extra=extra)
+        made_from = source.inputs()
+        if plan.save is not None:
+            made_from.append(describe_input("checkpoint", plan.save))
+        manifest = record.of_run(
+            options, session, source, inputs=made_from, metrics=metrics, extra=extra
+        )
         content = exporting.publish(plan.export, manifest)
-    made = plan.save or (plan.export and plan.export.folder)
-    smoke_generation.run(options.smoke, model, tokenizer, f"{made}")
+    smoke_generation.run(options.smoke, model, tokenizer, f"{plan.save or options.export_dir}")
     return Quantized(model, result, content)
 
 

@@ -10,7 +10,7 @@
 #                   .yml), or auto
 #   MLM_MODEL_CKPT  Megatron checkpoint; else HF_MODEL_CKPT, a Hugging Face folder or hub name
 #   MLM_MODEL_SAVE  where to save (default: $MLM_WORK_DIR/<conf>_quant, or not with EXPORT_DIR)
-#   EXPORT_DIR      write the folder of export.sh too, in the same process (TP=1 EP=1 DP=1)
+#   EXPORT_DIR      write the folder of export.sh too, in the same process (TP=1 EP=1)
 #   MLM_PROMPTS, MLM_REF_LABEL  prompts and expected texts of the smoke generation, split by |
 #
 # Further variables: conf/arguments.sh. All flags: bash quantize.sh --help

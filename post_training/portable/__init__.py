@@ -8,6 +8,7 @@ It holds stand-ins and nothing else; no feature of this repository lives here.
 - ``delta_rule``: the recurrence of gated delta nets without the kernels of ``fla``.
 - ``quantization``: the block formats of ModelOpt (NVFP4, MXFP8, ...) without its CUDA kernels.
 - ``imports``: how the above reach the import system.
+- ``left_out``: plugins of ModelOpt that nothing here needs, and that take long to import.
 
 Call :func:`install` once, before ``megatron.core`` or ``modelopt`` is imported::
 
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 
 import torch
 
-from post_training.portable import cuda, delta_rule, imports, mamba, quantization
+from post_training.portable import cuda, delta_rule, imports, left_out, mamba, quantization
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,7 @@ def install() -> PortableReport:
     quantization.install()
     mamba.install()
     delta_rule.install()
+    left_out.install()
     return PortableReport(name, str(engine.__version__), on_cpu, reason)
 
 

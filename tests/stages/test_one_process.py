@@ -43,9 +43,9 @@ def contents(folder):
     }
 
 
-@pytest.mark.parametrize("layout", ["TP=1", "PP=2"])
+@pytest.mark.parametrize("layout", ["TP=1", "PP=2", "DP=2"])
 def test_the_folder_is_the_one_of_two_processes_bit_for_bit(source, layout, tmp_path):
-    processes, sizes = tools.LAYOUTS[layout]
+    processes, sizes = tools.LAYOUTS[layout] if layout != "DP=2" else (2, ())
     cases = CASES if processes == 1 else ["fp8"]
     at_once = [
         ("quantize", words(source, case, "--export-dir", tmp_path / f"{case}_1", *sizes))
@@ -62,7 +62,7 @@ def test_the_folder_is_the_one_of_two_processes_bit_for_bit(source, layout, tmp_
                     *shards.get(case, ()), *sizes))
         for case in cases
     ]  # fmt: skip
-    tools.run_stages(*exported, processes=processes)
+    tools.run_stages(*exported, processes=processes if sizes else 1)
     for case in cases:
         one, two = contents(tmp_path / f"{case}_1"), contents(tmp_path / f"{case}_2")
         assert "config.json" in one
@@ -80,7 +80,8 @@ def test_the_manifest_names_the_source_and_what_was_done(source, tmp_path):
     assert content["quantization"]["format"] == "FP8_DEFAULT_CFG"
     assert content["metrics"]["calibration"]["tokens"] == 256
     assert content["metrics"]["tensors_compared"] > 0
-    assert manifest.is_valid(tmp_path / "hf", str(source / "qwen3"))
+    for made_from in (source / "qwen3", tmp_path / "mlm"):
+        assert manifest.is_valid(tmp_path / "hf", str(made_from))
     saved = manifest.read(tmp_path / "mlm")
     assert saved["stage"] == "quantize"
     assert saved["quantization"] == content["quantization"]
@@ -92,7 +93,6 @@ def test_the_manifest_names_the_source_and_what_was_done(source, tmp_path):
 
 REFUSED = {
     "TP": (("--tensor-model-parallel-size", 2), "TP=2", "run export.sh"),
-    "EP": (("--expert-model-parallel-size", 2), "EP=2", "run export.sh"),
     "format": (("--export-quant-cfg", "fp8_kv"), "fp8_kv", "--allow-unexportable"),
     "both in one place": (("--save", "{out}"), "the same file", "another place"),
     "nothing to make": (("--export-dir", ""), "--save (not given)", "EXPORT_DIR"),
@@ -103,7 +103,7 @@ REFUSED = {
 def test_what_export_refuses_is_refused_before_calibration(source, case, tmp_path):
     more, *expected = REFUSED[case]
     more = (str(each).format(out=tmp_path / "hf") for each in more)
-    line = words(source, "experts", "--export-dir", tmp_path / "hf", *more)
+    line = words(source, "fp8", "--export-dir", tmp_path / "hf", *more)
     done = tools.run("quantize.py", *line, "--check", code=2)
     for text in expected:
         assert text in done.stderr
