@@ -106,7 +106,11 @@ def quantize(plan: Plan, session: Session) -> Quantized:
     reason = families.family_of(source.architecture).not_quantized
     if reason:
         result = replace(result, found=Verdict(reason=reason))
-    metrics = {"calibration": data.to_json(), "coverage": result.reached.to_json()}
+    metrics = {
+        "calibration": data.to_json(),
+        "coverage": result.reached.to_json(),
+        "ranges": result.ranges,
+    }
     if result.search:
         metrics["search"] = result.search
     # What later stages read.

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NoReturn
 
-from post_training.common import threads, versions
+from post_training.common import kept_warnings, threads, versions
 from post_training.common.errors import UsageError, exit_with_usage_error
 from post_training.common.garbage import uncollected
 from post_training.common.quiet import quiet
@@ -285,7 +285,7 @@ def configure_logging(stage: str, level: str = "info") -> None:
     handler = logging.StreamHandler(sys.stderr)
     prefix = f"[{stage}]" if rank == 0 else f"[{stage} rank {rank}]"
     handler.setFormatter(logging.Formatter(f"{prefix} %(message)s"))
-    logger.handlers[:] = [handler]
+    logger.handlers[:] = [handler, kept_warnings.Keeper()]
     logger.propagate = False
     chosen = logging.getLevelNamesMapping()[level.upper()]
     logger.setLevel(chosen if rank == 0 else max(chosen, logging.WARNING))
