@@ -64,7 +64,7 @@ def _cell(value: float | None) -> str:
 
 
 def _series(names: Sequence[str], lines: Sequence[Mapping[str, Any]]) -> list[charts.Series]:
-    series = []
+    series: list[charts.Series] = []
     for name in names:
         for kind in ("train", "eval"):
             points = [

@@ -119,11 +119,15 @@ def _chain(chain: Chain) -> list[Block]:
         wide=True,
     )
     blocks: list[Block] = [picture]
+    links = [(node, link) for node in chain.nodes for link in node.links]
+    others = [
+        f"{node.name} from {link.node.name} ({link.role or 'input'})"
+        for node, link in links
+        if link.role != MODEL
+    ]
     if others:
-        blocks.append(Text("Dashed: a teacher, or another model that was only read."))
-    old = sorted(
-        {link.node.name for node in chain.nodes for link in node.links if not link.current}
-    )
+        blocks.append(Text(f"Dashed, models that were only read: {'; '.join(others)}."))
+    old = sorted({link.node.name for _, link in links if not link.current})
     if old:
         blocks.append(
             Text(f"Made again after something was made from it (dotted): {', '.join(old)}.")
