@@ -3,9 +3,9 @@
 Inputs:  --load, a checkpoint of ours (quantized, pruned, drafted); --pretrained-model-name, a
          folder or hub name with configuration and tokenizer, unless the checkpoint carries them.
 Outputs: --export-dir with safetensors, tokenizer, config.json and, for a quantized model,
-         hf_quant_config.json; run.json beside them. The draft of a drafted checkpoint is written
-         to its subfolder draft/; with --export-extra-modules, or from a checkpoint without the
-         target's layers, it is written alone. The folder is read back by independent code and
+         hf_quant_config.json; run.json and a model card (README.md) beside them. The draft of a
+         drafted checkpoint is written to its subfolder draft/; with --export-extra-modules, or from
+         a checkpoint without the target's layers, alone. The folder is read back by other code and
          compared with the model before it gets its name.
 
     MLM_MODEL_CKPT=/work/Qwen3-0.6B_quant bash export.sh Qwen/Qwen3-0.6B
@@ -135,7 +135,7 @@ def export(plan: Plan, session: Session) -> dict[str, Any]:
         UsageError: if the format cannot be exported, or what was written is not the model.
     """
     from post_training.distributed.collectives import on_first_rank
-    from post_training.export import eagle3_exporter, model_folder, vllm_fakequant
+    from post_training.export import eagle3_exporter, model_card, model_folder, vllm_fakequant
 
     options = plan.options
     source = fetch_source(plan.source, options)
@@ -166,7 +166,11 @@ def export(plan: Plan, session: Session) -> dict[str, Any]:
     extra = {"target": plan.target, **source.pruned_from()}
     manifest = record.of_run(options, session, source, metrics=metrics, extra=extra)
 
+    original = loading.local_huggingface(source, options)
+
     def publish() -> dict[str, Any]:
+        card = model_card.Card(plan.folder.resolve().name, source, original, manifest, plan.target)
+        card.write(files.incomplete(plan.folder))
         content = manifest.write(files.incomplete(plan.folder))
         files.publish(plan.folder)
         return content

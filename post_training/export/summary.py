@@ -18,6 +18,11 @@ _SERVE = {
 }
 
 
+def server(target: str, *, simulated: bool) -> str:
+    """The command that the model's folder is appended to."""
+    return "vllm_serve_fakequant.py" if simulated else _SERVE[target]
+
+
 def show(folder: Path, content: Mapping[str, Any], *, has_model: bool, simulated: bool) -> None:
     """Print what was written to ``folder``, and how to serve it.
 
@@ -46,6 +51,5 @@ def show(folder: Path, content: Mapping[str, Any], *, has_model: bool, simulated
     if "draft_left_out" in metrics:
         rows["draft"] = f"NOT WRITTEN: {metrics['draft_left_out']}"
     rows["folder"] = f"{folder} ({report.size(folder)})"
-    serve = "vllm_serve_fakequant.py" if simulated else _SERVE[content["target"]]
-    next_step = f"{serve} {target}{served}"
+    next_step = f"{server(content['target'], simulated=simulated)} {target}{served}"
     report.summary("exported and verified", {**rows, **report.cost(content)}, next_step)

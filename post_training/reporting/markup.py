@@ -12,7 +12,9 @@ import unicodedata
 from pathlib import Path
 
 _LONGEST = 4000  # characters of one text
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~>-])")
+_MARKDOWN = re.compile(r"([\\`*_\[\]|~$])")
+# At the start of a line, where it begins a list, a heading or a rule.
+_AT_START = re.compile(r"(?=[-+#=]+\s)|(?<=\d)(?=[.)]\s)")
 # They reverse the order in which the text around them is shown.
 _DIRECTIONS = {*"\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"}
 
@@ -54,7 +56,9 @@ def element(name: str, *content: str, **attributes: object) -> str:
 def markdown(text: object) -> str:
     """In one line of Markdown, a cell of a table too."""
     line = " ".join(printable(text).split())
-    return _MARKDOWN.sub(r"\\\1", html.escape(line, quote=False))
+    escaped = _MARKDOWN.sub(r"\\\1", html.escape(line, quote=False))
+    first, space, rest = escaped.partition(" ")
+    return _AT_START.sub(r"\\", f"{first}{space}", count=1) + rest
 
 
 def fenced(text: str, language: str = "") -> str:
