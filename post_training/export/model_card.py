@@ -26,7 +26,7 @@ from post_training.export import stated, summary
 from post_training.quantization.engines import registry as engines
 from post_training.reporting import chain, measures, records, values
 from post_training.reporting.markup import fenced, markdown
-from post_training.reporting.measures import Measured, percent, significant
+from post_training.reporting.measures import Measured, percent, precise
 from post_training.reporting.records import Record
 
 _MOST_STAGES = 50  # of a line: a manifest that names itself would have no end
@@ -262,7 +262,7 @@ class Card:
         )  # fmt: skip
         for name, found in others if not self.is_draft else ():
             if found is not None:
-                yield f"{name}: {found.shown(significant)}"
+                yield f"{name}: {found.shown(precise)}"
         if (accepted := measures.acceptance(node)) is not None:
             shown = accepted.shown(lambda value: f"{value:.2f}")
             yield f"acceptance length of the draft: {shown}"

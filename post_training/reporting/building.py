@@ -7,6 +7,7 @@ from pathlib import Path
 
 from post_training.reporting import (
     chain,
+    comparisons,
     curves,
     drafts,
     layers,
@@ -25,6 +26,7 @@ def build(folders: Sequence[Path]) -> tuple[Document, int]:
     problems = list(collected.problems)
     sections = [
         *overview.sections(found),
+        *comparisons.sections(found, problems),
         *scores.sections(found),
         *layers.sections(found),
         *drafts.sections(found),

@@ -15,8 +15,8 @@ from post_training.common import inputs
 from post_training.reporting import values
 from post_training.reporting.records import Record
 
-MODEL = "model"
-_OF_MODELS = (MODEL, "teacher", "reference", "target", "draft")  # roles of inputs
+MODEL, REFERENCE = "model", "reference"
+_OF_MODELS = (MODEL, REFERENCE, "teacher", "target", "draft")  # roles of inputs
 
 
 @dataclass(eq=False)
@@ -27,6 +27,7 @@ class Node:
         path: of the folder, or the hub's name.
         links: what it was made from.
         reports: measurements of it as it is; ``outdated`` ones are of what lay there before.
+        references: measurements of others beside it.
     """
 
     path: str
@@ -34,6 +35,7 @@ class Node:
     links: list[Link] = field(default_factory=list)
     reports: list[Record] = field(default_factory=list)
     outdated: list[Record] = field(default_factory=list)
+    references: list[Record] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -85,6 +87,10 @@ class Chain:
     def outputs(self) -> list[Node]:
         return [node for node in self.nodes if node.record is not None]
 
+    def reference(self, record: Record) -> Node | None:
+        """What a report compares its model with."""
+        return next((node for node in self.nodes if record in node.references), None)
+
     def children(self, node: Node) -> list[Node]:
         return [each for each in self.nodes if each.parent is node]
 
@@ -118,6 +124,9 @@ def build(records: Sequence[Record]) -> Chain:
             continue
         node, current = measured[0]
         (node.reports if current else node.outdated).append(each)
+        beside = [known.find(entry) for entry in each.inputs if entry.get("role") == REFERENCE]
+        if current and beside and beside[0] is not None and beside[0][1]:
+            beside[0][0].references.append(each)
     return Chain(list(_ordered(known.nodes)), loose)
 
 

@@ -18,6 +18,7 @@ from post_training.reporting.records import Record
 
 _PLAIN_BITS = {"bf16": 16.0, "fp16": 16.0, "fp32": 32.0}
 _DEEPEST = 4
+_MMLU = ("measures", "mmlu")  # of a report of evaluations
 # Names of a quantity in reports; the first that is there counts.
 _KL = ("kl_divergence", "kl", "mean_kl")
 _PERPLEXITY = ("perplexity",)
@@ -42,10 +43,24 @@ class Measured:
 
 def score(node: Node) -> Measured | None:
     """Accuracy on multiple-choice questions, 0 to 1: of the newest report that has one."""
-    for record in reversed(node.reports):
-        accuracy = values.number(record.content, "accuracy")
-        if accuracy is not None:
-            return Measured(accuracy, values.interval(record.content, "interval_95"), record)
+    return _newest(node, {"": [()], "model": [_MMLU], "reference": [_MMLU]}, "accuracy")
+
+
+def _newest(node: Node, places: Mapping[str, list[tuple[str, ...]]], name: str) -> Measured | None:
+    """A quantity with its interval, where reports have it.
+
+    Args:
+        places: by the role that the node has in a report, objects that may have it.
+    """
+    for records, roles in ((node.reports, ("", "model")), (node.references, ("reference",))):
+        for record in reversed(records):
+            for role in roles:
+                for place in places.get(role, ()):
+                    path = (*place, role) if role else place
+                    value = values.number(record.content, *path, name)
+                    if value is not None:
+                        spread = values.interval(record.content, *path, "interval_95")
+                        return Measured(value, spread, record)
     return None
 
 
@@ -65,7 +80,9 @@ def kl_divergence(node: Node) -> Measured | None:
 
 
 def perplexity(node: Node) -> Measured | None:
-    return _named(node, _PERPLEXITY)
+    """Of text, as the newest report has it."""
+    found = _newest(node, {"model": [("text",)], "reference": [("text",)]}, "perplexity")
+    return found or _named(node, _PERPLEXITY)
 
 
 def speed(node: Node) -> str:
@@ -184,14 +201,19 @@ def signed(value: float) -> str:
     return f"{100 * value:+.1f}".replace("-", MINUS)
 
 
-def significant(value: float) -> str:
-    """Three digits, whatever the size."""
-    if value == 0 or not math.isfinite(value):
+def significant(value: float, digits: int = 3) -> str:
+    """So many digits, whatever the size."""
+    if value == 0:
         return "0"
     magnitude = math.floor(math.log10(abs(value)))
-    if -4 < magnitude < 5:
-        return f"{value:,.{max(0, 2 - magnitude)}f}"
-    return f"{value:.2e}"
+    if -6 < magnitude < 6:
+        return f"{value:,.{max(0, digits - 1 - magnitude)}f}"
+    return f"{value:.{digits - 1}e}"
+
+
+def precise(value: float) -> str:
+    """Of a perplexity, which models differ in late digits of."""
+    return significant(value, 5)
 
 
 def memory(record: Record | None) -> str:
@@ -209,14 +231,41 @@ def seconds(record: Record | None) -> str:
     return f"{found:.1f} s" if found < 120 else f"{found / 60:.1f} min"
 
 
-def compared(before: Measured, after: Measured) -> tuple[float, tuple[float, float] | None] | None:
+def signed_with(difference: float, spread: tuple[float, float] | None) -> str:
+    """A difference of shares in points, with its interval."""
+    text = signed(difference)
+    return f"{text} ({signed(spread[0])} to {signed(spread[1])})" if spread else text
+
+
+Difference = tuple[float, tuple[float, float] | None]
+
+
+def change(before: Node, after: Node) -> Difference | None:
+    """The difference of two models' scores; None unless the questions are the same.
+
+    Paired, with the interval that was recorded, where one was evaluated beside the other.
+    """
+    for record in reversed(after.reports):
+        found = values.mapping(record.content, *_MMLU, "difference")
+        paired = values.number(found, "difference")
+        if paired is not None and record in before.references:
+            return paired, values.interval(found, "interval_95")
+    scores = score(before), score(after)
+    return compared(scores[0], scores[1]) if scores[0] and scores[1] else None
+
+
+def asked_the_same(one: Record, other: Record) -> bool:
+    return _asked(one) == _asked(other)
+
+
+def compared(before: Measured, after: Measured) -> Difference | None:
     """The difference of two scores, with a 95 % interval; None unless the questions are the same.
 
     The interval is Newcombe's (Statistics in Medicine 17, 1998, method 10), for two proportions
     with Wilson's intervals. It takes the samples for independent; as the questions are the same,
     the true one is narrower.
     """
-    if _asked(before.record) != _asked(after.record):
+    if not asked_the_same(before.record, after.record):
         return None
     difference = after.value - before.value
     if before.interval is None or after.interval is None:
@@ -233,6 +282,6 @@ def _asked(record: Record) -> tuple[Any, ...]:
         for each in record.inputs
         if each.get("role") == "questions"
     ]
-    content = record.content
+    content = values.mapping(record.content, *_MMLU, "model") or record.content
     how = [values.number(content, name) for name in ("total", "few_shots", "fraction")]
     return record.stage, questions, *how

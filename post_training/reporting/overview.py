@@ -58,7 +58,7 @@ def _facts(node: Node) -> list[str]:
     if scored is not None:
         own, score = scored
         parts.append(_cost(origin, own, score, node))
-    kl = measures.kl_divergence(node)
+    kl = measures.kl_divergence(_measured_on(node))
     if kl is not None:
         parts.append(f"KL divergence {kl.shown(significant)}")
     accepted = measures.acceptance(node) or (
@@ -80,25 +80,27 @@ def _scored(node: Node) -> tuple[Node, Measured] | None:
     """A score of the node; of an export that of the checkpoint whose weights it has."""
     if measures.is_draft_alone(node):
         return None
-    for each in (node, node.parent if node.stage == "export" else None):
-        found = measures.score(each) if each is not None else None
-        if each is not None and found is not None:
+    for each in (node, _measured_on(node)):
+        if (found := measures.score(each)) is not None:
             return each, found
     return None
+
+
+def _measured_on(node: Node) -> Node:
+    """Of an export the checkpoint, which has the same weights and scales."""
+    parent = node.parent
+    own = measures.score(node) or measures.kl_divergence(node)
+    is_copy = node.stage == "export" and not measures.is_draft_alone(node)
+    return parent if is_copy and parent is not None and own is None else node
 
 
 def _cost(origin: Node, own: Node, score: Measured, node: Node) -> str:
     text = f"score {score.shown(percent, ' %')}"
     if own is not node:
         text += f", measured on {own.name}"
-    before = measures.score(origin)
-    found = measures.compared(before, score) if before is not None and own is not origin else None
-    if found is None or before is None:
-        return text
-    difference, spread = found
-    text += f", {measures.signed(difference)} points from {origin.name}"
-    if spread is not None:
-        text += f" ({measures.signed(spread[0])} to {measures.signed(spread[1])})"
+    found = measures.change(origin, own) if own is not origin else None
+    if found is not None:
+        text += f", a change of {measures.signed_with(*found)} points from {origin.name}"
     return text
 
 
@@ -171,7 +173,7 @@ def _table(chain: Chain) -> Block:
         ("score, % (95 %)", lambda node: _shown(measures.score(node), percent), True),
         ("change, points (95 %)", _change, True),
         ("KL divergence", lambda node: _shown(measures.kl_divergence(node), significant), True),
-        ("perplexity", lambda node: _shown(measures.perplexity(node), significant), True),
+        ("perplexity", lambda node: _shown(measures.perplexity(node), measures.precise), True),
         ("acceptance length", lambda node: _shown(measures.acceptance(node), _two), False),
         ("decoding", measures.speed, False),
         ("files", lambda node: _files(node), True),
@@ -187,7 +189,8 @@ def _table(chain: Chain) -> Block:
     caption = (
         "Weights are those of an export's files, else parameters times bits; files are the weight "
         "files with their optimizer states. The change is from the first output of the same line; "
-        "its interval takes the two scores for independent. - was not measured."
+        "where the two were not evaluated side by side, its interval takes them for independent. "
+        "- was not measured."
     )
     shown = [[row[number] for number in kept] for row in rows]
     return Table(caption, [columns[number][0] for number in kept], cut(shown, _MOST_ROWS))
@@ -216,17 +219,8 @@ def _files(node: Node) -> str:
 
 
 def _change(node: Node) -> str:
-    before, after = measures.score(node.origin), measures.score(node)
-    if before is None or after is None or node.origin is node:
-        return NOT_MEASURED
-    found = measures.compared(before, after)
-    if found is None:
-        return NOT_MEASURED
-    difference, spread = found
-    text = measures.signed(difference)
-    return (
-        f"{text} ({measures.signed(spread[0])} to {measures.signed(spread[1])})" if spread else text
-    )
+    found = measures.change(node.origin, node) if node.origin is not node else None
+    return NOT_MEASURED if found is None else measures.signed_with(*found)
 
 
 def _plots(chain: Chain) -> list[Block]:

@@ -89,6 +89,7 @@ svg.chart { display: block; max-width: 100%; height: auto; }
 svg text { font-family: inherit; fill: var(--text); font-size: 11px; }
 svg .tick, svg .title, svg .note { fill: var(--muted); }
 svg .name { font-size: 13px; font-weight: 600; } svg .label { font-size: 11.5px; }
+.charts svg .label { paint-order: stroke; stroke: var(--panel); stroke-width: 3px; }
 svg .grid { stroke: var(--rule); stroke-width: 1; } svg .axis { stroke: var(--muted); }
 svg .error { stroke: var(--text); stroke-width: 1.4; opacity: .7; }
 svg .front { fill: none; stroke: var(--muted); stroke-width: 1.4; stroke-dasharray: 5 4; }

@@ -20,7 +20,7 @@ _DEEPEST = 8  # folders below the one that was asked for
 _MADE = (".incomplete", ".previous")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Record:
     """A manifest (of the folder that it lies in) or a report.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from post_training.reporting import measures, values
@@ -16,7 +18,7 @@ _MOST_ANSWERS = 300
 _MOST_FIGURES = 80
 _DEEPEST = 4
 # Stages whose reports have sections of their own.
-_KNOWN = ("mmlu", "validate")
+_KNOWN = ("mmlu", "validate", "evaluate")
 # Of a report, beside its figures.
 _NOT_FIGURES = (
     "configuration architecture versions inputs parallel peak_memory_bytes seconds few_shots "
@@ -37,32 +39,54 @@ def sections(chain: Chain) -> list[Section]:
 
 
 def _origins(chain: Chain) -> list[Node]:
-    return [node for node in chain.outputs if node.origin is node and measures.score(node)]
+    return [node for node in chain.outputs if node.origin is node]
 
 
-def _comparable(chain: Chain, origin: Node) -> list[tuple[Node, Record]]:
-    """Models of a line that were asked the same questions, the first one among them."""
-    before = measures.score(origin)
+@dataclass(frozen=True)
+class _Sheet:
+    """What a model answered: ``content`` has its accuracies by subject and its letters."""
+
+    node: Node
+    record: Record
+    content: Mapping[str, Any]
+
+
+def _sheets(node: Node) -> list[_Sheet]:
+    """Of a model, the newest first."""
     found = []
-    for node in chain.outputs:
-        after = measures.score(node) if node.origin is origin else None
-        if before and after and measures.compared(before, after) is not None:
-            found.append((node, after.record))
-    return found[:_MOST_MODELS]
+    for records, role in ((node.reports, "model"), (node.references, "reference")):
+        for record in reversed(records):
+            content = values.mapping(record.content, "measures", "mmlu", role)
+            if role == "model" and values.mapping(record.content, "subjects"):
+                content = record.content
+            if values.mapping(content, "subjects"):
+                found.append(_Sheet(node, record, content))
+    return found
+
+
+def _comparable(chain: Chain, origin: Node) -> list[_Sheet]:
+    """Sheets of a line's models with the same questions, the first model's before the others."""
+    nodes = [node for node in chain.outputs if node.origin is origin and node is not origin]
+    most: list[_Sheet] = []
+    for first in _sheets(origin):
+        found = [first]
+        for node in nodes:
+            same = (s for s in _sheets(node) if measures.asked_the_same(first.record, s.record))
+            found += itertools.islice(same, 1)
+        most = found if len(found) > len(most) else most
+    return most[:_MOST_MODELS]
 
 
 def _by_subject(chain: Chain, origin: Node) -> Iterator[Block]:
     compared = _comparable(chain, origin)
-    subjects = list(values.mapping(compared[0][1].content, "subjects")) if compared else []
-    if not subjects:
-        return
+    subjects = list(values.mapping(compared[0].content, "subjects")) if compared else []
     rows = []
     for subject in subjects:
         accuracies = [
-            values.number(record.content, "subjects", subject, "accuracy") for _, record in compared
+            values.number(each.content, "subjects", subject, "accuracy") for each in compared
         ]
         first = accuracies[0]
-        total = values.number(compared[0][1].content, "subjects", subject, "total")
+        total = values.number(compared[0].content, "subjects", subject, "total")
         row = [subject, NOT_MEASURED if total is None else f"{total:.0f}"]
         for number, accuracy in enumerate(accuracies):
             cell = NOT_MEASURED if accuracy is None else percent(accuracy)
@@ -70,18 +94,20 @@ def _by_subject(chain: Chain, origin: Node) -> Iterator[Block]:
                 cell += f" ({measures.signed(accuracy - first)})"
             row.append(cell)
         rows.append(row)
-    names = [node.name for node, _ in compared]
+    names = [each.node.name for each in compared]
     caption = f"Correct answers in %; in brackets the difference from {origin.name} in points."
-    yield Table(caption, ["subject", "questions", *names], cut(rows, _MOST_SUBJECTS))
+    if rows:
+        yield Table(caption, ["subject", "questions", *names], cut(rows, _MOST_SUBJECTS))
 
 
 def _flipped(chain: Chain, origin: Node) -> Iterator[Block]:
     """Answers of two models to the same questions, of which reports hold the letters."""
     compared = _comparable(chain, origin)
     rows, listed = [], []
-    for node, record in compared[1:]:
-        before = values.mapping(compared[0][1].content, "answers")
-        after = values.mapping(record.content, "answers")
+    for sheet in compared[1:]:
+        node = sheet.node
+        before = values.mapping(compared[0].content, "answers")
+        after = values.mapping(sheet.content, "answers")
         if not before or not _same_questions(before, after):
             continue
         differing = [
