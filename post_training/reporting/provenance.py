@@ -45,6 +45,9 @@ def _warnings(records: Sequence[tuple[str, Record]]) -> Block:
             said.append("it fell short of a limit that the command gives")
         if record.content.get("complete") is False:
             said.append("the run is unfinished")
+        said += [
+            each for each in values.sequence(record.content, "broken_bounds") if values.text(each)
+        ]
         left_out = values.text(record.metrics, "draft_left_out")
         said += [f"the draft was not exported: {left_out}"] if left_out else []
         rows += [[name, record.stage, str(text)] for text in said]

@@ -5,9 +5,10 @@ A manifest may be of a stage that this version does not know, or of none: nothin
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+_LARGEST = 1e100
 
 
 def _at(content: Any, path: Sequence[str]) -> Any:
@@ -19,18 +20,16 @@ def _at(content: Any, path: Sequence[str]) -> Any:
 
 
 def number(content: Any, *path: str) -> float | None:
-    """A finite number."""
+    """A number, neither infinite nor as good as that."""
     found = _at(content, path)
     if isinstance(found, bool) or not isinstance(found, int | float):
         return None
-    try:
-        return float(found) if math.isfinite(found) else None
-    except OverflowError:  # an integer of hundreds of digits
-        return None
+    # Sums and ratios of larger ones, which nothing measures, would not be finite.
+    return float(found) if -_LARGEST < found < _LARGEST else None
 
 
 def numbers(content: Any, *path: str) -> list[float]:
-    """A list of finite numbers; empty if one of them is none."""
+    """A list of numbers; empty if one of them is none."""
     found = [number(each) for each in sequence(content, *path)]
     return [each for each in found if each is not None] if None not in found else []
 
