@@ -27,7 +27,7 @@ from post_training.config import checks
 from post_training.config.flags import flag, shows
 from post_training.config.options import StageOptions
 from post_training.drafts.record import draft_of, is_exported_alone
-from post_training.export import summary
+from post_training.export import model_card, summary
 from post_training.export import target as export_target
 from post_training.models import parallel_check
 from post_training.quantization import format_table
@@ -135,7 +135,7 @@ def export(plan: Plan, session: Session) -> dict[str, Any]:
         UsageError: if the format cannot be exported, or what was written is not the model.
     """
     from post_training.distributed.collectives import on_first_rank
-    from post_training.export import eagle3_exporter, model_card, model_folder, vllm_fakequant
+    from post_training.export import eagle3_exporter, model_folder, vllm_fakequant
 
     options = plan.options
     source = fetch_source(plan.source, options)

@@ -1,7 +1,8 @@
 """Write the report of a work folder: ``bash report.sh [FOLDER...]``. No torch, and no network.
 
 Inputs:  the manifests (run.json) and reports (JSON) that stages left below the folders.
-Outputs: report.html, one page that needs nothing else, and report.md, in the first folder.
+Outputs: report.html, one page that needs nothing else, and report.md, in the first folder (of an
+         output <folder>.report.html, beside it).
 
     bash report.sh /tmp/megatron_workspace
 """
@@ -14,7 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from post_training.common import files, outputs, regular
+from post_training.common import files, manifest, outputs, regular
 from post_training.common.errors import UsageError, exit_with_usage_error, suggest
 from post_training.reporting import building, page, text_page
 
@@ -28,7 +29,7 @@ def main() -> None:
 
 def _report(args: argparse.Namespace) -> None:
     folders = [_folder(each) for each in args.folders or [_work_folder()]]
-    target = args.output or folders[0] / "report.html"
+    target = args.output or _default(folders[0])
     targets = (target, target.with_suffix(".md"))
     _check(targets, overwrite=args.overwrite)
     document, count = building.build(folders)
@@ -52,6 +53,12 @@ def _work_folder() -> Path:
     return Path(os.environ.get("MLM_WORK_DIR") or default)
 
 
+def _default(folder: Path) -> Path:
+    """In a work folder; beside an output, which holds what its manifest describes."""
+    is_output = (folder / manifest.FILE).is_file()
+    return files.sibling(folder, ".report.html") if is_output else folder / "report.html"
+
+
 def _folder(path: Path) -> Path:
     if not path.exists():
         near = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -69,6 +76,9 @@ def _check(targets: Sequence[Path], *, overwrite: bool) -> None:
     first = targets[0]
     if first.suffix != ".html":
         raise UsageError(f"--output {first}", "the page is an HTML file", f"--output {first}.html")
+    if (first.parent / manifest.FILE).exists():
+        cause = f"{first.parent} is the output of a stage, and would hold more than that"
+        raise UsageError(f"--output {first}", cause, "name a file elsewhere")
     for path in targets:
         if path.is_dir():
             raise UsageError(f"output {path}", "it is a folder", "name a file in --output")

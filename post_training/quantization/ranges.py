@@ -34,7 +34,10 @@ def of_model(model: torch.nn.Module) -> dict[str, dict[str, float]]:
 
 
 def _of_rank(model: torch.nn.Module) -> Iterator[tuple[str, str, float]]:
+    tied = getattr(model, "share_embeddings_and_output_weights", False)
     for name, module in model.named_modules():
+        if tied and name == "output_layer":
+            continue  # on another pipeline stage than the embedding a copy of it
         if coverage.is_linear(module):
             low, high = torch.aminmax(module._parameters["weight"].detach())
             yield _layer(model, name), "weight", max(-float(low), float(high))

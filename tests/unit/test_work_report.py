@@ -366,9 +366,12 @@ def test_the_command_writes_both_files_within_a_second(work, tmp_path):
         (["source"], "no run.json and no report"),
         (["--output", "page.html"], "it exists, and is no report"),
         (["--output", "page.txt"], "the page is an HTML file"),
+        (["--output", "work/small/page.html"], "would hold more than that"),
     ):
         done = subprocess.run([*shell, *words], **how)
         assert done.returncode == 2 and part in done.stderr, done.stderr
+    done = subprocess.run([*shell, "work/small"], **how)
+    assert done.returncode == 0 and (work / "small.report.html").is_file(), done.stderr
     done = subprocess.run([*shell, "work", "--output", "page.html", "--overwrite"], **how)
     assert done.returncode == 0 and page.GENERATOR in (tmp_path / "page.html").read_text()
 
