@@ -32,7 +32,11 @@ def _report(args: argparse.Namespace) -> None:
     target = args.output or _default(folders[0])
     targets = (target, target.with_suffix(".md"))
     _check(targets, overwrite=args.overwrite)
-    document, count = building.build(folders)
+    try:
+        document, count = building.build(folders)
+    except FileNotFoundError as error:
+        cause = "it was replaced while it was read"
+        raise UsageError(f"file {error.filename}", cause, "start this again") from error
     if not count:
         where = ", ".join(map(str, folders))
         cause = "no run.json and no report of a stage lies below it"

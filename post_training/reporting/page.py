@@ -63,7 +63,7 @@ caption { text-align: left; caption-side: top; color: var(--muted); padding: 8px
 th, td { padding: 6px 11px; text-align: left; vertical-align: top; white-space: nowrap;
   border-top: 1px solid var(--rule); }
 thead th { border-top: 0; background: var(--panel); font-weight: 600; }
-tbody th { font-weight: 600; }
+tbody th { font-weight: 600; position: sticky; left: 0; background: var(--ground); }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 td.long { white-space: normal; min-width: 30ch; overflow-wrap: anywhere; }
 .words { padding: 8px 12px; color: var(--muted); font-size: .9rem; margin: 0; max-width: none; }
@@ -129,7 +129,7 @@ def render(document: Document) -> str:
     title = element("h1", escape(document.title))
     subtitle = element("p", escape(document.subtitle), class_="subtitle")
     sections = "\n".join(_section(number, section) for number, section in numbered)
-    said = "Figures are what stages recorded; - was not measured. No part of this page is loaded."
+    said = "Figures are what stages recorded; - was not measured. Nothing is loaded from elsewhere."
     return "\n".join(
         (
             "<!doctype html>",

@@ -15,10 +15,13 @@ from pathlib import Path
 import pytest
 import speed
 import tools
+from huggingface_hub import ModelCard
 
+from post_training.checkpoints.source import Source
 from post_training.common import files, manifest
 from post_training.common.manifest import Manifest
 from post_training.export import stated
+from post_training.export.model_card import Card
 from post_training.reporting import building, chain, measures, page, records, text_page
 from post_training.reporting.markup import fenced, markdown
 from post_training.reporting.measures import Measured
@@ -90,6 +93,11 @@ def cells(text: str) -> dict[str, list[str]]:
         first, *rest = re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL)
         found.setdefault(html.unescape(first), list(map(html.unescape, rest)))
     return found
+
+
+def unfenced(text: str) -> str:
+    """Markdown without its code blocks."""
+    return re.sub(r"^(`{3,})sh\n.*?^\1$", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
 class Tags(HTMLParser):
@@ -290,9 +298,8 @@ def test_nothing_of_a_file_is_markup(hostile):
     assert EVIL in "".join(found.words)  # it is shown as the text that it is
     assert "\u202e" not in text
     assert "default-src 'none'" in text and "http://" not in text and "url(" not in text
-    plain = text_page.render(document)
-    outside = re.sub(r"^(`{3,})sh\n.*?^\1$", "", plain, flags=re.DOTALL | re.MULTILINE)
-    assert "<script" not in outside and "<img" not in outside
+    plain = unfenced(text_page.render(document))
+    assert "<script" not in plain and "<img" not in plain
 
 
 def test_markdown_keeps_texts_in_their_place():
@@ -374,6 +381,46 @@ def test_the_command_writes_both_files_within_a_second(work, tmp_path):
     assert done.returncode == 0 and (work / "small.report.html").is_file(), done.stderr
     done = subprocess.run([*shell, "work", "--output", "page.html", "--overwrite"], **how)
     assert done.returncode == 0 and page.GENERATOR in (tmp_path / "page.html").read_text()
+
+
+def card(work: Path, source: Path, target: Path, **metrics) -> ModelCard:
+    """The card of an export, as the hub's library reads it."""
+    target.mkdir()
+    (target / "README.md").write_text("---\nlicense: mit\n---\n# Not this model's")
+    (target / "config.json").write_text("{}")
+    made = Manifest("export", {}, metrics={"tensors_compared": 12, "quant_algo": None, **metrics})
+    checkpoint = Source(str(source), is_checkpoint=True, described=None, huggingface=None)
+    Card(f"a|b\n{EVIL}", checkpoint, work, made, "vllm").write(target)
+    return ModelCard.load(target / "README.md")
+
+
+def test_a_model_card_says_what_manifests_say_and_nothing_else(work, tmp_path):
+    found = card(work, work / "small", tmp_path / "a", quant_algo="FP8", bits_per_weight=8.5)
+    assert found.data.library_name == "Model Optimizer"
+    assert found.data.tags == ["ModelOpt", "vllm", "FP8", "quantized"]
+    assert [each.metric_value for each in found.data.eval_results] == [0.85]
+    assert found.data.license is None and found.data.base_model is None
+    assert "Not this model's" not in found.content
+    assert "<script" not in unfenced(found.text) and "vllm serve 'a|b" in found.text
+    assert "| stages | source → convert → quantize → export |" in found.text
+    # Scored, but not as it is now.
+    shutil.rmtree(work / "small")
+    output(work / "small", "quantize", work / "start")
+    assert card(work, work / "small", tmp_path / "b", quant_algo="FP8").data.eval_results is None
+
+
+def test_the_base_model_of_a_card_is_the_one_of_the_hub(tmp_path):
+    cached = tmp_path / "models--org--name" / "snapshots" / "0123"
+    cached.mkdir(parents=True)
+    (tmp_path / "README.md").write_text("---\nlicense: mit\nlanguage: de\n---\n")
+    start = output(tmp_path / "start", "convert", cached)
+    found = card(tmp_path, output(tmp_path / "tuned", "finetune", start), tmp_path / "a")
+    assert (found.data.base_model, found.data.base_model_relation) == ("org/name", "finetune")
+    assert (found.data.license, found.data.language) == ("mit", ["de"])
+    assert found.data.library_name == "transformers" and "fine-tuned" in found.text
+    draft = card(tmp_path, start, tmp_path / "b", draft_vocab_size=7)
+    assert draft.data.base_model == "org/name" and "eagle3" in draft.data.tags
+    assert "base_model_relation" not in draft.data.to_dict()
 
 
 MIT, OWN, LINK = {"license": "mit"}, {"license_name": "own"}, {"license_link": "https://a.b/c"}
