@@ -60,7 +60,8 @@ stage_of() {
       OUTPUT=${EXPORT_DIR:-$OUTPUT}
       ;;
   esac
-  STAGE_ENV=("MLM_MODEL_SAVE=$OUTPUT" "EXPORT_DIR=$OUTPUT")
+  STAGE_ENV=("MLM_MODEL_SAVE=$OUTPUT" "EXPORT_DIR=")
+  [[ "$1" != export ]] || STAGE_ENV=("EXPORT_DIR=$OUTPUT")
   [[ "$1" != distill ]] || STAGE_ENV+=("TEACHER_CKPT=${TEACHER_CKPT:-${base}_mlm}")
   [[ "$MODEL" == "$HF_MODEL_CKPT" ]] || STAGE_ENV+=("MLM_MODEL_CKPT=$MODEL")
   local own=${1^^}_ARGS

@@ -22,7 +22,8 @@ from post_training.common.errors import UsageError
 from post_training.common.manifest import Manifest
 from post_training.drafts import report as draft_report
 from post_training.drafts.record import SUBFOLDER
-from post_training.export import stated, summary
+from post_training.export import stated
+from post_training.export import target as export_target
 from post_training.quantization.engines import registry as engines
 from post_training.reporting import chain, measures, records, values
 from post_training.reporting.markup import fenced, markdown
@@ -30,7 +31,6 @@ from post_training.reporting.measures import Measured, percent, precise
 from post_training.reporting.records import Record
 
 _MOST_STAGES = 50  # of a line: a manifest that names itself would have no end
-_RELATIONS = {"quantize": "quantized", "distill": "finetune", "finetune": "finetune"}
 _COMPRESSED = "compressed-tensors"  # which transformers loads too
 
 
@@ -82,8 +82,8 @@ class Card:
     def reports(self) -> list[Record]:
         """What was measured of the checkpoint as it is now, found beside it."""
         sha256 = values.text(self.source.entry, "manifest_sha256")
-        if not sha256:
-            return []
+        if not sha256 or self.quantized_here:
+            return []  # what was measured is the model before
         beside = records.collect([Path(self.source.location).resolve().parent], deepest=0)
         return [
             each
@@ -96,6 +96,17 @@ class Card:
         """The name on the hub, or the folder's, of what the line of stages began with."""
         first = self._input(self.lineage[-1]) if self.lineage else self.source.entry
         return chain.hub_name(values.text(first, "path"))
+
+    @property
+    def quantized_here(self) -> bool:
+        """Whether the source was quantized by the process that exports it."""
+        return "quantization" in self.made.extra
+
+    @property
+    def stages(self) -> list[str]:
+        """What was done, in order, before it was exported."""
+        done = [each.stage for each in reversed(self.lineage)]
+        return [*done, "quantize"] if self.quantized_here else done
 
     @property
     def is_on_hub(self) -> bool:
@@ -117,13 +128,14 @@ class Card:
         """What the hub reads; a key is left out where nothing is known."""
         config = huggingface.read_config(folder)
         algorithm = self.made.metrics.get("quant_algo")
-        stages = [each.stage for each in self.lineage]
+        stages = self.stages
         found: dict[str, Any] = {}
         if self.is_on_hub:
             found["base_model"] = self.origin
-            relation = next((_RELATIONS[each] for each in stages if each in _RELATIONS), None)
-            if relation and not self.is_draft:
-                found["base_model_relation"] = relation
+            if algorithm:
+                found["base_model_relation"] = "quantized"
+            elif not self.is_draft and {"distill", "finetune"} & {*stages}:
+                found["base_model_relation"] = "finetune"
         found |= stated.license_and_language(self.original)
         method = values.text(config, "quantization_config", "quant_method")
         is_plain = not algorithm and not self.is_simulated and not self.is_draft
@@ -204,28 +216,24 @@ class Card:
     def _changes(self) -> list[str]:
         done = {"quantize": "quantized", "prune": "pruned", "distill": "distilled"}
         done |= {"finetune": "fine-tuned"}
-        stages = [each.stage for each in reversed(self.lineage)]
-        return list(dict.fromkeys(done[each] for each in stages if each in done))
+        return list(dict.fromkeys(done[each] for each in self.stages if each in done))
 
     def _facts(self) -> Iterator[tuple[str, str]]:
         metrics = self.made.metrics
-        stages = [each.stage for each in reversed(self.lineage)]
-        yield "stages", " → ".join([self.origin, *stages, "export"])
+        yield "stages", " → ".join([self.origin, *self.stages, "export"])
         if not self.is_draft:
             yield "format", str(metrics.get("quant_algo") or "not quantized")
             yield "KV cache", str(metrics.get("kv_cache_quant_algo") or "not quantized")
             if (bits := values.number(metrics, "bits_per_weight")) is not None:
                 yield "bits per weight", f"{bits:.2f}, scales included"
-        for record in self.lineage:
-            calibration = values.mapping(record.metrics, "calibration")
-            sequences = values.number(calibration, "sequences")
-            tokens = values.number(calibration, "tokens")
-            if record.stage == "quantize" and sequences and tokens:
+        quantizing = [each.metrics for each in self.lineage if each.stage == "quantize"]
+        for of_stage in [self.made.metrics] if self.quantized_here else quantizing:
+            calibration = values.mapping(of_stage, "calibration")
+            counts = [values.number(calibration, each) for each in ("sequences", "tokens")]
+            if counts[0] and counts[1]:
+                used = f"{counts[0]:,.0f} sequences, {counts[1]:,.0f} tokens"
                 named = chain.hub_name(values.text(calibration, "source"))
-                yield (
-                    "calibrated on",
-                    f"{sequences:,.0f} sequences, {tokens:,.0f} tokens of {named}",
-                )
+                yield "calibrated on", f"{used} of {named}"
         draft = metrics if self.is_draft else values.mapping(metrics, "draft")
         if (size := values.number(draft, "draft_vocab_size")) is not None:
             yield "draft", f"EAGLE-3, {size:,.0f} tokens"
@@ -239,7 +247,7 @@ class Card:
             model = shlex.quote(self.name)
             has_draft = "draft" in self.made.metrics
             options = draft_report.served(folder / SUBFOLDER, self.target) if has_draft else ""
-        return f"{summary.server(self.target, simulated=self.is_simulated)} {model}{options}"
+        return f"{export_target.server(self.target, simulated=self.is_simulated)} {model}{options}"
 
     def _verified(self) -> str:
         count = values.number(self.made.metrics, "tensors_compared") or 0

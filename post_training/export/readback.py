@@ -209,13 +209,12 @@ class Folder:
         except ValueError as error:
             yield str(error)
             return
-        per_element = decoder.per_element if decoder else 1
         if decoder and entry.dtype != decoder.dtype:
             needed = f"{decoder.algorithm} needs {decoder.dtype}"
             yield f"{name} is stored as {entry.dtype}, but {needed}"
         elif not decoder and entry.dtype not in _PLAIN:
             yield f"{name} is stored as {entry.dtype}, but not said to be quantized"
-        elif (*entry.shape[:-1], entry.shape[-1] * per_element) != shape:
+        elif _shape(entry.shape, decoder) != shape:
             yield f"{name} has shape {entry.shape}, the architecture needs {shape}"
         if decoder:
             module = name.removesuffix(".weight")
@@ -288,3 +287,11 @@ class Folder:
             covered = module not in listed if listed is not None else self._is_excluded(module)
             if is_linear and not covered and f"{module}.weight_scale" not in self.index:
                 yield f"{module} is plain, but the configuration does not exclude it"
+
+
+def _shape(stored: tuple[int, ...], decoder: Decoder | None) -> tuple[int, ...]:
+    """Of the weight that a tensor holds."""
+    if decoder is None or len(stored) < 2:
+        return stored
+    rows, columns = stored[-2] * decoder.rows_per_element, stored[-1] * decoder.per_element
+    return (*stored[:-2], rows, columns)

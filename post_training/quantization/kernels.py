@@ -9,9 +9,10 @@ from post_training.common.errors import UsageError
 from post_training.distributed.parallel import Parallel
 from post_training.models import parameter_count
 from post_training.models.architecture import Architecture
+from post_training.models.families import registry as families
 from post_training.quantization import layer_names
 from post_training.quantization.engines import registry as engines
-from post_training.quantization.engines.base import Support
+from post_training.quantization.engines.base import COMPRESSED_TENSORS, Support
 
 _REMEDY = (
     "choose another format, such as FP8_DEFAULT_CFG or, for experts, INT8_WEIGHT_ONLY_CFG; or give "
@@ -73,7 +74,23 @@ def check(
     Raises:
         UsageError: naming the layer and its sizes.
     """
-    support = engines.TARGETS[target].algorithms.get(algorithm, Support())
+    engine = engines.TARGETS[target]
+    why = engine.not_modelopt.get(values["huggingface_architecture"] or "", "")
+    if why and algorithm and algorithm not in COMPRESSED_TENSORS:
+        raise UsageError(
+            what,
+            f"{engine.name} ({engine.version}) does not load it: {why}",
+            "choose a format in the layout of compressed-tensors, such as INT8_WEIGHT_ONLY_CFG or "
+            "INT8_PER_CHANNEL_PER_TOKEN_CFG, or another --target",
+        )
+    support = engine.algorithms.get(algorithm, Support())
+    if not support.special and _is_special(values):
+        raise UsageError(
+            what,
+            f"{engine.name}'s {algorithm} was read for linears of q, k, v and gate, up of their "
+            "own, which this model's files do not have",
+            _REMEDY,
+        )
     for layer in layers(values, separate=support.separate):
         name = layer.first_but(left_out)
         why = name and refusal(
@@ -87,6 +104,12 @@ def check(
         )
         if why:
             raise UsageError(what, why, _REMEDY)
+
+
+def _is_special(values: Mapping[str, Any]) -> bool:
+    """Whether attention is multi-latent, or linears are joined in the files."""
+    family = families.FAMILIES.get(values["huggingface_architecture"] or "")
+    return bool(values["multi_latent_attention"] or (family and family.joined(values)))
 
 
 def check_blocks(

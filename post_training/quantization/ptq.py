@@ -60,6 +60,11 @@ class PtqResult:
     ranges: dict[str, dict[str, float]]
     search: dict[str, Any] | None = None
 
+    def metrics(self) -> dict[str, Any]:
+        """For the manifest."""
+        found = {"coverage": self.reached.to_json(), "ranges": self.ranges}
+        return {**found, "search": self.search} if self.search else found
+
 
 def quantize(
     model: MegatronModule, options: QuantizeOptions, choice: Choice, data: Calibration
@@ -111,6 +116,7 @@ def with_format(
     # Of a recipe nothing else has looked at it.
     model_checks.check_clipping(f"the method {method}", method, model.config.num_moe_experts)
     data.expert_share = _expert_share(options, config)
+    data.only_maxima = method == "max"
     with quiet(stdout=True):
         # Not mtq.quantize: it checks that a weight quantizer is enabled on its own rank, and would
         # leave the others waiting. The survey asks all of them.

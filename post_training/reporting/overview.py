@@ -90,7 +90,8 @@ def _measured_on(node: Node) -> Node:
     """Of an export the checkpoint, which has the same weights and scales."""
     parent = node.parent
     own = measures.score(node) or measures.kl_divergence(node)
-    is_copy = node.stage == "export" and not measures.is_draft_alone(node)
+    is_copy = node.stage == "export" and "quantization" not in node.content
+    is_copy = is_copy and not measures.is_draft_alone(node)
     return parent if is_copy and parent is not None and own is None else node
 
 

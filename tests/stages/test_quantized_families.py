@@ -28,6 +28,7 @@ from post_training.export.joining import Joining
 
 # One matrix for query, key and value: scales of blocks are joined too.
 READ = [name for name, family in tools.FAMILIES.items() if not family.not_quantized]
+TARGET = {"gemma3": "trtllm"}  # vLLM loads no Gemma 3 in ModelOpt's layout
 INTEGERS = "INT4_BLOCKWISE_WEIGHT_ONLY_CFG"
 MORE = ("glm4-moe", "olmo2", "olmo3", "minimax-m2", "gemma3")
 FORMATS = (
@@ -59,6 +60,7 @@ def exported(tmp_path_factory):
                 (
                     *("--pretrained-model-path", root / f"{family} source", "--save", work),
                     *("--export-quant-cfg", name, "--skip-generate", "--fp32"),
+                    *("--target", "vllm" if name == INTEGERS else TARGET.get(family, "vllm")),
                     *("--calib-dataset-path-or-name", root / "text.jsonl"),
                     *("--calib-size", 8, "--calib-max-sequence-length", 64),
                 ),
