@@ -11,6 +11,18 @@ from post_training.drafts.eagle3.draft import Draft
 from post_training.quantization import kernels
 from post_training.quantization.engines import registry as engines
 
+# By --target.
+_SERVE = {
+    "vllm": "vllm serve",
+    "sglang": "python -m sglang.launch_server --model-path",
+    "trtllm": "trtllm-serve",
+}
+
+
+def server(target: str, *, simulated: bool) -> str:
+    """The command that a model's folder is appended to."""
+    return "vllm_serve_fakequant.py" if simulated else _SERVE[target]
+
 
 def choose(asked: str | None, source: Source) -> str:
     """The engine of ``--target``, or the one that ``quantize`` was told, or the first."""

@@ -117,6 +117,7 @@ class Coverage:
         """For the manifest."""
         of_quantized, of_all = self.bits_per_weight()
         return {
+            "parameters": sum(each.parameters for each in self.layers) + self.other_parameters,
             "linear_layers": len(self.layers),
             "quantized_layers": len(self.quantized),
             "quantizers": self.quantizers,
