@@ -200,7 +200,7 @@ def _survey_rank(
     tied = getattr(model, "share_embeddings_and_output_weights", False)
     layers, weights = [], set()
     for name, module in model.named_modules():
-        if not is_linear(module) or layer_names.is_expert(f"{name}.") != of_experts:
+        if not quantizers.is_linear(module) or layer_names.is_expert(f"{name}.") != of_experts:
             continue  # multiplies by no weight, or by another module's
         weight = module._parameters["weight"]
         weights.add(id(weight))
@@ -258,12 +258,6 @@ def _why_plain(name: str, module: torch.nn.Module, entries: Sequence[Config]) ->
     if not reason and isinstance(module, PlainLinear):
         return "engines keep what a gated delta net forgets by in 16 bits"
     return reason
-
-
-def is_linear(module: torch.nn.Module) -> bool:
-    """Whether the module multiplies by a weight of its own."""
-    weight = module._parameters.get("weight")
-    return weight is not None and weight.ndim == 2 and "Embedding" not in type(module).__name__
 
 
 def _count(model: torch.nn.Module, of_experts: bool) -> dict[str, int]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from post_training.distributed.collectives import from_all_ranks
-from post_training.quantization import coverage, layer_names, quantizers
+from post_training.quantization import layer_names, quantizers
 
 _EXPERT = re.compile(r"\.local_experts\.\d+\.")
 # Of what is not a weight; Megatron calls a layer's input activations.
@@ -38,7 +38,7 @@ def _of_rank(model: torch.nn.Module) -> Iterator[tuple[str, str, float]]:
     for name, module in model.named_modules():
         if tied and name == "output_layer":
             continue  # on another pipeline stage than the embedding a copy of it
-        if coverage.is_linear(module):
+        if quantizers.is_linear(module):
             low, high = torch.aminmax(module._parameters["weight"].detach())
             yield _layer(model, name), "weight", max(-float(low), float(high))
     for name, quantizer in quantizers.enabled(model):
