@@ -3,9 +3,9 @@
 Inputs:  --load, a checkpoint of ours (quantized, pruned, drafted); --pretrained-model-name, a
          folder or hub name with configuration and tokenizer, unless the checkpoint carries them.
 Outputs: --export-dir with safetensors, tokenizer, config.json and, for a quantized model,
-         hf_quant_config.json; run.json beside them. The draft of a drafted checkpoint is written
-         to its subfolder draft/; with --export-extra-modules, or from a checkpoint without the
-         target's layers, it is written alone. The folder is read back by independent code and
+         hf_quant_config.json; run.json and a model card (README.md) beside them. The draft of a
+         drafted checkpoint is written to its subfolder draft/; with --export-extra-modules, or from
+         a checkpoint without the target's layers, alone. The folder is read back by other code and
          compared with the model before it gets its name.
 
     MLM_MODEL_CKPT=/work/Qwen3-0.6B_quant bash export.sh Qwen/Qwen3-0.6B
@@ -13,7 +13,6 @@ Outputs: --export-dir with safetensors, tokenizer, config.json and, for a quanti
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,14 +20,15 @@ from typing import TYPE_CHECKING, Any
 from post_training.checkpoints import loading, record
 from post_training.checkpoints.source import Source, fetch_source, find_source, size_estimate
 from post_training.cli.stage import Stage, run
-from post_training.common import files, outputs
-from post_training.common.errors import UsageError
+from post_training.common import outputs
 from post_training.config import checks
 from post_training.config.flags import flag, shows
 from post_training.config.options import StageOptions
 from post_training.drafts.record import draft_of, is_exported_alone
-from post_training.export import summary
+from post_training.export import exporting, summary
 from post_training.export import target as export_target
+from post_training.export.exporting import ExportPlan
+from post_training.export.options import FolderOptions
 from post_training.models import parallel_check
 from post_training.quantization import format_table
 from post_training.quantization.engines import registry as engines
@@ -36,14 +36,9 @@ from post_training.quantization.engines import registry as engines
 if TYPE_CHECKING:
     from post_training.distributed.session import Session
 
-logger = logging.getLogger("post_training")
-
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions(StageOptions):
-    export_dir: str | None = flag(
-        metavar="FOLDER", help="where to write; must not exist or be empty"
-    )
+class ExportOptions(FolderOptions, StageOptions):
     pretrained_model_name: str | None = flag(
         metavar="FOLDER_OR_NAME",
         help="configuration and tokenizer, if the checkpoint carries none",
@@ -56,12 +51,6 @@ class ExportOptions(StageOptions):
     )
     export_vllm_fq: bool = flag(
         False, help="rounded weights in 16 bits, for ModelOpt's vllm_serve_fakequant.py"
-    )
-    max_shard_size: float = flag(
-        5.0,
-        metavar="GB",
-        check=checks.positive,
-        help="largest safetensors file, in 10^9 bytes (%(default)s)",
     )
     target: str | None = flag(
         choices=tuple(engines.TARGETS),
@@ -80,31 +69,17 @@ class ExportOptions(StageOptions):
 
 @dataclass(frozen=True)
 class Plan:
-    """``options`` have in ``pretrained_model_path`` what --pretrained-model-name says too.
-
-    Attributes:
-        writes_model: not the draft alone.
-        writes_draft: alone, or in a subfolder of the model's.
-        target: the engine that the folder is for.
-    """
+    """``options`` have in ``pretrained_model_path`` what --pretrained-model-name says too."""
 
     options: ExportOptions
     source: Source
-    folder: Path
-    writes_model: bool
-    writes_draft: bool
-    target: str
+    export: ExportPlan
 
 
 def check(options: ExportOptions) -> Plan:
     folder = Path(checks.required("--export-dir", options.export_dir, "EXPORT_DIR"))
     sizes = options.parallel
-    if sizes.tensor > 1 or sizes.expert > 1:
-        raise UsageError(
-            f"TP={sizes.tensor} EP={sizes.expert}",
-            "ranks would write parts of tensors under whole names",
-            "export at TP=1 EP=1, which export.sh chooses; PP may be larger",
-        )
+    exporting.check_layout(sizes, "export at TP=1 EP=1, which export.sh chooses; PP may be larger")
     named = options.pretrained_model_path or options.pretrained_model_name
     options = replace(options, pretrained_model_path=named)
     source = find_source(options)
@@ -124,8 +99,18 @@ def check(options: ExportOptions) -> Plan:
             export_target.check(source, target)
         needed = size_estimate(source, options)
         outputs.check_folder(folder, outputs.EXPORT, overwrite=options.overwrite, needed=needed)
-    has_draft = draft_of(source) is not None
-    return Plan(options, source, folder, not alone, alone or has_draft, target)
+    draft = draft_of(source)
+    export_target.check_draft(draft, source, target)
+    plan = ExportPlan(
+        folder,
+        target,
+        options.shard_bytes,
+        writes_model=not alone,
+        writes_draft=alone or draft is not None,
+        simulated=options.export_vllm_fq,
+        allow_unexportable=options.allow_unexportable,
+    )
+    return Plan(options, source, plan)
 
 
 def export(plan: Plan, session: Session) -> dict[str, Any]:
@@ -134,49 +119,16 @@ def export(plan: Plan, session: Session) -> dict[str, Any]:
     Raises:
         UsageError: if the format cannot be exported, or what was written is not the model.
     """
-    from post_training.distributed.collectives import on_first_rank
-    from post_training.export import eagle3_exporter, model_folder, vllm_fakequant
-
     options = plan.options
     source = fetch_source(plan.source, options)
     model = loading.load(source, options, session)
-    shard = int(options.max_shard_size * 10**9)
-    where = (source, options, session, plan.folder)
-    if plan.writes_model:
-        unwritable = eagle3_exporter.why_not(model) if plan.writes_draft else None
-        if options.export_vllm_fq:
-            metrics = vllm_fakequant.write(model, *where, max_shard_bytes=shard)
-        else:
-            metrics = model_folder.write(
-                model,
-                *where,
-                max_shard_bytes=shard,
-                target=plan.target,
-                allow_unexportable=options.allow_unexportable,
-            )
-        if unwritable:
-            logger.warning("the draft is not written: %s", unwritable)
-            metrics["draft_left_out"] = unwritable
-        elif plan.writes_draft:
-            metrics["draft"] = eagle3_exporter.write(
-                model, *where, max_shard_bytes=shard, beside_target=True
-            )
-    else:
-        metrics = eagle3_exporter.write(model, *where, max_shard_bytes=shard)
-    extra = {"target": plan.target, **source.pruned_from()}
-    manifest = record.of_run(options, session, source, metrics=metrics, extra=extra)
-
-    def publish() -> dict[str, Any]:
-        content = manifest.write(files.incomplete(plan.folder))
-        files.publish(plan.folder)
-        return content
-
-    return on_first_rank(publish)
+    metrics = exporting.write(plan.export, model, source, options, session)
+    manifest = record.of_run(options, session, source, metrics=metrics, extra=source.pruned_from())
+    return exporting.publish(plan.export, manifest, source, options)
 
 
 def show(plan: Plan, content: dict[str, Any], session: Session) -> None:
-    simulated = plan.options.export_vllm_fq
-    summary.show(plan.folder, content, has_model=plan.writes_model, simulated=simulated)
+    summary.show(plan.export, content)
 
 
 STAGE = Stage("export", ExportOptions, check, export, show, outputs=("export_dir",))

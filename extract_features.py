@@ -5,8 +5,8 @@ Inputs:  --load, a Megatron checkpoint, or --pretrained-model-path, a Hugging Fa
 Outputs: --output-dir with train/, valid/ and test/ (98, 1 and 1 %): shards of token ids, answer
          masks, last hidden states and those of the auxiliary layers, with run.json.
 
-Before it starts it says how much disk and time it takes. The same command resumes where it was
-interrupted: shards that are there are kept.
+Before it starts it says how much disk it takes, and after the first files how much time. The same
+command resumes where it was interrupted: shards that are there are kept.
 
     HF_MODEL_CKPT=/models/Qwen3-0.6B bash extract_features.sh Qwen/Qwen3-0.6B \\
         --finetune-data-files /data/answers.jsonl --output-dir /data/features
@@ -26,6 +26,7 @@ from post_training.checkpoints.source import Source, fetch_source, find_source
 from post_training.cli.stage import Stage, run
 from post_training.common import files, report
 from post_training.common.errors import UsageError
+from post_training.config.batch_size import BatchSize, batch_flag
 from post_training.config.checks import at_least, required
 from post_training.config.flags import flag, group
 from post_training.config.options import StageOptions
@@ -56,9 +57,7 @@ class ExtractOptions(StageOptions):
     shard_size: int = flag(
         64, metavar="N", check=at_least(1), help="sequences a file (%(default)s)"
     )
-    micro_batch_size: int = flag(
-        1, metavar="N", check=at_least(1), help="sequences a rank computes at a time (%(default)s)"
-    )
+    micro_batch_size: BatchSize = batch_flag("sequences a rank computes at a time")
     text: TrainingTextOptions = group(TrainingTextOptions)
     draft: DraftOptions = group(DraftOptions)
 
@@ -80,10 +79,11 @@ def check(options: ExtractOptions) -> Plan:
     source = find_source(options)
     length = draft_options.sequence_length(options, source.described)
     at_least(1)("--seq-length", length)
-    if options.shard_size % options.micro_batch_size:
+    batch = options.micro_batch_size
+    if isinstance(batch, int) and options.shard_size % batch:
         raise UsageError(
             f"--shard-size {options.shard_size}",
-            f"it is no multiple of --micro-batch-size {options.micro_batch_size}",
+            f"it is no multiple of --micro-batch-size {batch}",
             "choose a multiple",
         )
     text = options.text.source(options.given)
@@ -119,6 +119,7 @@ def extract_features(plan: Plan, session: Session) -> dict[str, Any]:
     """
     from post_training.distributed import collectives
     from post_training.drafts import extraction
+    from post_training.inference.batching import Batching
 
     options, folder = plan.options, plan.folder
     source = fetch_source(plan.source, options)
@@ -146,9 +147,8 @@ def extract_features(plan: Plan, session: Session) -> dict[str, Any]:
         # The hooks on the auxiliary layers come with a draft; its weights do not matter.
         algorithm.attach(model, draft, options.seed)
     model.eval()
-    work = extraction.Extraction(model, algorithm, data, folder, options.micro_batch_size, session)
-    work.announce(shards)
-    work.write(shards)
+    batching = Batching(options.micro_batch_size, "--micro-batch-size")
+    extraction.Extraction(model, algorithm, data, folder, batching, session).write(shards)
     fingerprints = collectives.from_all_ranks(features.fingerprint(model))
     made = record.of_run(
         options,

@@ -25,6 +25,7 @@ from post_training.checkpoints.source import Source, fetch_source, find_source
 from post_training.cli.stage import Stage, run
 from post_training.common import manifest, outputs, report, resumable_jsonl
 from post_training.config import checks
+from post_training.config.batch_size import BatchSize, batch_flag
 from post_training.config.flags import flag, group
 from post_training.config.options import StageOptions
 from post_training.inference import options as prompt_options
@@ -48,9 +49,7 @@ class GenerateOptions(StageOptions):
         check=checks.at_least(1),
         help="of an answer (%(default)s)",
     )
-    generate_batch_size: int = flag(
-        16, metavar="N", check=checks.at_least(1), help="sequences (%(default)s)"
-    )
+    generate_batch_size: BatchSize = batch_flag("sequences at a time")
     sampling: SamplingOptions = group(SamplingOptions)
     prompts: GeneratePromptOptions = group(GeneratePromptOptions)
 
@@ -122,6 +121,7 @@ def generate(plan: Plan, session: Session) -> dict[str, Any]:
     """Answer what is not answered yet. Returns the manifest on rank 0."""
     from post_training.distributed.collectives import on_first_rank
     from post_training.inference import answering, dialogues
+    from post_training.inference.batching import Batching
     from post_training.inference.sampling import Sampler
 
     options = plan.options
@@ -129,18 +129,19 @@ def generate(plan: Plan, session: Session) -> dict[str, Any]:
     logger.info("%s", read.describe())
     outputs.disk_space(plan.output, read.size(options.max_new_tokens))
     source = fetch_source(plan.source, options)
+    batching = Batching(options.generate_batch_size, "--generate-batch-size")
     speaker = dialogues.load_speaker(
         source,
         options,
         session,
         max_new_tokens=options.max_new_tokens,
-        batch_size=options.generate_batch_size,
+        batching=batching,
         template_options=options.prompts.template_options,
         sampler=Sampler(**options.sampling.to_json(), seed=options.seed),
     )
     output = resumable_jsonl.Rows(plan.output, plan.settings) if session.is_main else None
     done = on_first_rank(lambda: output.done if output else 0)
-    block = options.generate_batch_size * answering.BATCHES_PER_BLOCK
+    block = answering.block_size(batching)
     if done:
         logger.info("resuming after %d prompts that are answered already", done * block)
     blocks = [read.dialogues[i : i + block] for i in range(0, len(read.dialogues), block)]
@@ -151,6 +152,7 @@ def generate(plan: Plan, session: Session) -> dict[str, Any]:
         **({"rows": output.rows, **output.totals} if output else {}),
         "left_out": dict(read.left_out),
         "tokens_per_second": round(tokens / seconds, 2) if tokens else None,
+        "sequences_at_a_time": batching.largest,
         "resumed_after_prompts": done * block,
     }
     inputs = [*source.inputs(), *recorded_prompts(plan)]
@@ -168,7 +170,8 @@ def show(plan: Plan, content: dict[str, Any], session: Session) -> None:
         {
             "answers": f"{metrics['answers']:,} in {metrics['rows']:,} rows",
             "tokens": f"{metrics['generated_tokens']:,} generated, "
-            f"{metrics['tokens_per_second']} a second in this run",
+            f"{metrics['tokens_per_second']} a second in this run, "
+            f"up to {metrics['sequences_at_a_time']} sequences at a time",
             "cut at --max-new-tokens": f"{cut:,} answers ({100 * cut / answers:.1f} %)",
             "file": f"{plan.output} ({report.number_of_bytes(plan.output.stat().st_size)})",
             **report.cost(content),

@@ -82,6 +82,7 @@ def check(options: MmluStageOptions) -> Plan:
 def mmlu(plan: Plan, session: Session) -> dict[str, Any]:
     """Load the model, ask the questions, write the report. Returns it, the same on every rank."""
     from post_training.evaluation import mmlu
+    from post_training.inference.batching import Batching
 
     options, asked = plan.options, plan.options.questions
     dataset = str(asked.mmlu_dataset)
@@ -94,6 +95,7 @@ def mmlu(plan: Plan, session: Session) -> dict[str, Any]:
         "MMLU: %d questions of %d subjects, %d-shot, from %s",
         *(count, len(benchmark.test), asked.few_shots, dataset),
     )
+    batching = Batching(asked.mmlu_batch_size, "--mmlu-batch-size")
     started = time.monotonic()
     with tqdm(total=count, unit="question", disable=not session.show_progress) as bar:
         result = mmlu.evaluate(
@@ -102,7 +104,7 @@ def mmlu(plan: Plan, session: Session) -> dict[str, Any]:
             benchmark,
             few_shots=asked.few_shots,
             fraction=asked.fraction,
-            batch_size=asked.mmlu_batch_size,
+            batching=batching,
             progress=lambda done: bar.update(done * session.parallel.data),
         )
     seconds = time.monotonic() - started
@@ -116,7 +118,7 @@ def mmlu(plan: Plan, session: Session) -> dict[str, Any]:
         options,
         session,
         [*source.inputs(), plan.questions],
-        found(options, result, seconds),
+        {**found(options, result, seconds), "questions_at_a_time": batching.largest},
     )
     if session.is_main:
         plan.report.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +145,8 @@ def found(options: MmluStageOptions, result: Result, seconds: float) -> dict[str
 
 def show(plan: Plan, content: dict[str, Any], session: Session) -> None:
     print_table(content)
-    logger.info("report: %s (%.1f s)", plan.report, content["seconds"])
+    at_a_time = f"up to {content['questions_at_a_time']} questions at a time"
+    logger.info("report: %s (%.1f s, %s)", plan.report, content["seconds"], at_a_time)
     if not content["passed"]:
         print(
             f"error: MMLU accuracy {content['accuracy']:.4f} is below "

@@ -155,7 +155,7 @@ def prune(plan: Plan, session: Session) -> Pruned:
     )
     small_files = SmallFiles(folder, options.trust_remote_code, config)
     content = torch_dist.save(model, plan.save, manifest, small_files=small_files)
-    smoke_generation.run(options.smoke, model, scorer.tokenizer, plan.save)
+    smoke_generation.run(options.smoke, model, scorer.tokenizer, str(plan.save))
     return Pruned(model, original, content)
 
 

@@ -1,10 +1,11 @@
-"""Quantize a model and calibrate it; save a Megatron checkpoint with the scales.
+"""Quantize a model and calibrate it; save a Megatron checkpoint with the scales, or export it.
 
 Inputs:  --load, a Megatron checkpoint, or --pretrained-model-path, a Hugging Face folder or hub
          name; --export-quant-cfg, a format (docs/formats.md has the table) or auto, or --recipe, a
          file; --calib-dataset-path-or-name, text or conversations to calibrate on.
 Outputs: --save, a checkpoint whose weights are unchanged (but for GPTQ, SmoothQuant and AWQ) and
          whose quantizers have their scales (with --compress the weights are packed), with run.json.
+         --export-dir, the folder that export.py would make of it; --save may then be left out.
 
     MLM_MODEL_CKPT=/work/Qwen3-0.6B_mlm bash quantize.sh Qwen/Qwen3-0.6B FP8_DEFAULT_CFG
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +24,18 @@ from post_training.checkpoints.source import Source, fetch_source, find_source, 
 from post_training.cli.stage import Stage, run
 from post_training.common import outputs, report
 from post_training.common.errors import UsageError
+from post_training.common.manifest import describe_input
 from post_training.config import checks, model_description
 from post_training.data import options as calibration_options
+from post_training.export import exporting
+from post_training.export import summary as export_summary
+from post_training.export.exporting import ExportPlan
+from post_training.export.options import FolderOptions
 from post_training.inference import smoke_generation
 from post_training.models import parallel_check
 from post_training.models.families import registry as families
-from post_training.quantization import expert_options, expert_table
+from post_training.quantization import expert_options, expert_table, summary
 from post_training.quantization import options as quantization_options
-from post_training.quantization.engines import registry as engines
 from post_training.quantization.formats.exportable import Verdict
 from post_training.quantization.options import Choice, QuantizeOptions
 
@@ -40,13 +46,19 @@ if TYPE_CHECKING:
     from post_training.quantization.ptq import PtqResult
 
 
+@dataclass(frozen=True, kw_only=True)
+class QuantizeStageOptions(FolderOptions, QuantizeOptions):
+    """Those of quantization, and of an export in the same process."""
+
+
 @dataclass(frozen=True)
 class Plan:
-    """``choice`` is the format, the recipe, or ``auto``."""
+    """``choice`` is the format, the recipe, or ``auto``; at least one output is not None."""
 
-    options: QuantizeOptions
+    options: QuantizeStageOptions
     source: Source
-    save: Path
+    save: Path | None
+    export: ExportPlan | None
     choice: Choice
 
 
@@ -59,8 +71,11 @@ class Quantized:
     content: Mapping[str, Any]
 
 
-def check(options: QuantizeOptions) -> Plan:
-    save = Path(checks.required("--save", options.save, "MLM_MODEL_SAVE"))
+def check(options: QuantizeStageOptions) -> Plan:
+    save = Path(options.save) if options.save else None
+    export = _planned_export(options)
+    if export is None:
+        checks.required("--save", options.save, "MLM_MODEL_SAVE (EXPORT_DIR for an export)")
     checks.no_context_parallelism(options.parallel.context)
     source = find_source(options)
     quantized = (source.manifest or {}).get("quantization")
@@ -79,16 +94,32 @@ def check(options: QuantizeOptions) -> Plan:
         options = expert_options.noting(options, source.described)
     model_description.check_tokenizer(options, own=True)
     calibration_options.check(options.calibration)
-    outputs.check_folder(save, overwrite=options.overwrite, needed=size_estimate(source, options))
-    return Plan(options, source, save, choice)
+    needed = size_estimate(source, options)
+    check_output = partial(outputs.check_folder, overwrite=options.overwrite, needed=needed)
+    if save is not None:
+        check_output(save)
+    if export is not None:
+        check_output(export.folder, outputs.EXPORT)
+    return Plan(options, source, save, export, choice)
+
+
+def _planned_export(options: QuantizeStageOptions) -> ExportPlan | None:
+    """The export that is asked for; UsageError for a layout that cannot write it."""
+    if not options.export_dir:
+        return None
+    remedy = "or save a checkpoint (MLM_MODEL_SAVE, without EXPORT_DIR) and run export.sh"
+    exporting.check_layout(options.parallel, f"TP=1 EP=1 (PP may be larger), {remedy}")
+    folder, allowed = Path(options.export_dir), options.allow_unexportable
+    return ExportPlan(folder, options.target, options.shard_bytes, allow_unexportable=allowed)
 
 
 def quantize(plan: Plan, session: Session) -> Quantized:
-    """Load, quantize, check, save.
+    """Load, quantize, check, save, export.
 
     Raises:
         UsageError: if the format cannot be exported, or a weight that it matches has no scale.
     """
+    from post_training.inference.batching import Batching
     from post_training.quantization import calibration, configuration, ptq
 
     options = plan.options
@@ -100,15 +131,15 @@ def quantize(plan: Plan, session: Session) -> Quantized:
     )
     model = loading.load(source, options, session)
     data = calibration.Calibration(
-        samples, options.calibration.calib_batch_size, session.show_progress
+        samples,
+        Batching(options.calibration.calib_batch_size, "--calib-batch-size"),
+        session.show_progress,
     )
     result = ptq.quantize(model, options, plan.choice, data)
     reason = families.family_of(source.architecture).not_quantized
     if reason:
         result = replace(result, found=Verdict(reason=reason))
-    metrics = {"calibration": data.to_json(), "coverage": result.reached.to_json()}
-    if result.search:
-        metrics["search"] = result.search
+    metrics = {"calibration": data.to_json(), **result.metrics()}
     # What later stages read.
     described = {
         "format": quantization_options.name_of(plan.choice),
@@ -121,47 +152,43 @@ def quantize(plan: Plan, session: Session) -> Quantized:
         "configuration": configuration.as_json(result.config),
     }
     extra = {"quantization": described, **source.pruned_from()}
-    manifest = record.of_run(options, session, source, metrics=metrics, extra=extra)
-    content = torch_dist.save(model, plan.save, manifest, small_files=small_files)
-    smoke_generation.run(options.smoke, model, tokenizer, plan.save)
+    content: Mapping[str, Any] = {}
+    if plan.save is not None:
+        manifest = record.of_run(options, session, source, metrics=metrics, extra=extra)
+        content = torch_dist.save(model, plan.save, manifest, small_files=small_files)
+    if plan.export is not None:
+        metrics = {**metrics, **exporting.write(plan.export, model, source, options, session)}
+        made_from = source.inputs()
+        if plan.save is not None:
+            made_from.append(describe_input("checkpoint", plan.save))
+        manifest = record.of_run(
+            options, session, source, inputs=made_from, metrics=metrics, extra=extra
+        )
+        content = exporting.publish(plan.export, manifest, source, options)
+    made = plan.save or options.export_dir
+    smoke_generation.run(options.smoke, model, tokenizer, f"{made}")
     return Quantized(model, result, content)
 
 
 def show(plan: Plan, quantized: Quantized, session: Session) -> None:
-    from post_training.quantization import gptq
-
     options, content = plan.options, quantized.content
-    reached, found = quantized.result.reached, quantized.result.found
-    used = content["metrics"]["calibration"]
-    of_quantized, of_all = reached.bits_per_weight(32 if options.precision == "fp32" else 16)
-    speed = f", {used['tokens_per_second']:,.0f} tokens/s" if used["tokens_computed"] else ""
-    readers, gpus = engines.describe(found.quant_algo)
-    exported = f"{found.quant_algo}: {readers}; {gpus}" if found.exportable else "no engine"
-    kv = found.kv_cache_quant_algo
-    routed = {"experts": expert_table.describe(used)} if used["expert_tokens"] else {}
-    expert_table.show(used)
-    report.summary(
-        f"quantized: {content['quantization']['format']}",
-        {
-            "quantizers": ", ".join(f"{n} {kind}" for kind, n in reached.quantizers.items()),
-            "quantized": reached.describe_quantized(),
-            "left out": reached.describe_left_out(),
-            "bits per weight": f"{of_quantized:.2f} where quantized, {of_all:.2f} over all, "
-            "scales included",
-            "calibrated on": f"{used['sequences']:,} sequences of {used['sequence_length']:,}, "
-            f"{used['tokens']:,} tokens{speed}",
-            **routed,
-            **({"gptq": gptq.describe(used["gptq"])} if "gptq" in used else {}),
-            "exports as": exported + (f"; keys and values {kv}" if kv else ""),
-            "checkpoint": f"{plan.save} ({report.size(plan.save)})",
-            "layout saved": f"{options.parallel}, loads at any",
-            **report.cost(content),
-        },
-        next_step=f"MLM_MODEL_CKPT={plan.save} bash mmlu.sh <conf>, then bash export.sh <conf>",
-    )
+    rows = summary.rows(options, quantized.result, content)
+    next_step = f"MLM_MODEL_CKPT={plan.save} bash mmlu.sh <conf>, then bash export.sh <conf>"
+    if plan.save is not None:
+        rows["checkpoint"] = f"{plan.save} ({report.size(plan.save)})"
+        rows["layout saved"] = f"{options.parallel}, loads at any"
+    if plan.export is not None:
+        written = export_summary.rows(plan.export, content)
+        rows |= {"read back": written["read back"], "exported": written["folder"]}
+        next_step = export_summary.serve(plan.export, content)
+    expert_table.show(content["metrics"]["calibration"])
+    title = f"quantized: {content['quantization']['format']}"
+    report.summary(title, {**rows, **report.cost(content)}, next_step)
 
 
-STAGE = Stage("quantize", QuantizeOptions, check, quantize, show, outputs=("save",))
+STAGE = Stage(
+    "quantize", QuantizeStageOptions, check, quantize, show, outputs=("save", "export_dir")
+)
 
 
 def main() -> None:

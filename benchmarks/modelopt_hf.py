@@ -16,7 +16,7 @@ from typing import Any
 
 
 def measure(
-    model_folder: Path, export: Path, name: str, samples: int, length: int
+    model_folder: Path, export: Path, name: str, samples: int, length: int, batch: int
 ) -> dict[str, Any]:
     started = time.perf_counter()
     import modelopt.torch.quantization as mtq
@@ -39,8 +39,8 @@ def measure(
 
     def calibrate(module: torch.nn.Module) -> None:
         with torch.inference_mode():
-            for row in rows:
-                module(row.unsqueeze(0))
+            for some in rows.split(batch):
+                module(some)
 
     mtq.quantize(model, getattr(mtq, name), calibrate)
     if device == "cuda":
@@ -68,8 +68,10 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=1, help="sequences a forward pass")
     args = parser.parse_args()
-    print(json.dumps(measure(args.model, args.export, args.name, args.samples, args.length)))
+    sizes = (args.samples, args.length, args.batch)
+    print(json.dumps(measure(args.model, args.export, args.name, *sizes)))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@
 #     TOKENIZER_MODEL    tokenizer folder or hub name         (HF_MODEL_CKPT)
 #     MLM_MODEL_CKPT     Megatron checkpoint to load; wins over HF_MODEL_CKPT
 #     MLM_MODEL_SAVE     where to save                        ($MLM_WORK_DIR/<conf>_mlm, _quant, ...)
-#     EXPORT_DIR         where export.sh writes               ($MLM_WORK_DIR/<conf>_export)
+#     EXPORT_DIR         where export.sh writes               ($MLM_WORK_DIR/<conf>_export);
+#                        quantize.sh exports too if it is set, and saves only to MLM_MODEL_SAVE
 #     MLM_WORK_DIR       work folder                          (megatron_workspace in $TMPDIR or /tmp)
 #     MLM_EXTRA_ARGS     further flags, split at white space (see to_array about spaces in a value)
 #     MLM_PROMPTS, MLM_REF_LABEL   prompts and expected texts of the smoke generation, split by |

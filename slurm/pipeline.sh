@@ -4,9 +4,10 @@
 #   bash slurm/pipeline.sh [sbatch options] <chain> <conf> [format]
 #   TP=8 bash slurm/pipeline.sh --nodes=1 quantize Qwen/Qwen3-8B NVFP4_DEFAULT_CFG
 #
-#   quantize   convert -> quantize -> mmlu -> export       (format: FP8_DEFAULT_CFG)
-#   prune      convert -> prune -> distill -> mmlu -> export
-#   eagle3     convert -> eagle3 -> validate -> export
+#   quantize         convert -> quantize -> mmlu -> export       (format: FP8_DEFAULT_CFG)
+#   quantize-export  quantize that exports in the same job: no checkpoint, no score
+#   prune            convert -> prune -> distill -> mmlu -> export
+#   eagle3           convert -> eagle3 -> validate -> export
 #
 # Settings of one stage are prefixed with its name in capitals, e.g. for quantize:
 #   QUANTIZE_ARGS    further flags, split like MLM_EXTRA_ARGS
@@ -32,9 +33,10 @@ usage() {
 choose_chain() {
   case "$1" in
     quantize) STAGES=(convert quantize mmlu export) ;;
+    quantize-export) STAGES=(quantize) ;;
     prune) STAGES=(convert prune distill mmlu export) ;;
     eagle3) STAGES=(convert eagle3 validate export) ;;
-    *) fail "chain $1" "unknown" "quantize, prune or eagle3" ;;
+    *) fail "chain $1" "unknown" "quantize, quantize-export, prune or eagle3" ;;
   esac
 }
 
@@ -60,7 +62,13 @@ stage_of() {
       OUTPUT=${EXPORT_DIR:-$OUTPUT}
       ;;
   esac
-  STAGE_ENV=("MLM_MODEL_SAVE=$OUTPUT" "EXPORT_DIR=$OUTPUT")
+  STAGE_ENV=("MLM_MODEL_SAVE=$OUTPUT" "EXPORT_DIR=")
+  if [[ "$1" == export ]]; then
+    STAGE_ENV=("EXPORT_DIR=$OUTPUT")
+  elif [[ "$CHAIN" == quantize-export ]]; then
+    OUTPUT=${EXPORT_DIR:-${base}_export}
+    STAGE_ENV=(MLM_MODEL_SAVE= "EXPORT_DIR=$OUTPUT")
+  fi
   [[ "$1" != distill ]] || STAGE_ENV+=("TEACHER_CKPT=${TEACHER_CKPT:-${base}_mlm}")
   [[ "$MODEL" == "$HF_MODEL_CKPT" ]] || STAGE_ENV+=("MLM_MODEL_CKPT=$MODEL")
   local own=${1^^}_ARGS

@@ -19,7 +19,8 @@ SMALL_FILES = tuple(
     tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json added_tokens.json
     chat_template.jinja chat_template.json vocab.json merges.txt vocab.txt
     spiece.model tekken.json tiktoken.model processor_config.json video_preprocessor_config.json
-    """.split()
+    README.md
+    """.split()  # README.md states the license; of an export it is another (export/model_card.py)
 )
 _CHAT_TEMPLATES = "additional_chat_templates"
 QUANTIZATION = "hf_quant_config.json"  # ModelOpt's; read, and never copied

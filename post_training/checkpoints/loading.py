@@ -151,7 +151,7 @@ def _import_weights(
     config = huggingface.read_config(Path(source.location))
     importer.reader = reader = dequantize.reader(config)
     importer.index, importer.names_read = index, set()
-    importer.joined = families.joined(source.architecture)
+    importer.joined, importer.divided = families.rearranged(source.architecture)
     importer.disable_tqdm = not show_progress
     with collectives.fail_together(
         _DOES_NOT_FIT,

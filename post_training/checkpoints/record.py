@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from post_training.checkpoints.source import Source
-from post_training.common import manifest, redaction
+from post_training.common import kept_warnings, manifest, redaction
 from post_training.common.manifest import Manifest
 from post_training.config.options import StageOptions
 from post_training.distributed.session import Session
@@ -81,6 +81,7 @@ def report_of_run(
         "configuration": redaction.hide_in(dict(options.given)),
         "inputs": _with_named(inputs, session),
         **found,
+        "warnings": kept_warnings.messages(),
         "peak_memory_bytes": session.peak_memory(),
         "parallel": {
             "tensor": session.parallel.tensor,

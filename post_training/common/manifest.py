@@ -3,7 +3,7 @@
 Every stage writes one beside its output; the next stage reads it. A manifest holds the stage, the
 command, the resolved configuration (the model's architecture included), package versions, the git
 commit, the inputs with their own manifests' hashes, the outputs with sizes and hashes, metrics,
-duration, peak memory and, since format 2, a hash of itself. Nothing here imports torch.
+warnings, duration, peak memory and, since format 2, a hash of itself. Nothing here imports torch.
 
     python -m post_training.manifest valid OUTPUT INPUT [COMMAND...]
     python -m post_training.manifest quote WORDS...
@@ -29,7 +29,7 @@ from typing import Any, TypedDict
 
 import xxhash
 
-from post_training.common import files, forms, redaction, regular
+from post_training.common import files, forms, kept_warnings, redaction, regular
 from post_training.common.errors import UsageError
 
 FILE = "run.json"
@@ -69,6 +69,7 @@ class _Form(TypedDict, total=False):
     configuration: dict[str, Any]
     versions: dict[str, Any]
     metrics: dict[str, Any]
+    warnings: list[str]
     inputs: list[_Input]
     outputs: list[_Output]
     draft: dict[str, Any] | None
@@ -116,6 +117,7 @@ class Manifest:
             "inputs": self.inputs,
             "outputs": outputs,
             "metrics": self.metrics,
+            "warnings": kept_warnings.messages(),
             "peak_memory_bytes": self.peak_memory_bytes,
             **self.extra,
         }

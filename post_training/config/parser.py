@@ -40,6 +40,7 @@ class Parser(argparse.ArgumentParser):
             remedy = suggest(choice[1], known) or f"choose one of {', '.join(known)}"
         elif value:
             kinds = {"int": "a whole number", "float": "a number"}
+            kinds["number_or_auto"] = "a whole number or auto"
             kind = kinds.get(value[1], f"a value of type {value[1]}")
             what, cause, remedy = f"{what} {value[2]}", f"it is not {kind}", f"give {kind}"
         raise UsageError(what, cause, remedy)

@@ -10,6 +10,7 @@ from collections.abc import Container
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from post_training.config.batch_size import BatchSize, batch_flag
 from post_training.config.checks import at_least
 from post_training.config.flags import flag
 from post_training.data import document_formats, provenance
@@ -36,9 +37,7 @@ class CalibrationOptions:
     calib_max_sequence_length: int = flag(
         4096, metavar="N", check=at_least(1), help="tokens per sequence (%(default)s)"
     )
-    calib_batch_size: int = flag(
-        1, metavar="N", check=at_least(1), help="sequences per forward pass (%(default)s)"
-    )
+    calib_batch_size: BatchSize = batch_flag("sequences per forward pass")
     calib_use_random_offset: bool = flag(False, help="start each document at a random place")
 
 

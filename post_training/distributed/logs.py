@@ -6,6 +6,7 @@ import logging
 import sys
 import warnings
 
+from post_training.common import kept_warnings
 from post_training.distributed import placement
 
 logger = logging.getLogger("post_training")
@@ -30,8 +31,9 @@ def configure(stage: str, level: str = "info") -> None:
     prefix = f"[{stage}]" if rank == 0 else f"[{stage} rank {rank}]"
     handler.setFormatter(logging.Formatter(f"{prefix} %(message)s"))
     warned = logging.getLogger("py.warnings")
+    logger.handlers[:] = [handler, kept_warnings.Keeper()]
+    warned.handlers[:] = [handler]
     for each in (logger, warned):
-        each.handlers[:] = [handler]
         each.propagate = False
     chosen = logging.getLevelNamesMapping()[level.upper()]
     logger.setLevel(chosen if rank == 0 else max(chosen, logging.WARNING))

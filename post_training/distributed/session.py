@@ -61,13 +61,12 @@ class Session:
 
     def peak_memory(self) -> dict[str, int]:
         """Largest peak over all ranks, in bytes: host (resident set) and, on CUDA, device."""
-        import torch
-
+        from post_training.distributed import memory
         from post_training.distributed.collectives import from_all_ranks
 
         peaks = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
         if self.device.type == "cuda":
-            peaks["device"] = torch.cuda.max_memory_allocated()
+            peaks["device"] = memory.highest_allocated()
         gathered = from_all_ranks(peaks)
         return {name: max(each[name] for each in gathered) for name in peaks}
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from post_training.distributed.session import Session
 from post_training.drafts.algorithm import DraftAlgorithm
 from post_training.drafts.eagle3.draft import Draft
 from post_training.drafts.features import SETTINGS
+from post_training.inference.batching import Batching
 
 logger = logging.getLogger("post_training")
 
@@ -104,7 +106,7 @@ def check_room(
 
 @dataclass(frozen=True)
 class Extraction:
-    """One run of extract_features.py: of ``data`` by part, ``batch`` sequences at a time.
+    """One run of extract_features.py: of ``data`` by part, so many sequences at a time.
 
     ``model`` is this rank's part, with a draft of ``algorithm`` attached.
     """
@@ -113,47 +115,56 @@ class Extraction:
     algorithm: DraftAlgorithm
     data: Mapping[str, PackedConversations]
     folder: Path
-    batch: int
+    batching: Batching
     session: Session
-
-    def announce(self, shards: Sequence[Shard]) -> None:
-        """Log what is still to do, with the time that it takes; a collective call."""
-        todo = missing(self.folder, shards)
-        count = sum(len(shard.rows) for shard in todo)
-        if not count:
-            logger.info("all %d shards are there already", len(shards))
-            return
-        probe = todo[0].rows[: self.batch]
-        self._features(todo[0].part, probe)  # the first pass also sets things up
-        started = time.monotonic()
-        self._features(todo[0].part, probe)
-        seconds = (time.monotonic() - started) / len(probe) * count / self.session.parallel.data
-        logger.info(
-            "%d of %d shards to write, about %s",
-            len(todo),
-            len(shards),
-            f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{seconds:.0f} s",
-        )
 
     def write(self, shards: Sequence[Shard]) -> None:
         """Write what is missing, shards in turn over the data-parallel ranks; a collective call."""
         todo = missing(self.folder, shards)
         rank = parallel_state.get_data_parallel_rank()
         ranks = parallel_state.get_data_parallel_world_size()
+        length = next(iter(self.data.values())).ids.shape[1]
+
+        def positions(_row: int) -> int:
+            return int(length)
+
         first_of_tensor = parallel_state.get_tensor_model_parallel_rank() == 0
+        batching = self.batching
+        if parallel_state.get_expert_model_parallel_world_size() > 1:
+            # Ranks with different shards meet in every layer: all make as many passes.
+            batching = replace(batching, asked=batching.fixed)
+        logger.info("%d of %d shards to write", len(todo), len(shards))
+        started = time.monotonic()
         with tqdm(total=len(todo), unit="shard", disable=not self.session.show_progress) as bar:
             # Every rank makes as many passes: with experts, all of them meet in every layer.
             for first in range(0, len(todo), ranks):
                 mine = todo[min(first + rank, len(todo) - 1)]
                 parts = [
-                    self._features(mine.part, mine.rows[start : start + self.batch])
-                    for start in range(0, len(mine.rows), self.batch)
+                    found
+                    for _, found in batching.over(
+                        self.model,
+                        mine.rows,
+                        partial(self._features, mine.part),
+                        positions=positions,
+                    )
                 ]
                 if first_of_tensor and first + rank < len(todo):
                     _write_shard(self.folder / mine.file, [part for part in parts if part])
+                if not first:
+                    self._announce(time.monotonic() - started, todo, ranks)
                 bar.update(min(ranks, len(todo) - first))
+        if todo:
+            logger.info("sequences: %s", batching.describe())
 
-    def _features(self, part: str, rows: list[int]) -> dict[str, torch.Tensor]:
+    def _announce(self, seconds: float, todo: Sequence[Shard], ranks: int) -> None:
+        """Log how long the shards after the first round will take."""
+        done, count = len(todo[0].rows), sum(len(shard.rows) for shard in todo[ranks:])
+        if count:
+            left = seconds * count / (done * min(ranks, len(todo)))
+            said = f"{left / 60:.0f} minutes" if left > 90 else f"{left:.0f} s"
+            logger.info("%d shards are left, about %s", len(todo) - ranks, said)
+
+    def _features(self, part: str, rows: Sequence[int]) -> dict[str, torch.Tensor]:
         """Features of some sequences on the last pipeline stage, nothing on the others."""
         batch = self.data[part].batch(rows)
         found = self.algorithm.features(self.model, batch["input_ids"].to(self.session.device))

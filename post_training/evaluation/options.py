@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from post_training.config.batch_size import BatchSize, batch_flag
 from post_training.config.checks import at_least, positive_fraction
 from post_training.config.flags import flag
 from post_training.data import records
@@ -26,7 +27,7 @@ class MmluOptions:
     few_shots: int = flag(
         0, check=at_least(0), help="solved examples before each question (%(default)s)"
     )
-    mmlu_batch_size: int = flag(1, check=at_least(1), help="questions at a time (%(default)s)")
+    mmlu_batch_size: BatchSize = batch_flag("questions at a time")
 
 
 def load_local(options: MmluOptions) -> Benchmark | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.transformer import MegatronModule
 from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
 from tqdm import tqdm
@@ -25,12 +27,13 @@ from post_training.export import (
     comparison,
     compressed_tensors,
     computed_as,
+    modelopt_integers,
     readback,
     scaled_fp8,
 )
 from post_training.export.carried import Carried
 from post_training.export.fake_quantized import fake_quantized, unpack
-from post_training.export.folder import require_equal, write_tensors
+from post_training.export.folder import Tensors, require_equal, write_tensors
 from post_training.export.layout import Configuration
 from post_training.export.streaming_exporter import StreamingExporter
 from post_training.models.builder import torch_dtype
@@ -40,7 +43,11 @@ from post_training.quantization import quantizers
 logger = logging.getLogger("post_training")
 
 # By what they are exported as; the others are written by ModelOpt.
-_LAYOUTS = {**scaled_fp8.LAYOUTS, **compressed_tensors.LAYOUTS}
+_LAYOUTS = {
+    **scaled_fp8.LAYOUTS,
+    **compressed_tensors.LAYOUTS,
+    **modelopt_integers.LAYOUTS,
+}
 
 
 def state_dtype(config: dict[str, Any], dtype: torch.dtype) -> None:
@@ -91,7 +98,11 @@ def write(
     count = len(model.decoder.layers) + 1 + model.pre_process
     progress = partial(tqdm, total=count, unit="layer", disable=not session.show_progress)
     work = on_first_rank(lambda: files.begin(folder))
-    groups = exporter.groups() if layout is None else layout.groups(exporter, dtype)
+    # Replicas have the same weights and scales.
+    is_writer = parallel_state.get_data_parallel_rank() == 0
+    groups: Iterable[Tensors] = ()
+    if is_writer:
+        groups = exporter.groups() if layout is None else layout.groups(exporter, dtype)
     carried = Carried.of(original, session)
     groups = chain(progress(groups, desc="writing"), carried.groups())
     write_tensors(work, groups, max_shard_bytes)
@@ -124,7 +135,8 @@ def write(
         problems += written.problems()
         problems += computed_as.problems(written.config, source.architecture)
     mine: list[str] = []
-    for (group,) in progress(exporter.views(fake_quantized), desc="reading back"):
+    views = exporter.views(fake_quantized) if is_writer else ()
+    for (group,) in progress(views, desc="reading back"):
         mine += group
         problems += comparison.compare(written, group.items(), dtype)
     problems += carried.problems(written)

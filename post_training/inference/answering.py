@@ -16,11 +16,18 @@ from post_training.data.prompts import Dialogue
 from post_training.distributed.collectives import from_all_ranks
 from post_training.distributed.session import Session
 from post_training.inference import dialogues, generation
+from post_training.inference.batching import Batching
 from post_training.inference.dialogues import Answered, Speaker
 
 logger = logging.getLogger("post_training")
 
-BATCHES_PER_BLOCK = 4
+_BATCHES_PER_BLOCK = 4
+_AUTO_BLOCK = 128
+
+
+def block_size(batching: Batching) -> int:
+    """Dialogues of a block: the same on every machine, so that any can resume."""
+    return batching.fixed * _BATCHES_PER_BLOCK if batching.is_given else _AUTO_BLOCK
 
 
 def answer_blocks(

@@ -17,6 +17,7 @@ from post_training.data.document_formats import Document
 from post_training.data.prompts import Dialogue
 from post_training.distributed.session import Session
 from post_training.inference import generation
+from post_training.inference.batching import Batching
 from post_training.inference.options import OPTION
 from post_training.inference.sampling import Sampler
 
@@ -34,7 +35,7 @@ class Speaker:
         eos_ids: tokens that end an answer.
         context_length: most tokens of a prompt and its answer together.
         max_new_tokens: most tokens of one answer.
-        batch_size: most sequences at a time.
+        batching: sequences at a time; None: those of :func:`generation.generate`.
         sampler: chooses the next token; the prompts' names become its own.
         template_options: further variables of the chat template.
     """
@@ -44,7 +45,7 @@ class Speaker:
     eos_ids: Sequence[int]
     context_length: int
     max_new_tokens: int
-    batch_size: int = 16
+    batching: Batching | None = None
     sampler: Sampler = field(default_factory=Sampler)
     template_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -76,7 +77,7 @@ class Speaker:
             prompts,
             [min(self.max_new_tokens, self.context_length - len(each)) for each in prompts],
             self.eos_ids,
-            batch_size=self.batch_size,
+            batching=self.batching,
             vocab_size=len(self.tokenizer),
             choose=replace(self.sampler, names=names),
             progress=progress,

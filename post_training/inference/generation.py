@@ -23,11 +23,13 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from post_training.inference import forward
+from post_training.inference.batching import Batching
 from post_training.inference.sampling import greedy
 
 if TYPE_CHECKING:
     from megatron.core.inference.contexts import StaticInferenceContext
 
+_DEFAULT_BATCH = 16
 # Logits [b, vocabulary], the prompt's index of each row, the tokens it has generated -> int64 [b].
 Choose = Callable[[torch.Tensor, Sequence[int], Sequence[int]], torch.Tensor]
 
@@ -128,7 +130,7 @@ def generate(
     max_new_tokens: int | Sequence[int],
     eos_ids: Sequence[int] = (),
     *,
-    batch_size: int = 16,
+    batching: Batching | None = None,
     use_cache: bool = True,
     vocab_size: int | None = None,
     choose: Choose = greedy,
@@ -147,7 +149,7 @@ def generate(
         prompts: token ids, at least one each.
         max_new_tokens: most tokens to add to each, one number or one for each prompt.
         eos_ids: tokens that end a sequence; the end token is part of the result.
-        batch_size: most sequences at a time.
+        batching: sequences at a time; by default at most 16.
         use_cache: False computes the whole sequence again for each token (for comparisons).
         vocab_size: choose among the first tokens only, where the output layer is padded.
         choose: from float32 logits [b, vocabulary], the index in ``prompts`` of each row and the
@@ -166,12 +168,24 @@ def generate(
     if max(limits, default=0) < 1:
         return results
     spread = 0 if _rotates_by_length(core) else max(limits)
-    for group in _groups([len(prompt) for prompt in prompts], batch_size, spread):
-        new = _decode(core, prompts, group, limits, eos_ids, use_cache, vocab_size, choose)
-        for index, found in new.items():
-            results[index] = found
-        if progress is not None:
-            progress(len(group))
+    batching = batching or Batching(_DEFAULT_BATCH, "the batch size")
+
+    def decode(some: Sequence[int]) -> dict[int, list[int]]:
+        return _decode(core, prompts, some, limits, eos_ids, use_cache, vocab_size, choose)
+
+    most = batching.fixed if batching.is_given else len(prompts)
+    for group in _groups([len(prompt) for prompt in prompts], most, spread):
+        for some, new in batching.over(
+            core,
+            group,
+            decode,
+            positions=lambda index: len(prompts[index]) + limits[index],
+            tokens=lambda index: len(prompts[index]),
+        ):
+            for index, found in new.items():
+                results[index] = found
+            if progress is not None:
+                progress(len(some))
     return results
 
 
@@ -220,7 +234,11 @@ def _decode(
         return len(found) >= limits[index] or (bool(found) and found[-1] in eos_ids)
 
     start = 0
+    # Of longer texts all tokens are rotated otherwise, which changes what every layer gives.
+    switch = getattr(getattr(core, "rotary_pos_emb", None), "switches_after", None) or total
     for end in range(min(len(prompts[index]) for index in group), total):
+        if context is not None and 0 < start <= switch < end:
+            context, start = forward.new_context(len(rows), total), 0
         last = torch.full((len(rows),), end - start - 1, device=tokens.device)
         logits = forward.run(core, tokens[:, start:end], last, context)
         chosen = None

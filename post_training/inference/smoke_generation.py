@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from post_training.common.quiet import quiet
@@ -34,8 +33,8 @@ class SmokeOptions:
     skip_generate: bool = flag(False, help="no smoke generation")
 
 
-def run(options: SmokeOptions, model: MegatronModule, tokenizer: Any, saved: Path) -> None:
-    """Let the model, ``saved`` as a checkpoint, continue the prompts; a collective call."""
+def run(options: SmokeOptions, model: MegatronModule, tokenizer: Any, saved: str) -> None:
+    """Let the model, ``saved`` already, continue the prompts; a collective call."""
     from post_training.inference import generation
 
     if options.skip_generate:
@@ -56,7 +55,7 @@ def run(options: SmokeOptions, model: MegatronModule, tokenizer: Any, saved: Pat
                 logger.warning("smoke generation: expected %r", references[i])
     except Exception as error:  # any failure: the result is on disk, and must not look lost
         logger.warning(
-            "the smoke generation failed: %s: %s. The checkpoint %s is complete.",
+            "the smoke generation failed: %s: %s. The output %s is complete.",
             *(type(error).__name__, error, saved),
         )
         logger.debug("smoke generation", exc_info=True)

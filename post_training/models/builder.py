@@ -228,6 +228,10 @@ def _layer_spec(
         from post_training.models.latent_attention import without_query_latent
 
         without_query_latent(spec)
+    if architecture.has_delta_nets:
+        from post_training.models import delta_net
+
+        delta_net.replace_attention(spec, config, architecture.value("linear_attention_freq"))
     if not architecture.pre_norms:
         from post_training.models import post_norms
 

@@ -8,6 +8,9 @@ Covers what :mod:`modelopt.torch.quantization.tensor_quant` sends to those kerne
 - static NVFP4 blocks (:592) and the plain cast to FP4 (:662): the two Triton functions get a
   counterpart for CPU tensors.
 
+``replace_function`` (utils/core_utils.py:383), with which quantized layers call the plain ones,
+puts the function back after an error too: a pass that ran out of memory can be repeated.
+
 Fake quantization agrees with the values that ModelOpt's packers (``NVFP4QTensor``,
 ``MXFP8QTensor``) store, with the kernels' own exceptions: NVFP4 blocks whose scale is below 1e-5,
 or rounds to zero in E4M3, become zero (the packer keeps the smallest scale instead); MXFP4 ties go
@@ -16,7 +19,8 @@ to the even code (the packer: towards zero).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -135,6 +139,26 @@ def static_blockwise_fp4_cast(
 def install() -> None:
     """Arrange for the implementations to be registered when ModelOpt is imported."""
     imports.on_import("modelopt.torch.quantization.tensor_quant", _change_tensor_quant)
+    imports.on_import("modelopt.torch.quantization.utils.core_utils", _change_core_utils)
+
+
+@contextlib.contextmanager
+def replace_function(
+    package: Any, name: str, new_func: Any, og_func_cache_name: str | None = None
+) -> Iterator[None]:
+    """In the block ``package`` has another function; its own is there under a further name."""
+    kept, own = og_func_cache_name or f"_{name}", getattr(package, name)
+    setattr(package, name, new_func)
+    setattr(package, kept, own)
+    try:
+        yield
+    finally:
+        setattr(package, name, own)
+        delattr(package, kept)
+
+
+def _change_core_utils(module: ModuleType) -> None:
+    vars(module)["replace_function"] = replace_function
 
 
 def _bits(total: int, exponent: int) -> Any:

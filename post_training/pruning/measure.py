@@ -10,6 +10,7 @@ from post_training.data import options as calibration_options
 from post_training.distributed.session import Session
 from post_training.evaluation import mmlu, mmlu_data, perplexity
 from post_training.evaluation.mmlu_data import Benchmark
+from post_training.inference.batching import Batching
 from post_training.pruning.options import PruneOptions
 from post_training.quantization.calibration import Calibration
 
@@ -28,8 +29,8 @@ class Scorer:
         samples = calibration_options.load(
             options.calibration, self.tokenizer, source.architecture, options.seed
         )
-        self.batch_size = options.calibration.calib_batch_size
-        self.calibration = Calibration(samples, self.batch_size, session.show_progress)
+        self.batching = Batching(options.calibration.calib_batch_size, "--calib-batch-size")
+        self.calibration = Calibration(samples, self.batching, session.show_progress)
         self.benchmark = benchmark
         asked = options.mmlu
         if benchmark is None and asked.mmlu_dataset:
@@ -41,7 +42,7 @@ class Scorer:
         if not count:
             return None
         rows = self.calibration.data.input_ids[:count]
-        return perplexity.mean_loss(model, rows.split(self.batch_size))
+        return perplexity.mean_loss(model, rows, self.batching)
 
     def accuracy(self, model: torch.nn.Module) -> float | None:
         """MMLU accuracy, if it is asked for."""
@@ -53,7 +54,7 @@ class Scorer:
             self.benchmark,
             few_shots=self.options.mmlu.few_shots,
             fraction=self.options.mmlu.fraction,
-            batch_size=self.options.mmlu.mmlu_batch_size,
+            batching=Batching(self.options.mmlu.mmlu_batch_size, "--mmlu-batch-size"),
         )
         return found.score.total.accuracy
 

@@ -73,7 +73,7 @@ def search(
             forward_step=_Step(data, _losses if by_gradient else _forward, len(batches)),
             loss_func=(lambda losses, _batch: losses.mean()) if by_gradient else None,
             num_calib_steps=len(batches),
-            num_score_steps=max(1, min(len(batches), score_size // data.batch_size)),
+            num_score_steps=max(1, min(len(batches), score_size // data.batching.fixed)),
             checkpoint=options.auto.auto_quantize_checkpoint or None,
         )
     if kv_entries:

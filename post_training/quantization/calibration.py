@@ -6,8 +6,8 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,8 @@ from post_training.common.errors import UsageError
 from post_training.data.calibration_data import CalibrationData
 from post_training.distributed.collectives import from_all_ranks
 from post_training.inference import forward, generation
-from post_training.quantization import expert_reach, experts, quantizers
+from post_training.inference.batching import Batching
+from post_training.quantization import expert_reach, experts, maxima, quantizers
 from post_training.quantization.layer_names import first_names, global_name
 
 logger = logging.getLogger("post_training")
@@ -33,7 +34,8 @@ class Calibration:
 
     Attributes:
         data: packed sequences.
-        batch_size: sequences a forward pass.
+        batching: sequences a forward pass. Where more than maxima are collected a pass cannot be
+            repeated and its size may count: there it is a given number, or one.
         show_progress: draw a progress bar.
         tokens: tokens computed so far by all ranks; some algorithms make several passes.
         seconds: time that took.
@@ -41,10 +43,11 @@ class Calibration:
         expert_tokens: tokens that the router sent to the experts of each layer, in one pass.
         expert_tokens_added: those that reached them beyond that.
         gptq: what GPTQ did; empty with other methods.
+        only_maxima: the calibration method collects nothing else.
     """
 
     data: CalibrationData
-    batch_size: int
+    batching: Batching
     show_progress: bool = False
     tokens: int = 0
     seconds: float = 0.0
@@ -52,6 +55,8 @@ class Calibration:
     expert_tokens: experts.ExpertTokens = field(default_factory=dict)
     expert_tokens_added: experts.ExpertTokens = field(default_factory=dict)
     gptq: dict[str, Any] = field(default_factory=dict)
+    only_maxima: bool = False
+    _counted: list[dict[int, torch.Tensor]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The data really used, for a manifest."""
@@ -64,6 +69,7 @@ class Calibration:
             "documents": self.data.documents,
             "tokens": self.data.tokens,
             "tokens_computed": self.tokens,
+            "sequences_at_a_time": self.batching.largest or self.batching.fixed,
             "seconds": round(self.seconds, 3),
             "tokens_per_second": round(self.tokens / self.seconds, 1) if self.seconds else 0.0,
             "notes": list(self.data.notes),
@@ -74,17 +80,24 @@ class Calibration:
         }
 
     def batches(self) -> list[torch.Tensor]:
-        """This rank's batches, int64 [at most batch_size, s] each, as many as on any rank."""
+        """This rank's batches of one size, int64 [at most that, s] each; as many as on any rank."""
+        return list(self._rows().split(self.batching.fixed))
+
+    def _rows(self) -> torch.Tensor:
+        """This rank's sequences, int64 [n, s]; the same n on every rank."""
         rank, size, _ = generation.data_parallel()
-        mine = list(self.data.batches(self.batch_size, rank, size))
-        first = list(self.data.batches(self.batch_size, 0, size))
-        return mine + first[len(mine) :]
+        mine, first = (self.data.input_ids[each::size] for each in (rank, 0))
+        return torch.cat([mine, first[len(mine) :]])
 
     def __call__(self, model: torch.nn.Module) -> None:
         """Run everything once; every rank of the model takes part."""
         self.forget_expert_tokens()
         with self.watching_experts(model):
-            self._run(model, self.batches())
+            if self.only_maxima and maxima.are_all(model):
+                with maxima.collecting(model):
+                    self._run(model, self._rows(), self.batching)
+            else:
+                self._run(model, self._rows(), replace(self.batching, asked=self.batching.fixed))
         experts.settle_idle(model)
 
     def forget_expert_tokens(self) -> None:
@@ -100,10 +113,12 @@ class Calibration:
         """
         routed, added = (self.expert_tokens, self.expert_tokens_added) if count else ({}, {})
         with (
-            experts.counting(model, routed),
-            expert_reach.reaching(model, self.expert_share, added),
+            experts.counting(model, routed) as chosen,
+            expert_reach.reaching(model, self.expert_share, added) as further,
         ):
+            self._counted = [chosen, further]
             yield
+            self._counted = []
 
     def probe(
         self, model: torch.nn.Module, seen: Mapping[str, int] | None = None
@@ -118,14 +133,14 @@ class Calibration:
                 tokens choose each.
         """
         with watching(model) as rows:
-            self._run(model, self.batches()[:1])
+            self._run(model, self.batches()[0], replace(self.batching, asked=self.batching.fixed))
         for name in rows:
             if seen and "experts" in name:
                 rows[name] += seen.get(name, 0)
         return rows
 
     @torch.no_grad()
-    def _run(self, model: torch.nn.Module, batches: list[torch.Tensor]) -> None:
+    def _run(self, model: torch.nn.Module, rows: torch.Tensor, batching: Batching) -> None:
         """Forward passes over the pipeline; the results are dropped.
 
         The output layer computes one position of each sequence, unless it has quantizers that must
@@ -135,21 +150,39 @@ class Calibration:
         output = getattr(core, "output_layer", None)
         whole = output is not None and any(True for _ in quantizers.enabled(output))
         _, ranks, _ = generation.data_parallel()
+        device = forward.device_of(core)
+
+        def compute(some: Sequence[int]) -> None:
+            input_ids = rows[some[0] : some[-1] + 1].to(device)
+            last = torch.full_like(input_ids[:, 0], input_ids.shape[1] - 1)
+            forward.run(core, input_ids, None if whole else last)
+
         started = time.monotonic()
         with tqdm(
-            total=sum(batch.numel() for batch in batches) * ranks,
+            total=rows.numel() * ranks,
             desc="calibrating",
             unit=" tokens",
             unit_scale=True,
             disable=not self.show_progress,
         ) as bar:
-            for batch in batches:
-                input_ids = batch.to(forward.device_of(core))
-                last = torch.full_like(input_ids[:, 0], input_ids.shape[1] - 1)
-                forward.run(core, input_ids, None if whole else last)
-                self.tokens += batch.numel() * ranks
-                bar.update(batch.numel() * ranks)
+            length = rows.shape[1]
+            for some, _ in batching.over(
+                core, range(len(rows)), compute, positions=lambda _: length, undo=self._undo
+            ):
+                self.tokens += len(some) * length * ranks
+                bar.update(len(some) * length * ranks)
         self.seconds += time.monotonic() - started
+
+    def _undo(self) -> Callable[[], None]:
+        """What takes back the tokens of experts that are counted from now on."""
+        before = [dict(each) for each in self._counted]
+
+        def take_back() -> None:
+            for each, kept in zip(self._counted, before, strict=True):
+                each.clear()
+                each.update(kept)
+
+        return take_back
 
 
 @contextlib.contextmanager

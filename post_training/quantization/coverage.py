@@ -20,6 +20,7 @@ from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 
 from post_training.common.errors import UsageError
 from post_training.distributed.collectives import from_all_ranks
+from post_training.models.delta_net import PlainLinear
 from post_training.quantization import layer_names, quantizers
 from post_training.quantization.configuration import QKV_PATTERNS, Config
 from post_training.quantization.formats import registry as formats
@@ -116,6 +117,7 @@ class Coverage:
         """For the manifest."""
         of_quantized, of_all = self.bits_per_weight()
         return {
+            "parameters": sum(each.parameters for each in self.layers) + self.other_parameters,
             "linear_layers": len(self.layers),
             "quantized_layers": len(self.quantized),
             "quantizers": self.quantizers,
@@ -253,6 +255,8 @@ def _why_plain(name: str, module: torch.nn.Module, entries: Sequence[Config]) ->
             reason = nothing if pattern == "*" else f"the recipe leaves {pattern} plain"
     if not reason and isinstance(module, DownProjection):
         return "ModelOpt quantizes no down projections of latent attention"
+    if not reason and isinstance(module, PlainLinear):
+        return "engines keep what a gated delta net forgets by in 16 bits"
     return reason
 
 

@@ -25,39 +25,47 @@ _SCORES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 @contextlib.contextmanager
-def reaching(model: torch.nn.Module, share: float, added: experts.ExpertTokens) -> Iterator[None]:
+def reaching(
+    model: torch.nn.Module, share: float, added: experts.ExpertTokens
+) -> Iterator[dict[int, torch.Tensor]]:
     """Let each token reach a share of the experts in the block; its end is a collective call.
+
+    Within it this rank's further tokens are in what it yields, whose tensors do not change.
 
     Args:
         share: of a layer's experts; 0 leaves everything to the router.
         added: the tokens that experts get beyond the router's are added to it.
     """
-    layers = [_Layer(m, share) for m in model.modules() if isinstance(m, MoELayer) and share]
+    sent: dict[int, torch.Tensor] = {}
+    found = [m for m in model.modules() if isinstance(m, MoELayer) and share]
+    layers = [_Layer(each, share, sent) for each in found]
     with contextlib.ExitStack() as stack:
         for each in layers:
             stack.callback(each.layer.router.register_forward_hook(each.keep).remove)
             hook = each.layer.register_forward_hook(each.send, with_kwargs=True)
             stack.callback(hook.remove)
-        yield
+        yield sent
     if share:
-        experts.add(added, {each.number: each.sent for each in layers})
+        experts.add(added, sent)
 
 
 class _Layer:
     """The hooks of one layer with experts.
 
     Attributes:
-        sent: tokens by expert, int64 [experts].
+        sent: tokens by expert, int64 [experts], under the layer's number.
     """
 
-    def __init__(self, layer: Any, share: float) -> None:
+    def __init__(self, layer: Any, share: float, sent: dict[int, torch.Tensor]) -> None:
         self.layer, self.router = layer, layer.router
         self.number: int = layer.router.layer_number - 1
         self.chosen_by_router: int = layer.router.topk
         total = layer.config.num_moe_experts
         reached = expert_options.reached(share, total, self.chosen_by_router)
         self.further = reached - self.chosen_by_router
-        self.sent = torch.zeros(total, dtype=torch.int64, device=layer.router.weight.device)
+        self.sent = sent
+        device = layer.router.weight.device
+        sent[self.number] = torch.zeros(total, dtype=torch.int64, device=device)
         self.own: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def keep(self, _router: Any, _given: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -82,7 +90,7 @@ class _Layer:
         for some in best.split(self.chosen_by_router, dim=1):
             reached = torch.zeros_like(chosen).scatter_(1, some, True)
             self._run(hidden, weights * reached, reached)
-            self.sent += reached.sum(0)
+            self.sent[self.number] = self.sent[self.number] + reached.sum(0)
 
     def _run(self, hidden: torch.Tensor, weights: torch.Tensor, reached: torch.Tensor) -> None:
         """The layer's experts on the tokens that are sent to them; shared ones are left out."""

@@ -21,10 +21,11 @@ ExpertTokens = dict[int, list[int]]
 
 
 @contextlib.contextmanager
-def counting(model: torch.nn.Module, counts: ExpertTokens) -> Iterator[None]:
+def counting(model: torch.nn.Module, counts: ExpertTokens) -> Iterator[dict[int, torch.Tensor]]:
     """Add to ``counts`` the tokens that the routers of all ranks send to each expert in the block.
 
-    The end of the block is a collective call.
+    The end of the block is a collective call. Within it this rank's tokens are in what it yields,
+    whose tensors do not change.
     """
     mine: dict[int, torch.Tensor] = {}
 
@@ -37,7 +38,7 @@ def counting(model: torch.nn.Module, counts: ExpertTokens) -> Iterator[None]:
             if isinstance(router, Router):
                 layer: Any = router.layer_number
                 stack.callback(router.register_forward_hook(partial(count, layer - 1)).remove)
-        yield
+        yield mine
     add(counts, mine)
 
 

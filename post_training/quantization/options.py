@@ -123,7 +123,7 @@ def chosen(options: QuantizeOptions) -> Choice:
     return recipes.find(name) if is_recipe else formats.find(name)
 
 
-def noting(options: QuantizeOptions, choice: Choice) -> QuantizeOptions:
+def noting[Options: QuantizeOptions](options: Options, choice: Choice) -> Options:
     """``options`` with what there is to say about flags of the search that are given."""
     auto, name = options.auto, options.export_quant_cfg
     given = [spelled(n) for n in options.given if n.startswith("auto_quantize_")]

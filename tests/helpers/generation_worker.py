@@ -22,6 +22,7 @@ from post_training.config.options import StageOptions
 from post_training.data import calibration_data
 from post_training.distributed.collectives import on_first_rank
 from post_training.inference import generation
+from post_training.inference.batching import Batching
 from post_training.models.architecture import Architecture
 from post_training.models.builder import BuildOptions, build
 
@@ -96,7 +97,7 @@ def fill(model: torch.nn.Module) -> None:
 def inference(model: torch.nn.Module) -> dict[str, Any]:
     seed = torch.Generator().manual_seed(1)
     input_ids = torch.randint(VOCABULARY, (len(LENGTHS), max(LENGTHS)), generator=seed)
-    generate = {"max_new_tokens": 12, "batch_size": 3}
+    generate = {"max_new_tokens": 12, "batching": Batching(3, "--generate-batch-size")}
     tokens = generation.generate(model, PROMPTS, **generate)
     prefix = input_ids[0, :3].tolist()
     shared = input_ids.clone()

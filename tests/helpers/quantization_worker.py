@@ -29,6 +29,7 @@ class Model:
 
     def __init__(self, words: list[str], options: QuantizeOptions, session: Any) -> None:
         from post_training.data import options as calibration_options
+        from post_training.inference.batching import Batching
         from post_training.quantization import calibration
 
         self.words = words
@@ -42,7 +43,9 @@ class Model:
             self.source.architecture,
             options.seed,
         )
-        self.data = lambda: calibration.Calibration(self.samples, asked.calib_batch_size)
+        self.data = lambda: calibration.Calibration(
+            self.samples, Batching(asked.calib_batch_size, "--calib-batch-size")
+        )
 
     def plain(self) -> Any:
         return loading.load(self.source, self.options, self.session)

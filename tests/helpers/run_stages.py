@@ -49,7 +49,7 @@ def logits(plan: LogitsPlan, session: Any) -> None:
     result = prefill_logits(model, ids)
     found = {"logits": result.float().cpu().contiguous()}
     if count := plan.options.new_tokens:
-        new = generation.generate(model, ids.tolist(), max_new_tokens=count, batch_size=len(ids))
+        new = generation.generate(model, ids.tolist(), max_new_tokens=count)
         found["tokens"] = tensor(new)
     if session.is_main:
         save_file(found, plan.options.output)

@@ -79,6 +79,9 @@ def test_a_pipeline_of_jobs_takes_it_too(model, environment):
     work = environment["MLM_WORK_DIR"]
     assert f"--load {work}/Tiny_quant" in shown and f"--export-dir {work}/Tiny_export" in shown
     assert shown.count("num_layers=6") == 4
+    line = ("--dry-run", "quantize-export", "auto", "fp8")
+    shown = bash("slurm/pipeline.sh", *line, **environment, MLM_MODEL_SAVE="/old").stdout
+    assert f"--export-dir {work}/Tiny_export" in shown and "--save" not in shown
 
 
 def test_without_a_model_auto_is_refused(environment, tmp_path):

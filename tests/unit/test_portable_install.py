@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import portable_helpers as helpers
 import pytest
 import torch
 
 from post_training import portable
-from post_training.portable import imports
+from post_training.portable import imports, left_out
+
+ROOT = Path(__file__).resolve().parents[2]
 
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="stand-ins are for the CPU")
 
@@ -156,3 +159,21 @@ def test_literal_cuda_devices_mean_the_cpu_in_listed_modules_only():
     ]
     with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
         torch.zeros([], device="cuda")
+
+
+def test_the_start_loads_nothing_that_only_other_models_need():
+    """5,679 modules and 5.3 s of a core before, 4,187 and 3.3 s without them."""
+    program = (
+        "import sys; from post_training.distributed import session; session._import_packages(); "
+        "print(*sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = set(done.stdout.split())
+    assert {"megatron.core", "modelopt.torch.quantization.plugins.megatron"} <= loaded
+    unwanted = """accelerate.accelerator compressed_tensors datasets diffusers pandas peft pyarrow
+        sklearn torch._inductor.compile_fx transformers.trainer trl"""
+    assert not loaded & {*unwanted.split(), *left_out.NAMES}
+    assert len(loaded) < 4600
+    assert "left out" not in done.stderr
