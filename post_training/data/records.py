@@ -10,6 +10,7 @@ import csv
 import json
 import logging
 import os
+import re
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -81,7 +82,19 @@ def list_files(path: Path, option: str) -> list[Path]:
     if others := sorted({each.name for each in shown} - {each.name for each in found}):
         names = ", ".join(others[:3])
         logger.info("%s: files that are not read: %d (%s ...)", what, len(others), names)
+    for begin, count in _parts_missing(found).items():
+        logger.warning("%s: of the parts of %s, %d are missing", what, begin, count)
     return found
+
+
+def _parts_missing(paths: Sequence[Path]) -> dict[str, int]:
+    """Of files that say that they are several (``train-00000-of-00002``): how many are missing."""
+    parts: dict[tuple[str, int], int] = {}
+    for path in paths:
+        if named := re.fullmatch(r"(.+)-\d+-of-(\d+)", path.stem):
+            key = (str(path.with_name(named[1])), int(named[2]))
+            parts[key] = parts.get(key, 0) + 1
+    return {begin: of - count for (begin, of), count in parts.items() if of > count}
 
 
 def local_rows(source: str, option: str) -> Iterator[Row]:

@@ -163,6 +163,21 @@ def test_what_is_recorded_of_questions_and_prompts_is_what_was_read(tmp_path):
         generate.read_prompts(generated)
 
 
+def test_rows_are_not_resumed_with_another_tokenizer(tmp_path):
+    model, tokenizer = write_model(tmp_path / "model"), tmp_path / "tokenizer"
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "q"}\n')
+    words = ["--pretrained-model-path", model, "--tokenizer-model", tokenizer, "--check"]
+    words += ["--prompts-path", tmp_path / "prompts.jsonl", "--output", tmp_path / "a.jsonl"]
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.json").write_text("{}")
+    settings = make_plan(generate.STAGE, list(map(str, words))).settings
+    resumable_jsonl.Rows(tmp_path / "a.jsonl", settings).append([{"id": 0}], done=1, totals={})
+    make_plan(generate.STAGE, list(map(str, words)))
+    (tokenizer / "tokenizer.json").write_text('{"model": {}}')
+    with pytest.raises(UsageError, match="made otherwise: tokenizer was"):
+        make_plan(generate.STAGE, list(map(str, words)))
+
+
 @pytest.mark.parametrize("kind", ["xxh3_128", "sha256"])
 def test_changed_files_are_those_with_other_contents_or_sizes_or_none(tmp_path, kind):
     for name in ("same", "flipped", "cut", "gone"):

@@ -198,7 +198,11 @@ def test_the_log_says_which_files_of_a_folder_are_not_read(tmp_path, caplog):
     logging.getLogger("post_training").propagate = True
     with caplog.at_level(logging.INFO, "post_training"):
         assert records.list_files(tmp_path, "--data") == [tmp_path / "a.jsonl"]
+        for name in ("train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"):
+            (tmp_path / name).write_text('{"text": "a"}')
+        assert len(records.list_files(tmp_path, "--data")) == 3
     assert "not read: 2 (b.json, c.jsonl.gz ...)" in caplog.text
+    assert f"of the parts of {tmp_path}/train, 1 are missing" in caplog.text
 
 
 def test_rows_of_an_embedding_that_are_no_tokens_are_told_from_the_header(tmp_path):
