@@ -89,8 +89,16 @@ ROTARY: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# Divided as other families are, which have the same parts and more: tested at one rank alone.
+ALIKE = ("granite-moe", "qwen3.5-moe")
+
+
 def families_at(layout: str) -> list[str]:
-    """Names of the families whose models can be divided so."""
+    """Names of the families whose models are divided so in tests."""
+    return [name for name in _divisible(layout) if layout == "TP=1" or name not in ALIKE]
+
+
+def _divisible(layout: str) -> list[str]:
     if layout.startswith("EP"):
         return [name for name, family in FAMILIES.items() if "experts" in family.parts]
     # Biases of experts cannot be divided by TP, which those without can.
@@ -131,7 +139,6 @@ def random_model(
             elif parameter.dim() == 1:
                 parameter.normal_(std=0.5 * scale)
             elif name.endswith("linear_attn.conv1d.weight"):
-                # Of smaller values the norm after the layer shows the noise of float32.
                 parameter.normal_(std=0.5)
             else:
                 parameter.normal_(std=0.08 * scale)
@@ -139,11 +146,33 @@ def random_model(
             if name.endswith("e_score_correction_bias"):
                 # In float32 whatever the weights have, as in published files.
                 buffer.data = torch.empty_like(buffer, dtype=torch.float32).normal_(std=0.3)
+        _bring_keys_near_queries(model)
     model.eval().save_pretrained(folder)
     if other_names := FAMILIES[family].other_names:
         _with_published_names(folder / "model.safetensors", other_names)
     chat_tokenizer().save_pretrained(folder)
     return model
+
+
+def _bring_keys_near_queries(model) -> None:
+    """In gated delta nets, whose outputs otherwise are sums that cancel out.
+
+    A norm follows, which would show how float32 rounds them.
+    """
+
+    def mixed(of_queries: torch.Tensor, of_keys: torch.Tensor) -> None:
+        of_keys.mul_(0.6).add_(0.8 * of_queries)
+
+    for name, module in model.named_modules():
+        if name.endswith("linear_attn"):
+            size, head = module.key_dim, module.head_k_dim
+            mixed(module.conv1d.weight[:size], module.conv1d.weight[size : 2 * size])
+            if hasattr(module, "in_proj_qkv"):
+                rows = module.in_proj_qkv.weight
+                mixed(rows[:size], rows[size : 2 * size])
+            else:
+                rows = module.in_proj_qkvz.weight.unflatten(0, (module.num_k_heads, -1))
+                mixed(rows[:, :head], rows[:, head : 2 * head])
 
 
 def _with_published_names(path: Path, other_names: Mapping[str, str]) -> None:

@@ -39,7 +39,7 @@ class Phi3(Mistral):
         plain = {name: each for name, each in config.items() if name not in names}
         kept = {n: scaling[n] for n in ("rope_theta", "partial_rotary_factor") if n in scaling}
         values = super().rotary({**plain, **kept})
-        original = config.get(_ORIGINAL, scaling.get(_ORIGINAL, 4096))
+        original = config.get(_ORIGINAL, 4096)
         if scaling.get(_ORIGINAL, original) != original:
             refuse(f"{_ORIGINAL} = {original!r}", f"it is {scaling[_ORIGINAL]!r} in the scaling")
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
