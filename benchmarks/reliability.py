@@ -34,7 +34,7 @@ from stage_outputs import damage, differences, is_whole
 from tiny_stages import RESUMED, STAGES, TRAINING, Inputs, Run, Variety, send
 from tqdm import tqdm
 
-from post_training.common import files
+from post_training.common import files, hashing
 
 UNFINISHED = 75
 
@@ -114,7 +114,7 @@ def lost(attacked: Round, output: Path) -> str:
     if attacked.variety.stage in RESUMED and output.exists():
         return ""
     rows = files.incomplete(output)  # of generate, which the next run gives their name
-    if rows.is_file() and files.describe(rows) == files.describe(attacked.finished.output):
+    if rows.is_file() and hashing.describe(rows) == hashing.describe(attacked.finished.output):
         return ""
     return "the earlier output is lost"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tiny_stages import REPORTS, RESUMED, Variety
 
-from post_training.common import files, manifest
+from post_training.common import files, hashing, manifest
 
 # What differs between two runs that computed the same.
 _RUN = {"command", "configuration", "finished", "git_commit", "peak_memory_bytes", "seconds"}
@@ -49,7 +49,7 @@ def differences(variety: Variety, good: Path, output: Path) -> list[str]:
     if variety.stage in REPORTS:
         return _differing(*(_lasting(manifest.read(path)) for path in (good, output)))
     if output.is_file():
-        return [] if files.describe(good) == files.describe(output) else [output.name]
+        return [] if hashing.describe(good) == hashing.describe(output) else [output.name]
     before, now = (
         {each["file"]: each for each in (_manifest(path) or {}).get("outputs", [])}
         for path in (good, output)

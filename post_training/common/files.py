@@ -18,10 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
-from post_training.common import json_text, regular, threads
+from post_training.common import hashing, json_text, regular, threads
 from post_training.common.errors import UsageError
+from post_training.common.hashing import describe, write_to_disk
 
 _MARK = ".begun"  # in a working folder: a stage made it
 FULL = {errno.ENOSPC, errno.EDQUOT}  # a disk, or a user's part of it
@@ -61,7 +60,7 @@ def publish(target: Path) -> None:
     for path in tree(work):
         allow_reading(path)
     for path in (*tree(work), work):
-        _sync(path)
+        write_to_disk(path)
     (work / _MARK).unlink(missing_ok=True)
     aside = previous(target)
     if target.exists():
@@ -70,7 +69,7 @@ def publish(target: Path) -> None:
         target.rename(aside)
     work.rename(target)
     drop_previous(target)
-    _sync(target.parent)
+    write_to_disk(target.parent)
 
 
 def set_aside(target: Path) -> None:
@@ -116,7 +115,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     work = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(work)
-        _sync(work)
+        write_to_disk(work)
         work.replace(path)
     finally:
         work.unlink(missing_ok=True)  # a full disk has no room for a part of it
@@ -163,10 +162,7 @@ def read_json_object(path: Path, what: str = "file", remedy: str = _AGAIN) -> di
     return content
 
 
-_HASH_BLOCK = 1 << 22
 _MOST_WORKERS = 8
-# XXH3 is as fast as memory; a manifest is no signature, so it need not withstand an attacker.
-_HASHES: dict[str, Callable[[], Any]] = {"xxh3_128": xxhash.xxh3_128, "sha256": hashlib.sha256}
 
 
 def sha256(path: Path) -> str:
@@ -190,11 +186,6 @@ def describe_tree(folder: Path, skip: frozenset[str] = frozenset()) -> list[dict
     ]
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """Size in bytes and XXH3 hash of a file."""
-    return {"bytes": path.stat().st_size, "xxh3_128": _digest(path, "xxh3_128")}
-
-
 def changed(
     folder: Path, described: Iterable[Mapping[str, Any]], workers: int = _MOST_WORKERS
 ) -> list[str]:
@@ -207,22 +198,12 @@ def changed(
         path = folder / entry["file"]
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
             return True
-        kind = next((each for each in _HASHES if each in entry), None)
-        return kind is not None and _digest(path, kind) != entry[kind]
+        kind = next((each for each in hashing.KINDS if each in entry), None)
+        return kind is not None and hashing.digest(path, kind) != entry[kind]
 
     entries = list(described)
     found = zip(entries, _in_threads(differs, entries, workers), strict=True)
     return [entry["file"] for entry, is_changed in found if is_changed]
-
-
-def _digest(path: Path, kind: str) -> str:
-    with path.open("rb", buffering=0) as stream:
-        # Both hashes release the interpreter lock for blocks of this size.
-        digest = _HASHES[kind]()
-        block = memoryview(bytearray(_HASH_BLOCK))
-        while count := stream.readinto(block):
-            digest.update(block[:count])
-    return digest.hexdigest()
 
 
 def _in_threads[T, R](
@@ -269,12 +250,3 @@ def allow_reading(path: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(path.stat().st_mode | (0o666 & ~mask))
-
-
-def _sync(path: Path) -> None:
-    """Write a file or a folder's list of names to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

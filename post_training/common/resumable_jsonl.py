@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypedDict
 
 from annotated_types import Ge
 
-from post_training.common import files, forms, manifest, outputs
+from post_training.common import files, forms, hashing, manifest, outputs
 from post_training.common.errors import UsageError
 
 
@@ -124,7 +124,7 @@ class Rows:
     def finish(self, record: manifest.Manifest) -> dict[str, Any]:
         """Rename the complete file and write its manifest. Returns the manifest's content."""
         work = files.incomplete(self.target)
-        content = record.content([{"file": self.target.name, **files.describe(work)}])
+        content = record.content([{"file": self.target.name, **hashing.describe(work)}])
         # A run that is killed in between must not leave an earlier file with the new manifest.
         self.target.unlink(missing_ok=True)
         files.write_json(manifest_path(self.target), content)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from post_training.common import files, safetensors_index
+from post_training.common import files, hashing, safetensors_index
 from post_training.common.errors import UsageError
 from post_training.distributed.collectives import from_all_ranks, on_first_rank
 
@@ -30,6 +30,7 @@ def write_tensors(folder: Path, groups: Iterable[Tensors], max_bytes: int) -> No
     for tensors in _shards(groups, max_bytes):
         mine.append(f"rank{rank:05d}-{len(mine):05d}.safetensors")
         save_file(tensors, folder / mine[-1], metadata={"format": "pt"})
+        hashing.describe_ahead(folder / mine[-1])
     written = [name for each in from_all_ranks(mine) for name in each]
     on_first_rank(lambda: _join(folder, written))
 

@@ -207,7 +207,7 @@ def test_the_manifest_names_inputs_and_the_output(outputs, setting):
     assert [entry["role"] for entry in record["inputs"]] == ["model", "prompts"]
     assert record["inputs"][1]["sha256"] == resumable_jsonl.files.sha256(setting.prompts)
     assert record["outputs"] == [
-        {"file": "greedy.jsonl", **resumable_jsonl.files.describe(outputs / "greedy.jsonl")}
+        {"file": "greedy.jsonl", **resumable_jsonl.hashing.describe(outputs / "greedy.jsonl")}
     ]
 
 

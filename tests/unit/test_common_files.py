@@ -21,6 +21,7 @@ from post_training.cli.stage import make_plan
 from post_training.common import (
     files,
     forms,
+    hashing,
     locks,
     manifest,
     outputs,
@@ -195,6 +196,20 @@ def test_changed_files_are_those_with_other_contents_or_sizes_or_none(tmp_path, 
     (tmp_path / "cut").write_bytes(b"cut")
     (tmp_path / "gone").unlink()
     assert files.changed(tmp_path, described) == ["cut", "flipped", "gone"]
+
+
+def test_a_file_that_is_hashed_ahead_is_described_as_it_is_then(tmp_path):
+    first, second = tmp_path / "rank0.part", tmp_path / "model.part"
+    for path in (first, second):
+        path.write_bytes(os.urandom(1 << 20))
+        hashing.describe_ahead(path)
+    renamed = first.rename(tmp_path / "whole")
+    assert hashing.describe(renamed) == hashing.describe(renamed)
+    assert files.changed(tmp_path, [{"file": "whole", **hashing.describe(renamed)}]) == []
+    second.write_bytes(b"something else")
+    described = hashing.describe(second)
+    assert described["bytes"] == 14
+    assert files.changed(tmp_path, [{"file": "model.part", **described}]) == []
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="NOT TESTED: mounting needs root")
