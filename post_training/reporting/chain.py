@@ -15,7 +15,7 @@ from post_training.common import inputs
 from post_training.reporting import values
 from post_training.reporting.records import Record
 
-MODEL, REFERENCE = "model", "reference"
+MODEL, REFERENCE, CHECKPOINT = "model", "reference", "checkpoint"
 _OF_MODELS = (MODEL, REFERENCE, "teacher", "target", "draft")  # roles of inputs
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from post_training.reporting import chain_picture, charts, measures, values
-from post_training.reporting.chain import MODEL, Chain, Node
+from post_training.reporting.chain import CHECKPOINT, MODEL, Chain, Node
 from post_training.reporting.document import (
     NOT_MEASURED,
     Block,
@@ -88,6 +88,9 @@ def _scored(node: Node) -> tuple[Node, Measured] | None:
 
 def _measured_on(node: Node) -> Node:
     """Of an export the checkpoint, which has the same weights and scales."""
+    saved = next((link.node for link in node.links if link.role == CHECKPOINT), None)
+    if saved is not None:
+        return saved  # by the process that quantized and exported it
     parent = node.parent
     own = measures.score(node) or measures.kl_divergence(node)
     is_copy = node.stage == "export" and "quantization" not in node.content

@@ -137,6 +137,8 @@ def test_before_and_after_are_what_was_recorded(work):
     text = text_page.render(document)
     assert "| small | quantize | 4.2 MB | 8.50 |" in text
     assert "only read: distilled from start (teacher)" in text
+    assert "- **served**: 4.2 MB of weights, 53 % of start; FP8, 8.50 bits per weight; " in text
+    assert "score 85.0 % (75.0 to 92.0), measured on small, a change of" in text
 
 
 def test_the_chain_is_found_by_hashes_wherever_the_folder_lies(work, tmp_path):
