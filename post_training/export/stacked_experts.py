@@ -24,7 +24,8 @@ def named(
     found: dict[str, tuple[int, ...]] = {}
     for name, shape in _together(expected, stacked).items():
         whole = _whole(name, stacked)
-        if stacked is None or name in stored or not whole:
+        # A shared expert's matrix may have the same last name.
+        if stacked is None or name in stored or not whole or len(shape) != 3:
             found[name] = shape
             continue
         count, outputs, inputs = shape

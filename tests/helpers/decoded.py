@@ -10,6 +10,9 @@ import tools
 import torch
 from safetensors.torch import save_file
 
+from post_training.export import stacked_experts
+from post_training.models.families import registry as families
+
 Decode = Callable[[Mapping[str, torch.Tensor], str], torch.Tensor | None]
 
 
@@ -29,6 +32,9 @@ def transformers_model(folder: Path, work: Path, decode: Decode) -> Any:
         if (decoded := decode(stored, module)) is not None:
             weights[f"{module}.weight"] = decoded
     work.mkdir(exist_ok=True)
+    # transformers has Granite's experts in one tensor alone.
+    stacked = families.FAMILIES[config.architectures[0]].stacked
+    weights = stacked_experts.joined(weights, stacked)
     plain = {name: tensor.contiguous() for name, tensor in weights.items()}
     save_file(plain, work / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(work)
