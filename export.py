@@ -3,9 +3,9 @@
 Inputs:  --load, a checkpoint of ours (quantized, pruned, drafted); --pretrained-model-name, a
          folder or hub name with configuration and tokenizer, unless the checkpoint carries them.
 Outputs: --export-dir with safetensors, tokenizer, config.json and, for a quantized model,
-         hf_quant_config.json; run.json beside them. The draft of a drafted checkpoint is written
-         to its subfolder draft/; with --export-extra-modules, or from a checkpoint without the
-         target's layers, it is written alone. The folder is read back by independent code and
+         hf_quant_config.json; run.json and a model card (README.md) beside them. The draft of a
+         drafted checkpoint is written to its subfolder draft/; with --export-extra-modules, or from
+         a checkpoint without the target's layers, alone. The folder is read back by other code and
          compared with the model before it gets its name.
 
     MLM_MODEL_CKPT=/work/Qwen3-0.6B_quant bash export.sh Qwen/Qwen3-0.6B
@@ -99,12 +99,14 @@ def check(options: ExportOptions) -> Plan:
             export_target.check(source, target)
         needed = size_estimate(source, options)
         outputs.check_folder(folder, outputs.EXPORT, overwrite=options.overwrite, needed=needed)
+    draft = draft_of(source)
+    export_target.check_draft(draft, source, target)
     plan = ExportPlan(
         folder,
         target,
         options.shard_bytes,
         writes_model=not alone,
-        writes_draft=alone or draft_of(source) is not None,
+        writes_draft=alone or draft is not None,
         simulated=options.export_vllm_fq,
         allow_unexportable=options.allow_unexportable,
     )
@@ -122,7 +124,7 @@ def export(plan: Plan, session: Session) -> dict[str, Any]:
     model = loading.load(source, options, session)
     metrics = exporting.write(plan.export, model, source, options, session)
     manifest = record.of_run(options, session, source, metrics=metrics, extra=source.pruned_from())
-    return exporting.publish(plan.export, manifest)
+    return exporting.publish(plan.export, manifest, source, options)
 
 
 def show(plan: Plan, content: dict[str, Any], session: Session) -> None:

@@ -84,13 +84,13 @@ def settings(options: GenerateOptions, source: Source) -> dict[str, Any]:
     sizes = asdict(options.parallel)
     # Replicas share the prompts; the answers are the same with any number of them.
     del sizes["data"]
-    prompts = options.prompts
+    prompts, named = options.prompts, options.tokenizer_model
     first, *others = (manifest.describe_input("prompts", each) for each in prompts.sources)
     return {
         "model": manifest.describe_input("model", source.location),
         "prompts": first,
         **({"further_prompts": others} if others else {}),
-        "tokenizer": options.tokenizer_model,
+        "tokenizer": named and manifest.describe_input("tokenizer", named),
         "prompts_split": prompts.split,
         "prompts_limit": prompts.prompts_limit,
         **({"fraction": prompts.fraction} if prompts.fraction < 1 else {}),

@@ -133,9 +133,7 @@ def quantize(plan: Plan, session: Session) -> Quantized:
     reason = families.family_of(source.architecture).not_quantized
     if reason:
         result = replace(result, found=Verdict(reason=reason))
-    metrics = {"calibration": data.to_json(), "coverage": result.reached.to_json()}
-    if result.search:
-        metrics["search"] = result.search
+    metrics = {"calibration": data.to_json(), **result.metrics()}
     # What later stages read.
     described = {
         "format": quantization_options.name_of(plan.choice),
@@ -160,8 +158,9 @@ def quantize(plan: Plan, session: Session) -> Quantized:
         manifest = record.of_run(
             options, session, source, inputs=made_from, metrics=metrics, extra=extra
         )
-        content = exporting.publish(plan.export, manifest)
-    smoke_generation.run(options.smoke, model, tokenizer, f"{plan.save or options.export_dir}")
+        content = exporting.publish(plan.export, manifest, source, options)
+    made = plan.save or options.export_dir
+    smoke_generation.run(options.smoke, model, tokenizer, f"{made}")
     return Quantized(model, result, content)
 
 

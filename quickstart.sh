@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole workflow on a tiny model, from a fresh clone, on CPU or GPU:
-# set up, train, convert, score, quantize (FP8), score, export, read back, answer.
+# set up, train, convert, score, quantize (FP8), score, export, read back, answer, report.
 #
 # usage: bash quickstart.sh [--all]
 #   --all  also prune -> distill -> score, and train an EAGLE-3 draft -> validate -> export
@@ -127,3 +127,4 @@ if [[ -n $all ]]; then
 fi
 printf '\n'
 "$PYTHON" -m quickstart.progress table "$work"
+bash report.sh "$work"

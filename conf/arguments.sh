@@ -149,9 +149,10 @@ read_loosely() {
 }
 
 # choose_python: the interpreter that runs the stages. -P keeps it from importing from the current
-# folder, which -m and -c do; a stage is imported from its own, which this variable would prevent.
+# folder, which -m and -c do; a stage is imported from its own, which the first variable would
+# prevent. With PYTHONWARNINGS=error any warning of a package would end torchrun.
 choose_python() {
-  unset PYTHONSAFEPATH
+  unset PYTHONSAFEPATH PYTHONWARNINGS
   if [[ -n "${PYTHON:-}" ]]; then
     type -P "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON" "there is no such program" "unset PYTHON"
     return

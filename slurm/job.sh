@@ -41,12 +41,16 @@ take_words() {
     STAGE_LINE=()
     split_words STAGE_LINE "$1" "the stage's line"
   fi
-  [[ -f "$SCRIPT_DIR/${STAGE_LINE[0]}" ]] || fail "stage ${STAGE_LINE[0]}" \
-    "there is no $SCRIPT_DIR/${STAGE_LINE[0]}" "one of: $(stage_names | paste -sd ' ')"
+  local names
+  mapfile -t names < <(stage_names)
+  has_word "${STAGE_LINE[0]}" "${names[@]}" || fail "stage ${STAGE_LINE[0]}" \
+    "there is no such stage" "one of: ${names[*]}"
 }
 
+# stage_names: print the launchers that start processes of a stage.
 stage_names() {
-  find "$SCRIPT_DIR" -maxdepth 1 -name '*.sh' ! -name quickstart.sh -printf '%f\n' | sort
+  find "$SCRIPT_DIR" -maxdepth 1 -name '*.sh' ! -name quickstart.sh ! -name report.sh \
+    -printf '%f\n' | sort
 }
 
 # requested PATTERN: the value of an sbatch option, from OPTIONS or else from sbatch.sh itself. The

@@ -18,10 +18,13 @@ SMALL_FILES = tuple(
     config.json generation_config.json preprocessor_config.json LICENSE NOTICE
     tokenizer.json tokenizer_config.json tokenizer.model special_tokens_map.json added_tokens.json
     chat_template.jinja chat_template.json vocab.json merges.txt vocab.txt
-    """.split()
+    spiece.model tekken.json tiktoken.model processor_config.json video_preprocessor_config.json
+    README.md
+    """.split()  # README.md states the license; of an export it is another (export/model_card.py)
 )
 _CHAT_TEMPLATES = "additional_chat_templates"
 QUANTIZATION = "hf_quant_config.json"  # ModelOpt's; read, and never copied
+ADAPTER = "adapter_config.json"  # PEFT's
 _resolved: dict[str, Path] = {}
 _WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 
@@ -41,7 +44,7 @@ def resolve(name_or_path: str, *, weights: bool, trust_remote_code: bool = False
 
     from post_training.distributed import collectives
 
-    patterns = [*SMALL_FILES, QUANTIZATION, *(_WEIGHT_PATTERNS if weights else ())]
+    patterns = [*SMALL_FILES, QUANTIZATION, ADAPTER, *(_WEIGHT_PATTERNS if weights else ())]
     if trust_remote_code:
         patterns.append("*.py")
     expected = (HfHubHTTPError, LocalEntryNotFoundError, OSError)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet
+from megatron.core.transformer.identity_op import IdentityOp
 from modelopt.torch.export.plugins.mcore_common import all_mcore_hf_import_mapping
 from modelopt.torch.export.plugins.megatron_importer import GPTModelImporter
 from safetensors import safe_open
 
-from post_training.checkpoints import dequantize
+from post_training.checkpoints import delta_net_import, dequantize
 from post_training.checkpoints.dequantize import BlockFp8, Mxfp4
 from post_training.common.safetensors_index import Entry
 from post_training.models import post_norms
 from post_training.models.families import registry as families
+
+_BESIDE_ATTENTION = ("input_layernorm", "pre_mlp_layernorm", "mlp")
 
 
 class Importer(GPTModelImporter):
@@ -25,14 +31,17 @@ class Importer(GPTModelImporter):
         index: what the folder has.
         joined: linear layers of the folder that hold several of the importer's, with the rows of
             each part (:meth:`Family.joined`).
+        divided: those that hold parts of the importer's, with the rows that each has
+            (:meth:`Family.divided`).
         reader: of the folder's quantized weights; None if it has plain ones.
         names_read: of the folder's tensors.
     """
 
     index: Mapping[str, Entry]
     joined: Mapping[str, Mapping[str, int]]
+    divided: Mapping[str, Mapping[str, Sequence[int]]]
     reader: BlockFp8 | Mxfp4 | None
-    _divided: Mapping[str, Sequence[int]] = {}
+    _of_parts: Mapping[str, Sequence[int]] = {}
     names_read: set[str]
 
     def _get_safetensor(self, key: str, parallel_config: Any = None) -> torch.Tensor:
@@ -41,7 +50,7 @@ class Importer(GPTModelImporter):
             key = family.stored_name(family.other_names.get(key, key))
         if key in self.index:
             self.names_read.add(key)
-            if sizes := self._divided.get(key):
+            if sizes := self._of_parts.get(key):
                 return self._of_each(key, sizes)
             found = super()._get_safetensor(key, parallel_config=parallel_config)
             return self._decoded(key, found, _starts(found, self.index[key], parallel_config))
@@ -81,9 +90,8 @@ class Importer(GPTModelImporter):
         mixer, ranks = layer.mixer, parallel_state.get_tensor_model_parallel_world_size()
         inner, heads, states = mixer.d_inner, mixer.nheads, mixer.ngroups * mixer.d_state
         mixed = (inner, states, states)
-        prefix = all_mcore_hf_import_mapping[self.arch]["in_proj"].target_name_or_prefix
-        prefix = prefix.removesuffix("in_proj.").format(layer_id)
-        self._divided = (
+        prefix = self._prefix("in_proj").removesuffix("in_proj.").format(layer_id)
+        self._of_parts = (
             {}
             if ranks == 1
             else {
@@ -129,37 +137,82 @@ class Importer(GPTModelImporter):
     def _import_transformer_layer(
         self, layer: Any, layer_id: int, layer_pbar: Any, is_mtp: bool = False
     ) -> None:
-        """The original knows no norms after attention and MLP."""
-        super()._import_transformer_layer(layer, layer_id, layer_pbar, is_mtp=is_mtp)
+        """The original knows no norms after attention and MLP, no gated delta nets, and no gate of
+        the shared experts."""
+        known = layer
+        if isinstance(layer.self_attention, GatedDeltaNet):
+            prefix = self._prefix("linear_attn").format(layer_id)
+            delta_net_import.read(layer.self_attention, prefix, self.divided, self._get_safetensor)
+            parts = {name: getattr(layer, name) for name in _BESIDE_ATTENTION}
+            known = SimpleNamespace(self_attention=IdentityOp(), **parts)
+        super()._import_transformer_layer(known, layer_id, layer_pbar, is_mtp=is_mtp)
+        shared = getattr(layer.mlp, "shared_experts", None)
+        if (gate := getattr(shared, "gate_weight", None)) is not None:
+            self.rules["shared_experts.gate_weight"](gate, layer_id)
         for name, norm in post_norms.of(layer).items():
             self.rules[name](norm, layer_id)
 
+    def _qkv_merging(
+        self, module: Any, prefix: str, parallel_config: Any = None, **options: Any
+    ) -> None:
+        """The original knows no gates of an attention's output."""
+        if module.config.attention_output_gate:
+            get = partial(self._get_safetensor, parallel_config=parallel_config)
+            delta_net_import.read_gated_qkv(module, prefix, get)
+        else:
+            super()._qkv_merging(module, prefix, parallel_config=parallel_config, **options)
+
+    def _prefix(self, rule: str) -> str:
+        """Of the tensors that a rule of this architecture is for."""
+        found: str = all_mcore_hf_import_mapping[self.arch][rule].target_name_or_prefix
+        return found
+
     def _unpack_name_remapping(
-        self, module: Any, prefix: str, layer_type: str, is_mtp: bool = False
+        self,
+        module: Any,
+        prefix: str,
+        layer_type: str,
+        inputs_first: bool = True,
+        is_mtp: bool = False,
     ) -> None:
         """The original divides gate and up as if they were one, which ETP mixes up.
 
-        A layer's experts are one tensor, [experts, in, out], all gates before all ups.
+        A layer's experts are one tensor, [experts, in, out] or [experts, out, in], all gates before
+        all ups.
         """
-        self.names_read.add(prefix)
         experts = list(module.children())
         ranks = parallel_state.get_expert_tensor_parallel_world_size()
         rank = parallel_state.get_expert_tensor_parallel_rank()
         first = parallel_state.get_expert_model_parallel_rank() * len(experts)
-        with safe_open(self.index[prefix].path, framework="pt") as file:
-            whole = file.get_slice(prefix)
-            for number, expert in enumerate(experts, start=first):
-                weight = whole[number : number + 1][0].T
-                if layer_type == "linear_fc1":
-                    halves = (half.chunk(ranks)[rank] for half in weight.chunk(2))
-                    weight = torch.cat(list(halves))
-                else:
-                    weight = weight.chunk(ranks, dim=1)[rank]
-                parameter = getattr(expert, layer_type).weight
-                if parameter.shape != weight.shape:
-                    raise ValueError(f"{prefix}: {weight.shape}, not {parameter.shape}")
-                with torch.no_grad():
-                    parameter.copy_(weight)
+        for number, expert in enumerate(experts, start=first):
+            weight = self._of_expert(prefix, number, inputs_first)
+            if layer_type == "linear_fc1":
+                halves = (half.chunk(ranks)[rank] for half in weight.chunk(2))
+                weight = torch.cat(list(halves))
+            else:
+                weight = weight.chunk(ranks, dim=1)[rank]
+            parameter = getattr(expert, layer_type).weight
+            if parameter.shape != weight.shape:
+                raise ValueError(f"{prefix}: {weight.shape}, not {parameter.shape}")
+            with torch.no_grad():
+                parameter.copy_(weight)
+
+    def _of_expert(self, prefix: str, number: int, inputs_first: bool) -> torch.Tensor:
+        """An expert's weight, [out, in], of one tensor or of the expert's own."""
+        if prefix in self.index:
+            self.names_read.add(prefix)
+            with safe_open(self.index[prefix].path, framework="pt") as file:
+                weight = file.get_slice(prefix)[number : number + 1][0]
+            return weight.T if inputs_first else weight
+        stacked = families.FAMILIES[self.arch].stacked
+        if stacked is None:
+            raise KeyError(f"the source has no tensor {prefix}")
+        is_gate = prefix.endswith(stacked.gate_up)
+        whole, names = (
+            (stacked.gate_up, stacked.one[:2]) if is_gate else (stacked.down, stacked.one[2:])
+        )
+        parent = f"{prefix.removesuffix(whole)}experts.{number}"
+        return torch.cat([self._get_safetensor(f"{parent}.{name}.weight") for name in names])
 
     def _unpack_name_remapping_gpt_oss(
         self,

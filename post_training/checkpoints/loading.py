@@ -25,7 +25,7 @@ from post_training.common.errors import UsageError, first_line
 from post_training.common.safetensors_index import Entry
 from post_training.config.options import StageOptions
 from post_training.distributed.session import Session
-from post_training.models import builder
+from post_training.models import builder, tokenizer_files
 from post_training.models.builder import BuildOptions
 from post_training.models.families import registry as families
 
@@ -151,7 +151,7 @@ def _import_weights(
     config = huggingface.read_config(Path(source.location))
     importer.reader = reader = dequantize.reader(config)
     importer.index, importer.names_read = index, set()
-    importer.joined = families.joined(source.architecture)
+    importer.joined, importer.divided = families.rearranged(source.architecture)
     importer.disable_tqdm = not show_progress
     with collectives.fail_together(
         _DOES_NOT_FIT,
@@ -243,6 +243,7 @@ def tokenizer(source: Source, options: StageOptions) -> Any:
     if source.huggingface and not (location and Path(location).is_dir()):
         # A checkpoint of ours carries its tokenizer; a hub name is the conf's default.
         location = str(local_huggingface(source, options))
+    tokenizer_files.check_growth(Path(str(location)))
     try:
         found = AutoTokenizer.from_pretrained(
             str(location), trust_remote_code=options.trust_remote_code
@@ -252,8 +253,7 @@ def tokenizer(source: Source, options: StageOptions) -> Any:
         raise UsageError(
             f"tokenizer {location}",
             f"transformers cannot load it: {first_line(error)}",
-            "name a folder with tokenizer.json in TOKENIZER_MODEL, or install the version of "
-            "transformers and tokenizers that wrote it",
+            "name another folder in TOKENIZER_MODEL, or install the versions that wrote this one",
         ) from error
     if _CHANGING.search(str(found.chat_template or "")):
         logger.warning(

@@ -4,13 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from post_training.checkpoints.source import Source
-from post_training.common import manifest, redaction
+from post_training.common import kept_warnings, manifest, redaction
 from post_training.common.manifest import Manifest
 from post_training.config.options import StageOptions
 from post_training.distributed.session import Session
+
+# Flags that name files or folders which decide a result, besides models and data.
+_DECIDE = (
+    *("tokenizer_model", "recipe", "eagle_config", "draft_model_path"),
+    *("export_kd_cfg", "export_kd_teacher_model_config", "mmlu_dataset", "ground_truth_path"),
+)
+
+
+def named_inputs(options: StageOptions) -> list[dict[str, Any]]:
+    """Local files and folders that flags name, as they are now: before they are read."""
+    named = {name: options.given[name] for name in _DECIDE if options.given.get(name)}
+    return [
+        manifest.describe_input(name, value)
+        for name, value in named.items()
+        if Path(str(value)).exists()
+    ]
+
+
+def _with_named(inputs: Iterable[Mapping[str, Any]], session: Session) -> list[dict[str, Any]]:
+    """``inputs`` and what flags named besides, once each."""
+    found = [dict(each) for each in inputs]
+    known = [{**each, "role": ""} for each in found]
+    return found + [each for each in session.named_inputs if {**each, "role": ""} not in known]
 
 
 def of_run(
@@ -32,7 +56,7 @@ def of_run(
         options.stage,
         dict(architecture or source.architecture.to_json()),
         configuration=dict(options.given),
-        inputs=[dict(each) for each in (source.inputs() if inputs is None else inputs)],
+        inputs=_with_named(source.inputs() if inputs is None else inputs, session),
         metrics=dict(metrics or {}),
         started=session.started,
         peak_memory_bytes=session.peak_memory(),
@@ -55,8 +79,9 @@ def report_of_run(
         "command": redaction.command(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "configuration": redaction.hide_in(dict(options.given)),
-        "inputs": [dict(each) for each in inputs],
+        "inputs": _with_named(inputs, session),
         **found,
+        "warnings": kept_warnings.messages(),
         "peak_memory_bytes": session.peak_memory(),
         "parallel": {
             "tensor": session.parallel.tensor,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 # Of the layer that computes gate and up: maxima of rows, of both parts of a double quantizer, and
 # scales of packed rows.
 _GATE_UP = re.compile(r"linear_fc1\.weight_quantizer\.(\d+\.)?_(amax|scale)$")
+# Of the inputs of Mamba layers and gated delta nets, whose parts are divided one by one.
+_INPUTS = re.compile(r"(.*)\.(in_proj)\.weight_quantizer\.(\d+\.)?_(amax|scale)$")
 
 
 def sharded(
@@ -47,6 +50,9 @@ def sharded(
         is_gated = getattr(model.config, "gated_linear_unit", False)
         if is_gated and _GATE_UP.search(name) and max(tensor.local_shape[:1], default=0) > 1:
             found[name] = _in_halves(tensor, there)
+        elif (match := _INPUTS.fullmatch(name)) and max(tensor.local_shape[:1], default=0) > 1:
+            parts = module.get_submodule(match[1].removeprefix(prefix)).row_parts(match[2])
+            found[name] = _in_parts(tensor, parts, there)
     return found
 
 
@@ -59,18 +65,43 @@ def _in_halves(tensor: Any, there: Mapping[str, Any] | None) -> Any:
     """
     from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 
-    above = tensor.prepend_axis_num
-    if there is not None and f"{tensor.key}_w" not in there:
-        chunks = there[tensor.key].chunks if tensor.key in there else []
-        if any(chunk.sizes[above] != tensor.local_shape[0] for chunk in chunks):
-            raise UsageError(
-                f"the checkpoint's {tensor.key}",
-                "an earlier version saved it in an order that only its own TP reads",
-                "set TP as it was for quantize.sh, or quantize the model again",
-            )
+    if _is_whole(tensor, f"{tensor.key}_w", there):
         return tensor
+    above = tensor.prepend_axis_num
     places = zip(range(above), tensor.global_offset, tensor.axis_fragmentations, strict=False)
     return apply_swiglu_sharded_factory(tensor, tuple(places), singleton_local_shards=True)
+
+
+def _in_parts(tensor: Any, parts: Mapping[str, int], there: Mapping[str, Any] | None) -> Any:
+    """The maxima or scales of a linear whose weights megatron-core cuts into ``parts`` of rows.
+
+    One may belong to a row, to some blocks of one or to several rows.
+    """
+    from megatron.core.ssm.utils import _split_tensor_factory
+
+    share = Fraction(tensor.local_shape[0], sum(parts.values()))
+    sizes = [share * rows for rows in parts.values()]
+    is_of_rows = all(size.denominator == 1 for size in sizes)
+    if not is_of_rows or _is_whole(tensor, f"{tensor.key}.{next(iter(parts))}", there):
+        return tensor
+    return _split_tensor_factory(tensor, [int(size) for size in sizes], list(parts), 0)
+
+
+def _is_whole(tensor: Any, first: str, there: Mapping[str, Any] | None) -> bool:
+    """Whether an earlier checkpoint has a tensor in one piece, and not ``first`` and others.
+
+    UsageError if it cannot be read so.
+    """
+    if there is None or first in there:
+        return False
+    chunks = there[tensor.key].chunks if tensor.key in there else []
+    if any(chunk.sizes[tensor.prepend_axis_num] != tensor.local_shape[0] for chunk in chunks):
+        raise UsageError(
+            f"the checkpoint's {tensor.key}",
+            "an earlier version saved it in an order that only its own TP reads",
+            "set TP as it was for quantize.sh, or quantize the model again",
+        )
+    return True
 
 
 def keep_dtypes(model: MegatronModule, weights: Path) -> None:
@@ -82,7 +113,8 @@ def keep_dtypes(model: MegatronModule, weights: Path) -> None:
     there = stored(weights)
     for name, tensor in model.sharded_state_dict(metadata=metadata(weights)).items():
         key = getattr(tensor, "key", "")
-        found: Any = there.get(key, there.get(f"{key}_w"))
+        names = (key, f"{key}_w", f"{key}.query", f"{key}.z")  # whole, or the first part
+        found: Any = next((there[each] for each in names if each in there), None)
         dtype = found.properties.dtype if hasattr(found, "properties") else None
         if name.endswith("weight_quantizer._amax") and dtype not in (None, tensor.dtype):
             quantizer = model.get_submodule(name.rpartition(".")[0])

@@ -228,6 +228,12 @@ def model_config(folder: Path, option: str) -> dict[str, Any]:
         if (folder / torch_dist.TRACKER).is_file():
             remedy = "it is a Megatron checkpoint: name it in MLM_MODEL_CKPT (--load)"
         raise UsageError(what, "it has no config.json", remedy)
+    if regular.is_file(folder / huggingface.ADAPTER):
+        raise UsageError(
+            what,
+            f"it has {huggingface.ADAPTER}: a PEFT adapter, which transformers adds to the weights",
+            "merge it into its model (peft's merge_and_unload) and save that, or delete the file",
+        )
     return huggingface.read_config(folder)
 
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from post_training.common import manifest, redaction
+from post_training.common import redaction, validity
 from post_training.common.errors import UsageError
 
 
@@ -16,7 +16,7 @@ def main() -> None:
         print(redaction.quoted(args.words))
         return
     try:
-        sys.exit(0 if manifest.is_valid(args.output, args.source, args.made_by) else 1)
+        sys.exit(0 if validity.is_valid(args.output, args.source, args.made_by) else 1)
     except UsageError:
         sys.exit(1)
 

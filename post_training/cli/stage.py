@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from post_training.checkpoints import record
 from post_training.checkpoints.source import Source, fetch_configuration
 from post_training.cli import dry_run
 from post_training.common import locks, outputs, redaction, streams
@@ -109,7 +110,9 @@ def run[Options: StageOptions, P: Plan, Result](
         return
     threading.excepthook = outputs.thread_failed
     found = {path: outputs.state(path) for path in _outputs(stage, plan.options).values()}
+    named = record.named_inputs(plan.options)
     with open_session(plan.options) as opened:
+        opened.named_inputs = named
         if plan.options.sequence_parallel and not stage.sequence_parallel:
             # Confs of large models carry the flag for training.
             logger.info("--sequence-parallel has no effect: %s trains nothing", stage.name)
@@ -125,6 +128,10 @@ def run[Options: StageOptions, P: Plan, Result](
                 result = stage.work(plan, opened)
             if opened.is_main and stage.show is not None:
                 stage.show(plan, result, opened)
+        except NotImplementedError as error:  # of a stand-in: says what it lacks and what to do
+            logger.debug("not computed here", exc_info=True)
+            remedy = "leave out the flag that asks for it; --log-level debug shows where it is"
+            raise UsageError(f"{stage.name} on this machine", first_line(error), remedy) from error
         except Exception as error:
             if full := outputs.full_disk(error, found):
                 raise full from error

@@ -18,10 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from post_training.common import hashing, regular, threads
+from post_training.common import hashing, json_text, regular, threads
 from post_training.common.errors import UsageError
 from post_training.common.hashing import describe, write_to_disk
 
+_MARK = ".begun"  # in a working folder: a stage made it
 FULL = {errno.ENOSPC, errno.EDQUOT}  # a disk, or a user's part of it
 
 
@@ -33,10 +34,17 @@ def incomplete(target: Path) -> Path:
 def begin(target: Path) -> Path:
     """Create an empty working folder for ``target``, discarding what a killed run left."""
     work = incomplete(target)
-    if work.exists():
-        shutil.rmtree(work)
-    work.mkdir(parents=True)
+    for path in work.iterdir() if work.exists() else ():
+        if path.name != _MARK:  # which goes last: a kill in between leaves a folder of ours
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    work.mkdir(parents=True, exist_ok=True)
+    (work / _MARK).touch()
     return work
+
+
+def is_begun(work: Path) -> bool:
+    """Whether a folder is what :func:`begin` made, or empty."""
+    return (work / _MARK).is_file() or not any(work.iterdir())
 
 
 def publish(target: Path) -> None:
@@ -53,6 +61,7 @@ def publish(target: Path) -> None:
         allow_reading(path)
     for path in (*tree(work), work):
         write_to_disk(path)
+    (work / _MARK).unlink(missing_ok=True)
     aside = previous(target)
     if target.exists():
         if aside.exists():
@@ -117,36 +126,6 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-class HalfCharacterError(ValueError):
-    """Half of a surrogate pair, which JSON and YAML can spell (``\\ud800``) and no text holds."""
-
-
-def parse_json(text: str, **options: Any) -> Any:
-    """What JSON text holds, read by ``json.loads`` with these options.
-
-    Raises:
-        ValueError: if it is not JSON, has a name twice, or half a character (HalfCharacterError).
-        RecursionError: if it is nested too deep.
-    """
-    content = json.loads(text, **{"object_pairs_hook": regular.unique, **options})
-    require_whole_characters(text, content)
-    return content
-
-
-def require_whole_characters(text: str, content: Any) -> None:
-    """Raise HalfCharacterError for one in ``content``, as read from ``text``: no file has one."""
-    if "\\ud" not in text.lower():
-        return
-    try:
-        json.dumps(content, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(error.object[error.start]):04x}"
-        at = text.lower().find(half)
-        line, column = text.count("\n", 0, at), at - text.rfind("\n", 0, at)
-        where = f"line {line + 1}" if "\n" in text.rstrip() else f"column {column}"
-        raise HalfCharacterError(f"it has {half} without its other half ({where})") from error
-
-
 _AGAIN = "copy or download it again"
 
 
@@ -162,7 +141,7 @@ def read_json(path: Path, what: str = "file", remedy: str = _AGAIN) -> Any | Non
         UsageError: if it cannot be read, or is not JSON.
     """
     try:
-        return parse_json(regular.read_text(path))
+        return json_text.parse(regular.read_text(path))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
@@ -194,7 +173,8 @@ def sha256(path: Path) -> str:
 
 def tree(folder: Path) -> Iterator[Path]:
     """All regular files below ``folder``, sorted by path."""
-    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return (path for path in paths if path.name != _MARK)
 
 
 def describe_tree(folder: Path, skip: frozenset[str] = frozenset()) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, get_type_hints
 
 import yaml
 
-from post_training.common import files, regular
+from post_training.common import files, json_text, regular
 from post_training.common.errors import UsageError
 
 if TYPE_CHECKING:
@@ -89,12 +89,19 @@ def read_yaml(path: Path, what: str, remedy: str) -> Any:
         UsageError: if it cannot be read, or is not YAML; with the line where that is known.
     """
     try:
-        text = regular.read_text(path)
-        content = yaml.load(text, _Loader)
-        files.require_whole_characters(text, content)
-        return content
+        return parse_yaml(regular.read_text(path), what, remedy)
     except OSError as error:
         raise UsageError(what, f"it cannot be read: {error.strerror}", remedy) from error
+    except ValueError as error:  # no text
+        raise UsageError(what, f"it is not YAML: {error}", remedy) from error
+
+
+def parse_yaml(text: str, what: str, remedy: str) -> Any:
+    """What YAML text holds; UsageError as :func:`read_yaml`."""
+    try:
+        content = yaml.load(text, _Loader)
+        json_text.require_whole_characters(text, content)
+        return content
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date such as 2026-13-45
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark else f": {error}"

@@ -3,20 +3,20 @@
 Every stage writes one beside its output; the next stage reads it. A manifest holds the stage, the
 command, the resolved configuration (the model's architecture included), package versions, the git
 commit, the inputs with their own manifests' hashes, the outputs with sizes and hashes, metrics,
-duration, peak memory and, since format 2, a hash of itself. Nothing here imports torch.
+warnings, duration, peak memory and, since format 2, a hash of itself. Nothing here imports torch.
 
     python -m post_training.manifest valid OUTPUT INPUT [COMMAND...]
     python -m post_training.manifest quote WORDS...
 
 ``valid`` exits with code 0 if OUTPUT's files have the hashes recorded and it was made from INPUT
-as it is now, by the versions that are installed now and, where the words of a COMMAND are given, by
-that very command. ``quote`` prints a command line for a shell, with secrets hidden.
+and the other recorded inputs that are still there (data, recipes, tokenizers) as they are now, by
+the versions that are installed now and, where the words of a COMMAND are given, by that very
+command. ``quote`` prints a command line for a shell, with secrets hidden.
 """
 
 from __future__ import annotations
 
 import json
-import shlex
 import subprocess
 import sys
 import time
@@ -29,7 +29,7 @@ from typing import Any, TypedDict
 
 import xxhash
 
-from post_training.common import files, forms, redaction, regular
+from post_training.common import files, forms, kept_warnings, redaction, regular
 from post_training.common.errors import UsageError
 
 FILE = "run.json"
@@ -69,6 +69,7 @@ class _Form(TypedDict, total=False):
     configuration: dict[str, Any]
     versions: dict[str, Any]
     metrics: dict[str, Any]
+    warnings: list[str]
     inputs: list[_Input]
     outputs: list[_Output]
     draft: dict[str, Any] | None
@@ -116,6 +117,7 @@ class Manifest:
             "inputs": self.inputs,
             "outputs": outputs,
             "metrics": self.metrics,
+            "warnings": kept_warnings.messages(),
             "peak_memory_bytes": self.peak_memory_bytes,
             **self.extra,
         }
@@ -213,46 +215,6 @@ def damaged_outputs(folder: Path, content: dict[str, Any]) -> list[str]:
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
             damaged.append(entry["file"])
     return damaged
-
-
-def is_valid(output: Path, source: str, made_by: Sequence[str] = ()) -> bool:
-    """Whether ``output`` can stay as it is.
-
-    Args:
-        output: a stage's output folder, or its report.
-        source: what it must have been made from, unchanged since: a path, or a hub name.
-        made_by: words of the command that must have made it, the stage's program first; by
-            default any.
-    """
-    content = read(output)
-    if content is None or files.changed(output, content.get("outputs", [])):
-        return False
-    if content["versions"] != versions():
-        return False
-    # A report may say that the model fell short of a limit, a training run that it is unfinished.
-    if not (content.get("passed", True) and content.get("complete", True)):
-        return False
-    if made_by:
-        made = shlex.split(content["command"])
-        if _plain(made) != _plain(shlex.split(redaction.quoted(made_by))):
-            return False
-    return any(_is_input(entry, source) for entry in content.get("inputs", []))
-
-
-def _plain(words: Sequence[str]) -> list[str]:
-    """A command without the parts that do not affect its result: folder, --overwrite."""
-    words = [word for word in words if word != "--overwrite"]
-    return [Path(words[0]).name, *words[1:]] if words else []
-
-
-def _is_input(entry: dict[str, Any], source: str) -> bool:
-    """Whether a recorded input is ``source``, unchanged."""
-    if not Path(source).exists():
-        # A hub name: the recorded path is the download's, in huggingface_hub's cache.
-        if f"models--{source.replace('/', '--')}" not in Path(entry["path"]).parts:
-            return False
-        source = entry["path"]
-    return {**entry, "role": ""} == {**describe_input("", source), "role": ""}
 
 
 def versions() -> dict[str, str]:

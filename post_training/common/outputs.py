@@ -46,6 +46,12 @@ def check_folder(
         raise UsageError(
             f"output {folder}", f"{work}, where it is made, is no folder", "move that away"
         )
+    if work.is_dir() and not (files.is_begun(work) or manifest.read(work)):
+        raise UsageError(
+            f"output {folder}",
+            f"{work}, where it is made, holds something else than a killed run's part of it",
+            "move that away, or name another folder",
+        )
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise UsageError(
             f"output folder {folder}",

@@ -57,6 +57,12 @@ def read(folder: Path) -> dict[str, Entry]:
                 "copy or download the model again",
             )
         files = sorted({folder / name for name in weight_map.values()})
+        if regular.is_file(folder / SINGLE) and folder / SINGLE not in files:
+            raise UsageError(
+                f"model folder {folder}",
+                f"it has {INDEX} and, besides its files, {SINGLE}, which transformers loads then",
+                "delete those that do not belong to the model",
+            )
     elif (folder / SINGLE).is_file():
         weight_map, files = None, [folder / SINGLE]
     else:
@@ -67,7 +73,11 @@ def read(folder: Path) -> dict[str, Entry]:
         )
     entries: dict[str, Entry] = {}
     for path in files:
-        entries.update(read_file(path))
+        found = read_file(path)
+        if twice := sorted(found.keys() & entries.keys()):
+            remedy = "copy or download the model again"
+            raise _damaged(path, f"it has {twice[0]}, and so has {entries[twice[0]].path}", remedy)
+        entries.update(found)
     absent = sorted(set(weight_map or ()) - set(entries))
     if absent:
         raise UsageError(
@@ -105,5 +115,5 @@ def _is_inside(name: object) -> bool:
     return isinstance(name, str) and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
-def _damaged(path: Path, cause: str) -> UsageError:
-    return UsageError(f"file {path}", cause, "copy or download it again")
+def _damaged(path: Path, cause: str, remedy: str = "copy or download it again") -> UsageError:
+    return UsageError(f"file {path}", cause, remedy)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from post_training.common.errors import UsageError
-from post_training.config import flags, other_stages
+from post_training.config import flags, other_stages, run_time_flags
 from post_training.config.model_description import padded
 from post_training.config.options import StageOptions
 from post_training.config.parser import make_parser
@@ -31,14 +31,6 @@ _APART = frozenset(
     tensor_model_parallel_size pipeline_model_parallel_size context_parallel_size
     expert_model_parallel_size expert_tensor_parallel_size sequence_parallel
     bf16 fp16 params_dtype pipeline_dtype
-    """.split()
-)
-# Fields that say how a model is run, and change what it computes: experiments, regularization.
-_OTHER_RESULTS = frozenset(
-    """
-    use_mup flash_decode moe_router_force_load_balancing moe_router_force_biased
-    moe_input_jitter_eps moe_expert_capacity_factor
-    moe_router_topk_limited_devices use_te_activation_func
     """.split()
 )
 
@@ -133,13 +125,7 @@ def _overrides(given: Mapping[str, Any]) -> dict[str, Any]:
     model = {*TRANSFORMER_FIELDS, *MLA_FIELDS, *OWN_FIELDS}
     names = transformer_fields.load().keys() - model - _APART
     found = {name: value for name, value in given.items() if name in names}
-    for name in _OTHER_RESULTS & found.keys():
-        if found[name] not in (None, False):
-            raise UsageError(
-                f"{flags.spelled(name)}",
-                "with it the model computes something else than its files describe",
-                "leave it out",
-            )
+    run_time_flags.check(given)
     return found
 
 

@@ -91,6 +91,8 @@ def check_tokenizer(options: StageOptions, *, own: bool = False) -> None:
         return
     if own or named != options.pretrained_model_path:
         tokenizer_files.check(named)
+    else:
+        tokenizer_files.check_growth(Path(named))
 
 
 def _from_flags(options: StageOptions) -> Architecture:

@@ -21,7 +21,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from post_training.common.errors import UsageError
-from post_training.data import document_formats
+from post_training.data import chat_templates
 from post_training.data.document_formats import Document
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ _BEGIN, _END = "zqBeginXqz", "zqEndXqz"
 _ANY_MARKER = re.compile(r"zq\w+Xqz")
 _GENERATION = re.compile(r"\{%(-?)\s*(end)?generation\s*(-?)%\}")
 _THINK, _END_THINK = "<think>", "</think>"
+
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # DeepSeek's and Qwen's, vLLM's, gpt-oss
+_TRAINED = ("weight", "train", "loss")  # OpenAI's and axolotl's, ms-swift's: 0 or false
 
 
 class _Part(NamedTuple):
@@ -56,9 +59,17 @@ def find(
         cause = f"it contains {marker[0]}, by which answers are found in conversations"
         raise UsageError(f"{option} {document.place}", cause, "remove the record")
     template = str(getattr(tokenizer, "chat_template", None) or "")
+    weights = [each["weight"] for each in document.messages if "weight" in each]
+    if other := [each for each in weights if each not in (0, 1)]:
+        cause = f"a turn has the weight {other[0]}"
+        raise UsageError(f"{option} {document.place}", cause, "give 0 or 1")
+    untrained = any(map(_is_untrained, document.messages))
+    if _GENERATION.search(template) and untrained:
+        cause = "a turn is not to be trained on, and the template marks all answers"
+        raise UsageError(f"{option} {document.place}", cause, "take {% generation %} out of it")
     if _GENERATION.search(template):
         return _tagged(document, tokenizer, template, option)
-    text = document_formats.render(document, tokenizer, option)
+    text = chat_templates.render(document, tokenizer, option)
     return text, _answer_spans(document, text, tokenizer, option)
 
 
@@ -69,14 +80,20 @@ def is_generated(message: dict[str, Any]) -> bool:
 
 def _written(message: dict[str, Any]) -> dict[str, str]:
     """The fields of a turn that the model generates and that have text, in order."""
-    if message["role"] != "assistant":
+    if message["role"] != "assistant" or _is_untrained(message):
         return {}
-    fields = {name: str(message.get(name) or "") for name in ("reasoning_content", "content")}
+    fields = {name: str(message.get(name) or "") for name in (*_THOUGHTS, "content")}
     return {name: text for name, text in fields.items() if text.strip()}
 
 
 def _calls(message: dict[str, Any]) -> bool:
-    return message["role"] == "assistant" and bool(message.get("tool_calls"))
+    calls = message["role"] == "assistant" and bool(message.get("tool_calls"))
+    return calls and not _is_untrained(message)
+
+
+def _is_untrained(message: dict[str, Any]) -> bool:
+    """Whether the data say that an answer is context only: OpenAI's ``weight`` of 0 and others'."""
+    return message["role"] == "assistant" and any(message.get(key) == 0 for key in _TRAINED)
 
 
 def _tagged(
@@ -89,7 +106,7 @@ def _tagged(
         mark = _END if tag[2] else _BEGIN
         return f"{{%{tag[1]} if true %}}{{{{ '{mark}' }}}}{{% endif {tag[3]}%}}"
 
-    marked = document_formats.render(
+    marked = chat_templates.render(
         document, tokenizer, option, template=_GENERATION.sub(printed, template)
     )
     text, spans = "", []
@@ -106,11 +123,11 @@ def _call_span(
 ) -> tuple[int, int]:
     """Begin and end in ``text``, the rendered ``document``, of a turn with tool calls."""
     before = document.messages[:turn]
-    whole = document_formats.render(
+    whole = chat_templates.render(
         replace(document, messages=(*before, document.messages[turn])), tokenizer, option
     )
     answer = {"role": "assistant", "content": _MARKER.format("")}
-    asked = document_formats.render(
+    asked = chat_templates.render(
         replace(document, messages=(*before, answer)), tokenizer, option
     ).partition(_MARKER.format(""))[0]
     special = _special_tokens(tokenizer)
@@ -143,7 +160,7 @@ def _answer_spans(
             parts.append(_Part(turn, _MARKER.format(len(parts)), bool(tag), answer))
             changed[name] = thoughts + tag + parts[-1].marker
         marked.append({**message, **changed})
-    outline = document_formats.render(replace(document, messages=tuple(marked)), tokenizer, option)
+    outline = chat_templates.render(replace(document, messages=tuple(marked)), tokenizer, option)
     present = [part for part in parts if part.marker in outline]
     pieces = []  # the template's text before each marker
     for part in present:
@@ -167,7 +184,8 @@ def _answer_spans(
     calls = (turn for turn, message in enumerate(document.messages) if _calls(message))
     joined += [_call_span(document, turn, text, tokenizer, option) for turn in calls]
     for turn, message in enumerate(document.messages):
-        if message["role"] == "assistant" and not is_generated(message):
+        is_answer = message["role"] == "assistant" and not _is_untrained(message)
+        if is_answer and not is_generated(message):
             joined += _empty_span(document, turn, text, tokenizer, option)
     return sorted(joined)
 
@@ -179,9 +197,7 @@ def _empty_span(
     before, marker = document.messages[:turn], _MARKER.format("")
     try:
         asked, whole = (
-            document_formats.render(
-                replace(document, messages=(*before, message)), tokenizer, option
-            )
+            chat_templates.render(replace(document, messages=(*before, message)), tokenizer, option)
             for message in ({"role": "assistant", "content": marker}, document.messages[turn])
         )
     except UsageError:  # the template takes no conversation that ends here
@@ -240,7 +256,7 @@ def _ending(
     last = parts[-1].turn
     if last < len(document.messages) - 1:
         shorter = replace(document, messages=tuple(marked[: last + 1]))
-        rendered = document_formats.render(shorter, tokenizer, option)
+        rendered = chat_templates.render(shorter, tokenizer, option)
         rest = rendered.rpartition(parts[-1].marker)[2]
     return _leading_token(rest, _special_tokens(tokenizer))
 

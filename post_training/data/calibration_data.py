@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from post_training.common.errors import UsageError
-from post_training.data import document_formats, sources
+from post_training.data import chat_templates, sources
 from post_training.data.document_formats import Document
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def load_calibration_data(
     notes = []
     if len(joined) < needed:
         notes.append(f"{calib_size:,} sequences were asked for and the data ended before")
-    if has_chat and not document_formats.has_template(tokenizer):
+    if has_chat and not chat_templates.has_template(tokenizer):
         notes.append("the tokenizer has no chat template: turns are joined by blank lines")
     if eos is None:
         notes.append("the tokenizer has no end-of-text token: documents follow each other directly")
@@ -149,9 +149,9 @@ def tokens(
         option: the flag that named the data, for errors.
         generator: draws the position to start at; None starts at the beginning.
     """
-    text = document_formats.render(document, tokenizer, option)
+    text = chat_templates.render(document, tokenizer, option)
     # A chat template writes the beginning-of-text token itself.
-    special = not (document.messages and document_formats.has_template(tokenizer))
+    special = not (document.messages and chat_templates.has_template(tokenizer))
     if generator is not None:
         text, special = _from_random_place(text, generator, special)
     if not text.strip():

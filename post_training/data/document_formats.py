@@ -11,17 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import jinja2
-
-from post_training.common import files, inputs, limits
+from post_training.common import inputs, json_text
 from post_training.common.errors import UsageError, suggest
 from post_training.data import records
 from post_training.data.records import Row
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _ROWS_CHECKED = 20_000  # about a second of JSONL; later rows are checked when they are read
 TEXT_KEYS = ("text", "article", "content", "document")
@@ -95,21 +90,36 @@ def document_of(row: Row, option: str) -> Document:
             rest = tuple(name for name in values if name != key)
             return Document(row.place, text=values[key], unused=rest)
     if question:
-        about = [
-            key for key in _SUBJECT_KEYS if key != question and isinstance(values.get(key), str)
-        ]
-        asked = "\n\n".join([values[question], *(values[key] for key in about if values[key])])
-        messages = (
-            {"role": "user", "content": asked},
-            {"role": "assistant", "content": values[answer]},
-        )
-        return _conversation(row, values, option, [question, answer, *about], messages)
+        asked, used = _asked(values, question)
+        messages = (asked, {"role": "assistant", "content": values[answer]})
+        return _conversation(row, values, option, [*used, answer], messages)
     raise UsageError(
         f"{option} {row.place}",
         f"no column of a known layout holds text; columns: {', '.join(values) or 'none'}",
         f"give a text column ({', '.join(TEXT_KEYS)}), a conversation ({', '.join(CHAT_KEYS)}), "
         f"or a pair such as {PAIR_KEYS[0][0]} and {PAIR_KEYS[0][1]}",
     )
+
+
+def question_of(row: Row, option: str, key: str) -> Document:
+    """The question of a row without an answer, in the column ``key``: a text, or several.
+
+    Raises:
+        UsageError: for a history or tools of another form.
+    """
+    values = {name: value for name, value in row.values.items() if value is not None}
+    if isinstance(values[key], str):
+        asked, used = _asked(values, key)
+        return _conversation(row, values, option, used, (asked,))
+    turns = tuple({"role": "user", "content": text} for text in values[key])
+    return _conversation(row, values, option, [key], turns)
+
+
+def _asked(values: Mapping[str, Any], question: str) -> tuple[dict[str, Any], list[str]]:
+    """The user turn of a question and of what it is about, and the columns that it is made of."""
+    about = [key for key in _SUBJECT_KEYS if key != question and isinstance(values.get(key), str)]
+    text = "\n\n".join([values[question], *(values[key] for key in about if values[key])])
+    return {"role": "user", "content": text}, [question, *about]
 
 
 def _conversation(
@@ -143,13 +153,16 @@ def _conversation(
         for pair in history
         for role, text in zip(("user", "assistant"), pair, strict=True)
     ]
-    system = values.get("system")
-    if isinstance(system, str) and system and messages[0]["role"] != "system":
-        earlier.insert(0, {"role": "system", "content": system})
-    known = {*used, "tools", "history", *(["system"] if isinstance(system, str) else [])}
+    known = {*used, "tools", "history"}
+    own = int(messages[0]["role"] == "system")  # turns of the conversation before its history
+    leading, system = [*messages[:own]], values.get("system")
+    if isinstance(system, str) and (not own or system in ("", messages[0]["content"])):
+        known.add("system")
+        if system and not own:
+            leading.append({"role": "system", "content": system})
     return Document(
         row.place,
-        messages=(*earlier, *messages),
+        messages=(*leading, *earlier, *messages[own:]),
         tools=tuple(tools),
         unused=tuple(name for name in values if name not in known),
     )
@@ -215,62 +228,10 @@ def _from_json(value: Any) -> Any:
     """Some data sets store lists of objects as JSON text, because parquet has fixed columns."""
     if isinstance(value, str):
         try:
-            return files.parse_json(value)
+            return json_text.parse(value)
         except (ValueError, RecursionError):
             return value
     return value
-
-
-def render(
-    document: Document,
-    tokenizer: PreTrainedTokenizerBase,
-    option: str,
-    *,
-    ask: bool = False,
-    template: str | None = None,
-    template_options: Mapping[str, Any] | None = None,
-) -> str:
-    """Text of ``document``: a conversation through the tokenizer's chat template.
-
-    Without a template the turns' contents are joined by blank lines; callers say so to the user
-    (:func:`has_template`).
-
-    Args:
-        ask: append the generation prompt, so that the model continues with its answer.
-        template: another than the tokenizer's.
-        template_options: further variables of the template, such as Qwen3's ``enable_thinking``.
-
-    Raises:
-        UsageError: if the template refuses the conversation (such as a system turn).
-    """
-    if not document.messages:
-        return document.text
-    if not has_template(tokenizer):
-        return "\n\n".join(turn["content"] for turn in document.messages)
-
-    try:
-        with limits.of_a_template():
-            rendered = tokenizer.apply_chat_template(
-                list(document.messages),
-                tools=list(document.tools) or None,
-                tokenize=False,
-                add_generation_prompt=ask,
-                chat_template=template,
-                **(template_options or {}),
-            )
-    except (jinja2.TemplateError, TypeError, ValueError, MemoryError, TimeoutError) as error:
-        roles = ", ".join(turn["role"] for turn in document.messages)
-        raise UsageError(
-            f"{option} {document.place}",
-            f"the tokenizer's chat template refuses the roles {roles}: {error}",
-            "change the conversation to what the template accepts, or give plain text",
-        ) from error
-    return str(rendered)
-
-
-def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer has a chat template."""
-    return bool(getattr(tokenizer, "chat_template", None))
 
 
 def check(source: str, option: str, also: Check | None = None) -> None:

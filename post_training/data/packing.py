@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 PAD = 0
 _OPEN = 64  # sequences that are filled at the same time
 _DESCRIPTION = "data.json"
-_FORMAT = 2  # of the folder; what another version kept is read and packed again
+_FORMAT = 3  # of the folder; what another version kept is read and packed again
 
 
 class Packer:

@@ -17,6 +17,7 @@ from typing import Any
 from post_training.common import inputs
 from post_training.common.errors import UsageError
 from post_training.data import document_formats, records
+from post_training.data.document_formats import Document
 from post_training.data.records import Row
 
 ID_KEYS = ("id", "question_id", "prompt_id", "uuid", "conversation_id")
@@ -36,6 +37,7 @@ class Dialogue:
         tools: tool definitions for the chat template.
         category: the row's own, such as MT-Bench's.
         place: of the row, for errors.
+        unused: columns of the row that have a value and no part in the dialogue.
     """
 
     number: int
@@ -44,6 +46,7 @@ class Dialogue:
     tools: tuple[dict[str, Any], ...] = ()
     category: str | None = None
     place: str = ""
+    unused: tuple[str, ...] = ()
 
     @property
     def questions(self) -> int:
@@ -78,6 +81,10 @@ class Prompts:
         text = f"{len(self.dialogues):,} prompts, {questions:,} user turns, from {self.source}"
         for reason, count in self.left_out.items():
             text += f"; left out: {count:,} {reason}"
+        unused = Counter(key for dialogue in self.dialogues for key in dialogue.unused)
+        if unused:
+            columns = (f"{name} ({count:,} rows)" for name, count in unused.items())
+            text += f"; columns that are not used: {', '.join(columns)}"
         return text
 
 
@@ -131,12 +138,8 @@ def _rows(source: str, option: str, split: str | None) -> Iterator[Row]:
 def _dialogue(row: Row, number: int, option: str) -> Dialogue | str:
     """The row's dialogue, or the reason to skip it."""
     values = row.values
-    tools: tuple[dict[str, Any], ...] = ()
-    if any(values.get(key) is not None for key in document_formats.CHAT_KEYS):
-        document = document_formats.document_of(row, option)
-        messages, tools = document.messages, document.tools
-    else:
-        messages = _asked(row, option)
+    document = _document(row, option)
+    messages = document.messages
     if any(message["role"] == "tool" for message in messages):
         return TOOL_TURNS
     kept = tuple(message for message in messages if message["role"] != "assistant")
@@ -150,18 +153,22 @@ def _dialogue(row: Row, number: int, option: str) -> Dialogue | str:
         number=number,
         id=next((values[key] for key in ID_KEYS if _is_id(values.get(key))), number),
         messages=kept,
-        tools=tools,
+        tools=document.tools,
         category=category if isinstance(category, str) else None,
         place=row.place,
+        unused=tuple(key for key in document.unused if key not in (*ID_KEYS, "category")),
     )
 
 
-def _asked(row: Row, option: str) -> tuple[dict[str, Any], ...]:
-    """The user turns of a row that is not a conversation."""
+def _document(row: Row, option: str) -> Document:
+    """The turns of a row, and of what goes with them."""
+    values = row.values
+    if any(values.get(key) is not None for key in document_formats.CHAT_KEYS):
+        return document_formats.document_of(row, option)
     for key in ("turns", "prompt"):
-        turns = row.values.get(key)
+        turns = values.get(key)
         if isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns):
-            return tuple({"role": "user", "content": turn} for turn in turns)
+            return document_formats.question_of(row, option, key)
         if isinstance(turns, list):
             raise UsageError(
                 f"{option} {row.place}",
@@ -169,13 +176,15 @@ def _asked(row: Row, option: str) -> tuple[dict[str, Any], ...]:
                 f'write {{"{key}": ["first question", "second question"]}}',
             )
     for question, answer in document_formats.PAIR_KEYS:
-        if isinstance(row.values.get(question), str) and isinstance(row.values.get(answer), str):
-            return document_formats.document_of(row, option).messages
+        if isinstance(values.get(question), str) and isinstance(values.get(answer), str):
+            found = document_formats.question_of(row, option, question)
+            return replace(found, unused=tuple(key for key in found.unused if key != answer))
     for key in QUESTION_KEYS:
-        if isinstance(row.values.get(key), str):
-            return ({"role": "user", "content": row.values[key]},)
-    document = document_formats.document_of(row, option)
-    return document.messages or ({"role": "user", "content": document.text},)
+        if isinstance(values.get(key), str):
+            return document_formats.question_of(row, option, key)
+    found = document_formats.document_of(row, option)
+    asked = found.messages or ({"role": "user", "content": found.text},)
+    return replace(found, messages=asked)
 
 
 def _is_id(value: Any) -> bool:

@@ -10,13 +10,14 @@ import csv
 import json
 import logging
 import os
+import re
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
-from post_training.common import files, inputs, regular
+from post_training.common import inputs, json_text, regular
 from post_training.common.errors import UsageError, first_line
 from post_training.data import parquet
 
@@ -81,7 +82,19 @@ def list_files(path: Path, option: str) -> list[Path]:
     if others := sorted({each.name for each in shown} - {each.name for each in found}):
         names = ", ".join(others[:3])
         logger.info("%s: files that are not read: %d (%s ...)", what, len(others), names)
+    for begin, count in _parts_missing(found).items():
+        logger.warning("%s: of the parts of %s, %d are missing", what, begin, count)
     return found
+
+
+def _parts_missing(paths: Sequence[Path]) -> dict[str, int]:
+    """Of files that say that they are several (``train-00000-of-00002``): how many are missing."""
+    parts: dict[tuple[str, int], int] = {}
+    for path in paths:
+        if named := re.fullmatch(r"(.+)-\d+-of-(\d+)", path.stem):
+            key = (str(path.with_name(named[1])), int(named[2]))
+            parts[key] = parts.get(key, 0) + 1
+    return {begin: of - count for (begin, of), count in parts.items() if of > count}
 
 
 def local_rows(source: str, option: str) -> Iterator[Row]:
@@ -125,8 +138,8 @@ def _jsonl(path: Path, option: str) -> Iterator[Row]:
                 continue
             place = f"{path}, line {number}"
             try:
-                values = files.parse_json(line)
-            except files.HalfCharacterError as error:
+                values = json_text.parse(line)
+            except json_text.HalfCharacterError as error:
                 remedy = "write the character whole, or delete what is left of it"
                 raise UsageError(f"{option} {place}", str(error), remedy) from error
             except (ValueError, RecursionError) as error:

@@ -18,13 +18,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from post_training.common import threads, versions
-from post_training.common.errors import UsageError, exit_with_usage_error
+from post_training.common.errors import UsageError, exit_with_usage_error, first_line
 from post_training.common.garbage import uncollected
 from post_training.common.quiet import quiet
-from post_training.distributed import liveness, placement, signals
+from post_training.distributed import liveness, logs, placement, signals
 from post_training.distributed.parallel import Parallel
 
 if TYPE_CHECKING:
@@ -32,18 +32,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("post_training")
 
-# What megatron-core logs all through a run and no user can act on.
-_ONLY_ERRORS = (
-    "megatron.core.distributed",  # on every start, how gradients are laid out
-    "megatron.core.dist_checkpointing.strategies.torch",  # saves are synchronous: chosen here
-    "megatron.core.models.hybrid.hybrid_layer_allocation",  # the layers of each stage
-    "megatron.core.models.gpt.gpt_model",  # GPTModel will be replaced: chosen in models/builder.py
-)
-
 
 @dataclass
 class Session:
-    """What a stage knows of the process it runs in."""
+    """What a stage knows of the process it runs in.
+
+    ``named_inputs`` are files that its flags name besides models and data, as manifests record
+    them.
+    """
 
     stage: str
     parallel: Parallel
@@ -52,6 +48,7 @@ class Session:
     world: int
     progress_bars: bool = True
     started: float = field(default_factory=time.time)
+    named_inputs: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def is_main(self) -> bool:
@@ -100,7 +97,7 @@ def open_session(
         notices: logged on rank 0, at level info.
         progress_bars: whether rank 0 draws them on a terminal.
     """
-    configure_logging(stage, log_level)
+    logs.configure(stage, log_level)
     if ignored_flags:
         logger.debug("flags without meaning here: %s", " ".join(ignored_flags))
     for notice in notices:
@@ -166,14 +163,26 @@ def _join(timeout_minutes: float) -> torch.device:
     store = None
     if place.world == 1:  # no port: one that was free a moment ago may be taken by now
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # documented
-    torch.distributed.init_process_group(
-        backend,
-        timeout=datetime.timedelta(minutes=timeout_minutes),
-        store=store,
-        rank=place.rank,
-        world_size=place.world,
-    )
+    try:
+        torch.distributed.init_process_group(
+            backend,
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+            store=store,
+            rank=place.rank,
+            world_size=place.world,
+        )
+    except RuntimeError as error:
+        raise _wrong_interface(error) from error
     return device
+
+
+def _wrong_interface(error: RuntimeError) -> Exception:
+    """A UsageError if a variable names a network interface that gloo cannot use, else ``error``."""
+    named = os.environ.get("GLOO_SOCKET_IFNAME")
+    if named is None or "address" not in str(error):
+        return error
+    cause = f"this machine has no such network interface with an address: {first_line(error)}"
+    return UsageError(f"GLOO_SOCKET_IFNAME={named}", cause, "unset it, or name one of `ip address`")
 
 
 def _start(
@@ -272,26 +281,3 @@ def _stop() -> None:
 
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
-
-
-def configure_logging(stage: str, level: str = "info") -> None:
-    """Rank 0 logs to stderr as ``[stage] message``; other ranks log warnings only.
-
-    What other packages say through Python's ``warnings`` is shown at level ``debug``: it is about
-    their own insides, comes by the dozen and hides what a stage says.
-    """
-    rank = placement.placement().rank
-    handler = logging.StreamHandler(sys.stderr)
-    prefix = f"[{stage}]" if rank == 0 else f"[{stage} rank {rank}]"
-    handler.setFormatter(logging.Formatter(f"{prefix} %(message)s"))
-    logger.handlers[:] = [handler]
-    logger.propagate = False
-    chosen = logging.getLevelNamesMapping()[level.upper()]
-    logger.setLevel(chosen if rank == 0 else max(chosen, logging.WARNING))
-    logging.captureWarnings(True)
-    warned = logging.getLogger("py.warnings")
-    warned.handlers[:] = [handler]
-    warned.propagate = False
-    warned.setLevel(logging.WARNING if chosen <= logging.DEBUG else logging.ERROR)
-    for name in _ONLY_ERRORS:
-        logging.getLogger(name).setLevel(logging.ERROR)

@@ -12,19 +12,21 @@ Layouts:
 
 from __future__ import annotations
 
+import logging
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from post_training.common import files, inputs
+from post_training.common import inputs, json_text
 from post_training.common.errors import UsageError
 from post_training.data import records
 from post_training.data.records import Row
 from post_training.evaluation.mmlu_prompts import LETTERS, Question
 
+logger = logging.getLogger("post_training")
 OPTION = "--mmlu-dataset"
 _COLUMNS = ("question", "subject", "choices", "answer")
 
@@ -86,6 +88,10 @@ def _local(path: Path) -> dict[str, list[Row]]:
     (path,) = records.list_files(path, OPTION)
     rows = list(records.read(path, OPTION))
     if any("split" in row.values for row in rows):
+        others = Counter(str(row.values.get("split")) for row in rows)
+        if unused := {name: n for name, n in others.items() if name not in ("test", "dev")}:
+            shown = ", ".join(f"{name} ({count:,} rows)" for name, count in unused.items())
+            logger.info("%s: splits that are not used: %s", OPTION, shown)
         return {
             split: [row for row in rows if row.values.get("split") == split]
             for split in ("test", "dev")
@@ -106,6 +112,13 @@ def _folder_split(folder: Path, split: str) -> list[Row]:
         if paths:
             suffix = paths[0].suffix  # of the same data in two formats, one is enough
             chosen = [path for path in paths if path.suffix == suffix]
+            parts = re.search(r"-of-(\d+)$", chosen[0].stem)
+            if parts and int(parts[1]) != len(chosen):
+                raise UsageError(
+                    f"{OPTION} {place}",
+                    f"it has {len(chosen)} of the {int(parts[1])} files of its split {split}",
+                    "copy or download the others",
+                )
             return [row for path in chosen for row in records.read(path, OPTION)]
     return []
 
@@ -155,14 +168,15 @@ def _choices(values: dict[str, Any]) -> list[Any] | None:
     listed = values.get("choices")
     if isinstance(listed, str):
         try:
-            listed = files.parse_json(listed)
+            listed = json_text.parse(listed)
         except (ValueError, RecursionError):
             return None
     if isinstance(listed, list):
         return listed
     for names in ([f"choice{i}" for i in range(len(LETTERS))], LETTERS):
         listed = [values.get(name) for name in names]
-        while listed and listed[-1] is None:  # columns for more choices than this question has
+        # Columns for more choices than this question has; a CSV file's are empty.
+        while listed and listed[-1] in (None, ""):
             listed.pop()
         if listed:
             return listed

@@ -25,10 +25,9 @@ from typing import Any
 
 import torch
 
-from post_training.common.errors import UsageError
 from post_training.common.safetensors_index import Entry
 from post_training.export.folder import Tensors
-from post_training.export.layout import Configuration, Layout, plain_linears
+from post_training.export.layout import Configuration, Layout, exactly, plain_linears
 
 _FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
 _INT8 = {**_FP8, "type": "int"}
@@ -93,15 +92,9 @@ class Scheme(Compressed):
         codes = torch.round(value / steps).to(torch.int8)
         if not self.packed:
             return {f"{module}.weight": codes, f"{module}.weight_scale": scale}
-        if not torch.equal(scale.to(dtype).float(), scale):
-            raise UsageError(
-                f"the scales of {module}",
-                f"{dtype} does not hold them, and engines read scales in the model's dtype",
-                "quantize the model again with this version",
-            )
         return {
             f"{module}.weight_packed": pack(codes, self.bits),
-            f"{module}.weight_scale": scale.to(dtype),
+            f"{module}.weight_scale": exactly(module, scale, dtype),
             f"{module}.weight_shape": torch.tensor(value.shape),
         }
 

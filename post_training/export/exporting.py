@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from post_training.checkpoints import loading
 from post_training.checkpoints.source import Source
 from post_training.common import files
 from post_training.common.errors import UsageError
 from post_training.common.manifest import Manifest
 from post_training.config.options import StageOptions
 from post_training.distributed.parallel import Parallel
+from post_training.export.model_card import Card
 
 if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
@@ -97,14 +99,23 @@ def write(
     return metrics
 
 
-def publish(plan: ExportPlan, manifest: Manifest) -> dict[str, Any]:
-    """Complete the manifest and give the folder its name. Returns the manifest's content."""
+def publish(
+    plan: ExportPlan, manifest: Manifest, source: Source, options: StageOptions
+) -> dict[str, Any]:
+    """Complete card and manifest and give the folder its name. Returns the manifest's content.
+
+    Args:
+        source: what :func:`write` was given.
+    """
     from post_training.distributed.collectives import on_first_rank
 
     manifest.stage = STAGE
     manifest.extra["target"] = plan.target
+    original = loading.local_huggingface(source, options)
 
     def work() -> dict[str, Any]:
+        card = Card(plan.folder.resolve().name, source, original, manifest, plan.target)
+        card.write(files.incomplete(plan.folder))
         content = manifest.write(files.incomplete(plan.folder))
         files.publish(plan.folder)
         return content

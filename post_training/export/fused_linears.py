@@ -8,7 +8,10 @@ from collections.abc import Callable, Collection, Iterator
 
 from post_training.export.decoders.registry import SCALES
 
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_FUSED = (
+    *(("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3")),
+    *(("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a")),
+)
 
 
 def problems(

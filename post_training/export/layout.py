@@ -6,8 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import modelopt
 import torch
+from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
 
+from post_training.common.errors import UsageError
 from post_training.common.safetensors_index import Entry
 from post_training.export.fake_quantized import fake_quantized, step_of_each
 from post_training.export.folder import Tensors
@@ -86,3 +89,35 @@ def plain_linears(index: Mapping[str, Entry]) -> list[str]:
         if name.endswith(".weight") and len(entry.shape) == 2 and "embed" not in name
     }
     return sorted({"lm_head", *plain} - quantized)
+
+
+def exactly(module: str, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The scales of a linear in the model's dtype, in which engines read them.
+
+    Raises:
+        UsageError: if that would change them.
+    """
+    if not torch.equal(scale.to(dtype).float(), scale):
+        raise UsageError(
+            f"the scales of {module}",
+            f"{dtype} does not hold them, and engines read scales in the model's dtype",
+            "quantize the model again with this version",
+        )
+    return scale.to(dtype)
+
+
+def modelopts_configuration(
+    algorithm: str, index: Mapping[str, Entry], kv_cache: str, **more: Any
+) -> Configuration:
+    """What says so in ModelOpt's way: :meth:`Layout.configuration` for one ``quant_algo``."""
+    quantization: dict[str, Any] = {
+        "quant_algo": algorithm,
+        **more,
+        "kv_cache_quant_algo": kv_cache or None,
+        "exclude_modules": plain_linears(index),
+    }
+    beside = {
+        "producer": {"name": "modelopt", "version": modelopt.__version__},
+        "quantization": quantization,
+    }
+    return Configuration(convert_hf_quant_config_format(beside), beside)

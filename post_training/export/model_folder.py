@@ -27,6 +27,7 @@ from post_training.export import (
     comparison,
     compressed_tensors,
     computed_as,
+    modelopt_integers,
     readback,
     scaled_fp8,
 )
@@ -42,7 +43,11 @@ from post_training.quantization import quantizers
 logger = logging.getLogger("post_training")
 
 # By what they are exported as; the others are written by ModelOpt.
-_LAYOUTS = {**scaled_fp8.LAYOUTS, **compressed_tensors.LAYOUTS}
+_LAYOUTS = {
+    **scaled_fp8.LAYOUTS,
+    **compressed_tensors.LAYOUTS,
+    **modelopt_integers.LAYOUTS,
+}
 
 
 def state_dtype(config: dict[str, Any], dtype: torch.dtype) -> None:

@@ -69,9 +69,10 @@ class Folder:
             kept = model.state_dict().keys()
             tensors = {name: each for name, each in model.named_buffers() if name in kept}
             saved = revert_weight_conversion(model, {**dict(model.named_parameters()), **tensors})
-        published = {each: name for name, each in families.of(self.config).other_names.items()}
+        family = families.of(self.config)
+        published = {each: name for name, each in family.other_names.items()}
         shapes = {published.get(name, name): tuple(each.shape) for name, each in saved.items()}
-        return stacked_experts.named(shapes, self.index)
+        return stacked_experts.named(shapes, self.index, family.stacked)
 
     def tensor(self, name: str) -> torch.Tensor:
         """One stored tensor, as it is."""
@@ -157,7 +158,8 @@ class Folder:
 
     def _loaded(self) -> Any:
         """The model with its dequantized weights, in float32."""
-        weights = stacked_experts.joined({n: self.dequantized(n) for n in self.expected})
+        stacked = families.of(self.config).stacked
+        weights = stacked_experts.joined({n: self.dequantized(n) for n in self.expected}, stacked)
         with torch.device("meta"):
             model_class: Any = type(self._untrained())
         return model_class.from_pretrained(
@@ -209,13 +211,12 @@ class Folder:
         except ValueError as error:
             yield str(error)
             return
-        per_element = decoder.per_element if decoder else 1
         if decoder and entry.dtype != decoder.dtype:
             needed = f"{decoder.algorithm} needs {decoder.dtype}"
             yield f"{name} is stored as {entry.dtype}, but {needed}"
         elif not decoder and entry.dtype not in _PLAIN:
             yield f"{name} is stored as {entry.dtype}, but not said to be quantized"
-        elif (*entry.shape[:-1], entry.shape[-1] * per_element) != shape:
+        elif _shape(entry.shape, decoder) != shape:
             yield f"{name} has shape {entry.shape}, the architecture needs {shape}"
         if decoder:
             module = name.removesuffix(".weight")
@@ -284,7 +285,16 @@ class Folder:
         for module in sorted(modules):
             # Embeddings are never quantized; a linear that is neither quantized nor excluded
             # would be read as quantized.
-            is_linear = module.endswith(("_proj", "_with_mqa", "lm_head")) or ".experts." in module
+            ends = ("_proj", "_with_mqa", "lm_head")
+            is_linear = module.endswith(ends) or ".experts." in module or ".in_proj_" in module
             covered = module not in listed if listed is not None else self._is_excluded(module)
             if is_linear and not covered and f"{module}.weight_scale" not in self.index:
                 yield f"{module} is plain, but the configuration does not exclude it"
+
+
+def _shape(stored: tuple[int, ...], decoder: Decoder | None) -> tuple[int, ...]:
+    """Of the weight that a tensor holds."""
+    if decoder is None or len(stored) < 2:
+        return stored
+    rows, columns = stored[-2] * decoder.rows_per_element, stored[-1] * decoder.per_element
+    return (*stored[:-2], rows, columns)

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import modelopt
 import torch
-from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_format
 
 from post_training.common.errors import UsageError
 from post_training.common.safetensors_index import Entry
 from post_training.export.folder import Tensors
-from post_training.export.layout import Configuration, Layout, plain_linears
+from post_training.export.layout import Configuration, Layout, modelopts_configuration
 
 _LARGEST = 448.0  # of E4M3
 
@@ -57,16 +54,7 @@ class ScaledFp8(Layout):
         return scales
 
     def configuration(self, index: Mapping[str, Entry], kv_cache: str) -> Configuration:
-        quantization: dict[str, Any] = {
-            "quant_algo": self.algorithm,
-            "kv_cache_quant_algo": kv_cache or None,
-            "exclude_modules": plain_linears(index),
-        }
-        beside = {
-            "producer": {"name": "modelopt", "version": modelopt.__version__},
-            "quantization": quantization,
-        }
-        return Configuration(convert_hf_quant_config_format(beside), beside)
+        return modelopts_configuration(self.algorithm, index, kv_cache)
 
 
 # By quant_algo.

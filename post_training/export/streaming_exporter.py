@@ -18,6 +18,7 @@ from modelopt.torch.export.model_config import QUANTIZATION_NVFP4, QUANTIZATION_
 from modelopt.torch.export.quant_utils import process_layer_quant_config
 from modelopt.torch.export.unified_export_megatron import GPTModelExporter
 
+from post_training.export.dividing import Dividing
 from post_training.export.fake_quantized import (
     calibrated_scale,
     fake_quantized,
@@ -68,7 +69,7 @@ class StreamingExporter(GPTModelExporter):
             found = []
             for self._view in views:
                 write()
-                found.append(self._joining.tensors(self._take()))
+                found.append(self._joining.tensors(self._dividing.tensors(self._take())))
             yield found
 
     def _writers(self) -> Iterator[Callable[[], None]]:
@@ -89,6 +90,17 @@ class StreamingExporter(GPTModelExporter):
         super()._get_transformer_layer_state_dict(layer, layer_id, **options)
         for name, norm in post_norms.of(layer).items():
             self.rules[name](norm, layer_id)
+
+    def _get_gated_delta_net_state_dict(self, layer: Any, layer_id: int, **options: Any) -> None:
+        """The original has one linear for all inputs, and a norm that is centred on zero."""
+        found = layer.self_attention
+        tensors = {
+            **{name: getattr(found, name) for name in ("in_proj", "in_proj_ba", "out_proj")},
+            "conv1d": found.conv1d.weight,
+            **{"A_log": found.A_log, "dt_bias": found.dt_bias, "norm": found.out_norm.weight},
+        }
+        for name, each in tensors.items():
+            self.rules[f"linear_attn.{name}"](each, layer_id)
 
     def _write_end(self) -> None:
         model = self.model
@@ -134,11 +146,23 @@ class StreamingExporter(GPTModelExporter):
         family = families.FAMILIES.get(self.arch)
         return Joining(family.joined(vars(self.model.config)) if family else {})
 
+    @cached_property
+    def _dividing(self) -> Dividing:
+        family = families.FAMILIES.get(self.arch)
+        return Dividing(family.divided(vars(self.model.config)) if family else {})
+
     def _record_layer_quant_config(self, prefix: str, *described: Any) -> None:
-        super()._record_layer_quant_config(self._joining.module(prefix), *described)
+        for part in self._dividing.modules(self._joining.module(prefix)):
+            super()._record_layer_quant_config(part, *described)
 
     def _record_excluded_module(self, prefix: str) -> None:
-        super()._record_excluded_module(self._joining.module(prefix))
+        """Of experts in one tensor, engines ask for the layer that has them, ``experts``."""
+        family = families.FAMILIES.get(self.arch)
+        for whole in family.stacked[:2] if family and family.stacked else ():
+            if prefix.endswith(f".{whole}"):
+                super()._record_excluded_module(f"{prefix.removesuffix(whole)}experts*")
+        for part in self._dividing.modules(self._joining.module(prefix)):
+            super()._record_excluded_module(part)
 
     def _populate_rule_book(self) -> dict[str, Any]:
         """KV scales get the names that ModelOpt's Hugging Face path writes.
@@ -157,10 +181,17 @@ class StreamingExporter(GPTModelExporter):
         """As the original, but a parameter of its own (attention sinks, the decays of Mamba layers;
         they are float32 in the model) is written in the dtype of the others, where that does not
         change it."""
+        if isinstance(module, torch.Tensor) and module.dim() == 2:
+            # A linear by its parameter alone: the gate of shared experts.
+            linear = torch.nn.Linear(0, 0, bias=False, device="meta")
+            linear.weight = torch.nn.Parameter(module.detach(), requires_grad=False)
+            module, prefix = linear, prefix.removesuffix("weight")
         if isinstance(module, torch.Tensor):
             exact, rounded = module.detach(), module.detach().to(self.dtype)
             keeps = self._view is None and torch.equal(rounded.to(exact.dtype), exact)
             module = rounded if keeps else exact.float()
+            if module.dim() > 1:  # kernels of a convolution
+                self._record_excluded_module(prefix.removesuffix("weight"))
         super()._name_remapping(module, prefix, **options)
 
     def _get_weight_bias(

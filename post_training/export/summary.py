@@ -9,14 +9,8 @@ from typing import Any
 from post_training.common import report
 from post_training.drafts import report as draft_report
 from post_training.drafts.record import SUBFOLDER
+from post_training.export import target as export_target
 from post_training.export.exporting import ExportPlan
-
-# By --target.
-_SERVE = {
-    "vllm": "vllm serve",
-    "sglang": "python -m sglang.launch_server --model-path",
-    "trtllm": "trtllm-serve",
-}
 
 
 def rows(plan: ExportPlan, content: Mapping[str, Any]) -> dict[str, str]:
@@ -43,7 +37,7 @@ def rows(plan: ExportPlan, content: Mapping[str, Any]) -> dict[str, str]:
 def serve(plan: ExportPlan, content: Mapping[str, Any]) -> str:
     """The command that serves the folder."""
     target = str(plan.folder) if plan.writes_model else "<exported target>"
-    program = "vllm_serve_fakequant.py" if plan.simulated else _SERVE[content["target"]]
+    program = export_target.server(content["target"], simulated=plan.simulated)
     served = ""
     if _draft(plan, content["metrics"]):
         served = draft_report.served(_draft_folder(plan), content["target"])

@@ -7,8 +7,21 @@ from __future__ import annotations
 
 from post_training.checkpoints.source import Source
 from post_training.common.errors import UsageError
+from post_training.drafts.eagle3.draft import Draft
 from post_training.quantization import kernels
 from post_training.quantization.engines import registry as engines
+
+# By --target.
+_SERVE = {
+    "vllm": "vllm serve",
+    "sglang": "python -m sglang.launch_server --model-path",
+    "trtllm": "trtllm-serve",
+}
+
+
+def server(target: str, *, simulated: bool) -> str:
+    """The command that a model's folder is appended to."""
+    return "vllm_serve_fakequant.py" if simulated else _SERVE[target]
 
 
 def choose(asked: str | None, source: Source) -> str:
@@ -24,7 +37,8 @@ def check(source: Source, target: str) -> None:
         UsageError: naming the format, the reason and what to do.
     """
     recorded = (source.manifest or {}).get("quantization") or {}
-    algorithm, reason = recorded.get("quant_algo", ""), recorded.get("reason", "")
+    algorithm = engines.stored_as(recorded.get("quant_algo", ""), target)
+    reason = recorded.get("reason", "")
     what = f"--load {source.location} --target {target}"
     if recorded.get("exportable") is not False:
         reason = engines.refusal(algorithm, target, recorded.get("kv_cache_quant_algo", ""))
@@ -38,3 +52,26 @@ def check(source: Source, target: str) -> None:
     if source.described is not None and target != recorded.get("target"):
         left_out = recorded.get("left_out", ())
         kernels.check(what, algorithm, source.described.resolved(), target, left_out=left_out)
+
+
+def check_draft(draft: Draft | None, source: Source, target: str) -> None:
+    """Refuse a draft that reads what the engine does not keep.
+
+    Args:
+        draft: None: the checkpoint does not describe it.
+
+    Raises:
+        UsageError: naming the layer and what to do.
+    """
+    engine = engines.TARGETS[target]
+    if draft is None or source.described is None or engine.last_layer:
+        return
+    last = source.described.resolved()["num_layers"] - 1
+    if last in draft.aux_hidden_state_layer_ids:
+        raise UsageError(
+            f"--load {source.location} --target {target}",
+            f"the draft reads the output of layer {last}, the last one, and {engine.name} keeps "
+            "what enters a layer",
+            "name another --target, or train a draft that reads earlier layers "
+            "(eagle_aux_hidden_state_layer_ids in --eagle-config)",
+        )

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from post_training.checkpoints import loading
 from post_training.checkpoints.source import Source
 from post_training.config.options import StageOptions
-from post_training.data import document_formats
+from post_training.data import chat_templates
 from post_training.data.document_formats import Document
 from post_training.data.prompts import Dialogue
 from post_training.distributed.session import Session
@@ -56,11 +56,11 @@ class Speaker:
             UsageError: if the chat template refuses them.
         """
         document = Document(dialogue.place, messages=tuple(messages), tools=dialogue.tools)
-        text = document_formats.render(
+        text = chat_templates.render(
             document, self.tokenizer, OPTION, ask=True, template_options=self.template_options
         )
         # A chat template writes the begin-of-text token itself.
-        special = not document_formats.has_template(self.tokenizer)
+        special = not chat_templates.has_template(self.tokenizer)
         encoded = self.tokenizer(text, add_special_tokens=special, verbose=False)
         return list(encoded["input_ids"])
 

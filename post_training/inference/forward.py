@@ -16,6 +16,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from post_training.common.errors import UsageError
+from post_training.models.recurrent_states import RecurrentStates
 
 if TYPE_CHECKING:
     from megatron.core.inference.contexts import StaticInferenceContext
@@ -211,12 +212,10 @@ def new_context(batch: int, length: int) -> StaticInferenceContext:
 
 def select(context: StaticInferenceContext, rows: torch.Tensor) -> None:
     """Keep these sequences of a cache: int64 [n], indices into its batch."""
-    from post_training.models.hybrid import MambaStates
-
     for layer, memory in context.key_value_memory_dict.items():
-        # Keys and values begin with the positions, Mamba's states with the sequences.
-        if isinstance(memory, MambaStates):
-            kept: tuple[torch.Tensor, ...] = MambaStates(*(each[rows] for each in memory))
+        # Keys and values begin with the positions, states of a recurrence with the sequences.
+        if isinstance(memory, RecurrentStates):
+            kept: tuple[torch.Tensor, ...] = RecurrentStates(*(each[rows] for each in memory))
         else:
             kept = tuple(each[:, rows] for each in memory)
         context.key_value_memory_dict[layer] = kept

@@ -234,7 +234,11 @@ def _decode(
         return len(found) >= limits[index] or (bool(found) and found[-1] in eos_ids)
 
     start = 0
+    # Of longer texts all tokens are rotated otherwise, which changes what every layer gives.
+    switch = getattr(getattr(core, "rotary_pos_emb", None), "switches_after", None) or total
     for end in range(min(len(prompts[index]) for index in group), total):
+        if context is not None and 0 < start <= switch < end:
+            context, start = forward.new_context(len(rows), total), 0
         last = torch.full((len(rows),), end - start - 1, device=tokens.device)
         logits = forward.run(core, tokens[:, start:end], last, context)
         chosen = None

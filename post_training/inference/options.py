@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from post_training.common import files
+from post_training.common import json_text
 from post_training.common.errors import UsageError
 from post_training.config.checks import at_least, positive_fraction
 from post_training.config.flags import flag
@@ -22,7 +22,7 @@ _ROWS_CHECKED = 10_000  # of local prompts, before anything is loaded
 def _json_object(option: str, text: str) -> None:
     """Raise UsageError unless the text is a JSON object."""
     try:
-        found = files.parse_json(text)
+        found = json_text.parse(text)
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):

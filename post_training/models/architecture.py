@@ -48,6 +48,8 @@ MLA_FIELDS = frozenset(
     mscale_all_dim
     """.split()
 )
+# Fields that may be a number or a list with an entry for each layer.
+_FREQUENCIES = {"no_rope_freq", "linear_attention_freq"}
 REQUIRED = ("num_layers", "hidden_size", "num_attention_heads")
 POSITION_EMBEDDINGS = ("rope", "mrope", "yarn", "relative", "learned_absolute", "none")
 MODEL_TYPES = ("GPTModel", "HybridModel", "MambaModel")
@@ -80,7 +82,8 @@ class Architecture:
     of layers within a window, where it is another one (``models/local_rotary.py``).
     ``attention_chunks`` (``size``, and 1 in ``layers`` for each layer that attends within chunks)
     and ``attention_temperature`` (``floor_scale`` and ``scale``, on layers without rotation) are
-    Llama 4's (``models/llama4_attention.py``).
+    Llama 4's (``models/llama4_attention.py``); Ministral 3 has the latter on all layers, ``from``
+    position 0.
     """
 
     transformer: dict[str, Any]
@@ -121,6 +124,18 @@ class Architecture:
         return self.model_type != "GPTModel"
 
     @property
+    def has_delta_nets(self) -> bool:
+        """Whether some layers have a gated delta net in place of attention."""
+        return self.transformer.get("experimental_attention_variant") == "gated_delta_net"
+
+    @property
+    def recurrent_layers(self) -> str:
+        """What its layers that keep a state of the tokens so far are called; empty: it has none."""
+        if self.is_hybrid:
+            return "Mamba layers"
+        return "gated delta nets" if self.has_delta_nets else ""
+
+    @property
     def unfusable_norms(self) -> str:
         """What ModelOpt's importer does not read where norms are fused with the linears after them.
 
@@ -128,6 +143,8 @@ class Architecture:
         """
         if self.multi_latent_attention:
             return "the norms of its latents"
+        if self.has_delta_nets:
+            return "gated delta nets"
         if not self.pre_norms:
             return "layers without norms before them"
         return "the biases of its LayerNorms" if self.value("normalization") == "LayerNorm" else ""
@@ -152,7 +169,7 @@ class Architecture:
         if self.is_hybrid:
             derived["mamba_num_heads"] = 2 * hidden // values["mamba_head_dim"]
         values |= {name: value for name, value in derived.items() if values[name] is None}
-        values["no_rope_freq"] = self._unrotated(values["no_rope_freq"])
+        values |= {name: self._of_each(name, values[name]) for name in _FREQUENCIES}
         if values["num_moe_experts"] and values["moe_ffn_hidden_size"] is None:
             values["moe_ffn_hidden_size"] = values["ffn_hidden_size"]
         return values | {n: getattr(self, n) for n in OWN_FIELDS}
@@ -180,16 +197,22 @@ class Architecture:
         names = stated.keys() - self.irrelevant() - {"moe_router_dtype"}
         if self.is_hybrid:
             names -= {"position_embedding_type", "rotary_base", "rotary_percent"}
-        if "no_rope_freq" in stated:
-            stated = {**stated, "no_rope_freq": self._unrotated(stated["no_rope_freq"])}
+        found = {name: self._of_each(name, stated[name]) for name in _FREQUENCIES & stated.keys()}
+        stated = {**stated, **found}
         return _differing(stated, self.resolved(), names)
 
-    def _unrotated(self, frequency: Any) -> Any:
-        """``no_rope_freq`` as a list: of a number n, each n-th layer is not rotated."""
+    def _of_each(self, name: str, frequency: Any) -> Any:
+        """A frequency as a list with an entry for each layer.
+
+        Of a number n, each n-th layer is not rotated, or has attention and no gated delta net.
+        """
         layers = self.transformer.get("num_layers") or 0
-        if not isinstance(frequency, int) or frequency < 1 or layers % frequency:
+        if not isinstance(frequency, int) or frequency < 1:
             return frequency
-        return ([0] * (frequency - 1) + [1]) * (layers // frequency)
+        if name == "no_rope_freq":
+            whole = layers % frequency == 0  # megatron-core takes no other
+            return ([0] * (frequency - 1) + [1]) * (layers // frequency) if whole else frequency
+        return [int((layer + 1) % frequency != 0) for layer in range(layers)]
 
     def irrelevant(self) -> set[str]:
         """Names whose values do not influence this model."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from post_training.common.errors import UsageError
-from post_training.models import megatron_errors
+from post_training.models import engine_kernels, megatron_errors
 from post_training.models.architecture import Architecture
 from post_training.models.families import registry as families
 from post_training.models.transformer_fields import DTYPES
@@ -78,7 +78,7 @@ def transformer_config(architecture: Architecture, options: BuildOptions) -> Tra
         "apply_rope_fusion": False,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        **options.overrides,
+        **engine_kernels.possible(options.overrides),
     }
     config_class = TransformerConfig
     if architecture.multi_latent_attention:
@@ -89,7 +89,7 @@ def transformer_config(architecture: Architecture, options: BuildOptions) -> Tra
         # The flags' default, which is Megatron-LM's and not megatron-core's.
         run_time["q_lora_rank"] = architecture.value("q_lora_rank")
     values = {**architecture.transformer, **run_time}
-    with megatron_errors.told():
+    with megatron_errors.told(options.overrides):
         config = config_class(**{name: _python_value(name, v) for name, v in values.items()})
     if architecture.yarn is not None:
         # What GPTModel reads from the configuration, which has no such fields. Without the two
@@ -116,7 +116,7 @@ def build(
         options = replace(options, meta_device=True)  # the layers then take no memory
     config = transformer_config(architecture, options)
     context = torch.device("meta") if options.meta_device else contextlib.nullcontext()
-    with megatron_errors.told(), context:
+    with megatron_errors.told(options.overrides), context:
         model = _MODEL_TYPES[architecture.model_type](architecture, config, options)
     completion.complete(model, architecture)
     if not layers:
@@ -228,6 +228,10 @@ def _layer_spec(
         from post_training.models.latent_attention import without_query_latent
 
         without_query_latent(spec)
+    if architecture.has_delta_nets:
+        from post_training.models import delta_net
+
+        delta_net.replace_attention(spec, config, architecture.value("linear_attention_freq"))
     if not architecture.pre_norms:
         from post_training.models import post_norms
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -12,18 +12,7 @@ from megatron.core.post_training.modelopt.hybrid.model_specs import get_hybrid_s
 from megatron.core.ssm.mamba_mixer import MambaMixer
 
 from post_training.models.architecture import Architecture
-
-
-class MambaStates(NamedTuple):
-    """What a Mamba layer keeps of the tokens so far.
-
-    Attributes:
-        convolution: [b, channels, width], the last inputs.
-        scan: float32 [b, h, p, n].
-    """
-
-    convolution: torch.Tensor
-    scan: torch.Tensor
+from post_training.models.recurrent_states import RecurrentStates
 
 
 class CachingMambaMixer(MambaMixer):
@@ -36,17 +25,23 @@ class CachingMambaMixer(MambaMixer):
 
     def _get_states_from_cache(
         self, inference_context: Any, batch_size: int, *, inference_params: Any = None
-    ) -> MambaStates:
+    ) -> RecurrentStates:
         memory = inference_context.key_value_memory_dict
         if inference_context.sequence_len_offset == 0:
             weight = self.conv1d_weight
             convolution, scan = self.mamba_state_shapes_per_request()
-            memory[self.layer_number] = MambaStates(
+            memory[self.layer_number] = RecurrentStates(
                 weight.new_zeros(batch_size, *convolution),
                 weight.new_zeros(batch_size, *scan, dtype=torch.float32),
             )
-        found: MambaStates = memory[self.layer_number]
+        found: RecurrentStates = memory[self.layer_number]
         return found
+
+    def row_parts(self, linear: str) -> dict[str, int]:
+        """This rank's rows of each part of a linear, which ranks divide part by part."""
+        states = self.ngroups_local_tp * self.d_state
+        inner = self.d_inner_local_tp
+        return {"z": inner, "x": inner, "B": states, "C": states, "dt": self.nheads_local_tp}
 
     def _decode(
         self,

@@ -25,16 +25,18 @@ def attach(model: Any, architecture: Architecture) -> None:
         if unrotated and unrotated[index]:
             # Only rotated queries and keys are normalized; the norms have no weights.
             attention.q_layernorm = attention.k_layernorm = IdentityOp()
-            if temperature is not None:
-                hook = tempering(temperature["floor_scale"], temperature["scale"])
-                attention.core_attention.register_forward_pre_hook(hook)
+        # Ministral 3's layers are all rotated, and all have the factor.
+        if temperature is not None and (not unrotated or unrotated[index]):
+            first = int(temperature.get("from", 1))
+            hook = tempering(temperature["floor_scale"], temperature["scale"], first)
+            attention.core_attention.register_forward_pre_hook(hook)
         if chunks is not None and chunks["layers"][index]:
             chunk(attention.core_attention, chunks["size"])
 
 
-def tempering(floor: float, scale: float) -> Callable[..., Any]:
-    """A forward pre-hook of a core attention, of layers without rotation."""
-    return partial(_temper, floor, scale)
+def tempering(floor: float, scale: float, first: int = 1) -> Callable[..., Any]:
+    """A forward pre-hook of a core attention; ``first`` is the number of the first position."""
+    return partial(_temper, floor, scale, first)
 
 
 def chunk(core: torch.nn.Module, size: int) -> None:
@@ -43,14 +45,16 @@ def chunk(core: torch.nn.Module, size: int) -> None:
     core.register_forward_hook(_join)
 
 
-def _temper(floor: float, scale: float, _core: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _temper(
+    floor: float, scale: float, first: int, _core: Any, inputs: tuple[Any, ...]
+) -> tuple[Any, ...]:
     """Multiply queries [sq, b, h, d] by a factor that grows with their positions.
 
     The last query has the position of the last key, of a cache or not.
     """
     query, key, *others = inputs
     positions = torch.arange(len(key) - len(query), len(key), device=query.device)
-    factors = torch.log1p(torch.floor((positions.float() + 1.0) / floor)) * scale + 1.0
+    factors = torch.log1p(torch.floor((positions.float() + first) / floor)) * scale + 1.0
     return (query * factors[:, None, None, None]).to(query.dtype), key, *others
 
 

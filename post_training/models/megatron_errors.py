@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from post_training.common.errors import UsageError, first_line
 
@@ -24,8 +26,10 @@ _RAISED = (
 
 
 @contextlib.contextmanager
-def told() -> Iterator[None]:
+def told(overrides: Mapping[str, Any]) -> Iterator[None]:
     """Within this context a model, or its configuration, is built.
+
+    ``overrides`` are the fields that flags set, by name: megatron-core's error may be about them.
 
     Raises:
         UsageError: in place of an error of megatron-core's own. A device without memory is none.
@@ -42,5 +46,20 @@ def told() -> Iterator[None]:
         raise UsageError(
             "the model configuration",
             f"megatron-core refuses it: {kind}{first_line(error)}",
-            "compare config.json with the original, or change those values",
+            _remedy(str(error), overrides),
         ) from error
+
+
+def _remedy(error: str, overrides: Mapping[str, Any]) -> str:
+    """What to change: the variables or flags that the error names, or all flags that were given."""
+    variables = [name for name in os.environ if name.startswith("NVTE_") and name in error]
+    if variables:
+        return f"unset {' '.join(variables)}"
+    spelled = {name: "--" + name.replace("_", "-") for name in overrides}
+    named = [flag for name, flag in spelled.items() if name in error]
+    if named:
+        return f"leave out {' '.join(named)}"
+    remedy = "compare config.json with the original, or change those values"
+    if spelled:
+        remedy += f"; or leave out flags: {' '.join(spelled.values())}"
+    return remedy

@@ -13,7 +13,7 @@ _MOST_NAMED = 1024  # the largest size that a message proposes
 
 def check(architecture: Architecture, parallel: Parallel) -> None:
     """Raise UsageError, naming both numbers, if the model cannot be divided this way."""
-    values = architecture.resolved()
+    values, recurrent = architecture.resolved(), architecture.has_delta_nets
     _divides("TP", parallel.tensor, {
         "attention heads": values["num_attention_heads"],
         "query groups": None if values["multi_latent_attention"] else values["num_query_groups"],
@@ -21,6 +21,7 @@ def check(architecture: Architecture, parallel: Parallel) -> None:
         "vocabulary": values["vocab_size"],
         "Mamba heads": values["mamba_num_heads"],
         "Mamba groups": values["mamba_num_groups"] if architecture.is_hybrid else None,
+        "key heads of gated delta nets": values["linear_num_key_heads"] if recurrent else None,
     })  # fmt: skip
     _divides("EP", parallel.expert, {"experts": values["num_moe_experts"]})
     if values["num_moe_experts"] and values["add_bias_linear"] and parallel.expert_tensor > 1:
@@ -40,6 +41,10 @@ def check(architecture: Architecture, parallel: Parallel) -> None:
             f"CP={parallel.context}",
             "attention within chunks, or with a temperature by position, needs the whole text",
             "CP=1",
+        )
+    if parallel.context > 1 and recurrent:
+        raise UsageError(
+            f"CP={parallel.context}", "gated delta nets are not divided over a text here", "CP=1"
         )
     layers_per_stage(values["num_layers"], parallel)
 

@@ -17,10 +17,7 @@ from post_training.models.architecture import Architecture
 from post_training.models.parallel_check import layers_per_stage
 
 # Fields whose parameters are not counted here; a model with one of them is refused.
-_UNKNOWN = (
-    "mtp_num_layers experimental_attention_variant linear_attention_freq "
-    "heterogeneous_block_specs moe_shared_expert_gate"
-).split()
+_UNKNOWN = ("mtp_num_layers", "heterogeneous_block_specs")
 _CONVOLVED = 4  # tokens that a Mamba layer's convolution sees: megatron-core has no other
 
 
@@ -38,6 +35,8 @@ def per_stage(architecture: Architecture, parallel: Parallel) -> list[tuple[int,
     """
     values = architecture.resolved()
     unknown = [f"{name} = {values[name]}" for name in _UNKNOWN if values[name]]
+    if (variant := values["experimental_attention_variant"]) not in (None, "gated_delta_net"):
+        unknown.append(f"experimental_attention_variant = {variant}")
     letters = values["hybrid_layer_pattern"] or ""
     if architecture.is_hybrid and (not letters or {*letters} - {*"M*-E"}):
         unknown.append(f"hybrid_layer_pattern = {letters!r}")
@@ -69,7 +68,11 @@ def _layers(values: dict[str, Any], parallel: Parallel) -> list[int]:
     experts = norm + _experts(values, parallel) if values["num_moe_experts"] else 0
     if not (letters := values["hybrid_layer_pattern"]):
         attention += 2 * values["post_norms"] * _norm(values, values["hidden_size"])
-        return [attention + (experts if moe else mlp) for moe in moe_layers(values)]
+        delta_net = norm + _delta_net(values, parallel.tensor)
+        return [
+            (delta_net if recurrent else attention) + (experts if moe else mlp)
+            for recurrent, moe in zip(delta_nets(values), moe_layers(values), strict=True)
+        ]
     mamba = norm + _mamba(values, parallel.tensor)
     parts = {"M": mamba, "*": attention, "-": mlp, "E": experts}
     return [parts[letter] for letter in letters]
@@ -83,6 +86,32 @@ def _mamba(values: dict[str, Any], ranks: int) -> int:
     count = _column(hidden, inner + mixed + heads, ranks) + _row(inner, hidden, ranks, bias=False)
     # Kernels and biases of the convolution; decay, skip and bias of each head; the gated norm.
     return count + (mixed * (_CONVOLVED + 1) + 3 * heads + inner) // ranks
+
+
+def _delta_net(values: dict[str, Any], ranks: int) -> int:
+    """A gated delta net without the norm before it; all but the norm's is divided over ranks."""
+    hidden, heads = values["hidden_size"], values["linear_num_value_heads"]
+    keys = values["linear_num_key_heads"] * values["linear_key_head_dim"]
+    inner = heads * values["linear_value_head_dim"]
+    mixed = 2 * keys + inner
+    count = _column(hidden, mixed + inner + 2 * heads, ranks)
+    count += _row(inner, hidden, ranks, bias=False) + values["linear_value_head_dim"]
+    # Kernels of the convolution; decay and bias of each head.
+    return count + (mixed * values["linear_conv_kernel_dim"] + 2 * heads) // ranks
+
+
+def delta_nets(values: dict[str, Any]) -> list[bool]:
+    """Whether each layer has a gated delta net in place of attention."""
+    layers, found = values["num_layers"], values["linear_attention_freq"]
+    if not values["experimental_attention_variant"]:
+        return [False] * layers
+    if not isinstance(found, list) or len(found) != layers:
+        raise UsageError(
+            f"--linear-attention-freq {found}",
+            f"it has to say which of the {layers} layers have a gated delta net",
+            "give a number n, for attention in each n-th layer, or one entry for each layer",
+        )
+    return [bool(each) for each in found]
 
 
 def moe_layers(values: dict[str, Any]) -> list[bool]:
@@ -159,7 +188,8 @@ def _experts(values: dict[str, Any], parallel: Parallel) -> int:
     expert = _mlp(of_expert, values["moe_ffn_hidden_size"], parallel.expert_tensor)
     count += values["num_moe_experts"] // parallel.expert * expert
     shared = values["moe_shared_expert_intermediate_size"]
-    return count + (_mlp(values, shared, parallel.tensor) if shared else 0)
+    gate = hidden * values["moe_shared_expert_gate"]
+    return count + (_mlp(values, shared, parallel.tensor) + gate if shared else 0)
 
 
 def _mlp(values: dict[str, Any], inner: int, ranks: int) -> int:

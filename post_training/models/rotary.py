@@ -19,19 +19,21 @@ from post_training.models.architecture import Architecture
 
 
 class DynamicRotaryEmbedding(RotaryEmbedding):
-    """Frequencies that shrink with the length of the text, once it passes the original one.
+    """Frequencies that change with the length of the text, once it passes the original one.
 
     With a cache each token keeps the rotation that it had when it came, as in transformers.
     megatron-core's static cache holds keys that are not rotated yet and rotates all of them at
     each step, so the cache holds the rotations too.
 
     Args:
-        rope: the scaling, with ``factor`` and ``original_max_position_embeddings``.
+        rope: the scaling, of ``rope_type`` ``dynamic`` or ``longrope``.
         base: of the frequencies.
         plain: megatron-core's embedding, whose place it takes.
     """
 
     depends_on_length: ClassVar[bool] = True
+    # Of longer texts all tokens are computed again; None: each keeps what it had.
+    switches_after: int | None = None
 
     _table: torch.Tensor
 
@@ -40,6 +42,10 @@ class DynamicRotaryEmbedding(RotaryEmbedding):
         self.cp_group = plain.cp_group
         self._interleaved = plain.rotary_interleaved
         self._plain, self._rope, self._base = plain.inv_freq, dict(rope), base
+        self._compute = dynamic
+        if rope["rope_type"] == "longrope":
+            self._compute = longrope
+            self.switches_after = int(rope["original_max_position_embeddings"])
 
     def get_rotary_seq_len(self, inference_context: Any, *args: Any, **kwargs: Any) -> int:
         """Rows of the table, which is computed here: a cache's room is not the text's length."""
@@ -66,7 +72,7 @@ class DynamicRotaryEmbedding(RotaryEmbedding):
         return table
 
     def _rotations(self, length: int) -> torch.Tensor:
-        frequencies = dynamic(self._rope, self._base, 2 * self._plain.numel(), length)
+        frequencies = self._compute(self._rope, self._base, 2 * self._plain.numel(), length)
         angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
         pairs = (
             angles.repeat_interleave(2, -1) if self._interleaved else torch.cat([angles] * 2, -1)
@@ -81,8 +87,11 @@ def scale(model: Any, architecture: Architecture) -> None:
     if rope is None:
         return
     plain, base = model.rotary_pos_emb, architecture.rotary_base
-    if rope["rope_type"] == "dynamic":
+    if rope["rope_type"] in ("dynamic", "longrope"):
         model.rotary_pos_emb = DynamicRotaryEmbedding(rope, base, plain)
+        for layer in model.decoder.layers:
+            # megatron-core's name for a factor of sine and cosine.
+            layer.self_attention._yarn_concentration_factor = rope.get("attention_factor", 1.0)
         return
     compute = {"linear": linear, "llama3": llama3}[rope["rope_type"]]
     frequencies = compute(rope, base, 2 * plain.inv_freq.numel())
@@ -100,6 +109,14 @@ def dynamic(rope: Mapping[str, Any], base: float, dim: int, length: int) -> torc
     longest = torch.tensor(max(length, int(original)))
     grown = (factor * longest / original) - (factor - 1)
     return _plain(base * grown ** (dim / (dim - 2)), dim)
+
+
+def longrope(rope: Mapping[str, Any], base: float, dim: int, length: int) -> torch.Tensor:
+    """Inverse frequencies, each divided by a factor of its own, another one in longer texts."""
+    is_long = length > rope["original_max_position_embeddings"]
+    factors = torch.tensor(rope["long_factor" if is_long else "short_factor"])
+    steps = torch.arange(0, dim, 2, dtype=torch.float32, device="cpu") / dim
+    return 1.0 / (factors * base**steps)
 
 
 def llama3(rope: Mapping[str, Any], base: float, dim: int) -> torch.Tensor:

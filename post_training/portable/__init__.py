@@ -5,6 +5,7 @@ It holds stand-ins and nothing else; no feature of this repository lives here.
 - ``cuda``: the few CUDA and NCCL calls that the two packages make without need, on the CPU.
 - ``site/transformer_engine``: a pure-PyTorch package in the shape of Transformer Engine.
 - ``site/mamba_ssm``, ``mamba``: the scan and the steps of Mamba-2 layers without their kernels.
+- ``delta_rule``: the recurrence of gated delta nets without the kernels of ``fla``.
 - ``quantization``: the block formats of ModelOpt (NVFP4, MXFP8, ...) without its CUDA kernels.
 - ``imports``: how the above reach the import system.
 - ``left_out``: plugins of ModelOpt that nothing here needs, and that take long to import.
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 
 import torch
 
-from post_training.portable import cuda, imports, left_out, mamba, quantization
+from post_training.portable import cuda, delta_rule, imports, left_out, mamba, quantization
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ def install() -> PortableReport:
         cuda.install()
     quantization.install()
     mamba.install()
+    delta_rule.install()
     left_out.install()
     return PortableReport(name, str(engine.__version__), on_cpu, reason)
 

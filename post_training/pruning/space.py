@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from post_training.common import files, inputs, regular
+from post_training.common import inputs, json_text, regular
 from post_training.common.errors import UsageError, suggest
 from post_training.models.architecture import Architecture
 
@@ -195,7 +195,7 @@ def read_sizes(text: str) -> dict[str, Any]:
     try:
         if path is not None:
             text = regular.read_text(path)
-        content = files.parse_json(text)
+        content = json_text.parse(text)
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(shown, f"it is not JSON: {error}", f"quote it: {example}") from error
     if not isinstance(content, dict):

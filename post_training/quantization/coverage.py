@@ -20,6 +20,7 @@ from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 
 from post_training.common.errors import UsageError
 from post_training.distributed.collectives import from_all_ranks
+from post_training.models.delta_net import PlainLinear
 from post_training.quantization import layer_names, quantizers
 from post_training.quantization.configuration import QKV_PATTERNS, Config
 from post_training.quantization.formats import registry as formats
@@ -116,6 +117,7 @@ class Coverage:
         """For the manifest."""
         of_quantized, of_all = self.bits_per_weight()
         return {
+            "parameters": sum(each.parameters for each in self.layers) + self.other_parameters,
             "linear_layers": len(self.layers),
             "quantized_layers": len(self.quantized),
             "quantizers": self.quantizers,
@@ -198,7 +200,7 @@ def _survey_rank(
     tied = getattr(model, "share_embeddings_and_output_weights", False)
     layers, weights = [], set()
     for name, module in model.named_modules():
-        if not is_linear(module) or layer_names.is_expert(f"{name}.") != of_experts:
+        if not quantizers.is_linear(module) or layer_names.is_expert(f"{name}.") != of_experts:
             continue  # multiplies by no weight, or by another module's
         weight = module._parameters["weight"]
         weights.add(id(weight))
@@ -253,13 +255,9 @@ def _why_plain(name: str, module: torch.nn.Module, entries: Sequence[Config]) ->
             reason = nothing if pattern == "*" else f"the recipe leaves {pattern} plain"
     if not reason and isinstance(module, DownProjection):
         return "ModelOpt quantizes no down projections of latent attention"
+    if not reason and isinstance(module, PlainLinear):
+        return "engines keep what a gated delta net forgets by in 16 bits"
     return reason
-
-
-def is_linear(module: torch.nn.Module) -> bool:
-    """Whether the module multiplies by a weight of its own."""
-    weight = module._parameters.get("weight")
-    return weight is not None and weight.ndim == 2 and "Embedding" not in type(module).__name__
 
 
 def _count(model: torch.nn.Module, of_experts: bool) -> dict[str, int]:

@@ -36,13 +36,15 @@ def _format_row(row: Format) -> tuple[str, ...]:
     found = {target: verdict(row, target=target) for target in engines.TARGETS}
     readers = [target for target, each in found.items() if each.exportable]
     shown = found[readers[0]] if readers else found[engines.DEFAULT]
+    own = {found[target].quant_algo: target for target in readers[1:]}
+    others = [f"{name} for {own[name]}" for name in own if name != shown.quant_algo]
     return (
         row.name,
         row.spellings[0],
         f"{row.linear.weight}: {WEIGHTS[row.linear.weight].bits:g}",
         row.linear.input or "16-bit",
         row.layers,
-        _exported(shown),
+        ", ".join((_exported(shown), *others)),
         ", ".join(readers),
     )
 

@@ -9,9 +9,10 @@ from post_training.common.errors import UsageError
 from post_training.distributed.parallel import Parallel
 from post_training.models import parameter_count
 from post_training.models.architecture import Architecture
+from post_training.models.families import registry as families
 from post_training.quantization import layer_names
 from post_training.quantization.engines import registry as engines
-from post_training.quantization.engines.base import Support
+from post_training.quantization.engines.base import COMPRESSED_TENSORS, Support
 
 _REMEDY = (
     "choose another format, such as FP8_DEFAULT_CFG or, for experts, INT8_WEIGHT_ONLY_CFG; or give "
@@ -73,7 +74,23 @@ def check(
     Raises:
         UsageError: naming the layer and its sizes.
     """
-    support = engines.TARGETS[target].algorithms.get(algorithm, Support())
+    engine = engines.TARGETS[target]
+    why = engine.not_modelopt.get(values["huggingface_architecture"] or "", "")
+    if why and algorithm and algorithm not in COMPRESSED_TENSORS:
+        raise UsageError(
+            what,
+            f"{engine.name} ({engine.version}) does not load it: {why}",
+            "choose a format in the layout of compressed-tensors, such as INT8_WEIGHT_ONLY_CFG or "
+            "INT8_PER_CHANNEL_PER_TOKEN_CFG, or another --target",
+        )
+    support = engine.algorithms.get(algorithm, Support())
+    if not support.special and _is_special(values):
+        raise UsageError(
+            what,
+            f"{engine.name}'s {algorithm} was read for linears of q, k, v and gate, up of their "
+            "own, which this model's files do not have",
+            _REMEDY,
+        )
     for layer in layers(values, separate=support.separate):
         name = layer.first_but(left_out)
         why = name and refusal(
@@ -87,6 +104,12 @@ def check(
         )
         if why:
             raise UsageError(what, why, _REMEDY)
+
+
+def _is_special(values: Mapping[str, Any]) -> bool:
+    """Whether attention is multi-latent, or linears are joined in the files."""
+    family = families.FAMILIES.get(values["huggingface_architecture"] or "")
+    return bool(values["multi_latent_attention"] or (family and family.joined(values)))
 
 
 def check_blocks(
@@ -104,7 +127,7 @@ def check_blocks(
     """
     wrong, per_rank = {}, ""
     for layer in layers(values, separate=False):
-        is_last = layer.module.endswith(("linear_proj", "linear_fc2"))
+        is_last = layer.module.endswith(("linear_proj", "linear_fc2", "out_proj"))
         ranks = parallel.expert_tensor if layer.of_experts else parallel.tensor
         inputs = layer.inputs // ranks if is_last else layer.inputs
         name = layer.first_but(left_out)
@@ -186,8 +209,13 @@ def layers(values: Mapping[str, Any], *, separate: bool) -> Iterator[Layer]:
     letters = values["hybrid_layer_pattern"] or ""
     everywhere = range(values["num_layers"])
     letters = letters if len(letters) == len(everywhere) else ""
-    at = [n for n in everywhere if letters[n] == "*"] if letters else everywhere
+    recurrent = parameter_count.delta_nets({**values})
+    at = [n for n in everywhere if not recurrent[n]]
+    at = [n for n in everywhere if letters[n] == "*"] if letters else at
     yield from _attention(values, at, separate=separate)
+    if len(at) < len(everywhere) and not letters:
+        where = [n for n in everywhere if recurrent[n]]
+        yield from _delta_net(values, where, separate=separate)
     hidden = values["hidden_size"]
     gate = 2 if values["gated_linear_unit"] and not separate else 1
     sparse = (
@@ -218,6 +246,7 @@ def _attention(values: Mapping[str, Any], at: Sequence[int], *, separate: bool) 
         values[name] for name in ("hidden_size", "num_attention_heads", "kv_channels")
     )
     groups = values["num_query_groups"] * head
+    queries = heads * head * (2 if values["attention_output_gate"] else 1)
 
     def layer(
         shown: str, outputs: int, inputs: int, own: str, called: str = "hidden size"
@@ -233,9 +262,26 @@ def _attention(values: Mapping[str, Any], at: Sequence[int], *, separate: bool) 
         yield layer("q", heads * of_queries, rank or hidden, *called)
         yield layer("kv_b", heads * pairs, latent, "linear_kv_up_proj", "kv_lora_rank")
     elif separate:
-        yield layer("q", heads * head, hidden, "linear_qkv")
+        yield layer("q", queries, hidden, "linear_qkv")
         yield layer("k and v", groups, hidden, "linear_qkv")
     else:
-        yield layer("q, k, v", heads * head + 2 * groups, hidden, "linear_qkv")
+        yield layer("q, k, v", queries + 2 * groups, hidden, "linear_qkv")
     size = values["v_head_dim"] if values["multi_latent_attention"] else head
     yield layer("o", hidden, heads * size, "linear_proj", "heads x head size")
+
+
+def _delta_net(values: Mapping[str, Any], at: Sequence[int], *, separate: bool) -> Iterator[Layer]:
+    """The linears of gated delta nets; what decides how much they forget stays in 16 bits."""
+    hidden, heads = values["hidden_size"], values["linear_num_value_heads"]
+    keys = values["linear_num_key_heads"]
+    key, value = values["linear_key_head_dim"], heads * values["linear_value_head_dim"]
+    own, out = "self_attention.in_proj", "self_attention.out_proj"
+    if separate:
+        # Files have the rows of a key head together, or those of all key heads.
+        yield Layer("q or k of a gated delta net's head", key, hidden, own, at, "hidden size")
+        of_head = value // keys
+        yield Layer("v or z of a gated delta net's head", of_head, hidden, own, at, "hidden size")
+    else:
+        outputs = 2 * (keys * key + value)
+        yield Layer("a gated delta net's q, k, v, z", outputs, hidden, own, at, "hidden size")
+    yield Layer("a gated delta net's output", hidden, value, out, at, "value heads x head size")

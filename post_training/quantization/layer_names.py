@@ -19,10 +19,11 @@ MEGATRON_NAMES = (
     (re.compile(r"(?<![a-z])[qkv]_proj"), "linear_qkv"),
     (re.compile(r"(?<![a-z])(gate_up|gate|up)_proj"), "linear_fc1"),
     (re.compile(r"(?<![a-z])down_proj"), "linear_fc2"),
+    (re.compile(r"(?<![a-z])in_proj_(qkvz|qkv|z)(?![a-z])"), "in_proj"),
 )
 _MEGATRON_PARENTS = (
     (re.compile(r"^(language_)?model\.layers\."), "decoder.layers."),
-    (re.compile(r"(?<![a-z_])self_attn(?![a-z])"), "self_attention"),
+    (re.compile(r"(?<![a-z_])(self|linear)_attn(?![a-z])"), "self_attention"),
     (re.compile(r"(?<![a-z])shared_expert(?![a-z])"), "shared_experts"),
     (re.compile(r"(?<![a-z_])experts\.(?=[\d*\[?])"), "experts.local_experts."),
     (re.compile(r"(?<![a-z_])lm_head"), "output_layer"),

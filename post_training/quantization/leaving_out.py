@@ -8,8 +8,8 @@ import torch
 
 from post_training.distributed.collectives import from_all_ranks
 from post_training.quantization import layer_names
-from post_training.quantization.coverage import is_linear
 from post_training.quantization.layer_names import global_name
+from post_training.quantization.quantizers import is_linear
 
 
 def local_names(model: torch.nn.Module, patterns: Sequence[str]) -> list[str]:

@@ -36,10 +36,10 @@ def check(
         reason = f"{family.weights_reason}; weights in {known} are read, by a format's name"
     if reason and not allow_unexportable:
         raise exportable.unexportable(what, Verdict(reason=reason))
-    if architecture.is_hybrid and method in (*FOLDED_METHODS, GPTQ):
+    if (recurrent := architecture.recurrent_layers) and method in (*FOLDED_METHODS, GPTQ):
         raise UsageError(
             what,
-            f"the method {method} was not tried on the projections of Mamba layers",
+            f"the method {method} was not tried on the projections of {recurrent}",
             "choose a format that rounds to nearest, such as FP8_DEFAULT_CFG or NVFP4_DEFAULT_CFG",
         )
     if method in FOLDED_METHODS and not architecture.pre_norms:

@@ -26,6 +26,7 @@ from post_training.quantization import (
     model_checks,
     packing,
     quantizers,
+    ranges,
     row_blocks,
     scale_rounding,
     smoothing,
@@ -49,13 +50,20 @@ class PtqResult:
         config: ModelOpt's; after a search, of keys and values only.
         reached: what is quantized and what is not.
         found: what the model can be exported as.
+        ranges: largest magnitudes by linear layer.
         search: ModelOpt's summary of a search.
     """
 
     config: Config
     reached: Coverage
     found: Verdict
+    ranges: dict[str, dict[str, float]]
     search: dict[str, Any] | None = None
+
+    def metrics(self) -> dict[str, Any]:
+        """For the manifest."""
+        found = {"coverage": self.reached.to_json(), "ranges": self.ranges}
+        return {**found, "search": self.search} if self.search else found
 
 
 def quantize(
@@ -90,9 +98,10 @@ def quantize(
     )
     if not found.exportable:
         logger.warning("export will refuse this checkpoint: %s", found.reason)
+    of_layers = ranges.of_model(model)  # before the weights become codes
     if options.packed:
         packing.pack(model)
-    return PtqResult(config, reached, found, search)
+    return PtqResult(config, reached, found, of_layers, search)
 
 
 def with_format(

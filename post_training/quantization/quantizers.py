@@ -198,3 +198,9 @@ def require_savable(model: torch.nn.Module, *, packed: bool) -> None:
     by_rank = sorted(filter(formats.packs_by_rank, used))
     if size > 1 and packed and any(from_all_ranks(by_rank)):
         raise exportable.unpackable(", ".join(by_rank) or "a scale a row", size)
+
+
+def is_linear(module: torch.nn.Module) -> bool:
+    """Whether the module multiplies by a weight of its own."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.ndim == 2 and "Embedding" not in type(module).__name__

@@ -15,13 +15,13 @@ import contextlib
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from post_training.common import files
+from post_training.common import files, regular
 
 logger = logging.getLogger("post_training")
 
@@ -34,10 +34,22 @@ MACHINE = ("tokens_per_second", "memory_bytes", "seconds")
 def read(folder: Path) -> list[dict[str, Any]]:
     """The lines of ``folder``'s metrics file; a last line that was cut short is left out."""
     lines: list[dict[str, Any]] = []
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        for line in (folder / FILE).read_text(encoding="utf-8").splitlines():
-            lines.append(json.loads(line))
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        for line in regular.read_text(folder / FILE).splitlines():
+            content = json.loads(line)
+            lines += [content] if isinstance(content, dict) else []
     return lines
+
+
+def panels(lines: Iterable[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The metrics to draw, in groups: the name up to its last underscore and a number."""
+    groups: defaultdict[str, set[str]] = defaultdict(set)
+    for line in lines:
+        for name, value in line.items():
+            if isinstance(value, int | float) and name not in (*MACHINE, "iteration", "samples"):
+                head, _, tail = name.rpartition("_")
+                groups[head if tail.isdecimal() else name].add(name)
+    return {group: sorted(names) for group, names in groups.items()}
 
 
 class Metrics:
@@ -104,15 +116,10 @@ class Metrics:
 
 
 def draw(lines: list[dict[str, Any]], path: Path, title: str) -> None:
-    """A PNG with one panel for each group of metrics (the name up to its last underscore)."""
+    """A PNG with one panel for each group of metrics."""
     from matplotlib.figure import Figure
 
-    groups: defaultdict[str, set[str]] = defaultdict(set)
-    for line in lines:
-        for name, value in line.items():
-            if isinstance(value, int | float) and name not in (*MACHINE, "iteration", "samples"):
-                head, _, tail = name.rpartition("_")
-                groups[head if tail.isdecimal() else name].add(name)
+    groups = panels(lines)
     if not groups:
         return
     columns = min(3, len(groups))
@@ -120,7 +127,7 @@ def draw(lines: list[dict[str, Any]], path: Path, title: str) -> None:
     figure = Figure(figsize=(5 * columns, 3.4 * rows), layout="constrained")
     for place, (group, names) in enumerate(groups.items(), start=1):
         axis = figure.add_subplot(rows, columns, place, title=group, xlabel="iteration")
-        for i, name in enumerate(sorted(names)):
+        for i, name in enumerate(names):
             for kind, style, label in (("train", "-", name), ("eval", "o--", f"{name} (eval)")):
                 shown = [line for line in lines if line["kind"] == kind and name in line]
                 if shown:

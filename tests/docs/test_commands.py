@@ -12,6 +12,7 @@ from pathlib import Path
 import documents
 import pytest
 import quickstart_model
+from huggingface_hub import ModelCard
 
 MAIN, ALL = ("README.md", "Quickstart"), ("README.md", "Prune, distill and draft too")
 STAGES, SPECULATIVE = "docs/stages.md", "speculative.md"
@@ -83,6 +84,13 @@ def test_the_quickstart_keeps_the_score_through_quantization(ran):
     assert "The capital of Arvon is" in output
     assert score(ran.work, "bf16") >= 0.8
     assert score(ran.work, "fp8") >= score(ran.work, "bf16") - 0.05
+    card = ModelCard.load(ran.work / "tiny_export" / "README.md")
+    assert [each.metric_value for each in card.data.eval_results] == [
+        pytest.approx(score(ran.work, "fp8"), abs=1e-4)
+    ]
+    assert {"FP8", "quantized"} <= set(card.data.tags) and card.data.license is None
+    assert "vllm serve tiny_export" in card.content
+    assert f"report: {ran.work / 'report.html'}" in output
 
 
 def test_the_quickstarts_rest_prunes_distills_and_drafts(ran):

@@ -64,6 +64,7 @@ def make(work: Path) -> None:
         tools.random_model(work / f"{model} hf", model)
     (work / "text.jsonl").write_text(json.dumps({"text": "to calibrate with " * 20}) + "\n")
     (work / "four.json").write_text('{"draft_vocab_size": 4}')
+    (work / "late.json").write_text('{"eagle_aux_hidden_state_layer_ids": [1, 3, 5]}')
     (work / "deep.json").write_text('{"num_hidden_layers": 2}')
     for layout, (processes, sizes) in LAYOUTS.items():
         jobs = []
@@ -87,12 +88,14 @@ def _checkpoints(work: Path) -> list[tuple[str, tuple[object, ...]]]:
     eagle3 = ("--algorithm", "eagle3")
     four = ("--eagle-config", work / "four.json")
     deep = ("--eagle-config", work / "deep.json")
+    late = ("--eagle-config", work / "late.json")
     whole = work / "llama3 bf16"  # a draft without a head of its own, nor a tied one
     return [
         ("convert", (*llama[:2], *eagle3, "--save", whole)),
         ("export", ("--load", whole, "--export-dir", f"{whole} draft", "--export-extra-modules")),
         ("convert", (*source, "--save", work / "qwen3 plain")),
         ("convert", (*source, *eagle3, "--save", work / "qwen3 untrained")),
+        ("convert", (*source, *eagle3, *late, "--save", work / "qwen3 late")),
         ("convert", (*source, *eagle3, *deep, "--save", work / "qwen3 deep")),
         ("convert", (*llama, *eagle3, *four, "--save", work / "llama3 untrained")),
         (

@@ -63,6 +63,19 @@ ROTARY: dict[str, tuple[str, dict[str, Any]]] = {
             "max_position_embeddings": 32,
         },
     ),
+    # Texts of the tests pass the original length while they are continued.
+    "longrope": (
+        "phi3",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "partial_rotary_factor": 0.75,
+                "short_factor": [1.0 + n / 8 for n in range(12)],
+                "long_factor": [2.0 + n for n in range(12)],
+            },
+            "original_max_position_embeddings": 52,
+        },
+    ),
     "yarn": (
         "mistral",
         {
@@ -76,8 +89,16 @@ ROTARY: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# Divided as other families are, which have the same parts and more: tested at one rank alone.
+ALIKE = ("granite-moe", "qwen3.5-moe")
+
+
 def families_at(layout: str) -> list[str]:
-    """Names of the families whose models can be divided so."""
+    """Names of the families whose models are divided so in tests."""
+    return [name for name in _divisible(layout) if layout == "TP=1" or name not in ALIKE]
+
+
+def _divisible(layout: str) -> list[str]:
     if layout.startswith("EP"):
         return [name for name, family in FAMILIES.items() if "experts" in family.parts]
     # Biases of experts cannot be divided by TP, which those without can.
@@ -117,17 +138,41 @@ def random_model(
                 parameter.uniform_(0.5, 1.5)
             elif parameter.dim() == 1:
                 parameter.normal_(std=0.5 * scale)
+            elif name.endswith("linear_attn.conv1d.weight"):
+                parameter.normal_(std=0.5)
             else:
                 parameter.normal_(std=0.08 * scale)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 # In float32 whatever the weights have, as in published files.
                 buffer.data = torch.empty_like(buffer, dtype=torch.float32).normal_(std=0.3)
+        _bring_keys_near_queries(model)
     model.eval().save_pretrained(folder)
     if other_names := FAMILIES[family].other_names:
         _with_published_names(folder / "model.safetensors", other_names)
     chat_tokenizer().save_pretrained(folder)
     return model
+
+
+def _bring_keys_near_queries(model) -> None:
+    """In gated delta nets, whose outputs otherwise are sums that cancel out.
+
+    A norm follows, which would show how float32 rounds them.
+    """
+
+    def mixed(of_queries: torch.Tensor, of_keys: torch.Tensor) -> None:
+        of_keys.mul_(0.6).add_(0.8 * of_queries)
+
+    for name, module in model.named_modules():
+        if name.endswith("linear_attn"):
+            size, head = module.key_dim, module.head_k_dim
+            mixed(module.conv1d.weight[:size], module.conv1d.weight[size : 2 * size])
+            if hasattr(module, "in_proj_qkv"):
+                rows = module.in_proj_qkv.weight
+                mixed(rows[:size], rows[size : 2 * size])
+            else:
+                rows = module.in_proj_qkvz.weight.unflatten(0, (module.num_k_heads, -1))
+                mixed(rows[:, :head], rows[:, head : 2 * head])
 
 
 def _with_published_names(path: Path, other_names: Mapping[str, str]) -> None:
@@ -274,6 +319,11 @@ def read_tokens(work: Path) -> list[list[int]]:
 def transformers_tokens(model, ids: torch.Tensor, count: int) -> list[list[int]]:
     """Greedy continuations of ``count`` tokens each."""
     kept = {"eos_token_id": None, "pad_token_id": 0}
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # Where a text passes the original length, transformers 5.14 drops the cache, and then
+        # computes the last token as if it were alone.
+        kept["use_cache"] = False
     with torch.inference_mode():
         model(ids[:, :1])
         new = model.generate(ids, max_new_tokens=count, do_sample=False, **kept)

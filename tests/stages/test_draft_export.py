@@ -299,6 +299,14 @@ def test_what_has_no_draft_for_engines_is_refused_at_once(drafted, tmp_path, che
     assert expected in done.stderr
 
 
+@pytest.mark.parametrize("alone", [("--export-extra-modules",), ()])
+def test_sglang_is_refused_a_draft_that_reads_the_last_layer(drafted, tmp_path, alone):
+    flags = ("--load", drafted.work / "qwen3 late", "--export-dir", tmp_path / "out", *alone)
+    done = tools.run("export.py", *flags, "--target", "sglang", "--check", code=2)
+    assert "the draft reads the output of layer 5, the last one" in done.stderr
+    tools.run("export.py", *flags, "--target", "vllm", "--check")
+
+
 def test_a_checkpoint_with_its_targets_layers_is_not_called_offline(drafted, tmp_path):
     flags = ("--load", drafted.work / "qwen3 drafted", "--export-dir", tmp_path / "out")
     done = tools.run("export.py", *flags, "--export-offline-model", "--check", code=2)

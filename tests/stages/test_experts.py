@@ -151,10 +151,11 @@ def as_an_engine(tensors, name, bias, x):
     return functional.linear(x, decode(tensors, name), bias)
 
 
-def experts_as_an_engine(tensors, prefix, hidden, chosen, weights):
+def experts_as_an_engine(tensors, prefix, own, hidden, chosen, weights):
     """What a layer's experts give, from the stored tensors of each and its rounded inputs.
 
     Args:
+        own: names of an expert's gate, up and down.
         hidden: [tokens, hidden size].
         chosen: experts of each token, [tokens, k]; ``weights`` alike.
     """
@@ -166,9 +167,9 @@ def experts_as_an_engine(tensors, prefix, hidden, chosen, weights):
     for expert in range(EXPERTS):
         rows, place = torch.where(chosen == expert)
         if len(rows):
-            name = f"{prefix}.{expert}"
-            gate, up = (linear(f"{name}.{n}_proj", hidden[rows]) for n in ("gate", "up"))
-            result = linear(f"{name}.down_proj", functional.silu(gate) * up)
+            names = [f"{prefix}.{expert}.{each}" for each in own]
+            gate, up = (linear(name, hidden[rows]) for name in names[:2])
+            result = linear(names[2], functional.silu(gate) * up)
             output.index_add_(0, rows, result * weights[rows, place, None])
     return output
 
@@ -186,7 +187,10 @@ def engine_logits(folder, ids):
     config = transformers_names.config(folder)
     del config.quantization_config
     reference = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    tensors = {transformers_name(n): tensor for n, tensor in stored_tensors(folder).items()}
+    granite = config.model_type.startswith("granite")
+    renamed = granite_name if granite else transformers_name
+    own = ("w1", "w3", "w2") if granite else ("gate_proj", "up_proj", "down_proj")
+    tensors = {renamed(name): tensor for name, tensor in stored_tensors(folder).items()}
     with torch.no_grad():
         for name, value in (*reference.named_buffers(), *reference.named_parameters()):
             if name in tensors and not name.endswith("weight"):  # biases, routers' included
@@ -196,9 +200,13 @@ def engine_logits(folder, ids):
                 module.forward = partial(as_an_engine, tensors, name, module.bias)
             elif f"{name}.weight" in tensors:
                 module.weight.copy_(tensors[f"{name}.weight"])
-            if name.endswith("mlp.experts"):
-                module.forward = partial(experts_as_an_engine, tensors, name)
+            if name.endswith(("mlp.experts", "block_sparse_moe.experts")):
+                module.forward = partial(experts_as_an_engine, tensors, name, own)
     return tools.transformers_logits(reference, ids)
+
+
+def granite_name(name):
+    return name.replace(".router.layer.", ".router.")
 
 
 @pytest.mark.parametrize(

@@ -13,13 +13,17 @@ import speed
 import tools
 import torch
 
+from post_training.common import manifest
+
 NAME = "org/tiny"
+STATED = "license: apache-2.0\nlanguage:\n- en\n"
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub") / "model"
     tools.random_model(folder, "qwen3", torch.bfloat16)
+    (folder / "README.md").write_text(f"---\n{STATED}tags: [chat]\n---\n# The best of all models\n")
     return folder
 
 
@@ -83,6 +87,11 @@ def test_every_machine_downloads_into_its_own_cache(source, tmp_path):
     back, wanted = dict(tools.tensors(tmp_path / "back")), dict(tools.tensors(source))
     assert back.keys() == wanted.keys()
     assert all(torch.equal(back[name], wanted[name]) for name in wanted)
+    # The card says where it comes from, under which license, and nothing that is the original's.
+    card = (tmp_path / "back" / "README.md").read_text()
+    assert f"base_model: {NAME}\n{STATED}library_name: transformers\n" in card
+    assert "best of all" not in card and "chat" not in card
+    assert "README.md" in [each["file"] for each in manifest.read(tmp_path / "back")["outputs"]]
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,9 @@ def test_a_hybrid_without_a_pattern_and_methods_that_were_not_tried_are_refused(
         builder._hybrid_model(
             Architecture(values, 64, 64, model_type="HybridModel"), None, BuildOptions()
         )
-    hybrid = families.from_huggingface(tools.FAMILIES["nemotron-h"].tiny_config())
-    for method in ("awq_lite", "smoothquant", "gptq"):
-        with pytest.raises(UsageError, match=f"{method} was not tried"):
-            model_checks.check(hybrid, "X", {}, False, method=method, weights=None)
-    model_checks.check(hybrid, "X", {}, False, method="max", weights=None)
+    for name in ("nemotron-h", "qwen3-next"):
+        found = families.from_huggingface(tools.FAMILIES[name].tiny_config())
+        for method in ("awq_lite", "smoothquant", "gptq"):
+            with pytest.raises(UsageError, match=f"{method} was not tried"):
+                model_checks.check(found, "X", {}, False, method=method, weights=None)
+        model_checks.check(found, "X", {}, False, method="max", weights=None)

@@ -36,11 +36,14 @@ def words(source, case, *more):
 
 
 def contents(folder):
-    """Hash of each file, but for the record of the run."""
-    return {
+    """Hash of each file, but for the record of the run, and the card without the folder's name."""
+    found = {
         each["file"]: each["xxh3_128"]
-        for each in files.describe_tree(folder, skip=frozenset({manifest.FILE}))
+        for each in files.describe_tree(folder, skip=frozenset({manifest.FILE, "README.md"}))
     }
+    card = (folder / "README.md").read_text().replace("\\", "")
+    assert folder.name in card and "quantized" in card
+    return {**found, "card": card.replace(folder.name, "name")}
 
 
 @pytest.mark.parametrize("layout", ["TP=1", "PP=2", "DP=2"])

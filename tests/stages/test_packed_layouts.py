@@ -10,6 +10,12 @@ import torch
 
 TP = ("--tensor-model-parallel-size", 2)
 SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 64}
+# Linears whose parts are divided one by one: gate and up, and the inputs of recurrences.
+MODELS = {
+    "qwen3": SIZES,
+    "qwen3.5": {"num_hidden_layers": 2, "full_attention_interval": 2},
+    "nemotron-h": {"hybrid_override_pattern": "M-", "mamba_num_heads": 16, "mamba_head_dim": 32},
+}
 RECIPE = """
 metadata: {recipe_type: ptq}
 quantize:
@@ -23,29 +29,40 @@ quantize:
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     root = tmp_path_factory.mktemp("packed")
-    tools.random_model(root / "model", "qwen3", torch.bfloat16, **SIZES)
+    for family, sizes in MODELS.items():
+        tools.random_model(root / family, family, torch.bfloat16, **sizes)
     tools.write_texts(root / "text.jsonl")
     return root
 
 
-def flags(work, save, *more):
+def flags(work, save, *more, family="qwen3"):
     return (
-        *("--pretrained-model-path", work / "model", "--save", save, "--skip-generate"),
+        *("--pretrained-model-path", work / family, "--save", save, "--skip-generate"),
         *("--calib-dataset-path-or-name", work / "text.jsonl", "--calib-size", 2),
         *("--calib-max-sequence-length", 64, "--compress", *more),
     )
 
 
-def test_packed_at_two_ranks_it_is_exported_as_packed_at_one(work):
-    """ModelOpt saves block scales of gate and up in each rank's order."""
+@pytest.fixture(scope="module")
+def packed(work):
+    """Every model, packed at one and at two ranks, and exported."""
     quantize = ("--export-quant-cfg", "NVFP4_DEFAULT_CFG")
-    tools.run_stages(("quantize", flags(work, work / "two", *quantize, *TP)), processes=2)
-    export = [
-        ("export", ("--load", work / name, "--export-dir", work / f"{name} hf"))
-        for name in ("one", "two")
-    ]
-    tools.run_stages(("quantize", flags(work, work / "one", *quantize)), *export)
-    one, two = (dict(tools.tensors(work / f"{name} hf")) for name in ("one", "two"))
+
+    def jobs(size, *more):
+        for family in MODELS:
+            given = flags(work, work / f"{family} {size}", *quantize, *more, family=family)
+            yield "quantize", given
+
+    tools.run_stages(*jobs("two", *TP), processes=2)
+    names = [f"{family} {size}" for family in MODELS for size in ("one", "two")]
+    export = [("export", ("--load", work / n, "--export-dir", work / f"{n} hf")) for n in names]
+    tools.run_stages(*jobs("one"), *export)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_packed_at_two_ranks_it_is_exported_as_packed_at_one(work, packed, family):
+    """ModelOpt saves block scales of such linears in each rank's order."""
+    one, two = (dict(tools.tensors(work / f"{family} {size} hf")) for size in ("one", "two"))
     assert one.keys() == two.keys()
     for name, value in one.items():
         if not name.endswith("input_scale"):  # sums of another order

@@ -148,6 +148,8 @@ def test_the_stage_saves_records_and_prints_what_it_did(source, tmp_path):
     reached = content["metrics"]["coverage"]
     assert reached["quantizers"] == {"KV cache": 4, "input": 4, "weight": 4}
     assert reached["bits_per_quantized_weight"] == 4.5
+    stored = tools.tensors(source / "model")
+    assert reached["parameters"] == sum(tensor.numel() for _, tensor in stored)
     for text in ("2 linear_fc1, 2 linear_fc2: nvfp4 with nvfp4 inputs", "no pattern of the recipe",
                  "2 sequences of 64", "peak memory", str(save.name), "smoke generation: 'Hello!'",
                  "next: "):  # fmt: skip
@@ -168,9 +170,11 @@ def test_an_unexportable_format_runs_when_it_is_allowed(source, tmp_path):
     more = ("--export-quant-cfg", "mxfp6", "--allow-unexportable", "--skip-generate")
     done = tools.run("quantize.py", *flags(source, tmp_path / "q", *more))
     assert "export will refuse this checkpoint" in done.stderr
-    found = manifest.read(tmp_path / "q")["quantization"]
+    content = manifest.read(tmp_path / "q")
+    found = content["quantization"]
     assert not found["exportable"]
     assert "MXFP6" in found["reason"]
+    assert content["warnings"] == [f"export will refuse this checkpoint: {found['reason']}"]
 
 
 def test_an_unexportable_recipe_is_refused_before_calibration(source, tmp_path):
@@ -225,3 +229,15 @@ def test_the_result_does_not_depend_on_the_layout(source, tmp_path):
     assert torch.equal(logits["TP=1"], logits["DP=2"])
     spread = logits["TP=1"].std()
     assert (logits["TP=1"] - logits["TP=2"]).abs().mean() < 0.02 * spread
+    ranges = {name: manifest.read(tmp_path / name)["metrics"]["ranges"] for name in layouts}
+    weights = dict(tools.tensors(source / "model"))
+    for layer in range(2):
+        name, stored = (
+            f"decoder.layers.{layer}.mlp.linear_fc2",
+            f"model.layers.{layer}.mlp.down_proj",
+        )
+        largest = float(weights[f"{stored}.weight"].abs().max())
+        assert {each[name]["weight"] for each in ranges.values()} == {largest}
+        inputs = [each[name]["input"] for each in ranges.values()]
+        assert inputs == pytest.approx([inputs[0]] * len(inputs), rel=0.02)
+    assert len({frozenset(each) for each in ranges.values()}) == 1

@@ -24,12 +24,14 @@ from test_quantized_export import (
     stored_tensors,
 )
 
+from post_training.export.dividing import Dividing
 from post_training.export.joining import Joining
 
 # One matrix for query, key and value: scales of blocks are joined too.
 READ = [name for name, family in tools.FAMILIES.items() if not family.not_quantized]
+TARGET = {"gemma3": "trtllm"}  # vLLM loads no Gemma 3 in ModelOpt's layout
 INTEGERS = "INT4_BLOCKWISE_WEIGHT_ONLY_CFG"
-MORE = ("glm4-moe", "olmo2", "olmo3", "minimax-m2", "gemma3")
+MORE = ("glm4-moe", "olmo2", "olmo3", "minimax-m2", "gemma3", "qwen3-next", "granite-moe-shared")
 FORMATS = (
     dict.fromkeys(READ, ("FP8_DEFAULT_CFG",))
     | {"phi3": ("NVFP4_DEFAULT_CFG",)}
@@ -59,6 +61,7 @@ def exported(tmp_path_factory):
                 (
                     *("--pretrained-model-path", root / f"{family} source", "--save", work),
                     *("--export-quant-cfg", name, "--skip-generate", "--fp32"),
+                    *("--target", "vllm" if name == INTEGERS else TARGET.get(family, "vllm")),
                     *("--calib-dataset-path-or-name", root / "text.jsonl"),
                     *("--calib-size", 8, "--calib-max-sequence-length", 64),
                 ),
@@ -174,6 +177,26 @@ def test_a_folder_for_simulation_has_the_weights_and_maxima_of_the_packed_one(ex
             maximum = state[each.replace("input_scale", "input_quantizer._amax")]
             torch.testing.assert_close(maximum / largest, value.reshape(maximum.shape))
     assert not (simulated / "hf_quant_config.json").exists()
+
+
+def test_rows_are_divided_in_the_order_of_the_files():
+    dividing = Dividing({"in_proj": {"first": [2, 0], "second": range(1, 2)}})
+    weight = torch.arange(6.0).reshape(3, 2)
+    group = {
+        "attn.in_proj.weight": weight,
+        "attn.in_proj.input_scale": torch.tensor(2.0),
+        "attn.out_proj.weight": weight,
+    }
+    found = dividing.tensors(group)
+    assert found.keys() == {
+        *("attn.first.weight", "attn.first.input_scale", "attn.out_proj.weight"),
+        *("attn.second.weight", "attn.second.input_scale"),
+    }
+    assert torch.equal(found["attn.first.weight"], weight[[2, 0]])
+    assert torch.equal(found["attn.second.weight"], weight[1:2])
+    assert dividing.modules("attn.in_proj.") == ["attn.first.", "attn.second."]
+    with pytest.raises(ValueError, match="has 2 rows, the layer 3"):
+        dividing.tensors({"attn.in_proj.weight_scale": torch.ones(2)})
 
 
 def test_parts_with_different_scales_are_not_joined():

@@ -195,6 +195,47 @@ def test_a_template_that_rewrites_a_call_is_refused():
         assistant_mask.tokenize(Document("here", messages=turns), tokenizer(template), "--data")
 
 
+@pytest.mark.parametrize("key, value", [("weight", 0), ("train", False), ("loss", False)])
+def test_an_answer_that_is_context_only_is_not_trained(key, value):
+    turns = [("user", "a"), ("assistant", "first"), ("user", "b"), ("assistant", "second")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    messages[1][key] = value
+    document = Document("here", messages=tuple(messages))
+    made = tokenizer(FORMS["ChatML"].template())
+    found = assistant_mask.tokenize(document, made, "--data")
+    shown = assistant_mask.show(found, made, color=False)
+    assert "⟦second<|im_end|>⟧" in shown and shown.count("⟦") == 1
+    with pytest.raises(UsageError, match="not to be trained on"):
+        assistant_mask.tokenize(document, tokenizer(FORMS["marked"].template()), "--data")
+    messages[3][key] = value
+    with pytest.raises(UsageError, match="loss mask is empty"):
+        assistant_mask.tokenize(Document("here", messages=tuple(messages)), made, "--data")
+
+
+def test_an_answer_of_half_a_weight_is_refused():
+    messages = ({"role": "assistant", "content": "A", "weight": 0.5},)
+    made = tokenizer(FORMS["ChatML"].template())
+    with pytest.raises(UsageError, match=r"the weight 0\.5"):
+        assistant_mask.tokenize(Document("here", messages=messages), made, "--data")
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
+def test_thoughts_in_a_field_of_their_own_are_generated(field):
+    made = tokenizer(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m."
+        + field
+        + " %}<turn>{{ m."
+        + field
+        + " }}</turn>{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    answer = {"role": "assistant", "content": "4", field: "2 + 2"}
+    document = Document("here", messages=({"role": "user", "content": "?"}, answer))
+    shown = assistant_mask.show(
+        assistant_mask.tokenize(document, made, "--data"), made, color=False
+    )
+    assert "⟦2 + 2</turn>4<|im_end|>⟧" in shown
+
+
 def test_a_document_is_unchanged_by_its_masking():
     document = Document("here", messages=({"role": "assistant", "content": "A"},))
     made = tokenizer(FORMS["marked"].template())

@@ -290,7 +290,7 @@ def test_a_conf_of_another_model_is_refused_with_both_values():
 
 
 @pytest.mark.parametrize(
-    "architecture", ["DeepseekV4ForCausalLM", "Llama5ForCausalLM", "Qwen3NextForCausalLM"]
+    "architecture", ["DeepseekV4ForCausalLM", "Llama5ForCausalLM", "Qwen3MambaForCausalLM"]
 )
 def test_another_models_name_is_not_taken_for_a_misspelling(architecture):
     with pytest.raises(UsageError) as refused:
@@ -304,7 +304,8 @@ def test_another_models_name_is_not_taken_for_a_misspelling(architecture):
     [
         ("Gemma3ForConditionalGeneration", "in both directions"),
         ("Gemma2ForCausalLM", "capped"),
-        ("GraniteMoeForCausalLM", "two tensors"),
+        ("GraniteMoeHybridForCausalLM", "constant factors"),
+        ("DeepseekV32ForCausalLM", "indexer"),
     ],
 )
 def test_an_architecture_that_megatron_core_lacks_is_refused_with_the_reason(architecture, reason):

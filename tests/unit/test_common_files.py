@@ -28,6 +28,7 @@ from post_training.common import (
     regular,
     resumable_jsonl,
     safetensors_index,
+    validity,
 )
 from post_training.common.errors import UsageError
 from post_training.common.quiet import quiet
@@ -161,6 +162,21 @@ def test_what_is_recorded_of_questions_and_prompts_is_what_was_read(tmp_path):
     assert asked.questions["sha256"] == before
     with pytest.raises(UsageError, match="replaced while it was read"):
         generate.read_prompts(generated)
+
+
+def test_rows_are_not_resumed_with_another_tokenizer(tmp_path):
+    model, tokenizer = write_model(tmp_path / "model"), tmp_path / "tokenizer"
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "q"}\n')
+    words = ["--pretrained-model-path", model, "--tokenizer-model", tokenizer, "--check"]
+    words += ["--prompts-path", tmp_path / "prompts.jsonl", "--output", tmp_path / "a.jsonl"]
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.json").write_text("{}")
+    settings = make_plan(generate.STAGE, list(map(str, words))).settings
+    resumable_jsonl.Rows(tmp_path / "a.jsonl", settings).append([{"id": 0}], done=1, totals={})
+    make_plan(generate.STAGE, list(map(str, words)))
+    (tokenizer / "tokenizer.json").write_text('{"model": {}}')
+    with pytest.raises(UsageError, match="made otherwise: tokenizer was"):
+        make_plan(generate.STAGE, list(map(str, words)))
 
 
 @pytest.mark.parametrize("kind", ["xxh3_128", "sha256"])
@@ -302,6 +318,48 @@ def test_what_someone_put_into_an_output_is_not_replaced_with_it(stage, holds, t
     else:
         with pytest.raises(UsageError, match="it holds more than the stage's output"):
             outputs.check_folder(output, overwrite=True)
+
+
+def test_an_output_is_valid_as_long_as_every_input_is_what_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["quantize.py"])
+    model, data, recipe = (tmp_path / name for name in ("model", "data", "recipe"))
+    for path in (model, data, recipe):
+        path.write_text(path.name)
+    described = {path.name: manifest.describe_input(path.name, path) for path in (data, recipe)}
+    inputs = [manifest.describe_input("model", model), described["recipe"]]
+    output = tmp_path / "output"
+    output.mkdir()
+
+    def is_valid(*read):
+        record = {"quantization": {"calibration": {"data": read}}}
+        manifest.Manifest("quantize", {}, inputs=inputs, extra=record).write(output)
+        return validity.is_valid(output, str(model), ["quantize.py"])
+
+    assert is_valid(described["data"], {"role": "data", "path": "org/name"})
+    for path in (data, recipe):
+        path.write_text("another")
+        assert not is_valid(described["data"])
+        path.write_text(path.name)
+    # A training run that was resumed with other data has both.
+    assert is_valid({**described["data"], "sha256": "0"}, described["data"])
+    data.unlink()
+    assert is_valid(described["data"])
+
+
+def test_a_folder_of_somebody_else_is_not_taken_for_what_a_killed_run_left(tmp_path):
+    work = tmp_path / "model.incomplete"
+    (work / "part").mkdir(parents=True)
+    (work / "part" / "weights").write_text("a download")
+    for overwrite in (False, True):
+        with pytest.raises(UsageError, match=r"model\.incomplete.* holds something else"):
+            outputs.check_folder(tmp_path / "model", overwrite=overwrite)
+    (work / "part").rename(tmp_path / "model.part")
+    assert files.begin(tmp_path / "model") == work
+    (tmp_path / "model.part").rename(work / "part")
+    outputs.check_folder(tmp_path / "model", overwrite=False)
+    assert not [*files.tree(files.begin(tmp_path / "model"))]
+    files.publish(tmp_path / "model")
+    assert not [*(tmp_path / "model").iterdir()]
 
 
 def test_a_file_of_somebody_else_is_not_taken_for_rows_of_a_run(tmp_path):

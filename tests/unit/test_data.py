@@ -16,7 +16,14 @@ from transformers import PreTrainedTokenizerFast
 from post_training import portable
 from post_training.common import limits
 from post_training.common.errors import UsageError
-from post_training.data import calibration_data, document_formats, parquet, records, sources
+from post_training.data import (
+    calibration_data,
+    chat_templates,
+    document_formats,
+    parquet,
+    records,
+    sources,
+)
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
 
@@ -293,7 +300,7 @@ def test_a_chat_template_that_takes_all_memory_is_stopped():
     )
     before = resource.getrlimit(resource.RLIMIT_AS)
     with pytest.raises(UsageError, match="takes more than 2 GiB"):
-        document_formats.render(document, tokenizer, "--data")
+        chat_templates.render(document, tokenizer, "--data")
     assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
@@ -310,7 +317,7 @@ def test_a_chat_template_that_never_ends_is_stopped(thread, monkeypatch):
 
     def refused():
         with pytest.raises(UsageError, match=r"more than 0\.3 seconds of computing"):
-            document_formats.render(document, tokenizer, "--x")
+            chat_templates.render(document, tokenizer, "--x")
         return True
 
     if thread == "another":
@@ -323,4 +330,4 @@ def test_a_chat_template_that_never_ends_is_stopped(thread, monkeypatch):
         assert refused()
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     time.sleep(0.7)  # nothing arrives late
-    assert document_formats.render(document, tokenizer, "--x") == "Hi"
+    assert chat_templates.render(document, tokenizer, "--x") == "Hi"

@@ -34,6 +34,9 @@ HI = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]
         ({"conversations": HI, "history": [["a", "b"]]}, [("user", "a"), ("assistant", "b")]),
         ({"conversations": HI, "history": '[["a", "b"]]', "system": None},
          [("user", "a"), ("assistant", "b")]),
+        # What was before comes after the system turn of the conversation itself.
+        ({"conversations": [{"from": "system", "value": "Be."}, *HI], "history": [["a", "b"]]},
+         [("system", "Be."), ("user", "a"), ("assistant", "b")]),
     ],
 )  # fmt: skip
 def test_columns_that_go_with_a_conversation_are_part_of_it(row, expected):
@@ -53,6 +56,38 @@ def test_columns_that_go_with_a_conversation_are_part_of_it(row, expected):
 )  # fmt: skip
 def test_what_a_question_is_about_follows_it(row, asked):
     assert turns(**row) == [("user", asked), ("assistant", "Leaves.")]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected", "unused"),
+    [
+        # Alpaca's rows without answers.
+        ({"instruction": "Sum up", "input": "KOALAS"}, ["Sum up\n\nKOALAS"], ()),
+        ({"prompt": "Who?", "system": "Be brief.", "id": 7}, ["Be brief.", "Who?"], ()),
+        ({"question": "Who?", "context": "KOALAS", "level": 3}, ["Who?\n\nKOALAS"], ("level",)),
+        ({"prompt": ["a", "b"], "history": [["c", "d"]]}, ["c", "a", "b"], ()),
+        ({"question": "Who?", "answer": "I", "system": "Be."}, ["Be.", "Who?"], ()),
+        ({"messages": [{"role": "user", "content": "a"}], "score": 1}, ["a"], ("score",)),
+        ({"text": "Once", "source": "x"}, ["Once"], ("source",)),
+    ],
+)  # fmt: skip
+def test_columns_that_go_with_a_question_are_part_of_what_is_answered(
+    row, expected, unused, tmp_path
+):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({**row, "tools": [{"name": "f"}]} if "text" not in row else row))
+    found = prompts.load(str(path), "--prompts-path")
+    [dialogue] = found.dialogues
+    assert [each["content"] for each in dialogue.messages] == expected
+    assert dialogue.unused == unused
+    assert dialogue.tools == (({"name": "f"},) if "text" not in row else ())
+    assert all(f"{name} (1 rows)" in found.describe() for name in unused)
+
+
+def test_a_system_column_beside_another_system_turn_is_named():
+    messages = [{"role": "system", "content": "One"}, {"role": "user", "content": "a"}]
+    row = Row("here", {"messages": messages, "system": "Two"})
+    assert document_formats.document_of(row, "--data").unused == ("system",)
 
 
 def test_of_two_layouts_in_a_turn_the_one_with_values_counts():
@@ -163,7 +198,11 @@ def test_the_log_says_which_files_of_a_folder_are_not_read(tmp_path, caplog):
     logging.getLogger("post_training").propagate = True
     with caplog.at_level(logging.INFO, "post_training"):
         assert records.list_files(tmp_path, "--data") == [tmp_path / "a.jsonl"]
+        for name in ("train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"):
+            (tmp_path / name).write_text('{"text": "a"}')
+        assert len(records.list_files(tmp_path, "--data")) == 3
     assert "not read: 2 (b.json, c.jsonl.gz ...)" in caplog.text
+    assert f"of the parts of {tmp_path}/train, 1 are missing" in caplog.text
 
 
 def test_rows_of_an_embedding_that_are_no_tokens_are_told_from_the_header(tmp_path):

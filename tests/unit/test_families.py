@@ -6,6 +6,7 @@ A new family is tested here, in ``tests/parallel/test_logits.py`` and in
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -165,12 +166,16 @@ def test_a_value_that_changes_the_model_is_refused_by_name(family, changes, show
         pytest.skip("no positions")
     if "layer_types" in changes and lists_layers(family):
         pytest.skip("its linear_attention is a Mamba layer")
+    if "layer_types" in changes and "gated delta nets" in family.parts:
+        changes, shown = {"layer_types": ["sliding_attention"] * 6}, "sliding_attention"
     if "num_hidden_layers" in changes and lists_layers(family):
         changes, shown = {"hybrid_override_pattern": "M-X"}, "layers X"
     if by_kind(family) and changes.get("rope_parameters"):
         if "full_attention" in changes["rope_parameters"]:
             pytest.skip("its layers are rotated by their kind")
         changes = {**changes, "rope_parameters": {"full_attention": changes["rope_parameters"]}}
+    if "intermediate_size" in changes and "ffn_hidden_size" not in family.keys:
+        pytest.skip("all its layers have experts")
     epsilon = family.keys["layernorm_epsilon"]
     changes = {epsilon if key == "rms_norm_eps" else key: changes[key] for key in changes}
     shown = shown.replace("rms_norm_eps", epsilon)
@@ -210,12 +215,25 @@ def test_partial_rotation_is_read_only_where_transformers_heeds_it(family):
         ("gpt-oss", {"rope_parameters": {}}, "without a rope_type"),
         ("gpt-oss", {"rope_parameters": {"rope_type": "yarn", "factor": 32.0}}, "original_max"),
         ("granite", {"attention_multiplier": 0.0}, "attention_multiplier = 0.0"),
+        ("qwen3-next", {"linear_num_value_heads": 3}, "linear_num_value_heads = 3"),
+        ("qwen3-next", {"linear_key_head_dim": 0}, "linear_key_head_dim = 0"),
+        ("qwen3-next", {"full_attention_interval": 0}, "full_attention_interval = 0"),
     ],
 )
 def test_a_value_of_a_familys_own_that_cannot_be_is_refused(name, changes, shown):
     with pytest.raises(UsageError) as refused:
         families.from_huggingface(FAMILIES[name].tiny_config(**changes))
     assert shown in str(refused.value)
+
+
+def test_gated_delta_nets_may_be_stated_by_the_interval_of_attention():
+    found = families.from_huggingface(FAMILIES["qwen3-next"].tiny_config())
+    assert found.value("linear_attention_freq") == [1, 1, 0, 1, 1, 0]
+    flags = {"linear_attention_freq": 3, "experimental_attention_variant": "gated_delta_net"}
+    assert found.contradictions(flags) == []
+    stated = dataclasses.replace(found, transformer={**found.transformer, **flags})
+    assert stated.differences(found) == []
+    assert len(found.contradictions({"linear_attention_freq": 2})) == 1
 
 
 def test_one_expert_for_each_token_is_read_where_its_weight_is_a_probability():

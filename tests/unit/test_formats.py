@@ -11,7 +11,8 @@ import pytest
 import tools
 
 from post_training.common.errors import UsageError
-from post_training.quantization import format_table, recipes
+from post_training.models.families import registry as families
+from post_training.quantization import format_table, kernels, recipes
 from post_training.quantization.engines import registry as engines
 from post_training.quantization.engines.base import GENERATIONS, READ
 from post_training.quantization.formats import exportable
@@ -139,7 +140,11 @@ def test_formats_that_no_engine_would_read_correctly_are_refused_with_the_reason
 
 
 def test_every_exportable_algorithm_has_engines_and_gpus():
-    found = [exportable.verdict(row) for row in formats.FORMATS.values()]
+    found = [
+        exportable.verdict(row, target=target)
+        for row in formats.FORMATS.values()
+        for target in engines.TARGETS
+    ]
     algorithms = {each.quant_algo for each in found if each.exportable}
     assert algorithms | {"MIXED_PRECISION"} == set(engines.algorithms())
     for algorithm in algorithms:
@@ -206,7 +211,7 @@ def test_an_input_with_a_scale_per_token_is_recognised():
 
 
 def test_an_engine_that_does_not_read_a_format_is_named_with_those_that_do():
-    found = exportable.verdict(formats.FORMATS["INT8_WEIGHT_ONLY_CFG"], target="trtllm")
+    found = exportable.verdict(formats.FORMATS["INT8_PER_CHANNEL_PER_TOKEN_CFG"], target="trtllm")
     assert not found.exportable
     assert "TensorRT-LLM" in found.reason
     assert "; vLLM, SGLang would" in found.reason
@@ -217,6 +222,19 @@ def test_an_engine_that_does_not_read_a_format_is_named_with_those_that_do():
     mixture = [Linear("fp8", "fp8"), Linear("nvfp4", "nvfp4")]
     assert exportable.judge(mixture, target="trtllm").exportable
     assert "SGLang does not mix" in exportable.judge(mixture, target="sglang").reason
+
+
+@pytest.mark.parametrize("algorithm", ["FP8", "NVFP4", "INT8_W8A16", ""])
+def test_an_architecture_that_an_engine_does_not_load_in_modelopts_layout(algorithm):
+    family = tools.FAMILIES["gemma3"]
+    values = families.from_huggingface(family.tiny_config()).resolved()
+    kernels.check("it", algorithm, values, "trtllm")
+    if algorithm in ("FP8", "NVFP4"):
+        with pytest.raises(UsageError, match="tie embeddings") as raised:
+            kernels.check("it", algorithm, values, "vllm")
+        assert "INT8_WEIGHT_ONLY_CFG" in raised.value.remedy
+    else:
+        kernels.check("it", algorithm, values, "vllm")
 
 
 def test_every_engine_and_gpu_is_shown_without_a_model():

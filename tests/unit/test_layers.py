@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # A package may import those before it.
 PACKAGES = (
     *("common", "portable", "distributed", "models", "config", "checkpoints", "data", "training"),
-    *("inference", "evaluation", "quantization", "distillation", "drafts", "pruning", "export"),
+    *("inference", "evaluation", "quantization", "distillation", "drafts", "pruning"),
+    *("reporting", "export"),
     "cli",
 )
 STAGE_LINES, LIBRARY_LINES, MAIN_LINES, THIN_LINES = 200, 300, 10, 8

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import math
 from pathlib import Path
 
@@ -137,6 +138,29 @@ def test_a_clone_of_the_hubs_folder_is_read(tmp_path):
     write(tmp_path / "all" / "validation-00000-of-00001.parquet", ROWS)
     benchmark = mmlu_data.load(str(tmp_path), few_shots=1)
     assert {subject: len(qs) for subject, qs in benchmark.test.items()} == {"art": 3, "law": 3}
+    (tmp_path / "all" / "test-00000-of-00002.parquet").unlink()
+    with pytest.raises(UsageError, match="it has 1 of the 2 files of its split test"):
+        mmlu_data.load(str(tmp_path), few_shots=1)
+
+
+def test_an_empty_cell_is_no_choice(tmp_path):
+    path = tmp_path / "test.csv"
+    path.write_text("question,subject,A,B,C,D,answer\nWho?,law,I,you,,,B\n")
+    assert mmlu_data.load(str(path)).test["law"][0].choices == ("I", "you")
+
+
+def test_the_log_says_which_splits_are_not_used(tmp_path, caplog):
+    rows = [
+        {**row, "split": split}
+        for row, split in zip(ROWS[:3], ("test", "Test", "dev"), strict=True)
+    ]
+    logging.getLogger("post_training").addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.INFO, "post_training"):
+            mmlu_data.load(str(write(tmp_path / "all.jsonl", rows)))
+    finally:
+        logging.getLogger("post_training").removeHandler(caplog.handler)
+    assert "splits that are not used: Test (1 rows)" in caplog.text
 
 
 @pytest.mark.parametrize("with_header", [False, True])

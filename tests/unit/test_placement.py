@@ -12,7 +12,7 @@ import pytest
 import tools
 
 from post_training.common.errors import UsageError
-from post_training.distributed import placement
+from post_training.distributed import placement, session
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 STEP = {
@@ -183,3 +183,22 @@ def test_launchers_get_address_and_port(variables):
         check=True,
     )
     assert done.stdout == f"localhost {12000 + 12342}\n"
+
+
+def test_no_warning_ends_a_stage_whatever_the_environment_asks_for():
+    program = "from post_training.distributed import logs; import warnings; "
+    program += "logs.configure('convert'); warnings.warn('of another package')"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=tools.environment(PYTHONWARNINGS="error"),
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_network_interface_that_is_not_there_is_named(monkeypatch):
+    error = RuntimeError("ifa != nullptr. Unable to find address for: eth9")
+    assert session._wrong_interface(error) is error
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth9")
+    assert str(session._wrong_interface(error)).startswith("GLOO_SOCKET_IFNAME=eth9\n")

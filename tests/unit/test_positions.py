@@ -13,11 +13,13 @@ from post_training.models.families import registry as families
 
 SCALED = {scaled["rope_parameters"]["rope_type"]: scaled for _, scaled in tools.ROTARY.values()}
 LENGTHS = (8, 48, 200)
-# Latent attention has YaRN alone, Phi-3 longrope, Nemotron-H no positions.
+# Latent attention has YaRN alone, Phi-3 longrope, Nemotron-H no positions, Ministral 3 a factor of
+# queries among the rotary values.
 PLAIN = [
     name
     for name, family in tools.FAMILIES.items()
-    if "multi-latent attention" not in family.parts and name not in ("phi3", "nemotron-h")
+    if "multi-latent attention" not in family.parts
+    and name not in ("phi3", "nemotron-h", "ministral3")
 ]
 
 
@@ -118,6 +120,43 @@ def test_layers_within_a_window_are_rotated_by_their_own_base(family, changes, b
 def test_positions_that_readers_understand_differently_are_refused(family, changes, shown):
     with pytest.raises(UsageError, match=shown):
         families.from_huggingface({**tools.FAMILIES[family].tiny_config(), **changes})
+
+
+def test_phi_3_has_other_frequencies_for_long_texts():
+    from transformers import AutoConfig, AutoModel
+
+    changes = {**tools.ROTARY["longrope"][1], "num_hidden_layers": 1}
+    config = AutoConfig.for_model(**tools.FAMILIES["phi3"].tiny_config(**changes))
+    found = families.from_huggingface(config.to_dict())
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    reference = type(model.rotary_emb)(model.config)
+    for length in (8, 52, 53, 200):
+        reference(torch.zeros(1), torch.arange(length)[None])
+        frequencies = rotary.longrope(found.rope_parameters, found.rotary_base, 24, length)
+        torch.testing.assert_close(frequencies, reference.inv_freq, rtol=1e-6, atol=0)
+    assert found.rope_parameters["attention_factor"] == reference.attention_scaling > 1.1
+    first = {**config.rope_parameters, "rope_type": "su"}
+    assert families.from_huggingface({**config.to_dict(), "rope_parameters": first}) == found
+    with pytest.raises(UsageError, match="longrope"):
+        draft.configuration(found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({"short_factor": [1.0] * 11}, "short_factor"),
+        ({"long_factor": [0.0] * 12}, "long_factor"),
+        ({"original_max_position_embeddings": 51}, "original_max_position_embeddings"),
+        ({"attention_factor": "2"}, "attention_factor"),
+    ],
+)
+def test_frequencies_of_long_texts_that_cannot_be_are_refused(changes, shown):
+    stated = tools.ROTARY["longrope"][1]
+    rope = {**stated["rope_parameters"], "rope_theta": 10000.0, **changes}
+    config = {**tools.FAMILIES["phi3"].tiny_config(**stated), "rope_parameters": rope}
+    with pytest.raises(UsageError, match=shown):
+        families.from_huggingface(config)
 
 
 def test_minimax_rotates_what_its_files_say():

@@ -218,6 +218,39 @@ def a_tokenizer_folder_that_is_missing(work: Path):
     ]
 
 
+def the_models_tokenizer_that_makes_gigabytes_of_a_line(work: Path):
+    step = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    steps = {"type": "Sequence", "normalizers": [step] * 40}
+    model = write_model(work / "m")
+    (model / "tokenizer.json").write_text(json.dumps({"normalizer": steps}))
+    flags = ["--pretrained-model-path", model, "--tokenizer-model", model]
+    return flags, [str(model / "tokenizer.json"), "normalizer", "times as long"]
+
+
+def an_adapter_beside_a_model(work: Path):
+    (write_model(work / "m") / "adapter_config.json").write_text("{}")
+    flags = ["--pretrained-model-path", work / "m"]
+    return flags, ["adapter_config.json", "PEFT", "merge_and_unload"]
+
+
+def an_index_of_other_files_beside_a_whole_model(work: Path):
+    model = write_model(work / "m")
+    (write_model(work / "n") / "model.safetensors").rename(model / "model-1.safetensors")
+    names = {"weight_map": {"model.norm.weight": "model-1.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(names))
+    return ["--pretrained-model-path", model], ["besides its files, model.safetensors"]
+
+
+def a_tensor_in_two_files(work: Path):
+    model = write_model(work / "m")
+    other = write_model(work / "n", None, **{"a": [1], "model.norm.weight": [64]})
+    (other / "model.safetensors").rename(model / "model-1.safetensors")
+    names = {"model.norm.weight": "model.safetensors", "a": "model-1.safetensors"}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    parts = ["it has model.norm.weight, and so has", "model-1.safetensors"]
+    return ["--pretrained-model-path", model], parts
+
+
 def an_occupied_output_folder(work: Path):
     (work / "out").mkdir()
     (work / "out" / "notes.txt").write_text("mine")
@@ -316,6 +349,10 @@ CASES: list[Case] = [
     experts_of_a_dense_model,
     a_tokenizer_folder_without_tokenizer,
     a_tokenizer_folder_that_is_missing,
+    the_models_tokenizer_that_makes_gigabytes_of_a_line,
+    an_adapter_beside_a_model,
+    an_index_of_other_files_beside_a_whole_model,
+    a_tensor_in_two_files,
     an_occupied_output_folder,
     an_output_that_a_stage_made,
     an_output_below_a_file,
@@ -428,6 +465,32 @@ def test_a_tokenizer_folder_has_a_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     tokenizer_files.check(str(tmp_path))
     tokenizer_files.check("Qwen/Qwen3-0.6B")
+
+
+A = "a" * 256
+
+
+@pytest.mark.parametrize(
+    ("part", "is_read"),
+    [
+        # As in Llama 2, and in Gemma's decoder.
+        ({"normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}}, True),
+        ({"decoder": {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}}, True),
+        ({"normalizer": {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "▁"}}, True),
+        ({"normalizer": {"type": "Replace", "pattern": {"Regex": ""}, "content": "▁" * 99}}, False),
+        ({"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": A}}, False),
+        ({"decoder": {"type": "Replace", "pattern": {"String": "▁"}, "content": "x" * 999}}, False),
+        ({"decoder": {"type": "Sequence", "decoders": [{"type": "ByteLevel"}] * 9}}, False),
+        ({"normalizer": {"type": "Replace", "pattern": [], "content": None}}, True),
+        ({"normalizer": [], "decoder": None}, True),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_may_not_multiply_a_text(part, is_read, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(part))
+    if is_read:
+        return tokenizer_files.check(str(tmp_path))
+    with pytest.raises(UsageError, match="times as long"):
+        tokenizer_files.check(str(tmp_path))
 
 
 def test_an_option_that_is_needed_is_named_with_its_variable():

@@ -11,13 +11,15 @@ from post_training.checkpoints.huggingface import SmallFiles
 
 def test_configuration_and_tokenizer_travel_and_weights_do_not(tmp_path):
     source = write_model(tmp_path / "m")
-    (source / "tokenizer.json").write_text("{}")
+    tokenizers = {"tokenizer.json", "spiece.model", "tekken.json", "tiktoken.model"}
+    for name in tokenizers:
+        (source / name).write_text("{}")
     (source / "modeling.py").write_text("")
     for python_files in (False, True):
         target = tmp_path / str(python_files)
         target.mkdir()
         SmallFiles(source, python_files).copy_to(target)
-        names = {"config.json", "tokenizer.json"} | ({"modeling.py"} if python_files else set())
+        names = {"config.json"} | tokenizers | ({"modeling.py"} if python_files else set())
         assert {path.name for path in target.iterdir()} == names
         assert json.loads((target / "config.json").read_text()) == CONFIG
 

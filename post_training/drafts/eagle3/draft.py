@@ -115,11 +115,18 @@ def configuration(
             "drafts are made with rotary positions (rope)",
             "train a draft for a model with rotary positions",
         )
-    if (target["rope_parameters"] or {}).get("rope_type") == "dynamic":
+    kind = (target["rope_parameters"] or {}).get("rope_type")
+    if kind in ("dynamic", "longrope"):
         raise UsageError(
-            "the target's rotary positions: dynamic",
+            f"the target's rotary positions: {kind}",
             "they depend on the length of the text, which drafted tokens would change",
             "train a draft for a model with other rotary positions",
+        )
+    if architecture.has_delta_nets:
+        raise UsageError(
+            "the target's gated delta nets",
+            "their states cannot be taken back to before tokens of a draft that were refused",
+            "train a draft for a model with attention in every layer",
         )
     if target["multipliers"]:
         raise UsageError(

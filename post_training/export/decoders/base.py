@@ -20,7 +20,8 @@ class Decoder:
             of compressed-tensors describes.
         dtype: of the stored weight, as safetensors names it.
         decode: of (read, module, stored weight) -> float32 [out, in].
-        per_element: weights that an element of the stored tensor holds.
+        per_element: weights of a row that an element of the stored tensor holds.
+        rows_per_element: rows of which it holds one each.
         scales: names of the tensors that stand beside the weight, all of them.
         block: inputs of a row that share a scale, where ``group_size`` says it.
         stored: name of the tensor that holds it.
@@ -31,6 +32,7 @@ class Decoder:
     dtype: str
     decode: Callable[[Read, str, torch.Tensor], torch.Tensor]
     per_element: int = 1
+    rows_per_element: int = 1
     scales: tuple[str, ...] = ("weight_scale", "input_scale")
     stored: str = "weight"
     block: int | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 from post_training.export.decoders.base import Decoder
 from post_training.export.decoders.compressed_tensors import COMPRESSED_TENSORS
 from post_training.export.decoders.fp8 import FP8
+from post_training.export.decoders.modelopt_integers import MODELOPT_INTEGERS
 from post_training.export.decoders.mx import MX
 from post_training.export.decoders.nvfp4 import NVFP4
 
@@ -16,6 +17,7 @@ _ROWS: tuple[Decoder, ...] = (
     *NVFP4,
     *MX,
     *COMPRESSED_TENSORS,
+    *MODELOPT_INTEGERS,
 )
 
 DECODERS: dict[str, Decoder] = {row.algorithm: row for row in _ROWS}

@@ -16,6 +16,9 @@ from post_training.models.architecture import Architecture
 from post_training.models.families import positions
 from post_training.models.families.refusal import Refused as Refused
 from post_training.models.families.refusal import refuse as refuse
+from post_training.models.families.routers import check_groups as check_groups
+from post_training.models.families.routers import check_router as check_router
+from post_training.models.families.stacked import StackedExperts
 
 # TransformerConfig field -> key of config.json, of a decoder like Llama's.
 DECODER_KEYS = {
@@ -93,6 +96,7 @@ class Family:
             images too. What is not below it is carried.
         other_names: tensors of the files -> what transformers saves them as, where it is not the
             published name. Both are read; the published one is written.
+        stacked: how its files name experts that are one tensor a layer.
         tiny: keys of a tiny model for the tests, ``model_type`` included; the sizes are
             ``TINY_SIZES`` where it does not give them. Switch the family's peculiarities on.
     """
@@ -113,6 +117,7 @@ class Family:
     per_layer_keys: tuple[str, ...] = ("layer_types", "mlp_layer_types", "no_rope_layers")
     partial_rotary: bool = False
     prefix: str = ""
+    stacked: StackedExperts | None = None
 
     def read(self, config: Mapping[str, Any]) -> Architecture:
         """The architecture of a ``config.json``; UsageError for what cannot be represented."""
@@ -254,6 +259,11 @@ class Family:
         """
         return {}
 
+    def divided(self, values: Mapping[str, Any]) -> Mapping[str, Mapping[str, Sequence[int]]]:
+        """Linear layers of ModelOpt's rules whose rows the files hold in others, or reordered:
+        ``{"in_proj": {"in_proj_qkv": range(6144), "in_proj_z": range(6144, 8192)}}``."""
+        return {}
+
     def tiny_config(self, **changes: Any) -> dict[str, Any]:
         """The tests' tiny model as ``transformers.AutoConfig.for_model`` takes it."""
         own = {"architectures": [self.architecture]}
@@ -268,28 +278,3 @@ def is_further_layer(config: Mapping[str, Any], name: str) -> bool:
     parts = name.split(".")
     is_layer = parts[:2] == ["model", "layers"] and parts[2].isdecimal()
     return is_layer and int(parts[2]) >= config["num_hidden_layers"]
-
-
-def check_router(experts: Any, chosen: Any, *, normalized: bool) -> None:
-    """Raise UsageError unless each token chooses some of the experts.
-
-    Args:
-        normalized: the weights of the chosen ones sum to 1.
-    """
-    if not isinstance(experts, int) or not 1 <= chosen <= experts:
-        refuse(f"num_experts = {experts!r}", f"each token needs {chosen} of them")
-    if normalized and chosen == 1:
-        refuse("num_experts_per_tok = 1", "megatron-core does not weigh a single expert with 1")
-
-
-def check_groups(experts: int, groups: int, chosen: int, ranked: int) -> None:
-    """Raise UsageError unless a token can choose ``chosen`` of the groups of experts.
-
-    Args:
-        ranked: how many of a group's experts decide its rank.
-    """
-    if groups < 1 or experts % groups or experts // groups < ranked or not 1 <= chosen <= groups:
-        refuse(
-            f"n_group = {groups}, topk_group = {chosen} of {experts} experts",
-            f"equal groups of at least {ranked} are needed, and some of them chosen",
-        )

@@ -17,7 +17,10 @@ from post_training.models.families.base import (
     WeightMapping,
     refuse,
 )
+from post_training.models.families.stacked import StackedExperts
 
+# vLLM reads them one by one too (llama4.py, load_weights).
+_STACKED = StackedExperts("experts.gate_up_proj", "experts.down_proj", inputs_first=True)
 _CHUNKED, _FULL = "chunked_attention", "full_attention"
 _KEYS = {
     **DECODER_KEYS,
@@ -146,16 +149,14 @@ class Llama4(Family):
             GatedMLPMerging,
             GatedMLPSlicing,
             NameRemapping,
-            PackNameRemapping,
             QKVMerging,
             QKVSlicing,
             SelfAttentionScaling,
-            UnpackNameRemapping,
         )
 
         layer = f"{self.prefix}model.layers.{{}}."
         attention, mlp = f"{layer}self_attn.", f"{layer}feed_forward."
-        shared, experts = f"{mlp}shared_expert.", f"{mlp}experts."
+        shared = f"{mlp}shared_expert."
         # Name -> tensor, how it is divided. No rule for the whole experts: importer.py divides.
         plain = {
             "word_embeddings": (f"{self.prefix}model.embed_tokens.", COL_TP),
@@ -171,37 +172,20 @@ class Llama4(Family):
             "output_layer": (f"{self.prefix}lm_head.", COL_TP),
         }
         gated = {"linear_fc1": mlp, "shared_experts.linear_fc1": shared}
-        packed = {
-            "linear_fc1": f"{experts}gate_up_proj",
-            "linear_fc2": f"{experts}down_proj",
-        }
+        importing_experts, exporting_experts = _STACKED.rules(mlp)
         return WeightMapping(
             importing={
                 **{name: NameRemapping(*rule) for name, rule in plain.items()},
                 **{name: GatedMLPMerging(prefix, COL_TP) for name, prefix in gated.items()},
                 "linear_qkv": QKVMerging(attention, COL_TP),
-                "use_packed_local_experts": True,
-                **{
-                    f"local_experts.{linear}_{group}": UnpackNameRemapping(
-                        name, {"layer_type": linear}
-                    )
-                    for linear, name in packed.items()
-                    for group in ("etp", "ep")
-                },
+                **importing_experts,
             },
             exporting={
                 **{name: NameRemapping(prefix) for name, (prefix, _) in plain.items()},
                 **{name: GatedMLPSlicing(prefix) for name, prefix in gated.items()},
                 "linear_qkv": QKVSlicing(attention),
                 "core_attention": SelfAttentionScaling(attention),
-                "use_packed_local_experts": True,
-                **{
-                    f"local_experts.{linear}": PackNameRemapping(name, {"layer_type": linear})
-                    for linear, name in packed.items()
-                },
-                # Each with scales of its own, as vLLM reads them too (llama4.py, load_weights).
-                "quantized_experts.linear_fc1": GatedMLPSlicing(f"{experts}{{}}."),
-                "quantized_experts.linear_fc2": NameRemapping(f"{experts}{{}}.down_proj."),
+                **exporting_experts,
             },
         )
 
@@ -234,6 +218,7 @@ _SHARED: dict[str, Any] = {
     "defaults": _DEFAULTS,
     "refused": (ONLY_SILU, NO_ATTENTION_BIAS),
     "parts": frozenset({"experts"}),
+    "stacked": _STACKED,
     # vLLM's llama4.py, permute_qk_weight_for_rotary.
     "weights_read": ("fp8", "nvfp4"),
     "weights_reason": "vLLM reorders the rows of Llama 4's queries and keys while loading, but of "

@@ -14,6 +14,9 @@ from post_training.models.families.base import (
 )
 from post_training.models.families.mistral import Mistral
 
+_ORIGINAL = "original_max_position_embeddings"
+_LONG = ("longrope", "su")  # the same, by its name of later and of the first files
+
 
 class Phi3(Mistral):
     """Windows as Mistral's; ``partial_rotary_factor`` may leave a part of each head unrotated."""
@@ -21,12 +24,29 @@ class Phi3(Mistral):
     absent_window: ClassVar[int | None] = None
 
     def rotary(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        scaling = positions.rope_scaling(config)
+        if scaling.get("rope_type", scaling.get("type")) in _LONG:
+            return self._long(config, scaling)
         values = super().rotary(config)
         if values.keys() - {"rotary_base", "rotary_percent"}:
-            scaling = positions.rope_scaling(config)
             kind = scaling.get("rope_type", scaling.get("type"))
             refuse(f"rope type {kind!r}", "transformers' model of this family knows longrope alone")
         return values
+
+    def _long(self, config: Mapping[str, Any], scaling: Mapping[str, Any]) -> dict[str, Any]:
+        """The scaling of models for long texts; the length of the file is that of the scaling."""
+        names = {"rope_scaling", "rope_parameters", _ORIGINAL}
+        plain = {name: each for name, each in config.items() if name not in names}
+        kept = {n: scaling[n] for n in ("rope_theta", "partial_rotary_factor") if n in scaling}
+        values = super().rotary({**plain, **kept})
+        original = config.get(_ORIGINAL, 4096)
+        if scaling.get(_ORIGINAL, original) != original:
+            refuse(f"{_ORIGINAL} = {original!r}", f"it is {scaling[_ORIGINAL]!r} in the scaling")
+        heads, hidden = config["num_attention_heads"], config["hidden_size"]
+        pairs = int(config.get("head_dim", hidden // heads) * values["rotary_percent"]) // 2
+        length = {"max_position_embeddings": config.get("max_position_embeddings", 4096)}
+        stated = {**scaling, **length, _ORIGINAL: original}
+        return values | positions.longrope(stated, pairs)
 
     def joined(self, values: Mapping[str, Any]) -> Mapping[str, Mapping[str, int]]:
         heads, groups = values["num_attention_heads"], values["num_query_groups"]

@@ -19,8 +19,9 @@ _LLAMA3_SCALING = {
     "original_max_position_embeddings": 8192,
 }
 _NOT_COMPUTED = {
-    "longrope": "its frequencies change where a text passes the original length: transformers "
-    "follows each text's length there, vLLM takes the long ones for all",
+    "longrope": "its frequencies change where a text passes the original length, and of "
+    "transformers' models Phi-3's alone computes earlier tokens again then; vLLM takes the long "
+    "ones for all",
 }
 
 
@@ -155,6 +156,30 @@ def _dynamic(stated: Mapping[str, Any]) -> dict[str, Any]:
         )
     factor = _number(stated, "factor")
     return {"rope_parameters": {"rope_type": "dynamic", "factor": factor, key: longest}}
+
+
+def longrope(stated: Mapping[str, Any], pairs: int) -> dict[str, Any]:
+    """Frequencies divided one by one: by some up to the original length, by others beyond it.
+
+    Args:
+        stated: the scaling, and the file's ``max_position_embeddings``.
+        pairs: of rotated values of a head.
+    """
+    key = "original_max_position_embeddings"
+    original = _number(stated, key, 2.0)
+    values: dict[str, Any] = {"rope_type": "longrope", key: original}
+    for name in ("short_factor", "long_factor"):
+        found = stated.get(name)
+        numbers = isinstance(found, list) and all(type(each) in (int, float) for each in found)
+        if not isinstance(found, list) or not numbers or len(found) != pairs or min(found) <= 0:
+            refuse(f"rope scaling {name} = {found!r}", f"{pairs} numbers above 0 are needed")
+        values[name] = [float(each) for each in found]
+    factor = stated.get("factor")
+    factor = _number(stated, "max_position_embeddings") / original if factor is None else factor
+    own = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    given = stated.get("attention_factor")
+    values["attention_factor"] = own if given is None else _number(stated, "attention_factor", 0.0)
+    return {"rope_parameters": values}
 
 
 def yarn(stated: Mapping[str, Any]) -> dict[str, Any]:

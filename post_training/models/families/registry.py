@@ -12,6 +12,8 @@ from post_training.models import quantized_files
 from post_training.models.architecture import Architecture
 from post_training.models.families.base import Family
 
+Joined = Mapping[str, Mapping[str, int]]
+Divided = Mapping[str, Mapping[str, Sequence[int]]]
 # One row a file of this folder; each file has a tuple FAMILIES.
 _FILES = (
     "deepseek",
@@ -24,6 +26,7 @@ _FILES = (
     "llama",
     "llama4",
     "minimax",
+    "ministral",
     "mistral",
     "mixtral",
     "nemotron",
@@ -31,7 +34,9 @@ _FILES = (
     "olmo",
     "phi3",
     "qwen",
+    "qwen35",
     "qwen_moe",
+    "qwen_next",
     "seed_oss",
     "smollm",
 )
@@ -40,19 +45,26 @@ FAMILIES: dict[str, Family] = {
     for name in _FILES
     for family in importlib.import_module(f"{__package__}.{name}").FAMILIES
 }
+_INDEXER = (
+    "its attention chooses tokens by an indexer: ModelOpt reads no indexer's weights, and "
+    "megatron-core keeps no cache for it"
+)
 # Architectures near to a known one that megatron-core 0.19's layers do not compute.
 _NOT_COMPUTED = {
     "Gemma2ForCausalLM": "its attention scores and logits are capped",
     "Gemma3ForConditionalGeneration": "tokens of an image attend to each other in both directions; "
     "its text model alone (Gemma3ForCausalLM) is converted",
-    "GraniteMoeForCausalLM": "a layer's experts are two tensors (input_linear, output_linear), for "
-    "which there are no rules yet",
+    "DeepseekV32ForCausalLM": _INDEXER,
+    "GlmMoeDsaForCausalLM": _INDEXER,
+    "GraniteMoeHybridForCausalLM": "a layer has a Mamba or attention part, and an MLP or experts, "
+    "times constant factors; layers of megatron-core's hybrid have one part",
 }
 # What a model may have beyond a dense decoder, and the flags that state it.
 PARTS = {
     "experts": ("num_moe_experts",),
     "multi-latent attention": ("multi_latent_attention",),
     "Mamba layers": ("hybrid_layer_pattern", "is_hybrid_model"),
+    "gated delta nets": ("linear_attention_freq",),
 }
 # A model of an unknown architecture keeps the keys that most decoders share.
 _ANY_DECODER = Family(name="decoder", architecture="", defaults={}, tiny={})
@@ -143,9 +155,13 @@ def is_carried(config: Mapping[str, Any], name: str) -> bool:
     return of(config).is_carried(config, name)
 
 
-def joined(architecture: Architecture) -> Mapping[str, Mapping[str, int]]:
-    """Linear layers of the files that hold several of ModelOpt's; see :meth:`Family.joined`."""
-    return family_of(architecture).joined(architecture.resolved())
+def rearranged(architecture: Architecture) -> tuple[Joined, Divided]:
+    """Linear layers of the files that hold several of ModelOpt's, or parts of them.
+
+    See :meth:`Family.joined` and :meth:`Family.divided`.
+    """
+    family, values = family_of(architecture), architecture.resolved()
+    return family.joined(values), family.divided(values)
 
 
 def refuse_quantized(config: Mapping[str, Any], source: str = "config.json") -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # In order of age.
 GENERATIONS = ("Ampere", "Ada", "Hopper", "Blackwell")
@@ -29,6 +29,9 @@ class Support:
         loader: the file that reads it, where that is not the engine's.
         version: that was read or run, where that is not the engine's.
         verified: how it is known: :data:`READ`, or the run that benchmarks/README.md describes.
+        kv_cache: whether keys and values may be quantized beside it.
+        special: whether linears that files join (one tensor for q, k and v) may have it, and
+            those of multi-latent attention.
         experts: whether linears of experts may have it too.
         multiples: what kernels need of a linear: outputs and inputs divisible by these.
         separate: whether q, k, v and gate, up must each be such multiples, not what is fused.
@@ -39,6 +42,8 @@ class Support:
     loader: str = ""
     version: str = ""
     verified: str = READ
+    kv_cache: bool = True
+    special: bool = True
     experts: bool = True
     multiples: tuple[int, int] = (1, 1)
     separate: bool = False
@@ -62,9 +67,13 @@ class Engine:
         version: whose loader was read.
         loader: the file of that version that decides what is read.
         algorithms: ``quant_algo`` of ``hf_quant_config.json`` -> how it runs.
+        stored_as: what it reads instead of another layout of the same numbers: the other's name
+            -> its own.
         mixes: algorithms that it reads side by side in one model.
         kv_caches: ``kv_cache_quant_algo`` that it reads.
         compressed_kv_caches: those that it reads in the layout of compressed-tensors.
+        last_layer: whether a draft may read the output of the model's last layer.
+        not_modelopt: architectures that it does not load in ModelOpt's layout -> why.
     """
 
     target: str
@@ -72,9 +81,12 @@ class Engine:
     version: str
     loader: str
     algorithms: Mapping[str, Support]
+    stored_as: Mapping[str, str] = field(default_factory=dict)
     mixes: frozenset[str] = frozenset()
     kv_caches: frozenset[str] = frozenset()
     compressed_kv_caches: frozenset[str] = frozenset()
+    last_layer: bool = True
+    not_modelopt: Mapping[str, str] = field(default_factory=dict)
 
     def version_of(self, algorithm: str) -> str:
         """The version whose loader reads the algorithm."""

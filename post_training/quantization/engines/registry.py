@@ -25,6 +25,14 @@ def algorithms() -> list[str]:
     return list(dict.fromkeys(name for engine in ENGINES for name in engine.algorithms))
 
 
+def stored_as(algorithm: str, target: str) -> str:
+    """The engine's own layout of the numbers that ``algorithm`` names a layout of."""
+    for engine in ENGINES:
+        others = {own: other for other, own in engine.stored_as.items()}
+        algorithm = others.get(algorithm, algorithm)
+    return TARGETS[target].stored_as.get(algorithm, algorithm)
+
+
 def refusal(algorithm: str, target: str, kv_cache: str = "") -> str:
     """Why the engine of ``target`` does not read an export; empty if it does.
 
@@ -42,7 +50,10 @@ def refusal(algorithm: str, target: str, kv_cache: str = "") -> str:
         )
     if kv_cache and kv_cache not in engine.kv_caches:
         return f"{engine.name} ({engine.version}) is not known to read {kv_cache} keys and values"
-    if kv_cache and algorithm in COMPRESSED_TENSORS and kv_cache not in engine.compressed_kv_caches:
+    beside = engine.algorithms[algorithm].kv_cache if algorithm else True
+    if algorithm in COMPRESSED_TENSORS:
+        beside = kv_cache in engine.compressed_kv_caches
+    if kv_cache and not beside:
         return (
             f"{engine.name} ({engine.version}) is not known to read {kv_cache} keys and values "
             f"beside {algorithm}"

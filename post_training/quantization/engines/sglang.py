@@ -24,11 +24,17 @@ SGLANG = Engine(
         # Not INT8_W8A8: a linear of several parts has room for the input scale of one, and the
         # scale of each token is taken anyway (schemes/compressed_tensors_w8a8_int8.py).
         "INT8_PER_CHANNEL_PER_TOKEN": Support(
-            native=("Ampere", "Ada", "Hopper"), loader=_COMPRESSED, experts=False
+            native=("Ampere", "Ada", "Hopper"),
+            loader=_COMPRESSED,
+            version=_HERE,
+            verified=_RUN,
+            experts=False,
         ),
         "INT8_W8A16": Support(native=GENERATIONS, loader=_COMPRESSED, version=_HERE, verified=_RUN),
         "INT4_W4A16": Support(native=GENERATIONS, loader=_COMPRESSED, version=_HERE, verified=_RUN),
     },
     # A mixture without NVFP4 is taken for INT4 with FP8 inputs (configs/model_config.py).
     kv_caches=frozenset(("FP8",)),
+    # What a draft reads is kept where it enters a layer (models/qwen2.py, llama.py).
+    last_layer=False,
 )

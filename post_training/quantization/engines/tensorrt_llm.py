@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from post_training.quantization.engines.base import MIXED, Engine, Support
+from post_training.quantization.engines.base import GENERATIONS, MIXED, Engine, Support
 
 TENSORRT_LLM = Engine(
     target="trtllm",
@@ -12,8 +12,18 @@ TENSORRT_LLM = Engine(
     algorithms={
         "FP8": Support(native=("Ada", "Hopper", "Blackwell")),
         "NVFP4": Support(native=("Blackwell",)),
+        # Weights are interleaved in tiles of 64 (quantization/functional.py); of experts it reads
+        # other forms, and scales of keys and values beside FP8 and NVFP4 alone.
+        "W8A16": Support(
+            native=GENERATIONS, experts=False, multiples=(64, 64), kv_cache=False, special=False
+        ),
+        "W4A16_AWQ": Support(
+            native=GENERATIONS, experts=False, multiples=(64, 128), kv_cache=False, special=False
+        ),
         MIXED: Support(loader="tensorrt_llm/_torch/model_config.py"),
     },
+    # ModelOpt's layout: its reader of compressed-tensors takes INT8 for FP8.
+    stored_as={"INT8_W8A16": "W8A16", "INT4_W4A16": "W4A16_AWQ"},
     mixes=frozenset(("FP8", "NVFP4")),
     kv_caches=frozenset(("FP8", "NVFP4")),
 )

@@ -84,6 +84,7 @@ def _judge_linear(linear: Linear, target: str) -> Verdict:
     weight = WEIGHTS.get(linear.weight)
     algorithm = weight.exported_as.get(linear.input) if weight else None
     if algorithm in engines.algorithms():
+        algorithm = engines.stored_as(algorithm, target)
         refused = engines.refusal(algorithm, target)
         return Verdict(reason=refused) if refused else Verdict(algorithm)
     refused = weight.refused if weight else ""
