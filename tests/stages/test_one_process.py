@@ -6,7 +6,7 @@ import pytest
 import tools
 import torch
 
-from post_training.common import files, manifest
+from post_training.common import files, manifest, validity
 
 CASES = {
     "fp8": ("qwen3", "FP8_DEFAULT_CFG", ("--export-kv-cache-quant", "fp8")),
@@ -84,7 +84,7 @@ def test_the_manifest_names_the_source_and_what_was_done(source, tmp_path):
     assert content["metrics"]["calibration"]["tokens"] == 256
     assert content["metrics"]["tensors_compared"] > 0
     for made_from in (source / "qwen3", tmp_path / "mlm"):
-        assert manifest.is_valid(tmp_path / "hf", str(made_from))
+        assert validity.is_valid(tmp_path / "hf", str(made_from))
     saved = manifest.read(tmp_path / "mlm")
     assert saved["stage"] == "quantize"
     assert saved["quantization"] == content["quantization"]
