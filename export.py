@@ -25,7 +25,7 @@ from post_training.config import checks
 from post_training.config.export_folder import FolderOptions
 from post_training.config.flags import flag, shows
 from post_training.config.options import StageOptions
-from post_training.drafts.record import draft_of, is_exported_alone
+from post_training.drafts.record import is_exported_alone
 from post_training.export import exporting, summary
 from post_training.export import target as export_target
 from post_training.export.exporting import ExportPlan
@@ -99,18 +99,14 @@ def check(options: ExportOptions) -> Plan:
             export_target.check(source, target)
         needed = size_estimate(source, options)
         outputs.check_folder(folder, outputs.EXPORT, overwrite=options.overwrite, needed=needed)
-    draft = draft_of(source)
-    export_target.check_draft(draft, source, target)
     plan = ExportPlan(
         folder,
         target,
         options.shard_bytes,
-        writes_model=not alone,
-        writes_draft=alone or draft is not None,
         simulated=options.export_vllm_fq,
         allow_unexportable=options.allow_unexportable,
     )
-    return Plan(options, source, plan)
+    return Plan(options, source, exporting.with_draft(plan, source, alone=alone))
 
 
 def export(plan: Plan, session: Session) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from post_training.checkpoints.huggingface import SmallFiles
 from post_training.checkpoints.source import Source, fetch_source, find_source, size_estimate
 from post_training.cli.stage import Stage, run
 from post_training.common import outputs, report
-from post_training.common.errors import UsageError
 from post_training.common.manifest import describe_input
 from post_training.config import checks, model_description
 from post_training.data import options as calibration_options
@@ -33,7 +32,7 @@ from post_training.export.exporting import ExportPlan
 from post_training.inference import smoke_generation
 from post_training.models import parallel_check
 from post_training.models.families import registry as families
-from post_training.quantization import expert_options, expert_table, summary
+from post_training.quantization import expert_options, expert_table, model_checks, summary
 from post_training.quantization import options as quantization_options
 from post_training.quantization.formats.exportable import Verdict
 from post_training.quantization.options import Choice, QuantizeOptions
@@ -72,13 +71,7 @@ def check(options: QuantizeOptions) -> Plan:
         checks.required("--save", options.save, "MLM_MODEL_SAVE (EXPORT_DIR for an export)")
     checks.no_context_parallelism(options.parallel.context)
     source = find_source(options)
-    quantized = (source.manifest or {}).get("quantization")
-    if quantized:
-        raise UsageError(
-            f"--load {options.load}",
-            f"it is already quantized: {quantized.get('format')}",
-            "quantize the checkpoint that convert.sh made",
-        )
+    model_checks.check_state(source, f"--load {options.load}")
     if source.described is not None:
         parallel_check.check(source.described, options.parallel)
     choice = quantization_options.chosen(options)
@@ -159,8 +152,7 @@ def quantize(plan: Plan, session: Session) -> Quantized:
             options, session, source, inputs=made_from, metrics=metrics, extra=extra
         )
         content = exporting.publish(plan.export, manifest, source, options)
-    made = plan.save or options.export_dir
-    smoke_generation.run(options.smoke, model, tokenizer, f"{made}")
+    smoke_generation.run(options.smoke, model, tokenizer, f"{plan.save or options.export_dir}")
     return Quantized(model, result, content)
 
 

@@ -6,7 +6,7 @@ Checks need no torch. The work is a collective call: write, read back, compare, 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,8 @@ from post_training.common.errors import UsageError
 from post_training.common.manifest import Manifest
 from post_training.config.options import StageOptions
 from post_training.distributed.parallel import Parallel
+from post_training.drafts.record import draft_of
+from post_training.export import target
 from post_training.export.model_card import Card
 
 if TYPE_CHECKING:
@@ -49,6 +51,17 @@ class ExportPlan:
     writes_draft: bool = False
     simulated: bool = False
     allow_unexportable: bool = False
+
+
+def with_draft(plan: ExportPlan, source: Source, *, alone: bool = False) -> ExportPlan:
+    """The plan, with the checkpoint's draft if it has one.
+
+    Raises:
+        UsageError: for a draft that reads what the engine does not keep.
+    """
+    draft = draft_of(source)
+    target.check_draft(draft, source, plan.target)
+    return replace(plan, writes_model=not alone, writes_draft=alone or draft is not None)
 
 
 def check_layout(sizes: Parallel, remedy: str) -> None:

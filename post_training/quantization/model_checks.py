@@ -4,12 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+from post_training.checkpoints.source import Source
 from post_training.common.errors import UsageError
 from post_training.models.architecture import Architecture
 from post_training.models.families import registry as families
 from post_training.quantization.formats import exportable
 from post_training.quantization.formats.base import FOLDED_METHODS, GPTQ, NO_KV_CACHE
 from post_training.quantization.formats.exportable import Verdict
+
+
+def check_state(source: Source, what: str) -> None:
+    """Raise UsageError for a checkpoint that is quantized, or has a draft.
+
+    Args:
+        what: names it in a message.
+    """
+    recorded = source.manifest or {}
+    if quantized := recorded.get("quantization"):
+        raise UsageError(
+            what,
+            f"it is already quantized: {quantized.get('format')}",
+            "quantize the checkpoint that convert.sh made",
+        )
+    if recorded.get("draft"):
+        raise UsageError(
+            what,
+            "it has a draft, which calibration does not run and quantization would round too",
+            "quantize the checkpoint of before, and attach the draft to the quantized one "
+            "(eagle3.sh, or convert.sh with --draft-model-path)",
+        )
 
 
 def check(

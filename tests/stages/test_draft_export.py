@@ -307,6 +307,12 @@ def test_sglang_is_refused_a_draft_that_reads_the_last_layer(drafted, tmp_path, 
     tools.run("export.py", *flags, "--target", "vllm", "--check")
 
 
+def test_a_checkpoint_with_a_draft_is_not_quantized(drafted, tmp_path):
+    save = ("--load", drafted.work / "qwen3 drafted", "--save", tmp_path / "q")
+    done = tools.run("quantize.py", *save, "--check", code=2)
+    assert "it has a draft" in done.stderr
+
+
 def test_a_checkpoint_with_its_targets_layers_is_not_called_offline(drafted, tmp_path):
     flags = ("--load", drafted.work / "qwen3 drafted", "--export-dir", tmp_path / "out")
     done = tools.run("export.py", *flags, "--export-offline-model", "--check", code=2)
