@@ -22,13 +22,13 @@ from post_training.checkpoints.source import Source, fetch_source, find_source, 
 from post_training.cli.stage import Stage, run
 from post_training.common import outputs
 from post_training.config import checks
+from post_training.config.export_folder import FolderOptions
 from post_training.config.flags import flag, shows
 from post_training.config.options import StageOptions
 from post_training.drafts.record import is_exported_alone
 from post_training.export import exporting, summary
 from post_training.export import target as export_target
 from post_training.export.exporting import ExportPlan
-from post_training.export.options import FolderOptions
 from post_training.models import parallel_check
 from post_training.quantization import format_table
 from post_training.quantization.engines import registry as engines

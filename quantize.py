@@ -29,7 +29,6 @@ from post_training.data import options as calibration_options
 from post_training.export import exporting
 from post_training.export import summary as export_summary
 from post_training.export.exporting import ExportPlan
-from post_training.export.options import FolderOptions
 from post_training.inference import smoke_generation
 from post_training.models import parallel_check
 from post_training.models.families import registry as families
@@ -45,16 +44,11 @@ if TYPE_CHECKING:
     from post_training.quantization.ptq import PtqResult
 
 
-@dataclass(frozen=True, kw_only=True)
-class QuantizeStageOptions(FolderOptions, QuantizeOptions):
-    """Those of quantization, and of an export in the same process."""
-
-
 @dataclass(frozen=True)
 class Plan:
     """``choice`` is the format, the recipe, or ``auto``; at least one output is not None."""
 
-    options: QuantizeStageOptions
+    options: QuantizeOptions
     source: Source
     save: Path | None
     export: ExportPlan | None
@@ -70,7 +64,7 @@ class Quantized:
     content: Mapping[str, Any]
 
 
-def check(options: QuantizeStageOptions) -> Plan:
+def check(options: QuantizeOptions) -> Plan:
     save = Path(options.save) if options.save else None
     export = _planned_export(options)
     if export is None:
@@ -96,7 +90,7 @@ def check(options: QuantizeStageOptions) -> Plan:
     return Plan(options, source, save, export, choice)
 
 
-def _planned_export(options: QuantizeStageOptions) -> ExportPlan | None:
+def _planned_export(options: QuantizeOptions) -> ExportPlan | None:
     """The export that is asked for; UsageError for a layout that cannot write it."""
     if not options.export_dir:
         return None
@@ -178,9 +172,7 @@ def show(plan: Plan, quantized: Quantized, session: Session) -> None:
     report.summary(title, {**rows, **report.cost(content)}, next_step)
 
 
-STAGE = Stage(
-    "quantize", QuantizeStageOptions, check, quantize, show, outputs=("save", "export_dir")
-)
+STAGE = Stage("quantize", QuantizeOptions, check, quantize, show, outputs=("save", "export_dir"))
 
 
 def main() -> None:

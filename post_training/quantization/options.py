@@ -9,6 +9,7 @@ import importlib.util
 from dataclasses import dataclass
 
 from post_training.common.errors import UsageError
+from post_training.config.export_folder import FolderOptions
 from post_training.config.flags import flag, group, spelled
 from post_training.config.options import StageOptions
 from post_training.data.options import CalibrationOptions
@@ -39,7 +40,7 @@ _OLD_REAL_CONFIGS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizeOptions(StageOptions):
+class QuantizeOptions(FolderOptions, StageOptions):
     export_quant_cfg: str | None = flag(metavar="NAME", help=f"format, or auto ({formats.DEFAULT})")
     recipe: str | None = flag(
         metavar="FILE", help="recipe file of ModelOpt, or a built-in one's name"
@@ -185,7 +186,7 @@ def check(options: QuantizeOptions, choice: Choice, architecture: Architecture |
             model_checks.check_clipping(what, each.method, architecture.value("num_moe_experts"))
     if isinstance(choice, Format):
         _check_format(options, choice, architecture)
-    sizes = options.parallel
+    sizes, stages = options.parallel, options.parallel.pipeline
     if sizes.expert > 1 and max(sizes.tensor, sizes.expert_tensor) > 1:
         raise UsageError(
             f"TP={sizes.tensor} EP={sizes.expert} ETP={sizes.expert_tensor}",
@@ -194,7 +195,6 @@ def check(options: QuantizeOptions, choice: Choice, architecture: Architecture |
         )
     if choice == formats.AUTO:
         _check_search(options, architecture)
-    stages = options.parallel.pipeline
     if is_search(choice) and stages > 1:
         raise UsageError(
             f"PP={stages} with {name_of(choice)}",
