@@ -1,0 +1,160 @@
+"""Judge a model by text and by questions, alone or beside a reference: what did a change cost?
+
+Inputs:  --load, a Megatron checkpoint (quantized ones too), or --pretrained-model-path, a Hugging
+         Face folder or hub name; --reference, a second model, usually the one before; --text,
+         --mmlu-dataset: what they are judged by, at least one.
+Outputs: a table, and --evaluate-output, the same as JSON with every answer; with a reference, the
+         questions that one model answers right and the other wrong, as JSONL beside it; exit code 1
+         if a bound is broken.
+
+    REFERENCE_CKPT=/work/Qwen3-0.6B_mlm MLM_MODEL_CKPT=/work/Qwen3-0.6B_quant \\
+        bash evaluate.sh Qwen/Qwen3-0.6B --text wiki.txt --max-kl 0.02
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from post_training.checkpoints import record
+from post_training.checkpoints.second_model import find_second
+from post_training.checkpoints.source import Source, find_source
+from post_training.cli.stage import Stage, run
+from post_training.common import manifest, report
+from post_training.common.errors import UsageError
+from post_training.config import checks
+from post_training.config.flags import flag, group
+from post_training.config.options import StageOptions
+from post_training.evaluation import answers, evaluation_report, gates, text_options
+from post_training.evaluation import options as mmlu_options
+from post_training.evaluation.gates import GateOptions
+from post_training.evaluation.mmlu_data import Benchmark
+from post_training.evaluation.options import MmluOptions
+from post_training.evaluation.text_options import TextOptions
+from post_training.models import parallel_check
+
+if TYPE_CHECKING:
+    from post_training.distributed.session import Session
+
+logger = logging.getLogger("post_training")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(StageOptions):
+    reference: str | None = flag(
+        metavar="DIR",
+        help="model to compare with: a Megatron checkpoint, a Hugging Face folder or a hub name",
+    )
+    evaluate_output: Path | None = flag(
+        metavar="FILE",
+        help="JSON report (beside the model: <model>.evaluate.json, or in $MLM_WORK_DIR if that "
+        "cannot be written or the model is a hub name)",
+    )
+    text: TextOptions = group(TextOptions)
+    mmlu: MmluOptions = group(MmluOptions)
+    gates: GateOptions = group(GateOptions)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``reference`` and ``of_reference``, the options that name it, are None without one;
+    ``benchmark`` until MMLU's questions are fetched from the hub; ``questions`` records them.
+    """
+
+    options: EvaluateOptions
+    source: Source
+    of_reference: EvaluateOptions | None
+    reference: Source | None
+    report: Path
+    benchmark: Benchmark | None
+    questions: list[dict[str, Any]]
+
+
+def check(options: EvaluateOptions) -> Plan:
+    checks.no_context_parallelism(options.parallel.context)
+    text_options.check(options.text)
+    asked = measures(options)
+    has_text = options.text.text is not None
+    if not (asked or has_text):
+        remedy = "give at least one of --text and --mmlu-dataset"
+        raise UsageError("nothing to evaluate", "neither text nor questions are named", remedy)
+    gates.check(options.gates, asked, options.reference is not None, has_text)
+    source = find_source(options)
+    of_reference, reference = None, None
+    if options.reference:
+        of_reference, reference = find_second(options, options.reference, "--reference")
+    for each in (source, reference):
+        if each and each.described:
+            parallel_check.check(each.described, options.parallel)
+    if reference and has_text:
+        evaluation_report.require_same_vocabulary(source, reference)
+    benchmark = mmlu_options.load_local(options.mmlu)
+    dataset = options.mmlu.mmlu_dataset
+    # Here, where they were read: what replaces them later was not asked.
+    questions = [manifest.describe_input("questions", dataset)] if dataset else []
+    path = options.evaluate_output or report.beside(source.location, "evaluate")
+    evaluation_report.check_target(path, options.stage)
+    return Plan(options, source, of_reference, reference, path, benchmark, questions)
+
+
+def measures(options: EvaluateOptions) -> list[str]:
+    """Names that the measures of accuracy begin with."""
+    return ["mmlu"] if options.mmlu.mmlu_dataset else []
+
+
+def evaluate(plan: Plan, session: Session) -> dict[str, Any]:
+    """Judge the model and its reference, write the report. Returns it, the same on every rank."""
+    from post_training.evaluation import candidates, judging
+
+    options = plan.options
+    started = time.monotonic()
+    judged = [candidates.Candidate.fetched("model", plan.source, options, session)]
+    if plan.reference and plan.of_reference:
+        found = candidates.Candidate.fetched(
+            "reference", plan.reference, plan.of_reference, session
+        )
+        judged.append(found)
+    asks: list[candidates.Ask] = []
+    if options.mmlu.mmlu_dataset:
+        asks.append(partial(judging.ask_mmlu, options.mmlu, plan.benchmark))
+    content: dict[str, Any] = {}
+    inputs = [entry for each in judged for entry in each.inputs()] + plan.questions
+    if options.text.text:
+        content["text"], read = judging.judge_text(options.text, judged)
+        inputs += read
+    mine, *reference = candidates.ask_all(judged, asks) if asks else [[]]
+    content["measures"] = answers.compared(mine, reference[0] if reference else None)
+    content["broken_bounds"] = gates.broken(options.gates, content)
+    content["seconds"] = round(time.monotonic() - started, 3)
+    rows = list(answers.flipped(mine, reference[0])) if reference else None
+    content = record.report_of_run(options, session, inputs, content)
+    return evaluation_report.write(plan.report, content, rows, session)
+
+
+def show(plan: Plan, content: dict[str, Any], session: Session) -> None:
+    evaluation_report.print_table(content)
+    logger.info("report: %s (%.1f s)", plan.report, content["seconds"])
+    for reason in content["broken_bounds"]:
+        print(f"error: {reason}", file=sys.stderr)
+
+
+def exit_code(plan: Plan, content: dict[str, Any]) -> int:
+    return 1 if content["broken_bounds"] else 0
+
+
+STAGE = Stage(
+    "evaluate", EvaluateOptions, check, evaluate, show, exit_code, outputs=("evaluate_output",)
+)
+
+
+def main() -> None:
+    run(STAGE)
+
+
+if __name__ == "__main__":
+    main()
