@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from modelopt.torch.export.plugins.megatron_importer import GPTModelImporter
 from safetensors import safe_open
 
 from post_training.checkpoints import dequantize
-from post_training.checkpoints.dequantize import BlockFp8, Mxfp4
+from post_training.checkpoints.dequantize import BlockFp8, Exported, Mxfp4
 from post_training.common.safetensors_index import Entry
 from post_training.models import post_norms
 from post_training.models.families import registry as families
@@ -26,12 +27,15 @@ class Importer(GPTModelImporter):
         joined: linear layers of the folder that hold several of the importer's, with the rows of
             each part (:meth:`Family.joined`).
         reader: of the folder's quantized weights; None if it has plain ones.
+        exported: reads a folder that an export made of a quantized model; ``index`` then has the
+            weights as they are read, and no scales.
         names_read: of the folder's tensors.
     """
 
     index: Mapping[str, Entry]
     joined: Mapping[str, Mapping[str, int]]
     reader: BlockFp8 | Mxfp4 | None
+    exported: Exported | None = None
     _divided: Mapping[str, Sequence[int]] = {}
     names_read: set[str]
 
@@ -43,6 +47,8 @@ class Importer(GPTModelImporter):
             self.names_read.add(key)
             if sizes := self._divided.get(key):
                 return self._of_each(key, sizes)
+            if self.exported is not None:
+                return _part_of(self.exported.read(key), parallel_config)
             found = super()._get_safetensor(key, parallel_config=parallel_config)
             return self._decoded(key, found, _starts(found, self.index[key], parallel_config))
         if isinstance(self.reader, Mxfp4) and f"{key}{self.reader.codes}" in self.index:
@@ -72,8 +78,8 @@ class Importer(GPTModelImporter):
             start += rows * parallel_state.get_tensor_model_parallel_rank()
         if self.index[name].shape[0] != sum(parts.values()):
             raise ValueError(f"{name} has {self.index[name].shape[0]} rows, not {parts}")
-        with safe_open(self.index[name].path, framework="pt") as file:
-            found = file.get_slice(name)[start : start + rows].contiguous()
+        with self._rows(name) as whole:
+            found = whole[start : start + rows].contiguous()
         return self._decoded(name, found, (start, 0))
 
     def _import_mamba_layer(self, layer: Any, layer_id: int, *args: Any) -> None:
@@ -102,13 +108,21 @@ class Importer(GPTModelImporter):
         rank, start, found = parallel_state.get_tensor_model_parallel_rank(), 0, []
         if self.index[name].shape[0] != sum(sizes):
             raise ValueError(f"{name} has {self.index[name].shape[0]} rows, not {sum(sizes)}")
-        with safe_open(self.index[name].path, framework="pt") as file:
-            rows = file.get_slice(name)
+        with self._rows(name) as rows:
             for size in sizes:
                 mine = size // ranks
                 found.append(rows[start + rank * mine : start + (rank + 1) * mine])
                 start += size
         return torch.cat(found)
+
+    @contextlib.contextmanager
+    def _rows(self, name: str) -> Iterator[Any]:
+        """A tensor of which some rows are read."""
+        if self.exported is not None:
+            yield self.exported.read(name)
+            return
+        with safe_open(self.index[name].path, framework="pt") as file:
+            yield file.get_slice(name)
 
     def _decoded(self, name: str, found: torch.Tensor, starts: tuple[int, ...]) -> torch.Tensor:
         """The values of a tensor that may be quantized, of which ``found`` is this rank's slice."""
@@ -146,8 +160,7 @@ class Importer(GPTModelImporter):
         ranks = parallel_state.get_expert_tensor_parallel_world_size()
         rank = parallel_state.get_expert_tensor_parallel_rank()
         first = parallel_state.get_expert_model_parallel_rank() * len(experts)
-        with safe_open(self.index[prefix].path, framework="pt") as file:
-            whole = file.get_slice(prefix)
+        with self._rows(prefix) as whole:
             for number, expert in enumerate(experts, start=first):
                 weight = whole[number : number + 1][0].T
                 if layer_type == "linear_fc1":
@@ -197,13 +210,33 @@ class Importer(GPTModelImporter):
             super()._gated_mlp_merging(module, *args, **kwargs)
 
 
+def _rank_of(parallel_config: Any) -> tuple[int, int]:
+    """Rank and size of the group that a tensor is divided over."""
+    if parallel_config.parallel_group == "ETP":
+        return (
+            parallel_state.get_expert_tensor_parallel_rank(),
+            parallel_state.get_expert_tensor_parallel_world_size(),
+        )
+    return (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )
+
+
+def _part_of(whole: torch.Tensor, parallel_config: Any) -> torch.Tensor:
+    """This rank's part of a tensor; ValueError if it cannot be divided."""
+    dimension = None if parallel_config is None else parallel_config.sharding_dim
+    if dimension is None:
+        return whole
+    rank, size = _rank_of(parallel_config)
+    if whole.shape[dimension] % size:
+        raise ValueError(f"{list(whole.shape)} is not divided by {size} in dimension {dimension}")
+    return whole.chunk(size, dim=dimension)[rank].contiguous()
+
+
 def _starts(found: torch.Tensor, whole: Entry, parallel_config: Any) -> tuple[int, ...]:
     """Where this rank's slice of a tensor starts in each dimension."""
-    rank = 0
-    if parallel_config is not None and parallel_config.parallel_group == "ETP":
-        rank = parallel_state.get_expert_tensor_parallel_rank()
-    elif parallel_config is not None:
-        rank = parallel_state.get_tensor_model_parallel_rank()
+    rank = 0 if parallel_config is None else _rank_of(parallel_config)[0]
     return tuple(
         0 if mine == size else rank * mine
         for mine, size in zip(found.shape, whole.shape, strict=True)

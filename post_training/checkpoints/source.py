@@ -33,6 +33,7 @@ _EMBEDDINGS = (
     "model.embed_tokens.weight",
     *("backbone.embeddings.weight", "backbone.embedding.weight"),  # Nemotron-H
 )
+EXPORTED = ("modelopt", "compressed-tensors")  # quant_method of an export
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Source:
             Megatron-LM, the flags; None for a hub name until :func:`fetch_configuration`.
         huggingface: folder or hub name with configuration and tokenizer; None if unknown.
         manifest: content of the checkpoint's ``run.json``, if it has one.
+        exported: an export stored its weights quantized; they are decoded while they are loaded.
         entry: how manifests record it as an input, from before anything of it is loaded.
     """
 
@@ -54,6 +56,7 @@ class Source:
     described: Architecture | None
     huggingface: str | None
     manifest: Mapping[str, Any] | None = None
+    exported: bool = False
     entry: Mapping[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -90,10 +93,11 @@ class Source:
         return {name: content[name] for name in names if content.get(name)}
 
 
-def find_source(options: StageOptions) -> Source:
+def find_source(options: StageOptions, *, or_export: bool = False) -> Source:
     """The source that the options name; no torch, no network.
 
-    UsageError if none is named, it is not there, or the conf contradicts it.
+    UsageError if none is named, it is not there, or the conf contradicts it. With ``or_export`` it
+    may be a local folder with the export of a quantized model.
     """
     if options.load:
         return _find_checkpoint(options, options.load)
@@ -104,11 +108,12 @@ def find_source(options: StageOptions) -> Source:
             "neither --load nor --pretrained-model-path is given",
             "set MLM_MODEL_CKPT (a Megatron checkpoint) or HF_MODEL_CKPT (a Hugging Face folder)",
         )
-    described, origin = None, location
+    described, origin, exported = None, location, False
     # With --dry-run a folder may be one of another machine, or yet to be downloaded.
     elsewhere = options.dry_run and options.states_model and not Path(location).exists()
     if not elsewhere and not inputs.is_hub_name(location):
-        described = architecture(options, model_folder(Path(location)))
+        exported = or_export and is_export(Path(location))
+        described = architecture(options, model_folder(Path(location), exported=exported))
         if not options.no_verify:
             recorded.require_recorded(Path(location), manifest.read(Path(location)) or {})
     elif (folder := huggingface.resolved(location)) is not None:
@@ -122,7 +127,7 @@ def find_source(options: StageOptions) -> Source:
     elif options.dry_run and not options.states_model:
         config = huggingface.known_config(location)
         described = architecture(options, config) if config else None
-    return Source(location, is_checkpoint=False, described=described, huggingface=origin)
+    return Source(location, False, described, origin, exported=exported)
 
 
 def fetch_configuration(source: Source, options: StageOptions) -> bool:
@@ -235,6 +240,13 @@ class _Quantized(TypedDict):
     quantization: dict[str, Any]
 
 
+def is_export(folder: Path) -> bool:
+    """Whether its files say that its weights are stored as an export stores quantized ones."""
+    declared = model_config(folder, "--pretrained-model-path").get("quantization_config")
+    method = declared.get("quant_method") if isinstance(declared, dict) else None
+    return method in EXPORTED or regular.is_file(folder / huggingface.QUANTIZATION)
+
+
 def _unquantized(folder: Path) -> dict[str, Any]:
     """The ``config.json`` of a model; UsageError if it, or the file beside it, says quantized."""
     config = model_config(folder, "--pretrained-model-path")
@@ -247,12 +259,17 @@ def _unquantized(folder: Path) -> dict[str, Any]:
     return config
 
 
-def model_folder(folder: Path) -> dict[str, Any]:
+def model_folder(folder: Path, *, exported: bool = False) -> dict[str, Any]:
     """The ``config.json`` of ``--pretrained-model-path``, whose weights are checked.
 
+    Of one that is ``exported``, without what it says about quantization.
     UsageError if they are no safetensors, incomplete, or quantized already.
     """
-    config = _unquantized(folder)
+    if exported:
+        config = model_config(folder, "--pretrained-model-path")
+        config = {key: value for key, value in config.items() if key != "quantization_config"}
+    else:
+        config = _unquantized(folder)
     huggingface.end_tokens(folder)  # before the weights are read
     if not any((folder / n).is_file() for n in (safetensors_index.INDEX, safetensors_index.SINGLE)):
         cause = f"it has neither {safetensors_index.SINGLE} nor {safetensors_index.INDEX}"

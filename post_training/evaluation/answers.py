@@ -19,6 +19,7 @@ class Answer:
         question: its text.
         expected: the right answer.
         given: what was made out in the model's answer.
+        text: the whole answer, where it is more than that.
     """
 
     id: str
@@ -26,6 +27,7 @@ class Answer:
     expected: str
     given: str
     right: bool
+    text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ def flipped(mine: Sequence[Measure], references: Sequence[Measure]) -> Iterator[
     for measure, reference in zip(mine, references, strict=True):
         for answer, other in zip(measure.answers, reference.answers, strict=True):
             if answer.right != other.right:
+                texts = {"model_text": answer.text, "reference_text": other.text}
                 yield {
                     "measure": measure.name,
                     "id": answer.id,
@@ -85,4 +88,5 @@ def flipped(mine: Sequence[Measure], references: Sequence[Measure]) -> Iterator[
                     "expected": answer.expected,
                     "model": answer.given,
                     "reference": other.given,
+                    **{name: text for name, text in texts.items() if text is not None},
                 }

@@ -6,12 +6,13 @@ import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from post_training.checkpoints import loading
-from post_training.checkpoints.source import Source, fetch_source
+from post_training.checkpoints.source import Source
 from post_training.common.errors import UsageError
 from post_training.config.options import StageOptions
 from post_training.evaluation.answers import Measure
@@ -19,6 +20,7 @@ from post_training.evaluation.answers import Measure
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from post_training.checkpoints.dequantize import Exported
     from post_training.distributed.session import Session
 
 
@@ -30,22 +32,19 @@ class Candidate:
 
     Attributes:
         role: ``model`` or ``reference``.
-        source: local.
+        source: as :func:`fetch_source` gives it.
         options: those that name it.
+        open_export: opens the folder of a model that an export quantized.
+        weights_only: of a quantized model nothing but the weights is rounded.
     """
 
     role: str
     source: Source
     options: StageOptions
     session: Session
+    open_export: Callable[[Path], Exported]
+    weights_only: bool = False
     _model: torch.nn.Module | None = None
-
-    @classmethod
-    def fetched(
-        cls, role: str, source: Source, options: StageOptions, session: Session
-    ) -> Candidate:
-        """With the weights of a hub name downloaded."""
-        return cls(role, fetch_source(source, options), options, session)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -63,7 +62,11 @@ class Candidate:
     @property
     def model(self) -> torch.nn.Module:
         if self._model is None:
-            self._model = loading.load(self.source, self.options, self.session)
+            self._model = loading.load(
+                self.source, self.options, self.session, open_export=self.open_export
+            )
+            if self.weights_only:
+                _round_weights_only(self._model)
         return self._model
 
     def drop(self) -> None:
@@ -100,3 +103,12 @@ def require_same_tokens(candidates: Sequence[Candidate]) -> None:
                 "its tokenizer makes other tokens of the text than the model's",
                 "compare models with the same tokenizer, or leave --text out",
             )
+
+
+def _round_weights_only(model: torch.nn.Module) -> None:
+    """Switch off the quantizers of inputs, keys and values."""
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+    for name, module in model.named_modules():
+        if isinstance(module, TensorQuantizer) and not name.endswith("weight_quantizer"):
+            module.disable()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from post_training.distributed.session import Session
 
 OPTION = "--evaluate-output"
+_WIDTH = 100
 
 
 def require_same_vocabulary(source: Source, reference: Source) -> None:
@@ -66,67 +68,68 @@ def write(
 
 
 def print_table(content: Mapping[str, Any]) -> None:
-    """What was measured of both models, to stdout."""
+    """What was measured of both models, to stdout; the report has more intervals."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="evaluation", title_justify="left")
+    table = Table(title=_title(content), title_justify="left")
     table.add_column("measure", no_wrap=True)
-    for name in ("model", "reference", "difference (95 % interval)", "p"):
-        table.add_column(name, justify="right")
+    for name in ("model", "reference", "difference", "95 % interval", "p"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in (*_text_rows(content.get("text", {})), *_measure_rows(content["measures"])):
         table.add_row(*row)
-    Console().print(table)
+    # Off a terminal rich takes 80 columns, in which figures would be cut.
+    Console(width=max(Console().width, _WIDTH)).print(table)
+
+
+def _title(content: Mapping[str, Any]) -> str:
+    """What was asked: ``evaluation: 1,200 tokens; mmlu: 196 questions``."""
+    asked = [f"{content['text']['tokens']:,} tokens"] if "text" in content else []
+    for name, entry in content["measures"].items():
+        asked.append(f"{name}: {entry['model']['total']:,} questions")
+    return f"evaluation: {'; '.join(asked)}"
 
 
 def _text_rows(text: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     if not text:
         return
     mine, other = (_perplexity(text.get(role)) for role in ("model", "reference"))
-    difference = ""
-    if "difference" in text:
-        found = text["difference"]
-        ratio = f"x {found['perplexity_ratio']:.4f}, loss {found['loss']:+.4f}"
-        difference = ratio + _interval(found["interval_95"], "+.4f")
-    yield f"perplexity of {text['tokens']:,} tokens", mine, other, difference, ""
-    if "kl" in text:
-        kl = text["kl"]
-        shown = f"{kl['mean']:.6f}{_interval(kl['interval_95'], '.6f')}"
-        yield "KL divergence of the next token, nats", "", "", shown, ""
-        yield "its largest", "", "", f"{kl['max']:.4f}", ""
-        same = text["top_1_agreement"]
-        shown = f"{100 * same['share']:.2f} %"
-        interval = same["interval_95"] and [100 * bound for bound in same["interval_95"]]
-        yield "same most probable token", "", "", shown + _interval(interval, ".2f"), ""
+    if "kl" not in text:
+        yield "perplexity", mine, "", "", _interval(text["model"]["interval_95"], ".3f"), ""
+        return
+    difference, kl, same = text["difference"], text["kl"], text["top_1_agreement"]
+    spread = difference["interval_95"] and [math.exp(each) for each in difference["interval_95"]]
+    ratio = f"x {difference['perplexity_ratio']:.4f}"
+    yield "perplexity", mine, other, ratio, _interval(spread, ".4f"), ""
+    # A divergence of nothing may be rounded to less.
+    mean, largest = (f"{max(0.0, kl[name]):.6f}" for name in ("mean", "max"))
+    spread = kl["interval_95"] and [max(0.0, each) for each in kl["interval_95"]]
+    yield "KL divergence, nats", "", "", mean, _interval(spread, ".6f"), ""
+    yield "largest of a token", "", "", largest, "", ""
+    share, spread = f"{same['share']:.4f}", _interval(same["interval_95"], ".4f")
+    yield "same top token", "", "", share, spread, ""
 
 
 def _measure_rows(measures: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     for name, entry in measures.items():
-        mine, other = (_accuracy(entry.get(role)) for role in ("model", "reference"))
-        difference = p = ""
-        if "difference" in entry:
-            found = entry["difference"]
-            difference = f"{found['difference']:+.4f}{_interval(found['interval_95'], '+.4f')}"
-            difference += f", {found['gained']} gained, {found['lost']} lost"
-            p = f"{found['mcnemar_p']:.3g}"
-        yield f"{name}, {entry['model']['total']:,} questions", mine, other, difference, p
+        mine = f"{entry['model']['accuracy']:.4f}"
+        if "difference" not in entry:
+            yield name, mine, "", "", _interval(entry["model"]["interval_95"], ".3f"), ""
+            continue
+        found = entry["difference"]
+        other, difference = f"{entry['reference']['accuracy']:.4f}", f"{found['difference']:+.4f}"
+        spread = _interval(found["interval_95"], "+.3f")
+        yield name, mine, other, difference, spread, f"{found['mcnemar_p']:.3g}"
 
 
 def _perplexity(entry: Mapping[str, Any] | None) -> str:
     if entry is None:
         return ""
-    shown = "too large" if entry["perplexity"] is None else f"{entry['perplexity']:.4f}"
-    return shown + _interval(entry["interval_95"], ".4f")
-
-
-def _accuracy(entry: Mapping[str, Any] | None) -> str:
-    if entry is None:
-        return ""
-    return f"{entry['accuracy']:.4f}{_interval(entry['interval_95'], '.3f')}"
+    return "too large" if entry["perplexity"] is None else f"{entry['perplexity']:.4f}"
 
 
 def _interval(bounds: Sequence[float | None] | None, form: str) -> str:
     if bounds is None or None in bounds:
         return ""
     low, high = bounds
-    return f" ({low:{form}} to {high:{form}})"
+    return f"{low:{form}} to {high:{form}}"

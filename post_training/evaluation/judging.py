@@ -11,6 +11,7 @@ from tqdm import tqdm
 from post_training.data import text_windows
 from post_training.distributed.collectives import on_first_rank
 from post_training.evaluation import (
+    gsm8k_measure,
     mmlu,
     mmlu_data,
     mmlu_measure,
@@ -21,8 +22,9 @@ from post_training.evaluation import (
 )
 from post_training.evaluation.answers import Measure
 from post_training.evaluation.candidates import Candidate, require_same_tokens
+from post_training.evaluation.gsm8k import Problems
 from post_training.evaluation.mmlu_data import Benchmark
-from post_training.evaluation.options import MmluOptions
+from post_training.evaluation.options import Gsm8kOptions, MmluOptions
 from post_training.evaluation.text_options import TextOptions
 
 logger = logging.getLogger("post_training")
@@ -79,3 +81,27 @@ def ask_mmlu(
             progress=lambda done: bar.update(done * session.parallel.data),
         )
     return [mmlu_measure.measure(result, options.few_shots)]
+
+
+def ask_gsm8k(
+    options: Gsm8kOptions, problems: Problems | None, candidate: Candidate
+) -> list[Measure]:
+    """Ask GSM8K's problems; without ``problems`` those of the hub's data set."""
+    session = candidate.session
+    problems = problems or on_first_rank(lambda: options.problems(hub=True))
+    assert problems is not None  # a data set is named
+    count = len(problems.test)
+    logger.info("GSM8K: %d problems to the %s", count, candidate.role)
+    with tqdm(total=count, unit="problem", disable=not session.show_progress) as bar:
+        texts = gsm8k_measure.answers(
+            candidate.model,
+            candidate.tokenizer,
+            problems,
+            eos_ids=candidate.eos_ids,
+            positions=candidate.positions,
+            max_new_tokens=options.gsm8k_max_new_tokens,
+            batch_size=options.gsm8k_batch_size,
+            progress=lambda done: bar.update(done * session.parallel.data),
+        )
+    shots, most = options.gsm8k_shots, options.gsm8k_max_new_tokens
+    return gsm8k_measure.measures(problems.test, texts, shots, most)
