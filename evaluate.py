@@ -2,7 +2,7 @@
 
 Inputs:  --load, a Megatron checkpoint (quantized ones too), or --pretrained-model-path, a Hugging
          Face folder (export.sh's too) or hub name; --reference, a second model, usually the one
-         before; --text, --mmlu-dataset, --gsm8k-dataset: what they are judged by, at least one.
+         before; --text, --mmlu-dataset, --gsm8k-dataset, --tasks: what they are judged by.
 Outputs: a table, and --evaluate-output, the same as JSON with every answer; with a reference, the
          questions that one model answers right and the other wrong, as JSONL beside it; exit code 1
          if a bound is broken.
@@ -30,10 +30,17 @@ from post_training.common.errors import UsageError
 from post_training.config import checks
 from post_training.config.flags import flag, group
 from post_training.config.options import StageOptions
-from post_training.evaluation import answers, evaluation_report, gates, text_options
+from post_training.evaluation import (
+    answers,
+    evaluation_report,
+    gates,
+    harness_options,
+    text_options,
+)
 from post_training.evaluation import options as mmlu_options
 from post_training.evaluation.gates import GateOptions
 from post_training.evaluation.gsm8k import Problems
+from post_training.evaluation.harness_options import HarnessOptions
 from post_training.evaluation.mmlu_data import Benchmark
 from post_training.evaluation.options import Gsm8kOptions, MmluOptions
 from post_training.evaluation.text_options import TextOptions
@@ -64,6 +71,7 @@ class EvaluateOptions(StageOptions):
     text: TextOptions = group(TextOptions)
     mmlu: MmluOptions = group(MmluOptions)
     gsm8k: Gsm8kOptions = group(Gsm8kOptions)
+    harness: HarnessOptions = group(HarnessOptions)
     gates: GateOptions = group(GateOptions)
 
 
@@ -86,10 +94,11 @@ class Plan:
 def check(options: EvaluateOptions) -> Plan:
     checks.no_context_parallelism(options.parallel.context)
     text_options.check(options.text)
+    harness_options.check(options.harness)
     asked = measures(options)
     has_text = options.text.text is not None
     if not (asked or has_text):
-        remedy = "give at least one of --text, --mmlu-dataset and --gsm8k-dataset"
+        remedy = "give at least one of --text, --mmlu-dataset, --gsm8k-dataset and --tasks"
         raise UsageError("nothing to evaluate", "neither text nor questions are named", remedy)
     gates.check(options.gates, asked, options.reference is not None, has_text)
     source = find_source(options, or_export=True)
@@ -116,12 +125,12 @@ def check(options: EvaluateOptions) -> Plan:
 def measures(options: EvaluateOptions) -> list[str]:
     """Names that the measures of accuracy begin with."""
     asked = {"mmlu": options.mmlu.mmlu_dataset, "gsm8k": options.gsm8k.gsm8k_dataset}
-    return [name for name, dataset in asked.items() if dataset]
+    return [*(name for name, dataset in asked.items() if dataset), *options.harness.names]
 
 
 def evaluate(plan: Plan, session: Session) -> dict[str, Any]:
     """Judge the model and its reference, write the report. Returns it, the same on every rank."""
-    from post_training.evaluation import candidates, judging
+    from post_training.evaluation import candidates, harness, judging
     from post_training.export.exported_weights import open_export
 
     options = plan.options
@@ -140,6 +149,8 @@ def evaluate(plan: Plan, session: Session) -> dict[str, Any]:
         asks.append(partial(judging.ask_mmlu, options.mmlu, plan.benchmark))
     if options.gsm8k.gsm8k_dataset:
         asks.append(partial(judging.ask_gsm8k, options.gsm8k, plan.problems))
+    if options.harness.names:
+        asks.append(partial(harness.ask, options.harness, harness.tasks(options.harness)))
     content: dict[str, Any] = {}
     inputs = [entry for each in judged for entry in each.inputs()] + plan.questions
     if options.text.text:
@@ -147,6 +158,7 @@ def evaluate(plan: Plan, session: Session) -> dict[str, Any]:
         inputs += read
     mine, *reference = candidates.ask_all(judged, asks) if asks else [[]]
     content["measures"] = answers.compared(mine, reference[0] if reference else None)
+    content |= {"notes": {each.role: each.notes for each in judged if each.notes}}
     content["broken_bounds"] = gates.broken(options.gates, content)
     content["seconds"] = round(time.monotonic() - started, 3)
     rows = list(answers.flipped(mine, reference[0])) if reference else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ class Candidate:
         source: as :func:`fetch_source` gives it.
         options: those that name it.
         open_export: opens the folder of a model that an export quantized.
+        notes: what the report says of this model beside its measures.
         weights_only: of a quantized model nothing but the weights is rounded.
     """
 
@@ -44,6 +45,7 @@ class Candidate:
     session: Session
     open_export: Callable[[Path], Exported]
     weights_only: bool = False
+    notes: dict[str, Any] = field(default_factory=dict)
     _model: torch.nn.Module | None = None
 
     @cached_property
