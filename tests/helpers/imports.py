@@ -19,8 +19,8 @@ LIBRARY = "post_training"
 HEAVY = frozenset(
     """
     accelerate datasets huggingface_hub lm_eval matplotlib megatron modelopt numpy pandas peft
-    psutil pyarrow pydantic rich safetensors.torch scipy sklearn tensorboard torch transformer_engine
-    transformers triton
+    psutil pyarrow pydantic rich safetensors.torch scipy sklearn tensorboard torch
+    transformer_engine transformers triton
     """.split()
 )
 
