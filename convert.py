@@ -15,13 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from post_training.checkpoints import loading, record, torch_dist
+from post_training.checkpoints import loading, model_folders, record, torch_dist
 from post_training.checkpoints.huggingface import SmallFiles
 from post_training.checkpoints.source import (
     Source,
     fetch_source,
     find_source,
-    model_config,
     size_estimate,
 )
 from post_training.cli.stage import Stage, run
@@ -88,7 +87,7 @@ def check(options: ConvertOptions) -> Plan:
         draft = plan_draft(options, source.described)
         parallel_check.check(source.described, options.parallel)
     if options.extra_model_path:
-        model_config(options.extra_model_path, "--extra-model-path")
+        model_folders.model_config(options.extra_model_path, "--extra-model-path")
     outputs.check_folder(save, overwrite=options.overwrite, needed=size_estimate(source, options))
     return Plan(options, source, save, draft)
 

@@ -18,7 +18,7 @@ IDLE_STARTS=3
 # Stages that resume from what they saved.
 RESUMABLE=(eagle3.sh finetune.sh distill.sh)
 # Stages that split their work over replicas of the model.
-REPLICATED=(quantize.sh mmlu.sh eagle3.sh finetune.sh distill.sh extract_features.sh
+REPLICATED=(quantize.sh mmlu.sh evaluate.sh eagle3.sh finetune.sh distill.sh extract_features.sh
   offline_feature_extract.sh generate.sh validate.sh)
 
 # in_batch_script: whether this shell is a job's batch script (an salloc's shell is not).

@@ -7,7 +7,7 @@ anything is loaded (``models/quantized_files.py``).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -92,6 +92,17 @@ class Mxfp4:
             exponent = (scale - 127)[..., None]
             values.copy_(torch.ldexp(pairs.flatten(-2), exponent).flatten(-2))
         return result.mT
+
+
+class Exported(Protocol):
+    """A folder that an export made of a quantized model, read as the numbers that it stands for."""
+
+    @property
+    def index(self) -> Mapping[str, Entry]:
+        """The weights' plain names and shapes."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """A whole weight in float32; ValueError if it is not stored as the folder says."""
 
 
 READERS: dict[str, type[BlockFp8 | Mxfp4]] = {"fp8": BlockFp8, "mxfp4": Mxfp4}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,8 @@ from modelopt.torch.export.plugins.mcore_common import all_mcore_hf_import_mappi
 from modelopt.torch.export.plugins.megatron_importer import GPTModelImporter
 from safetensors import safe_open
 
-from post_training.checkpoints import delta_net_import, dequantize
-from post_training.checkpoints.dequantize import BlockFp8, Mxfp4
+from post_training.checkpoints import delta_net_import, dequantize, rank_parts
+from post_training.checkpoints.dequantize import BlockFp8, Exported, Mxfp4
 from post_training.common.safetensors_index import Entry
 from post_training.models import post_norms
 from post_training.models.families import registry as families
@@ -34,6 +35,8 @@ class Importer(GPTModelImporter):
         divided: those that hold parts of the importer's, with the rows that each has
             (:meth:`Family.divided`).
         reader: of the folder's quantized weights; None if it has plain ones.
+        exported: reads a folder that an export made of a quantized model; ``index`` then has the
+            weights as they are read, and no scales.
         names_read: of the folder's tensors.
     """
 
@@ -41,6 +44,7 @@ class Importer(GPTModelImporter):
     joined: Mapping[str, Mapping[str, int]]
     divided: Mapping[str, Mapping[str, Sequence[int]]]
     reader: BlockFp8 | Mxfp4 | None
+    exported: Exported | None = None
     _of_parts: Mapping[str, Sequence[int]] = {}
     names_read: set[str]
 
@@ -52,8 +56,12 @@ class Importer(GPTModelImporter):
             self.names_read.add(key)
             if sizes := self._of_parts.get(key):
                 return self._of_each(key, sizes)
+            if self.exported is not None:
+                return rank_parts.part_of(self.exported.read(key), parallel_config)
             found = super()._get_safetensor(key, parallel_config=parallel_config)
-            return self._decoded(key, found, _starts(found, self.index[key], parallel_config))
+            return self._decoded(
+                key, found, rank_parts.starts(found, self.index[key], parallel_config)
+            )
         if isinstance(self.reader, Mxfp4) and f"{key}{self.reader.codes}" in self.index:
             codes, scales = key + self.reader.codes, key + self.reader.scales
             self.names_read |= {codes, scales}
@@ -81,8 +89,8 @@ class Importer(GPTModelImporter):
             start += rows * parallel_state.get_tensor_model_parallel_rank()
         if self.index[name].shape[0] != sum(parts.values()):
             raise ValueError(f"{name} has {self.index[name].shape[0]} rows, not {parts}")
-        with safe_open(self.index[name].path, framework="pt") as file:
-            found = file.get_slice(name)[start : start + rows].contiguous()
+        with self._rows(name) as whole:
+            found = whole[start : start + rows].contiguous()
         return self._decoded(name, found, (start, 0))
 
     def _import_mamba_layer(self, layer: Any, layer_id: int, *args: Any) -> None:
@@ -110,13 +118,21 @@ class Importer(GPTModelImporter):
         rank, start, found = parallel_state.get_tensor_model_parallel_rank(), 0, []
         if self.index[name].shape[0] != sum(sizes):
             raise ValueError(f"{name} has {self.index[name].shape[0]} rows, not {sum(sizes)}")
-        with safe_open(self.index[name].path, framework="pt") as file:
-            rows = file.get_slice(name)
+        with self._rows(name) as rows:
             for size in sizes:
                 mine = size // ranks
                 found.append(rows[start + rank * mine : start + (rank + 1) * mine])
                 start += size
         return torch.cat(found)
+
+    @contextlib.contextmanager
+    def _rows(self, name: str) -> Iterator[Any]:
+        """A tensor of which some rows are read."""
+        if self.exported is not None:
+            yield self.exported.read(name)
+            return
+        with safe_open(self.index[name].path, framework="pt") as file:
+            yield file.get_slice(name)
 
     def _decoded(self, name: str, found: torch.Tensor, starts: tuple[int, ...]) -> torch.Tensor:
         """The values of a tensor that may be quantized, of which ``found`` is this rank's slice."""
@@ -201,8 +217,8 @@ class Importer(GPTModelImporter):
         """An expert's weight, [out, in], of one tensor or of the expert's own."""
         if prefix in self.index:
             self.names_read.add(prefix)
-            with safe_open(self.index[prefix].path, framework="pt") as file:
-                weight = file.get_slice(prefix)[number : number + 1][0]
+            with self._rows(prefix) as whole:
+                weight = whole[number : number + 1][0]
             return weight.T if inputs_first else weight
         stacked = families.FAMILIES[self.arch].stacked
         if stacked is None:
@@ -248,19 +264,6 @@ class Importer(GPTModelImporter):
         """It passes no _extra_state on to Transformer Engine's linears without a norm."""
         with module.register_load_state_dict_post_hook(_extra_state_may_be_missing):
             super()._gated_mlp_merging(module, *args, **kwargs)
-
-
-def _starts(found: torch.Tensor, whole: Entry, parallel_config: Any) -> tuple[int, ...]:
-    """Where this rank's slice of a tensor starts in each dimension."""
-    rank = 0
-    if parallel_config is not None and parallel_config.parallel_group == "ETP":
-        rank = parallel_state.get_expert_tensor_parallel_rank()
-    elif parallel_config is not None:
-        rank = parallel_state.get_tensor_model_parallel_rank()
-    return tuple(
-        0 if mine == size else rank * mine
-        for mine, size in zip(found.shape, whole.shape, strict=True)
-    )
 
 
 def _extra_state_may_be_missing(module: torch.nn.Module, found: Any) -> None:

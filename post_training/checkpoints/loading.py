@@ -10,19 +10,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
-
-from post_training.checkpoints import finite, huggingface, torch_dist
+from post_training.checkpoints import finite, huggingface, tied_embeddings, torch_dist
 from post_training.checkpoints.source import Source
 from post_training.common import files, manifest, recorded, safetensors_index
 from post_training.common.errors import UsageError, first_line
-from post_training.common.safetensors_index import Entry
 from post_training.config.options import StageOptions
 from post_training.distributed.session import Session
 from post_training.models import builder, tokenizer_files
@@ -31,6 +28,8 @@ from post_training.models.families import registry as families
 
 if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
+
+    from post_training.checkpoints.dequantize import Exported
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +43,10 @@ _CHANGING = re.compile(r"strftime_now|\|\s*random\b")
 _DOES_NOT_FIT = (KeyError, ValueError, RuntimeError, AssertionError)
 
 
+def _no_export(folder: Path) -> Exported:
+    raise ValueError(f"{folder} is an export of a quantized model, which only evaluate reads")
+
+
 def load(
     source: Source,
     options: StageOptions,
@@ -51,6 +54,7 @@ def load(
     *,
     sequence_parallel: bool = False,
     layer_spec: str | None = None,
+    open_export: Callable[[Path], Exported] = _no_export,
 ) -> MegatronModule:
     """This rank's part of the model with its weights; a collective call.
 
@@ -59,6 +63,7 @@ def load(
         sequence_parallel: split activations over the tensor-parallel ranks. It saves memory in
             training; inference gains nothing and would have to pad.
         layer_spec: another than the options'.
+        open_export: opens the folder of a source that is ``exported``.
 
     UsageError if its files are not those of its ``run.json``, the weights do not fit or are not
     finite, or the number of parameters is not the source's.
@@ -78,7 +83,8 @@ def load(
             torch_dist.load(model, Path(source.location))
             logger.info("loaded checkpoint %s", source.location)
         else:
-            _import_weights(model, source, options, show_progress=session.show_progress)
+            exported = open_export(Path(source.location)) if source.exported else None
+            _import_weights(model, source, options, exported, session.show_progress)
     collectives.on_first_rank(source.require_unchanged)
     return model
 
@@ -116,7 +122,11 @@ def verified(folder: Path, options: StageOptions) -> Iterator[None]:
 
 
 def _import_weights(
-    model: MegatronModule, source: Source, options: StageOptions, *, show_progress: bool
+    model: MegatronModule,
+    source: Source,
+    options: StageOptions,
+    exported: Exported | None,
+    show_progress: bool,
 ) -> None:
     """Stream the weights of a Hugging Face folder into this rank's part; a collective call.
 
@@ -127,7 +137,7 @@ def _import_weights(
     from post_training.checkpoints.importer import Importer
     from post_training.distributed import collectives
 
-    index = safetensors_index.read(Path(source.location))
+    index = exported.index if exported else safetensors_index.read(Path(source.location))
 
     def does_not_fit(reason: str) -> UsageError:
         return UsageError(
@@ -150,7 +160,7 @@ def _import_weights(
         )
     config = huggingface.read_config(Path(source.location))
     importer.reader = reader = dequantize.reader(config)
-    importer.index, importer.names_read = index, set()
+    importer.index, importer.names_read, importer.exported = index, set(), exported
     importer.joined, importer.divided = families.rearranged(source.architecture)
     importer.disable_tqdm = not show_progress
     with collectives.fail_together(
@@ -159,7 +169,7 @@ def _import_weights(
     ):
         importer._import_state_dict()
     if source.architecture.share_embeddings_and_output_weights:
-        collectives.on_first_rank(lambda: _require_tied(index, source))
+        collectives.on_first_rank(lambda: tied_embeddings.require(index, source))
     rounded = [name for name, entry in index.items() if entry.dtype == "F16"]
     if rounded and options.precision == "bf16":
         logger.warning(
@@ -186,27 +196,6 @@ def _import_weights(
     if actual != expected:
         raise does_not_fit(f"it has {expected:,} parameters, the Megatron model {actual:,}")
     logger.info("loaded %s: %s parameters, as in the source", source.location, f"{actual:,}")
-
-
-def _require_tied(index: Mapping[str, Entry], source: Source) -> None:
-    """Raise UsageError for an output layer of its own where config.json says that there is none."""
-    import torch
-
-    names = ("lm_head.weight", "model.embed_tokens.weight")
-    if not all(name in index for name in names):
-        return
-    with contextlib.ExitStack() as stack:
-        head, embedding = (
-            stack.enter_context(safe_open(index[name].path, framework="pt")).get_tensor(name)
-            for name in names
-        )
-    if not torch.equal(head, embedding):
-        raise UsageError(
-            f"model {source.location}",
-            "config.json says tie_word_embeddings, and lm_head.weight is not the embedding",
-            "set tie_word_embeddings to false in a copy of config.json, which is what transformers "
-            "does with such a model, or delete lm_head.weight if it is a leftover",
-        )
 
 
 def build_options(source: Source, options: StageOptions) -> BuildOptions:

@@ -10,16 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
-from post_training.checkpoints import huggingface, torch_dist
+from post_training.checkpoints import huggingface, model_folders, torch_dist
 from post_training.common import (
     files,
-    forms,
     inputs,
     manifest,
     recorded,
-    regular,
     safetensors_index,
 )
 from post_training.common.errors import UsageError
@@ -28,11 +26,6 @@ from post_training.config.options import StageOptions
 from post_training.models import parameter_count
 from post_training.models.architecture import Architecture
 from post_training.models.families import registry as families
-
-_EMBEDDINGS = (
-    "model.embed_tokens.weight",
-    *("backbone.embeddings.weight", "backbone.embedding.weight"),  # Nemotron-H
-)
 
 
 @dataclass(frozen=True)
@@ -46,6 +39,7 @@ class Source:
             Megatron-LM, the flags; None for a hub name until :func:`fetch_configuration`.
         huggingface: folder or hub name with configuration and tokenizer; None if unknown.
         manifest: content of the checkpoint's ``run.json``, if it has one.
+        exported: an export stored its weights quantized; they are decoded while they are loaded.
         entry: how manifests record it as an input, from before anything of it is loaded.
     """
 
@@ -54,6 +48,7 @@ class Source:
     described: Architecture | None
     huggingface: str | None
     manifest: Mapping[str, Any] | None = None
+    exported: bool = False
     entry: Mapping[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -90,10 +85,11 @@ class Source:
         return {name: content[name] for name in names if content.get(name)}
 
 
-def find_source(options: StageOptions) -> Source:
+def find_source(options: StageOptions, *, or_export: bool = False) -> Source:
     """The source that the options name; no torch, no network.
 
-    UsageError if none is named, it is not there, or the conf contradicts it.
+    UsageError if none is named, it is not there, or the conf contradicts it. With ``or_export`` it
+    may be a local folder with the export of a quantized model.
     """
     if options.load:
         return _find_checkpoint(options, options.load)
@@ -104,15 +100,18 @@ def find_source(options: StageOptions) -> Source:
             "neither --load nor --pretrained-model-path is given",
             "set MLM_MODEL_CKPT (a Megatron checkpoint) or HF_MODEL_CKPT (a Hugging Face folder)",
         )
-    described, origin = None, location
+    described, origin, exported = None, location, False
     # With --dry-run a folder may be one of another machine, or yet to be downloaded.
     elsewhere = options.dry_run and options.states_model and not Path(location).exists()
     if not elsewhere and not inputs.is_hub_name(location):
-        described = architecture(options, model_folder(Path(location)))
+        exported = or_export and model_folders.is_export(Path(location))
+        described = architecture(
+            options, model_folders.model_folder(Path(location), exported=exported)
+        )
         if not options.no_verify:
             recorded.require_recorded(Path(location), manifest.read(Path(location)) or {})
     elif (folder := huggingface.resolved(location)) is not None:
-        described, origin = architecture(options, _unquantized(folder)), str(folder)
+        described, origin = architecture(options, model_folders.unquantized(folder)), str(folder)
     elif not options.dry_run and (reason := families.unconvertible(options.stated)):
         raise UsageError(
             f"--pretrained-model-path {location}",
@@ -122,7 +121,7 @@ def find_source(options: StageOptions) -> Source:
     elif options.dry_run and not options.states_model:
         config = huggingface.known_config(location)
         described = architecture(options, config) if config else None
-    return Source(location, is_checkpoint=False, described=described, huggingface=origin)
+    return Source(location, False, described, origin, exported=exported)
 
 
 def fetch_configuration(source: Source, options: StageOptions) -> bool:
@@ -144,7 +143,7 @@ def fetch_source(source: Source, options: StageOptions) -> Source:
         return source
     trusted = options.trust_remote_code
     folder = huggingface.resolve(source.location, weights=True, trust_remote_code=trusted)
-    model_folder(folder)
+    model_folders.model_folder(folder)
     return replace(source, location=str(folder), huggingface=str(folder))
 
 
@@ -217,66 +216,6 @@ def _check_content(options: StageOptions, folder: Path, content: dict[str, Any])
             "join it with its target: convert.sh <conf> --algorithm eagle3 --draft-model-path "
             f"{folder}",
         )
-
-
-def model_config(folder: Path, option: str) -> dict[str, Any]:
-    """The ``config.json`` of the folder that ``option`` names; UsageError without one."""
-    what = f"{option} {folder}"
-    inputs.check_folder(folder, what, "name a Hugging Face folder, or a hub name such as org/name")
-    if not (folder / "config.json").is_file():
-        remedy = "name the folder of a Hugging Face model"
-        if (folder / torch_dist.TRACKER).is_file():
-            remedy = "it is a Megatron checkpoint: name it in MLM_MODEL_CKPT (--load)"
-        raise UsageError(what, "it has no config.json", remedy)
-    if regular.is_file(folder / huggingface.ADAPTER):
-        raise UsageError(
-            what,
-            f"it has {huggingface.ADAPTER}: a PEFT adapter, which transformers adds to the weights",
-            "merge it into its model (peft's merge_and_unload) and save that, or delete the file",
-        )
-    return huggingface.read_config(folder)
-
-
-class _Quantized(TypedDict):
-    quantization: dict[str, Any]
-
-
-def _unquantized(folder: Path) -> dict[str, Any]:
-    """The ``config.json`` of a model; UsageError if it, or the file beside it, says quantized."""
-    config = model_config(folder, "--pretrained-model-path")
-    families.refuse_quantized(config, str(folder / "config.json"))
-    quantized = folder / huggingface.QUANTIZATION
-    if regular.is_file(quantized):
-        found = forms.read_json(quantized, _Quantized, "file", "copy or download the model again")
-        described = {"quant_method": "modelopt", **found["quantization"]}
-        families.refuse_quantized({"quantization_config": described}, str(quantized))
-    return config
-
-
-def model_folder(folder: Path) -> dict[str, Any]:
-    """The ``config.json`` of ``--pretrained-model-path``, whose weights are checked.
-
-    UsageError if they are no safetensors, incomplete, or quantized already.
-    """
-    config = _unquantized(folder)
-    huggingface.end_tokens(folder)  # before the weights are read
-    if not any((folder / n).is_file() for n in (safetensors_index.INDEX, safetensors_index.SINGLE)):
-        cause = f"it has neither {safetensors_index.SINGLE} nor {safetensors_index.INDEX}"
-        remedy = "download the weights too, or name a folder that has them"
-        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-        if pickled:
-            cause = f"its weights are pickled ({pickled[0]}): loading them could run any code"
-            remedy = "save the model as safetensors: transformers' save_pretrained does"
-        raise UsageError(f"--pretrained-model-path {folder}", cause, remedy)
-    index = safetensors_index.read(folder)
-    name = next((each for each in _EMBEDDINGS if each in index), "")
-    if name and config.get("vocab_size") not in (None, index[name].shape[0]):
-        raise UsageError(
-            f"{folder / 'config.json'}: vocab_size = {config['vocab_size']}",
-            f"{name} has {index[name].shape[0]} rows",
-            "state the number of rows as vocab_size; further rows belong to no token",
-        )
-    return config
 
 
 def checkpoint_folder(folder: Path, option: str = "--load") -> Path:

@@ -111,11 +111,11 @@ def read(options: type, args: argparse.Namespace) -> dict[str, Any]:
             values[field.name] = held(**read(held, args))
         elif _FLAG in field.metadata:
             value = getattr(args, field.name)
+            if isinstance(value, list):
+                value = tuple(each for each in value if each is not None)
             check = field.metadata[_FLAG]["check"]
             if check is not None and value is not None:
                 check(spelled(field.name), value)
-            if isinstance(value, list):
-                value = tuple(each for each in value if each is not None)
             values[field.name] = value
     return values
 

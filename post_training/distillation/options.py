@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from post_training.checkpoints.source import Source, find_source
+from post_training.checkpoints.second_model import find_second
+from post_training.checkpoints.source import Source
 from post_training.common import forms, inputs
 from post_training.common.errors import UsageError, suggest
 from post_training.config.flags import flag
@@ -180,7 +181,7 @@ def find_teacher[Options: StageOptions](
     torch, no network.
 
     Raises:
-        UsageError: as :func:`find_source`, in the teacher's name.
+        UsageError: as :func:`find_second`.
     """
     if not location:
         raise UsageError(
@@ -188,15 +189,7 @@ def find_teacher[Options: StageOptions](
             "distillation needs a model to learn from",
             f"set TEACHER_CKPT or {TEACHER} to the model before pruning or quantizing",
         )
-    if (Path(location) / "config.json").is_file() or inputs.is_hub_name(location):
-        options = replace(options, load=None, pretrained_model_path=location)
-    else:
-        options = replace(options, load=location)
-    try:
-        return options, find_source(options)
-    except UsageError as error:
-        what = re.sub(r"--load|--pretrained-model-path", TEACHER, error.what)
-        raise UsageError(what, error.cause, error.remedy) from error
+    return find_second(options, location, TEACHER)
 
 
 def noting[Options: StageOptions](

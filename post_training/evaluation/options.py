@@ -1,4 +1,4 @@
-"""The flags that say how a model is scored on MMLU. No torch."""
+"""The flags that say how a model is scored on MMLU and GSM8K. No torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from post_training.config.batch_size import BatchSize, batch_flag
 from post_training.config.checks import at_least, positive_fraction
 from post_training.config.flags import flag
 from post_training.data import records
-from post_training.evaluation import mmlu_data
+from post_training.evaluation import gsm8k, mmlu_data
+from post_training.evaluation.gsm8k import Problems
 from post_training.evaluation.mmlu_data import Benchmark
 
 
@@ -39,3 +40,38 @@ def load_local(options: MmluOptions) -> Benchmark | None:
     if not options.mmlu_dataset or not records.is_local(options.mmlu_dataset):
         return None
     return mmlu_data.load(options.mmlu_dataset, options.few_shots)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gsm8kOptions:
+    TITLE: ClassVar[str] = "word problems"
+
+    gsm8k_dataset: str | None = flag(
+        metavar="NAME_OR_PATH",
+        help=f"GSM8K's test questions: hub name ({gsm8k.HUB}), folder (test.*) or file",
+    )
+    gsm8k_shots: int = flag(
+        8, metavar="N", check=at_least(0), help="solved problems before each (%(default)s)"
+    )
+    gsm8k_prompt: str | None = flag(
+        metavar="YAML", help="file with the solved problems (lm-evaluation-harness' gsm8k-cot.yaml)"
+    )
+    gsm8k_limit: int | None = flag(metavar="N", check=at_least(1), help="the first N only (all)")
+    gsm8k_max_new_tokens: int = flag(
+        256, metavar="N", check=at_least(1), help="of an answer (%(default)s)"
+    )
+    gsm8k_batch_size: BatchSize = batch_flag("problems at a time")
+
+    def problems(self, *, hub: bool) -> Problems | None:
+        """What is asked; None where it is of the hub, unless ``hub`` says that it may be used.
+
+        Raises:
+            UsageError: if questions or solved problems cannot be read.
+        """
+        source = self.gsm8k_dataset
+        if not source:
+            return None
+        examples = gsm8k.examples(self.gsm8k_prompt, self.gsm8k_shots)
+        if not (hub or records.is_local(source)):
+            return None
+        return Problems(gsm8k.load(source)[: self.gsm8k_limit], examples)

@@ -110,7 +110,7 @@ class Folder:
         found: list[str] = []
         used: set[str] = set()
         for name, shape in self.expected.items():
-            stored = self._stored_name(name)
+            stored = self.stored_name(name)
             used.add(stored)
             if stored in self.index:
                 found += self._form_problems(name, shape)
@@ -186,7 +186,7 @@ class Folder:
             raise ValueError(f"{name}: no decoder for quant_algo {algorithm}")
         return DECODERS[algorithm] if algorithm else None
 
-    def _stored_name(self, name: str) -> str:
+    def stored_name(self, name: str) -> str:
         """The tensor that holds a parameter."""
         try:
             decoder = self._decoder(name)
@@ -194,7 +194,7 @@ class Folder:
             return name
         return f"{name.removesuffix('weight')}{decoder.stored}" if decoder else name
 
-    def _is_cache_scale(self, name: str) -> bool:
+    def is_cache_scale(self, name: str) -> bool:
         """Whether it is a scale of keys or values, of an attention of the architecture."""
         if not self.is_compressed:
             return name.endswith(_KV_SCALES)
@@ -205,7 +205,7 @@ class Folder:
 
     def _form_problems(self, name: str, shape: tuple[int, ...]) -> Iterable[str]:
         """Stored dtype and shape against the configuration's, from the file's header alone."""
-        entry = self.index[self._stored_name(name)]
+        entry = self.index[self.stored_name(name)]
         try:
             decoder = self._decoder(name)
         except ValueError as error:
@@ -230,7 +230,7 @@ class Folder:
         """Of a tensor that is no parameter."""
         module, _, kind = name.rpartition(".")
         decoder = DECODERS.get(self.algorithm(module) or "")
-        if kind not in SCALES and not self._is_cache_scale(name):
+        if kind not in SCALES and not self.is_cache_scale(name):
             yield f"{name} is no tensor of this architecture"
         elif kind in SCALES and module not in modules:
             yield f"{name} belongs to no linear layer"
@@ -258,7 +258,7 @@ class Folder:
     def _configuration_problems(self, modules: set[str]) -> Iterable[str]:
         if {"dtype", "torch_dtype"} <= self.config.keys():
             yield "config.json has dtype and torch_dtype, of which engines read one or the other"
-        kv_scales = sum(map(self._is_cache_scale, self.index))
+        kv_scales = sum(map(self.is_cache_scale, self.index))
         layers = sum(n.endswith(".o_proj.weight") for n in self.expected.keys() - self.carried)
         kv_algorithm = self.quantization.get("kv_cache_quant_algo")
         if kv_scales != (2 * layers if kv_algorithm else 0):

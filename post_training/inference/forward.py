@@ -37,8 +37,8 @@ def run(
     Args:
         core: the model.
         input_ids: int64 [b, s].
-        positions: int64 [b]; logits of this position of each sequence only, [b, 1, vocabulary].
-            None: of all, [b, s, vocabulary].
+        positions: int64 [b] or [b, k]; logits of these positions of each sequence only,
+            [b, 1 or k, vocabulary]. None: of all, [b, s, vocabulary].
         context: cache holding ``sequence_len_offset`` tokens already; advanced by s.
         features: on the last stage the hidden states that an attached draft is fed with are
             appended, one tensor [s, b, hidden] for each of its auxiliary layers, in order.
@@ -164,12 +164,13 @@ def _earlier_features(core: Any) -> int:
 
 
 def _output_at(core: Any, positions: torch.Tensor) -> RemovableHandle:
-    """Let the output layer see one position of each sequence: hidden [s, b, h] -> [1, b, h]."""
+    """Let the output layer see these positions of each sequence: hidden [s, b, h] -> [k, b, h]."""
+    chosen = positions.reshape(len(positions), -1).T
     rows = torch.arange(len(positions), device=positions.device)
 
     def gather(_module: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden, *rest = arguments
-        return (hidden[positions, rows].unsqueeze(0), *rest)
+        return (hidden[chosen, rows], *rest)
 
     return core.output_layer.register_forward_pre_hook(gather)
 

@@ -134,9 +134,10 @@ def generate(
     use_cache: bool = True,
     vocab_size: int | None = None,
     choose: Choose = greedy,
+    ended: Callable[[Sequence[int]], bool] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt until an end token or ``max_new_tokens``.
+    """Continue each prompt until an end token, ``max_new_tokens``, or what ``ended`` says.
 
     A static cache holds one position for all sequences of a batch. Prompts of different lengths
     therefore run together as in Megatron's static engine: the batch is prefilled up to its
@@ -155,6 +156,8 @@ def generate(
         choose: from float32 logits [b, vocabulary], the index in ``prompts`` of each row and the
             number of tokens it has generated, to tokens [b]. It runs on every tensor-parallel rank
             of the last stage and must give the same on each; see :mod:`.sampling`.
+        ended: of the new tokens of one sequence, whether it is complete, such as after a certain
+            text; it runs on every rank and must say the same on each.
         progress: called with the number of finished prompts after each batch.
 
     Returns:
@@ -164,6 +167,11 @@ def generate(
         raise ValueError("a prompt is empty: generation needs at least one token to start from")
     core = forward.unwrap(model)
     limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+
+    def complete(index: int, found: Sequence[int]) -> bool:
+        at_end = len(found) >= limits[index] or found[-1] in eos_ids
+        return at_end or (ended is not None and ended(found))
+
     results: list[list[int]] = [[] for _ in prompts]
     if max(limits, default=0) < 1:
         return results
@@ -171,7 +179,7 @@ def generate(
     batching = batching or Batching(_DEFAULT_BATCH, "the batch size")
 
     def decode(some: Sequence[int]) -> dict[int, list[int]]:
-        return _decode(core, prompts, some, limits, eos_ids, use_cache, vocab_size, choose)
+        return _decode(core, prompts, some, limits, complete, use_cache, vocab_size, choose)
 
     most = batching.fixed if batching.is_given else len(prompts)
     for group in _groups([len(prompt) for prompt in prompts], most, spread):
@@ -215,7 +223,7 @@ def _decode(
     prompts: Sequence[Sequence[int]],
     group: Sequence[int],
     limits: Sequence[int],
-    eos_ids: Sequence[int],
+    complete: Callable[[int, Sequence[int]], bool],
     use_cache: bool,
     vocab_size: int | None,
     choose: Choose,
@@ -227,12 +235,8 @@ def _decode(
     tokens = tokens.to(forward.device_of(core))
     context = forward.new_context(len(group), total) if use_cache else None
     new: dict[int, list[int]] = {index: [] for index in group}
-    rows = list(group)  # those that are not finished yet
-
-    def finished(index: int) -> bool:
-        found = new[index]
-        return len(found) >= limits[index] or (bool(found) and found[-1] in eos_ids)
-
+    rows = list(group)  # those that are not finished yet, and some that are
+    finished = {index for index in group if limits[index] < 1}
     start = 0
     # Of longer texts all tokens are rotated otherwise, which changes what every layer gives.
     switch = getattr(getattr(core, "rotary_pos_emb", None), "switches_after", None) or total
@@ -250,10 +254,12 @@ def _decode(
             start = end
         alive = []
         for i, (index, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
-            if end >= len(prompts[index]) and not finished(index):
+            if end >= len(prompts[index]) and index not in finished:
                 tokens[i, end] = token
                 new[index].append(token)
-            if not finished(index):
+                if complete(index, new[index]):
+                    finished.add(index)
+            if index not in finished:
                 alive.append(i)
         if not alive:
             break

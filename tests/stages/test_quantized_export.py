@@ -100,6 +100,13 @@ def engine_logits(folder, reference, ids):
     return logits, quantized
 
 
+def evaluation(root, name, reference, *more):
+    """A job that compares a checkpoint with a folder, on text."""
+    load = root / ("NVFP4_DEFAULT_CFG" if name == "source" else name)
+    words = ("--load", load, "--reference", reference, "--fp32", "--text", root / "text.jsonl")
+    return ("evaluate", (*words, "--evaluate-output", root / f"{name}.json", *more))
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """Format -> folder, Megatron's logits; one model, quantized and exported in each format.
@@ -134,7 +141,9 @@ def exported(tmp_path_factory):
             ),
             tools.logits_job(root / f"{name}_logits", ids, "--load", work, "--fp32"),
             ("export", ("--load", work, "--export-dir", root / f"{name}_hf", "--fp32")),
+            evaluation(root, name, root / f"{name}_hf", "--weights-only"),
         ]
+    jobs.append(evaluation(root, "source", root / "source"))
     tools.run_stages(*jobs)
     logits = {name: tools.read_logits(root / f"{name}_logits") for name in TOLERANCES}
     return root, reference, ids, logits
@@ -379,3 +388,16 @@ def test_nvfp4_block_scales_are_those_that_the_weights_were_rounded_with(largest
         tensor_scale,
     )
     assert found.float().tolist() == [[448.0, kernel_code]]
+
+
+@pytest.mark.parametrize("name", TOLERANCES)
+def test_evaluate_finds_the_exported_weights_in_the_checkpoint(exported, name):
+    """The stage reads the folder with the export's decoders; only the weights are rounded there."""
+    root = exported[0]
+    found, original = (
+        json.loads((root / f"{n}.json").read_text())["text"] for n in (name, "source")
+    )
+    assert found["kl"]["max"] < 1e-4
+    assert found["top_1_agreement"]["share"] == 1.0
+    assert found["difference"]["perplexity_ratio"] == pytest.approx(1.0, abs=1e-6)
+    assert original["kl"]["mean"] > 1000 * abs(found["kl"]["mean"])

@@ -19,6 +19,7 @@ NEEDS = {
     "generate": {"PROMPTS_PATH": "org/prompts"},
     "eagle3": {"MLM_EXTRA_ARGS": "--seq-length 128"},
     "extract_features": {"MLM_EXTRA_ARGS": "--output-dir features --seq-length 128"},
+    "evaluate": {"MLM_EXTRA_ARGS": "--text org/text"},
     "mmlu": {},
     "validate": {},
     "export": {},

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 from model_folders import write_model
 
-from post_training.checkpoints import source
+from post_training.checkpoints import model_folders as checked_folders
 from post_training.common import files, forms, safetensors_index
 from post_training.common.errors import UsageError
 from post_training.data import document_formats, prompts, records, sources
@@ -208,5 +208,5 @@ def test_the_log_says_which_files_of_a_folder_are_not_read(tmp_path, caplog):
 def test_rows_of_an_embedding_that_are_no_tokens_are_told_from_the_header(tmp_path):
     write_model(tmp_path, **{"model.embed_tokens.weight": [515, 64]})
     with pytest.raises(UsageError, match="vocab_size = 512") as error:
-        source.model_folder(tmp_path)
+        checked_folders.model_folder(tmp_path)
     assert "515 rows" in error.value.cause

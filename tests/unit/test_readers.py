@@ -333,6 +333,8 @@ STAGES = {
     "distill": "--load {}/checkpoint --export-kd-teacher-load {}/model --save {}/new "
     "--finetune-data-files {}/rows.jsonl",
     "eagle3": "--load {}/drafted --save {}/new --finetune-data-files {}/rows.jsonl",
+    "evaluate": "--load {}/checkpoint --reference {}/model --text {}/rows.jsonl "
+    "--mmlu-dataset {}/test.jsonl --evaluate-output {}/new.json",
     "export": "--load {}/checkpoint --export-dir {}/new",
     "extract_features": "--load {}/drafted --output-dir {}/new --finetune-data-files {}/rows.jsonl",
     "finetune": "--load {}/checkpoint --save {}/new --finetune-data-files {}/rows.jsonl",

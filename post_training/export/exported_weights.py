@@ -1,0 +1,54 @@
+"""An exported folder as a source of weights: what its stored numbers stand for, by plain names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from post_training.common.errors import UsageError
+from post_training.common.safetensors_index import Entry
+from post_training.export.decoders.registry import SCALES
+from post_training.export.readback import Folder
+
+
+class ExportedWeights:
+    """Decodes one weight at a time, with the code that verifies exports.
+
+    Scales of inputs, keys and values have no part in it: those are in 16 or 32 bits here.
+
+    Attributes:
+        index: every weight by its plain name, in its plain shape, and what is stored beside and is
+            no scale.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+        stored = folder.index
+        self.index: dict[str, Entry] = {}
+        used = set()
+        for name, shape in folder.expected.items():
+            held = folder.stored_name(name)
+            if held in stored:
+                used.add(held)
+                self.index[name] = Entry(stored[held].path, "F32", shape)
+        for name in stored.keys() - used:
+            if name.rpartition(".")[2] not in SCALES and not folder.is_cache_scale(name):
+                self.index[name] = stored[name]
+
+    def read(self, name: str) -> torch.Tensor:
+        """A whole weight in float32; ValueError if it is not stored as the folder says."""
+        return self._folder.dequantized(name)
+
+
+def open_export(path: Path) -> ExportedWeights:
+    """The weights of a folder, decoded on this process's device; UsageError if it is no export."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return ExportedWeights(Folder(path, device))
+    except (KeyError, ValueError) as error:
+        raise UsageError(
+            f"model {path}",
+            f"its quantized weights cannot be decoded: {error}",
+            "name a folder that export.sh wrote, or the checkpoint that it was made from",
+        ) from error
