@@ -50,3 +50,26 @@ def check(options: HarnessOptions) -> None:
         what = f"--tasks-path {options.tasks_path}"
         remedy = "name a folder with YAML files of tasks"
         inputs.check_folder(inputs.expanded(options.tasks_path), what, remedy)
+
+
+def room(positions: int, new: int) -> int:
+    """Most tokens of a text that so many new ones are to follow; UsageError if there are none.
+
+    Args:
+        positions: of the model.
+    """
+    if new >= positions:
+        raise UsageError(
+            "--tasks",
+            f"one of them asks for answers of {new:,} tokens, and the model was made for "
+            f"{positions:,} with the question",
+            "leave it out, or lower its max_gen_toks in a copy of its file (--tasks-path)",
+        )
+    return positions - new
+
+
+def require_room(positions: int, scored: int) -> None:
+    """Raise UsageError for an answer that has more tokens than the model has positions."""
+    if scored > positions:
+        cause = f"one of them has an answer of {scored:,} tokens, and the model was made for "
+        raise UsageError("--tasks", f"{cause}{positions:,}", "leave it out")
