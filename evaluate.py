@@ -160,6 +160,7 @@ def evaluate(plan: Plan, session: Session) -> dict[str, Any]:
     content["measures"] = answers.compared(mine, reference[0] if reference else None)
     content |= {"notes": {each.role: each.notes for each in judged if each.notes}}
     content["broken_bounds"] = gates.broken(options.gates, content)
+    content["passed"] = not content["broken_bounds"]
     content["seconds"] = round(time.monotonic() - started, 3)
     rows = list(answers.flipped(mine, reference[0])) if reference else None
     content = record.report_of_run(options, session, inputs, content)

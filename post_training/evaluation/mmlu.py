@@ -7,6 +7,7 @@ that position, and returns only the letters' logits. The common prefix of a subj
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from post_training.evaluation.mmlu_data import Benchmark
 from post_training.evaluation.mmlu_prompts import LETTERS, Question, Score
 from post_training.inference import generation
 from post_training.inference.batching import Batching, alike
+
+logger = logging.getLogger("post_training")
 
 # A prefix shorter than this saves less than the extra forward pass and the copies cost.
 _SHORTEST_PREFIX = 32
@@ -57,6 +60,15 @@ class Result:
         for question, chosen in zip(self.questions, self.predictions, strict=True):
             found[question.subject] += LETTERS[chosen]
         return dict(found)
+
+
+def warn_if_long(result: Result, positions: int) -> None:
+    """Say so where a prompt is longer than what the model was made for."""
+    if result.longest > positions:
+        logger.warning(
+            "the longest prompt has %d tokens, the model was made for %d: lower --few-shots",
+            *(result.longest, positions),
+        )
 
 
 @dataclass(frozen=True)

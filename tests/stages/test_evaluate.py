@@ -17,6 +17,8 @@ import tools
 import torch
 from questions import FEW_SHOTS, write_questions
 
+from post_training.common import validity
+
 WINDOW, STRIDE, NEW = 96, 40, 32
 LAYOUTS = {
     "TP=1": (1, ()),
@@ -187,6 +189,11 @@ def test_broken_bounds_end_with_code_1_and_the_figures(setting, reports):
     broken = reports["TP=1"]["broken_bounds"]
     assert f"mean KL divergence {reports['TP=1']['text']['kl']['mean']:.6f}" in broken[0]
     assert len(broken) == 1  # a bound of its own lets MMLU drop
+    assert [reports[name]["passed"] for name in ("TP=1", "TP=2")] == [False, True]
+    for name, passed in (("TP=1", False), ("TP=2", True)):
+        assert (
+            validity.is_valid(setting.work / f"{name}.json", str(setting.work / "model")) == passed
+        )
     assert f"error: {broken[0]}" in setting.printed.stderr
     assert "perplexity" in setting.printed.stdout
 
