@@ -115,7 +115,11 @@ def check(options: EvaluateOptions) -> Plan:
     benchmark = mmlu_options.load_local(options.mmlu)
     problems = options.gsm8k.problems(hub=False)
     # Here, where they were read: what replaces them later was not asked.
-    named = {"questions": options.mmlu.mmlu_dataset, "problems": options.gsm8k.gsm8k_dataset}
+    named = {
+        "questions": options.mmlu.mmlu_dataset,
+        **options.gsm8k.read(),
+        **options.harness.read(),
+    }
     questions = [manifest.describe_input(name, place) for name, place in named.items() if place]
     path = options.evaluate_output or report.beside(source.location, "evaluate")
     evaluation_report.check_target(path, options.stage)

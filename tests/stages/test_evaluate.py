@@ -18,6 +18,7 @@ import torch
 from questions import FEW_SHOTS, write_questions
 
 from post_training.common import validity
+from post_training.evaluation.harness_options import HarnessOptions
 
 WINDOW, STRIDE, NEW = 96, 40, 32
 LAYOUTS = {
@@ -191,11 +192,27 @@ def test_broken_bounds_end_with_code_1_and_the_figures(setting, reports):
     assert len(broken) == 1  # a bound of its own lets MMLU drop
     assert [reports[name]["passed"] for name in ("TP=1", "TP=2")] == [False, True]
     for name, passed in (("TP=1", False), ("TP=2", True)):
-        assert (
-            validity.is_valid(setting.work / f"{name}.json", str(setting.work / "model")) == passed
-        )
+        made = setting.work / f"{name}.json"
+        assert validity.is_valid(made, str(setting.work / "model")) == passed
     assert f"error: {broken[0]}" in setting.printed.stderr
     assert "perplexity" in setting.printed.stdout
+
+
+def test_a_report_is_of_its_solved_problems(setting, reports):
+    """Which say what is asked, as the questions do."""
+    prompt = setting.work / "prompt.yaml"
+    (entry,) = [e for e in reports["TP=2"]["inputs"] if e["role"] == "solved problems"]
+    assert entry["path"] == str(prompt) and "sha256" in entry
+    before = prompt.read_text()
+    prompt.write_text(before.replace("It is", "It's"))
+    made = setting.work / "TP=2.json"
+    try:
+        assert not validity.is_valid(made, str(setting.work / "model"))
+    finally:
+        prompt.write_text(before)
+    harness = HarnessOptions(tasks="a", tasks_path="~/further")
+    assert harness.read() == {"tasks": str(Path.home() / "further")}
+    assert HarnessOptions(tasks_path="x").read() == {"tasks": None}
 
 
 @pytest.mark.parametrize(
