@@ -101,6 +101,12 @@ def test_bounds_are_compared_with_the_figures(options, broken):
     assert len(found) == broken
 
 
+@pytest.mark.parametrize("words", [("0.5", "0.9"), ("mmlu=0.5", "0.6", "mmlu=0.9")])
+def test_two_bounds_of_one_measure_are_refused(words):
+    with pytest.raises(UsageError, match="second bound"):
+        gates.bounds("--lower-bound", words)
+
+
 def test_a_divergence_that_is_no_number_breaks_its_bound():
     assert gates.broken(GateOptions(max_kl=0.1), content(0.6, 0.6, math.nan))
 
