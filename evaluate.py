@@ -115,7 +115,11 @@ def check(options: EvaluateOptions) -> Plan:
     benchmark = mmlu_options.load_local(options.mmlu)
     problems = options.gsm8k.problems(hub=False)
     # Here, where they were read: what replaces them later was not asked.
-    named = {"questions": options.mmlu.mmlu_dataset, "problems": options.gsm8k.gsm8k_dataset}
+    named = {
+        "questions": options.mmlu.mmlu_dataset,
+        **options.gsm8k.read(),
+        **options.harness.read(),
+    }
     questions = [manifest.describe_input(name, place) for name, place in named.items() if place]
     path = options.evaluate_output or report.beside(source.location, "evaluate")
     evaluation_report.check_target(path, options.stage)
@@ -160,6 +164,7 @@ def evaluate(plan: Plan, session: Session) -> dict[str, Any]:
     content["measures"] = answers.compared(mine, reference[0] if reference else None)
     content |= {"notes": {each.role: each.notes for each in judged if each.notes}}
     content["broken_bounds"] = gates.broken(options.gates, content)
+    content["passed"] = not content["broken_bounds"]
     content["seconds"] = round(time.monotonic() - started, 3)
     rows = list(answers.flipped(mine, reference[0])) if reference else None
     content = record.report_of_run(options, session, inputs, content)

@@ -108,12 +108,7 @@ def mmlu(plan: Plan, session: Session) -> dict[str, Any]:
             progress=lambda done: bar.update(done * session.parallel.data),
         )
     seconds = time.monotonic() - started
-    positions = source.architecture.max_position_embeddings
-    if result.longest > positions:
-        logger.warning(
-            "the longest prompt has %d tokens, the model was made for %d: lower --few-shots",
-            *(result.longest, positions),
-        )
+    mmlu.warn_if_long(result, source.architecture.max_position_embeddings)
     content = record.report_of_run(
         options,
         session,

@@ -87,7 +87,7 @@ def check_file(path: Path, option: str, stage: str) -> None:
 def check_apart(
     outputs: Mapping[str, Path], given: Mapping[str, Any], *, in_place: bool = False
 ) -> None:
-    """Check that no output is an input, the folder of one, another output, a home or the root.
+    """Check that no output is an input, another output, the folder of one, a home or the root.
 
     Args:
         outputs: by flag.
@@ -113,6 +113,10 @@ def check_apart(
             raise UsageError(what, cause, "name another place")
         if target in written:
             raise UsageError(what, f"{written[target]} is the same file", "name another place")
+        for other, name in written.items():
+            if target in other.parents or other in target.parents:
+                cause = f"one would be a part of the other ({name} {other})"
+                raise UsageError(what, cause, "name places beside each other")
         written[target] = flag
         if target in (Path("/"), Path(os.environ.get("HOME", "/")).resolve()):
             raise UsageError(what, "a stage replaces its output's folder", "name one below it")

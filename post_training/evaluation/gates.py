@@ -17,11 +17,14 @@ def bounds(option: str, words: Sequence[str]) -> dict[str, float]:
     """``0.6 gsm8k_strict=0.5`` by measure; :data:`EVERY` for a number alone.
 
     Raises:
-        UsageError: for what is no number from 0 to 1.
+        UsageError: for what is no number from 0 to 1, and for two bounds of one measure.
     """
     found: dict[str, float] = {}
     for word in words:
         name, _, number = word.rpartition("=")
+        if (name or EVERY) in found:
+            cause = "a second bound of the same"
+            raise UsageError(f"{option} {' '.join(words)}", cause, "give one of them")
         try:
             found[name or EVERY] = float(number)
         except ValueError as error:

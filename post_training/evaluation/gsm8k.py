@@ -135,9 +135,9 @@ def examples(path: str | None, count: int) -> list[Problem]:
     Raises:
         UsageError: if there is no such file, it has fewer, or it is of another form.
     """
-    if count == 0:
+    file = prompt_file(path, count)
+    if file is None:
         return []
-    file = inputs.expanded(path) if path else _installed()
     what = f"{PROMPT_OPTION} {file}"
     remedy = "give a YAML file with fewshot_config: samples: [{question: ..., target: ...}]"
     content = forms.read_yaml(file, what, remedy)
@@ -149,6 +149,13 @@ def examples(path: str | None, count: int) -> list[Problem]:
         cause = f"{what} has {len(samples)} solved problems"
         raise UsageError(f"--gsm8k-shots {count}", cause, f"give at most {len(samples)}")
     return [Problem(each["question"], each["target"]) for each in samples[:count]]
+
+
+def prompt_file(path: str | None, count: int) -> Path | None:
+    """Where ``count`` solved problems are read; None if there are to be none."""
+    if count == 0:
+        return None
+    return inputs.expanded(path) if path else _installed()
 
 
 def _is_sample(value: Any) -> bool:

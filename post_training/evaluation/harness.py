@@ -49,7 +49,7 @@ def tasks(options: HarnessOptions) -> Any:
     from lm_eval.tasks import TaskManager
 
     with _hub_package():
-        manager = TaskManager(include_path=options.tasks_path)
+        manager = TaskManager(include_path=options.folder)
     unknown = [name for name in options.names if not manager.match_tasks([name])]
     if unknown:
         raise UsageError(

@@ -19,10 +19,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch.nn.utils.rnn import pad_sequence
 
 from post_training.distributed import collectives
-from post_training.evaluation import gsm8k, stopping
+from post_training.evaluation import gsm8k, harness_options, stopping
 from post_training.evaluation.candidates import Candidate
 from post_training.inference import forward, generation
-from post_training.inference.batching import Batching
+from post_training.inference.batching import Batching, alike
 from post_training.inference.sampling import Sampler
 
 NAME = "post_training"
@@ -95,12 +95,15 @@ class MegatronLM(TemplateLM):
         # Choices of one token after the same text need one pass: the last token is not an input.
         groups: dict[tuple[int, ...], list[int]] = {}
         for number, (_, before, scored) in enumerate(requests):
+            harness_options.require_room(self.max_length, len(scored))
             whole = (before + scored)[-(self.max_length + 1) :]
             groups.setdefault(tuple(whole[:-1]), []).append(number)
         order = sorted(groups, key=len, reverse=True)
         rank, size, group = generation.data_parallel()
         mine: dict[int, tuple[float, bool]] = {}
-        for batch in [*batched(order, self.batch_size)][rank::size]:
+        runs = alike([self.candidate.model], order, len)
+        batches = [each for some in runs for each in batched(some, self.batch_size)]
+        for batch in batches[rank::size]:
             members = [(row, n) for row, tokens in enumerate(batch) for n in groups[tokens]]
             scored_parts = [requests[n][2] for _, n in members]
             rows = [row for row, _ in members]
@@ -180,7 +183,8 @@ class MegatronLM(TemplateLM):
         end = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
         stops = handle_stop_sequences(how.get("until"), eos=end)
         most = how["max_gen_toks"]
-        prompts = [self.tok_encode(text)[-(self.max_length - most) :] for text in texts]
+        room = harness_options.room(self.max_length, most)
+        prompts = [self.tok_encode(text)[-room:] for text in texts]
         rank, size, group = generation.data_parallel()
         sampler = Sampler(
             temperature=how.get("temperature", 1.0) if how.get("do_sample") else 0.0,

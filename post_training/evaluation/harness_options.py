@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 from post_training.common import inputs
@@ -35,6 +36,15 @@ class HarnessOptions:
     def names(self) -> list[str]:
         return [name.strip() for name in (self.tasks or "").split(",") if name.strip()]
 
+    @property
+    def folder(self) -> str | None:
+        """Of further tasks, without ``~``; None where no task is asked."""
+        return str(inputs.expanded(self.tasks_path)) if self.names and self.tasks_path else None
+
+    def read(self) -> dict[str, str | None]:
+        """What a report records, by role: the files that say what is asked."""
+        return {"tasks": self.folder}
+
 
 def check(options: HarnessOptions) -> None:
     """Raise UsageError for tasks without lm-evaluation-harness, or a folder that is not there."""
@@ -46,7 +56,30 @@ def check(options: HarnessOptions) -> None:
             "lm-evaluation-harness, which has the tasks, is not installed",
             "pip install lm_eval==0.4.13",
         )
-    if options.tasks_path:
+    if options.folder:
         what = f"--tasks-path {options.tasks_path}"
         remedy = "name a folder with YAML files of tasks"
-        inputs.check_folder(inputs.expanded(options.tasks_path), what, remedy)
+        inputs.check_folder(Path(options.folder), what, remedy)
+
+
+def room(positions: int, new: int) -> int:
+    """Most tokens of a text that so many new ones are to follow; UsageError if there are none.
+
+    Args:
+        positions: of the model.
+    """
+    if new >= positions:
+        raise UsageError(
+            "--tasks",
+            f"one of them asks for answers of {new:,} tokens, and the model was made for "
+            f"{positions:,} with the question",
+            "leave it out, or lower its max_gen_toks in a copy of its file (--tasks-path)",
+        )
+    return positions - new
+
+
+def require_room(positions: int, scored: int) -> None:
+    """Raise UsageError for an answer that has more tokens than the model has positions."""
+    if scored > positions:
+        cause = f"one of them has an answer of {scored:,} tokens, and the model was made for "
+        raise UsageError("--tasks", f"{cause}{positions:,}", "leave it out")

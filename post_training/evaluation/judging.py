@@ -81,6 +81,7 @@ def ask_mmlu(
             batching=Batching(options.mmlu_batch_size, "--mmlu-batch-size"),
             progress=lambda done: bar.update(done * session.parallel.data),
         )
+    mmlu.warn_if_long(result, candidate.positions)
     return [mmlu_measure.measure(result, options.few_shots)]
 
 

@@ -7,10 +7,12 @@ that position, and returns only the letters' logits. The common prefix of a subj
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import batched, takewhile
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -21,7 +23,9 @@ from post_training.evaluation import mmlu_prompts
 from post_training.evaluation.mmlu_data import Benchmark
 from post_training.evaluation.mmlu_prompts import LETTERS, Question, Score
 from post_training.inference import generation
-from post_training.inference.batching import Batching
+from post_training.inference.batching import Batching, alike
+
+logger = logging.getLogger("post_training")
 
 # A prefix shorter than this saves less than the extra forward pass and the copies cost.
 _SHORTEST_PREFIX = 32
@@ -56,6 +60,15 @@ class Result:
         for question, chosen in zip(self.questions, self.predictions, strict=True):
             found[question.subject] += LETTERS[chosen]
         return dict(found)
+
+
+def warn_if_long(result: Result, positions: int) -> None:
+    """Say so where a prompt is longer than what the model was made for."""
+    if result.longest > positions:
+        logger.warning(
+            "the longest prompt has %d tokens, the model was made for %d: lower --few-shots",
+            *(result.longest, positions),
+        )
 
 
 @dataclass(frozen=True)
@@ -113,9 +126,7 @@ def evaluate(
     asking = _Asking(model, sequences, letters.ids, choices)
     for part in _of_rank(parts, sequences, rank, size):
         computed += asking.begin(part)
-        for some, (found, count) in batching.over(
-            model, part.indices, asking.ask, positions=asking.positions, tokens=asking.tokens
-        ):
+        for some, (found, count) in asking.passes(batching):
             outcome[list(some)] = found
             computed += count
             if progress is not None:
@@ -171,6 +182,13 @@ class _Asking:
     def tokens(self, question: int) -> int:
         """Those that are computed."""
         return len(self.sequences[question]) - self.part.shared
+
+    def passes(self, batching: Batching) -> Iterator[tuple[Sequence[int], Any]]:
+        """Ask the part's questions: those of each pass, and what :meth:`ask` found."""
+        for some in alike([self.model], self.part.indices, self.positions):
+            yield from batching.over(
+                self.model, some, self.ask, positions=self.positions, tokens=self.tokens
+            )
 
     def ask(self, some: Sequence[int]) -> tuple[torch.Tensor, int]:
         """Answer and tie of some questions, int64 [n, 2], and the positions that were computed."""

@@ -62,6 +62,14 @@ class Gsm8kOptions:
     )
     gsm8k_batch_size: BatchSize = batch_flag("problems at a time")
 
+    def read(self) -> dict[str, str | None]:
+        """What a report records, by role: both say what is asked."""
+        own = gsm8k.prompt_file(self.gsm8k_prompt, self.gsm8k_shots) if self.gsm8k_dataset else None
+        return {
+            "problems": self.gsm8k_dataset,
+            "solved problems": None if own is None else str(own),
+        }
+
     def problems(self, *, hub: bool) -> Problems | None:
         """What is asked; None where it is of the hub, unless ``hub`` says that it may be used.
 

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from post_training.data.text_windows import Window
 from post_training.inference import forward, generation
+from post_training.inference.batching import alike
 
 # Of two models' logits in float32 that are compared at a time, beside the models' own.
 _ELEMENTS = 1 << 25
@@ -68,7 +69,7 @@ def score(
     device = forward.device_of(models[0])
     found = torch.zeros(len(windows), columns, dtype=torch.float64, device=device)
     rank, size, group = generation.data_parallel()
-    for indices in list(_batches(windows, batch_size))[rank::size]:
+    for indices in list(_batches(models, windows, batch_size))[rank::size]:
         sums = _score_batch(models, [windows[i] for i in indices], device)
         rows = torch.tensor(indices, device=device)
         shape = (len(indices), columns)
@@ -81,10 +82,17 @@ def score(
     return TextScores(tokens, *found.cpu().unbind(dim=1))
 
 
-def _batches(windows: Sequence[Window], batch_size: int) -> Iterator[list[int]]:
+def _batches(
+    models: Sequence[Any], windows: Sequence[Window], batch_size: int
+) -> Iterator[list[int]]:
     """Indices by length, longest first, so that running out of memory shows at once."""
-    order = sorted(range(len(windows)), key=lambda i: len(windows[i].tokens), reverse=True)
-    return map(list, batched(order, batch_size))
+
+    def length(index: int) -> int:
+        return len(windows[index].tokens) - 1  # the last one is only predicted
+
+    order = sorted(range(len(windows)), key=length, reverse=True)
+    for some in alike(models, order, length):
+        yield from map(list, batched(some, batch_size))
 
 
 def _score_batch(

@@ -25,7 +25,7 @@ from post_training.drafts.record import SUBFOLDER
 from post_training.export import stated
 from post_training.export import target as export_target
 from post_training.quantization.engines import registry as engines
-from post_training.reporting import chain, measures, records, values
+from post_training.reporting import chain, comparable, measures, records, values
 from post_training.reporting.markup import fenced, markdown
 from post_training.reporting.measures import Measured, percent, precise
 from post_training.reporting.records import Record
@@ -88,7 +88,9 @@ class Card:
         return [
             each
             for each in beside.records
-            if not each.is_output and values.text(self._input(each), "manifest_sha256") == sha256
+            if not each.is_output
+            and not comparable.of_weights_alone(each)  # an engine rounds more
+            and values.text(self._input(each), "manifest_sha256") == sha256
         ]
 
     @cached_property
@@ -158,14 +160,14 @@ class Card:
         score = measures.score(self._node)
         if score is not None:
             asked = self._questions(score.record)
-            shots = values.number(score.record.content, "few_shots")
+            how = measures.asked(score.record)
             yield {
                 "task": {"type": "text-generation"},
                 "dataset": {"type": asked if inputs.is_hub_name(asked) else "local", "name": asked},
                 "metrics": [
                     {
                         "type": "accuracy",
-                        "name": "accuracy" if shots is None else f"accuracy, {shots:.0f}-shot",
+                        "name": ", ".join(["accuracy", *how]),
                         "value": round(score.value, 4),
                     }
                 ],
@@ -262,7 +264,8 @@ class Card:
     def _measured(self) -> Iterator[str]:
         node = self._node
         if (score := measures.score(node)) is not None and not self.is_draft:
-            yield f"accuracy on {self._questions(score.record)}: {score.shown(percent, ' %')}"
+            how = ", ".join([self._questions(score.record), *measures.asked(score.record)])
+            yield f"accuracy on {how}: {score.shown(percent, ' %')}"
         others: tuple[tuple[str, Measured | None], ...] = (
             ("perplexity", measures.perplexity(node)),
             ("KL divergence of the next token from the reference's, nats",

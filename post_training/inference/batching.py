@@ -8,6 +8,7 @@ before it stays.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -209,3 +210,25 @@ def _bytes_on_cpu(core: Any) -> int:
     widths = config.hidden_size + active * (config.ffn_hidden_size or 0)
     cached = 2 * config.num_layers * (config.num_query_groups or 1) * (config.kv_channels or 1)
     return 4 * (_WIDTHS * widths + cached)
+
+
+def rotates_by_length(core: Any) -> bool:
+    """Whether a token's rotation depends on how long its text is (``models/rotary.py``)."""
+    return bool(getattr(getattr(core, "rotary_pos_emb", None), "depends_on_length", False))
+
+
+def alike[T](
+    models: Sequence[torch.nn.Module], items: Sequence[T], length: Callable[[T], int]
+) -> Iterator[list[T]]:
+    """Consecutive items that may be padded to one length: it rotates none of them otherwise.
+
+    Args:
+        length: of an item's text.
+    """
+    cores = [forward.unwrap(each) for each in models]
+    kinds = [each.rotary_pos_emb.kind_of for each in cores if rotates_by_length(each)]
+
+    def key(item: T) -> list[int]:
+        return [kind(length(item)) for kind in kinds]
+
+    return (list(group) for _, group in itertools.groupby(items, key))

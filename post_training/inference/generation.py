@@ -23,7 +23,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from post_training.inference import forward
-from post_training.inference.batching import Batching
+from post_training.inference.batching import Batching, rotates_by_length
 from post_training.inference.sampling import greedy
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ def last_logits(
 
     Args:
         model: a GPTModel or HybridModel, built without sequence and context parallelism.
-        input_ids: int64 [b, s], padded on the right with any token.
+        input_ids: int64 [b, s], padded on the right with any token; as many as
+            :func:`.batching.alike` puts together.
         lengths: true length of each sequence, 1 to s.
         token_ids: give the logits of these tokens only.
         prefix: what stands before every sequence, computed by :func:`prefill_prefix`.
@@ -101,7 +102,7 @@ def supports_prefix(model: torch.nn.Module) -> bool:
 
     core = forward.unwrap(model)
     config = core.config
-    if _rotates_by_length(core):
+    if rotates_by_length(core):
         return False
     if getattr(config, "window_size", None) or getattr(config, "attention_chunk_size", None):
         return False
@@ -175,7 +176,7 @@ def generate(
     results: list[list[int]] = [[] for _ in prompts]
     if max(limits, default=0) < 1:
         return results
-    spread = 0 if _rotates_by_length(core) else max(limits)
+    spread = 0 if rotates_by_length(core) else max(limits)
     batching = batching or Batching(_DEFAULT_BATCH, "the batch size")
 
     def decode(some: Sequence[int]) -> dict[int, list[int]]:
@@ -195,11 +196,6 @@ def generate(
             if progress is not None:
                 progress(len(some))
     return results
-
-
-def _rotates_by_length(core: Any) -> bool:
-    """Whether a token's rotation depends on how long its text is (``models/rotary.py``)."""
-    return bool(getattr(getattr(core, "rotary_pos_emb", None), "depends_on_length", False))
 
 
 def _groups(lengths: Sequence[int], batch_size: int, spread: int) -> list[list[int]]:

@@ -47,6 +47,11 @@ class DynamicRotaryEmbedding(RotaryEmbedding):
             self._compute = longrope
             self.switches_after = int(rope["original_max_position_embeddings"])
 
+    def kind_of(self, length: int) -> int:
+        """What texts of two lengths have in common if all their tokens are rotated alike."""
+        original = self._rope["original_max_position_embeddings"]
+        return int(length > original) if self.switches_after else max(length, int(original))
+
     def get_rotary_seq_len(self, inference_context: Any, *args: Any, **kwargs: Any) -> int:
         """Rows of the table, which is computed here: a cache's room is not the text's length."""
         rows: int = super().get_rotary_seq_len(inference_context, *args, **kwargs)

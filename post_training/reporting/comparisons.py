@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from post_training.common import files, regular
-from post_training.reporting import measures, values
+from post_training.reporting import comparable, measures, values
 from post_training.reporting.chain import Chain
 from post_training.reporting.document import NOT_MEASURED, Block, Section, Table, cut
 from post_training.reporting.measures import percent, significant
@@ -27,6 +27,8 @@ def sections(chain: Chain, problems: list[str]) -> list[Section]:
         for record in node.reports:
             reference = chain.reference(record)
             against = reference.name if reference else ""
+            if comparable.of_weights_alone(record):
+                against = f"{against} (weights alone)".strip()
             rows += [[node.name, against, *row] for row in _text(record.content)]
             rows += [[node.name, against, *row] for row in _measures(record.content)]
             found = [list(row) for row in _flips(record, problems)]

@@ -6,19 +6,18 @@ Reports of stages that this version does not know are searched for the names of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from post_training.common.report import number_of_bytes
-from post_training.reporting import values
+from post_training.reporting import comparable, values
 from post_training.reporting.chain import Node
 from post_training.reporting.document import MINUS, NOT_MEASURED
 from post_training.reporting.records import Record
 
 _PLAIN_BITS = {"bf16": 16.0, "fp16": 16.0, "fp32": 32.0}
 _DEEPEST = 4
-_MMLU = ("measures", "mmlu")  # of a report of evaluations
 # Names of a quantity in reports; the first that is there counts.
 _KL = ("kl_divergence", "kl", "mean_kl")
 _PERPLEXITY = ("perplexity",)
@@ -43,7 +42,9 @@ class Measured:
 
 def score(node: Node) -> Measured | None:
     """Accuracy on multiple-choice questions, 0 to 1: of the newest report that has one."""
-    return _newest(node, {"": [()], "model": [_MMLU], "reference": [_MMLU]}, "accuracy")
+    return _newest(
+        node, {"": [()], "model": [comparable.MMLU], "reference": [comparable.MMLU]}, "accuracy"
+    )
 
 
 def _newest(node: Node, places: Mapping[str, list[tuple[str, ...]]], name: str) -> Measured | None:
@@ -53,7 +54,7 @@ def _newest(node: Node, places: Mapping[str, list[tuple[str, ...]]], name: str) 
         places: by the role that the node has in a report, objects that may have it.
     """
     for records, roles in ((node.reports, ("", "model")), (node.references, ("reference",))):
-        for record in reversed(records):
+        for record in _newest_first(records):
             for role in roles:
                 for place in places.get(role, ()):
                     path = (*place, role) if role else place
@@ -62,6 +63,12 @@ def _newest(node: Node, places: Mapping[str, list[tuple[str, ...]]], name: str) 
                         spread = values.interval(record.content, *path, "interval_95")
                         return Measured(value, spread, record)
     return None
+
+
+def _newest_first(records: Sequence[Record]) -> list[Record]:
+    """Those of weights alone last: an engine rounds more."""
+    newest = list(reversed(records))
+    return sorted(newest, key=comparable.of_weights_alone)
 
 
 def acceptance(node: Node) -> Measured | None:
@@ -98,7 +105,7 @@ def speed(node: Node) -> str:
 
 def _named(node: Node, names: tuple[str, ...]) -> Measured | None:
     """The first of the quantities in the newest report: a number, or an object with its value."""
-    for record in reversed(node.reports):
+    for record in _newest_first(node.reports):
         for name in names:
             for parent in _objects(record.content, _DEEPEST):
                 value, spread = values.number(parent, name), parent
@@ -245,8 +252,8 @@ def change(before: Node, after: Node) -> Difference | None:
 
     Paired, with the interval that was recorded, where one was evaluated beside the other.
     """
-    for record in reversed(after.reports):
-        found = values.mapping(record.content, *_MMLU, "difference")
+    for record in _newest_first(after.reports):
+        found = values.mapping(record.content, *comparable.MMLU, "difference")
         paired = values.number(found, "difference")
         if paired is not None and record in before.references:
             return paired, values.interval(found, "interval_95")
@@ -255,7 +262,7 @@ def change(before: Node, after: Node) -> Difference | None:
 
 
 def asked_the_same(one: Record, other: Record) -> bool:
-    return _asked(one) == _asked(other)
+    return comparable.questions(one) == comparable.questions(other)
 
 
 def compared(before: Measured, after: Measured) -> Difference | None:
@@ -275,13 +282,9 @@ def compared(before: Measured, after: Measured) -> Difference | None:
     return difference, (difference - low, difference + high)
 
 
-def _asked(record: Record) -> tuple[Any, ...]:
-    """What tells one set of questions from another, wherever it lies."""
-    questions = [
-        {name: value for name, value in each.items() if name != "path" or len(each) == 2}
-        for each in record.inputs
-        if each.get("role") == "questions"
-    ]
-    content = values.mapping(record.content, *_MMLU, "model") or record.content
-    how = [values.number(content, name) for name in ("total", "few_shots", "fraction")]
-    return record.stage, questions, *how
+def asked(record: Record) -> list[str]:
+    """How many solved examples and questions a score is of, as far as it is known."""
+    content = values.mapping(record.content, *comparable.MMLU, "model") or record.content
+    shots, total = (values.number(content, name) for name in ("few_shots", "total"))
+    found = [] if shots is None else [f"{shots:.0f}-shot"]
+    return [*found, *([] if total is None else [f"{total:,.0f} questions"])]

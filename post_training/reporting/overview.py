@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from post_training.reporting import chain_picture, charts, measures, values
+from post_training.reporting import chain_picture, charts, comparable, measures, values
 from post_training.reporting.chain import CHECKPOINT, MODEL, Chain, Node
 from post_training.reporting.document import (
     NOT_MEASURED,
@@ -17,6 +17,7 @@ from post_training.reporting.document import (
     cut,
 )
 from post_training.reporting.measures import Measured, percent, significant
+from post_training.reporting.records import Record
 
 _MOST_ROWS = 200
 _MOST_RESULTS = 24
@@ -167,6 +168,22 @@ def _lines(node: Node) -> chain_picture.Lines:
 _Column = tuple[str, Callable[[Node], str], bool]  # heading, cell, shown if nothing was measured
 
 
+type _Quantity = Callable[[Node], Measured | None]
+type _Key = Callable[[Record], str]
+_KL = (measures.kl_divergence, comparable.distributions)
+_PERPLEXITY = (measures.perplexity, comparable.text)
+
+
+def _marked(
+    chain: Chain, quantity: _Quantity, key: _Key, write: Callable[[float], str]
+) -> Callable[[Node], str]:
+    """A column's cells, of which those that are not comparable have a star."""
+    odd = {
+        id(node) for node, _, same in comparable.measured(chain.outputs, quantity, key) if not same
+    }
+    return lambda node: _shown(quantity(node), write) + " *" * (id(node) in odd)
+
+
 def _table(chain: Chain) -> Block:
     columns: list[_Column] = [
         ("output", lambda node: node.name, True),
@@ -174,10 +191,10 @@ def _table(chain: Chain) -> Block:
         ("weights", lambda node: measures.shown_bytes(measures.model_bytes(node)), True),
         ("bits per weight", _bits, True),
         ("parameters", _parameters, True),
-        ("score, % (95 %)", lambda node: _shown(measures.score(node), percent), True),
+        ("score, % (95 %)", _marked(chain, measures.score, comparable.questions, percent), True),
         ("change, points (95 %)", _change, True),
-        ("KL divergence", lambda node: _shown(measures.kl_divergence(node), significant), True),
-        ("perplexity", lambda node: _shown(measures.perplexity(node), measures.precise), True),
+        ("KL divergence", _marked(chain, *_KL, significant), True),
+        ("perplexity", _marked(chain, *_PERPLEXITY, measures.precise), True),
         ("acceptance length", lambda node: _shown(measures.acceptance(node), _two), False),
         ("decoding", measures.speed, False),
         ("files", lambda node: _files(node), True),
@@ -194,7 +211,8 @@ def _table(chain: Chain) -> Block:
         "Weights are those of an export's files, else parameters times bits; files are the weight "
         "files with their optimizer states. The change is from the first output of the same line; "
         "where the two were not evaluated side by side, its interval takes them for independent. "
-        "- was not measured."
+        "- was not measured; * is of other questions, another text or another reference than most, "
+        "or of rounded weights with inputs in 16 bits, and not comparable with the others."
     )
     shown = [[row[number] for number in kept] for row in rows]
     return Table(caption, [columns[number][0] for number in kept], cut(shown, _MOST_ROWS))
@@ -230,17 +248,16 @@ def _change(node: Node) -> str:
 def _plots(chain: Chain) -> list[Block]:
     """Size against score, and against KL divergence, with the Pareto front."""
     found: list[Block] = []
-    quantities: Sequence[tuple[str, Callable[[Node], Measured | None], float, bool]] = (
-        ("score, %", measures.score, 100.0, True),
-        ("KL divergence", measures.kl_divergence, 1.0, False),
-        ("perplexity", measures.perplexity, 1.0, False),
+    quantities: Sequence[tuple[str, _Quantity, _Key, float, bool]] = (
+        ("score, %", measures.score, comparable.questions, 100.0, True),
+        ("KL divergence", *_KL, 1.0, False),
+        ("perplexity", *_PERPLEXITY, 1.0, False),
     )
-    for title, quantity, scale, more_is_better in quantities:
-        measured = [(node, quantity(node), measures.model_bytes(node)) for node in chain.outputs]
+    for title, quantity, key, scale, more_is_better in quantities:
         points = [
             (node.name, size / 1e6, scale * each.value, each.interval)
-            for node, each, size in measured
-            if each is not None and size is not None
+            for node, each, same in comparable.measured(chain.outputs, quantity, key)
+            if same and (size := measures.model_bytes(node)) is not None
         ][:_MOST_POINTS]
         if len(points) < 2:
             continue

@@ -21,13 +21,16 @@ from quantization_worker import Model
 from post_training.cli.stage import open_session
 from post_training.common.errors import UsageError
 from post_training.config import arguments
-from post_training.evaluation import perplexity
+from post_training.data.text_windows import Window
+from post_training.evaluation import mmlu, perplexity, text_scores
+from post_training.evaluation.mmlu_data import Benchmark
+from post_training.evaluation.mmlu_prompts import Question
 from post_training.inference import generation
 from post_training.inference.batching import Batching
 from post_training.quantization.formats import registry as formats
 from post_training.quantization.options import QuantizeOptions
 
-FLAG = "--calib-batch-size"
+FLAG, MODEL = "--calib-batch-size", ("--pretrained-model-path",)
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6], [5, 3], [5, 8, 9], [7, 9]]
 ROOM = 96 << 20  # bytes of address space beyond what the process has
 
@@ -129,6 +132,53 @@ def refusals(model: Any) -> dict[str, str]:
     return found
 
 
+@contextlib.contextmanager
+def kept_logits() -> Iterator[list[list[float]]]:
+    """The letters' logits of each question that is asked in the block."""
+    found: list[list[float]] = []
+    original = generation.last_logits
+
+    def keep(*given: Any) -> torch.Tensor:
+        result = original(*given)
+        found.extend(result.tolist())
+        return result
+
+    generation.last_logits = keep
+    try:
+        yield found
+    finally:
+        generation.last_logits = original
+
+
+def by_length(folder: Path, words: list[str], session: Any) -> dict[str, Any]:
+    """Texts and questions around the length from which on this model's tokens are rotated
+    otherwise, together and apart."""
+    from post_training.checkpoints import loading
+    from post_training.checkpoints.source import find_source
+
+    options = arguments.parse("quantize", QuantizeOptions, [*words, *MODEL, str(folder)])
+    source = find_source(options)
+    model = loading.load(source, options, session)
+    numbers = torch.Generator().manual_seed(2)
+    lengths = range(100, 250, 10)
+    rows = [torch.randint(0, 256, (n,), generator=numbers).tolist() for n in lengths]
+    windows = [Window(0, row, len(row) - 1) for row in rows]
+    asked = [
+        Question("art", "what is it? " * (i % 9) + str(i), ("red", "green", "blue", "grey"), 0)
+        for i in range(45)
+    ]
+    benchmark = Benchmark({"art": asked}, {})
+    tokenizer = loading.tokenizer(source, options)
+    found: dict[str, Any] = {}
+    for size in (1, 8):
+        batching = Batching(size, FLAG)
+        found[f"losses, {size}"] = text_scores.score(model, None, windows, batch_size=size).loss
+        with kept_logits() as logits:
+            mmlu.evaluate(model, tokenizer, benchmark, batching=batching)
+        found[f"logits, {size}"] = torch.tensor(sorted(logits))
+    return found
+
+
 def main() -> None:
     output, *words = sys.argv[1:]
     options = arguments.parse("quantize", QuantizeOptions, words)
@@ -152,6 +202,7 @@ def main() -> None:
             },
             "limit": with_real_limit(model),
             "refused": refusals(model),
+            "by length": by_length(Path(output).with_name("long"), words, session),
         }
         torch.save(results, output)
 

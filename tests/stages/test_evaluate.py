@@ -17,6 +17,9 @@ import tools
 import torch
 from questions import FEW_SHOTS, write_questions
 
+from post_training.common import validity
+from post_training.evaluation.harness_options import HarnessOptions
+
 WINDOW, STRIDE, NEW = 96, 40, 32
 LAYOUTS = {
     "TP=1": (1, ()),
@@ -187,8 +190,29 @@ def test_broken_bounds_end_with_code_1_and_the_figures(setting, reports):
     broken = reports["TP=1"]["broken_bounds"]
     assert f"mean KL divergence {reports['TP=1']['text']['kl']['mean']:.6f}" in broken[0]
     assert len(broken) == 1  # a bound of its own lets MMLU drop
+    assert [reports[name]["passed"] for name in ("TP=1", "TP=2")] == [False, True]
+    for name, passed in (("TP=1", False), ("TP=2", True)):
+        made = setting.work / f"{name}.json"
+        assert validity.is_valid(made, str(setting.work / "model")) == passed
     assert f"error: {broken[0]}" in setting.printed.stderr
     assert "perplexity" in setting.printed.stdout
+
+
+def test_a_report_is_of_its_solved_problems(setting, reports):
+    """Which say what is asked, as the questions do."""
+    prompt = setting.work / "prompt.yaml"
+    (entry,) = [e for e in reports["TP=2"]["inputs"] if e["role"] == "solved problems"]
+    assert entry["path"] == str(prompt) and "sha256" in entry
+    before = prompt.read_text()
+    prompt.write_text(before.replace("It is", "It's"))
+    made = setting.work / "TP=2.json"
+    try:
+        assert not validity.is_valid(made, str(setting.work / "model"))
+    finally:
+        prompt.write_text(before)
+    harness = HarnessOptions(tasks="a", tasks_path="~/further")
+    assert harness.read() == {"tasks": str(Path.home() / "further")}
+    assert HarnessOptions(tasks_path="x").read() == {"tasks": None}
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,8 @@ REFUSED = {
     "TP": (("--tensor-model-parallel-size", 2), "TP=2", "run export.sh"),
     "format": (("--export-quant-cfg", "fp8_kv"), "fp8_kv", "--allow-unexportable"),
     "both in one place": (("--save", "{out}"), "the same file", "another place"),
+    "one in the other": (("--save", "{out}/mlm"), "a part of the other", "beside each other"),
+    "the other in one": (("--save", "{out}/.."), "a part of the other", "beside each other"),
     "nothing to make": (("--export-dir", ""), "--save (not given)", "EXPORT_DIR"),
 }
 

@@ -18,6 +18,8 @@ def found(tmp_path_factory):
     """A mixture of experts in float32, calibrated with passes of several sizes."""
     folder = tmp_path_factory.mktemp("batching")
     tools.random_model(folder / "model", "qwen3-moe", num_hidden_layers=2)
+    long = {"original_max_position_embeddings": 170, "num_hidden_layers": 2}
+    tools.random_model(folder / "long", "longrope", **long)
     lines = [json.dumps({"text": f"Fact {i}: {i} plus {i} is {2 * i}."}) for i in range(200)]
     (folder / "text.jsonl").write_text("\n".join(lines))
     tools.run(
@@ -73,6 +75,13 @@ def test_losses_and_tokens_are_those_of_single_sequences(found):
     assert found["loss"]["3"] == pytest.approx(single, rel=1e-6)
     assert found["loss"]["auto"] == pytest.approx(single, rel=1e-6)
     assert found["tokens"]["auto"] == found["tokens"]["3"] == found["tokens"]["1"]
+
+
+def test_texts_that_are_rotated_by_their_length_are_computed_as_if_alone(found):
+    results = found["by length"]
+    assert torch.allclose(results["losses, 1"], results["losses, 8"], rtol=1e-5)
+    assert len(results["logits, 1"]) == 45
+    assert torch.allclose(results["logits, 1"], results["logits, 8"], atol=1e-4)
 
 
 def test_what_is_neither_a_number_nor_auto_is_refused():

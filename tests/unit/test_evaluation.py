@@ -9,7 +9,7 @@ import pytest
 
 from post_training.common.errors import UsageError
 from post_training.data import text_windows
-from post_training.evaluation import evaluation_report, gates, intervals
+from post_training.evaluation import evaluation_report, gates, harness_options, intervals
 from post_training.evaluation.gates import GateOptions
 from post_training.evaluation.intervals import Paired
 
@@ -101,6 +101,12 @@ def test_bounds_are_compared_with_the_figures(options, broken):
     assert len(found) == broken
 
 
+@pytest.mark.parametrize("words", [("0.5", "0.9"), ("mmlu=0.5", "0.6", "mmlu=0.9")])
+def test_two_bounds_of_one_measure_are_refused(words):
+    with pytest.raises(UsageError, match="second bound"):
+        gates.bounds("--lower-bound", words)
+
+
 def test_a_divergence_that_is_no_number_breaks_its_bound():
     assert gates.broken(GateOptions(max_kl=0.1), content(0.6, 0.6, math.nan))
 
@@ -109,3 +115,13 @@ def test_flips_replace_no_file_without_a_report(tmp_path):
     (tmp_path / "r.flips.jsonl").write_text("mine")
     with pytest.raises(UsageError, match="would replace"):
         evaluation_report.check_target(tmp_path / "r.json", "evaluate")
+
+
+def test_tasks_that_leave_no_room_for_the_question_are_refused():
+    assert harness_options.room(1024, 256) == 768
+    for new in (1024, 2048):  # of whose prompts none or the end would be kept
+        with pytest.raises(UsageError, match=f"answers of {new:,} tokens"):
+            harness_options.room(1024, new)
+    harness_options.require_room(1024, 1024)
+    with pytest.raises(UsageError, match="an answer of 1,025 tokens"):
+        harness_options.require_room(1024, 1025)

@@ -166,6 +166,36 @@ def test_changes_of_what_is_not_comparable_are_not_computed(work):
     assert cells(page.render(building.build([work])[0]))["small"][5] == "-"
 
 
+def test_what_is_measured_otherwise_is_marked_and_stands_in_no_plot(work):
+    for name, texts, window in (("start", "A", 64), ("small", "A", 64), ("pruned", "B", 64)):
+        text = {"window": window, "stride": window, "tokens": 9, "model": {"perplexity": 8.0}}
+        path = measured(work / f"{name}.json", work / name, "evaluate", text=text)
+        content = json.loads(path.read_text())
+        content["inputs"].append({"role": "text", "path": f"/{name}", "sha256": texts})
+        path.write_text(json.dumps(content))
+    document = building.build([work])[0]
+    rows = cells(page.render(document))
+    assert [rows[name][7] for name in ("start", "small")] == ["8.0000"] * 2
+    assert rows["pruned"][7] == "8.0000 *"
+    plotted = re.search(r"perplexity by size: ([^<]*?)\. None", page.render(document))
+    assert plotted and "start" in plotted[1] and "pruned" not in plotted[1]
+
+
+def test_a_score_with_unrounded_inputs_is_not_the_models(work, tmp_path):
+    sheet = scored(0.99, 0.9, 1.0)
+    path = work / "c.json"
+    measured(path, work / "small", "evaluate", measures={"mmlu": {"model": sheet}},
+             configuration={"weights_only": True})  # fmt: skip
+    assert cells(page.render(building.build([work])[0]))["small"][4] == "85.0 (75.0 to 92.0)"
+    assert "(weights alone)" in text_page.render(building.build([work])[0])
+    found = card(work, work / "small", tmp_path / "a", quant_algo="FP8")
+    (result,) = found.data.eval_results
+    assert (result.metric_value, result.metric_name) == (0.85, "accuracy, 0-shot, 4 questions")
+    (work / "b.json").unlink()
+    assert cells(page.render(building.build([work])[0]))["small"][4] == "99.0 (90.0 to 100.0) *"
+    assert card(work, work / "small", tmp_path / "b", quant_algo="FP8").data.eval_results is None
+
+
 def test_ranges_experts_answers_and_acceptance_are_shown(work):
     measured(
         work / "v.json", work / "start", "validate", settings={"steps": 2},
