@@ -201,7 +201,7 @@ def test_a_lost_node_ends_all_ranks_within_a_minute_by_name_and_starts_nothing_a
                 cluster, model, tmp_path, TP="2", LAUNCH_SCRIPT=script,
                 MLM_MODEL_SAVE=str(tmp_path / style),
                 MLM_EXTRA_ARGS=f"{quantize_flags(model, samples=4000)} "
-                "--calib-max-sequence-length 8",
+                "--calib-max-sequence-length 8 --calib-batch-size 1",
             ),
             cwd=tmp_path,
         ))  # fmt: skip
