@@ -8,7 +8,6 @@ differentiable.
 
 from __future__ import annotations
 
-import importlib.util
 from types import ModuleType
 from typing import Any
 
@@ -23,18 +22,10 @@ _SMALLEST_SQUARE = 1e-6  # what fla and transformers add to the sum of squares o
 
 def install() -> str:
     """Let megatron-core's gated delta nets run here; why not with ``fla``, empty if so."""
-    reason = _why_not_real()
+    reason = imports.why_not_on_gpu(PACKAGE)
     if reason:
         imports.on_import("megatron.core.ssm.gated_delta_net.common", _change)
     return reason
-
-
-def _why_not_real() -> str:
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    if importlib.util.find_spec(PACKAGE) is None:
-        return f"{PACKAGE} is not installed"
-    return ""
 
 
 def _change(module: ModuleType) -> None:

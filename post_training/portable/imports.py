@@ -16,6 +16,8 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 SITE = Path(__file__).parent / "site"
 
 Change = Callable[[ModuleType], None]
@@ -60,6 +62,15 @@ class _ChangingFinder(MetaPathFinder):
 
 
 _changes: dict[str, list[Change]] = {}
+
+
+def why_not_on_gpu(package: str) -> str:
+    """Why the kernels of ``package`` cannot run here; empty if they can."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if importlib.util.find_spec(package) is None:
+        return f"{package} is not installed"
+    return ""
 
 
 def load_stand_in(package: str) -> None:

@@ -7,7 +7,6 @@ of its own that advance the states by one token (ssm/ops) need Triton on a GPU. 
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from types import ModuleType
 from typing import Any
@@ -23,20 +22,12 @@ logger = logging.getLogger(__name__)
 
 def install() -> str:
     """Let megatron-core's Mamba layers run here; why not with the real package, empty if so."""
-    reason = _why_not_real()
+    reason = imports.why_not_on_gpu(PACKAGE)
     if reason:
         imports.load_stand_in(PACKAGE)
     if not torch.cuda.is_available():
         imports.on_import("megatron.core.ssm.mamba_mixer", _step_on_cpu)
     return reason
-
-
-def _why_not_real() -> str:
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    if importlib.util.find_spec(PACKAGE) is None:
-        return f"{PACKAGE} is not installed"
-    return ""
 
 
 def _step_on_cpu(module: ModuleType) -> None:

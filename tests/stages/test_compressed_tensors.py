@@ -17,14 +17,10 @@ import numpy
 import pytest
 import tools
 import torch
-from safetensors.torch import save_file
 from transformers import DynamicCache
 
-from post_training.common.errors import UsageError
-from post_training.config import arguments
-from post_training.export import comparison, readback
+from post_training.export import readback
 from post_training.export.compressed_tensors import pack
-from quantize import QuantizeOptions, check
 
 FORMATS = {
     "INT8_DEFAULT_CFG": ("INT8_W8A8", 8.125),  # 32 bits of scale for 256 weights
@@ -63,6 +59,7 @@ IN_BF16 = (
     *("INT8_DEFAULT_CFG", "INT8_PER_CHANNEL_PER_TOKEN_CFG", "INT8_WEIGHT_ONLY_CFG"),
     *("INT4_AWQ_CFG", "MXFP4_DEFAULT_CFG", *IN_MODELOPTS_LAYOUT),
 )
+MODULE = "model.layers.0.self_attn.q_proj"
 POWERS = ("MXFP4_DEFAULT_CFG",)  # scales that are exponents
 LEFT_OUT = ("FP8_DEFAULT_CFG", "INT4_AWQ_CFG")  # a layout each
 ROUNDED_INPUTS = {
@@ -435,119 +432,6 @@ def test_layers_left_out_are_the_sources(exported, name):
     assert folder.problems() == []
 
 
-MODULE = "model.layers.0.self_attn.q_proj"
-PLAIN = "model.layers.0.mlp.up_proj"
-
-
-def damage(tensors, config, what):
-    """Change a good folder's tensors or configuration in place."""
-    scale = tensors[f"{MODULE}.weight_scale"]
-    group = config["config_groups"]["group_0"]["weights"]
-    if what == "no scale":
-        del tensors[f"{MODULE}.weight_scale"]
-    elif what in ("zero", "nan", "inf"):
-        scale[0, 0] = float(what) if what != "zero" else 0.0
-    elif what == "no codes":
-        del tensors[f"{MODULE}.weight_packed"]
-    elif what == "other shape":
-        tensors[f"{MODULE}.weight_shape"] = torch.tensor([64, 128])
-    elif what == "ignored":
-        config["ignore"].append(MODULE)
-    elif what == "plain":
-        tensors[f"{PLAIN}.weight"] = decode(tensors, PLAIN)
-        for kind in ("packed", "scale", "shape"):
-            del tensors[f"{PLAIN}.weight_{kind}"]
-    elif what == "head":
-        config["ignore"].remove("lm_head")
-    elif what == "unknown":
-        tensors[f"{MODULE}.weight_zero_point"] = torch.ones(1)
-    elif what == "group":
-        group["group_size"] = 64
-    elif what == "bits":
-        group["num_bits"] = 8
-
-
-PROBLEMS = {
-    "no scale": "q_proj.weight is missing",
-    "zero": "not finite and positive",
-    "nan": "not finite and positive",
-    "inf": "not finite and positive",
-    "no codes": "weight_packed is missing",
-    "other shape": "weight_shape",
-    "ignored": "is missing",
-    "plain": "does not exclude it",
-    "head": "lm_head is plain, but",
-    "unknown": "no tensor of this architecture",
-    "group": "none that is exported",
-    "bits": "none that is exported",
-}
-
-
-@pytest.mark.parametrize("what", PROBLEMS)
-def test_a_damaged_folder_is_not_accepted(exported, tmp_path, what):
-    source = exported[0] / "llama3 INT4_BLOCKWISE_WEIGHT_ONLY_CFG hf"
-    assert readback.Folder(source).problems() == []
-    tensors = dict(tools.tensors(source))
-    config = json.loads((source / "config.json").read_text())
-    damage(tensors, config["quantization_config"], what)
-    save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    reference = [(f"{MODULE}.weight", decode(dict(tools.tensors(source)), MODULE))]
-    try:
-        folder = readback.Folder(tmp_path)
-        problems = [*folder.problems(), *comparison.compare(folder, reference, torch.float32)]
-    except ValueError as error:
-        problems = [str(error)]
-    assert any(PROBLEMS[what] in each for each in problems), problems
-
-
-FP8_PROBLEMS = {
-    "zero": "not finite and positive",
-    "input scale": "input_scale is no tensor of FP8",
-    "a column": "scale of shape",
-    "bfloat16": "stored as torch.bfloat16",
-    "ignored": "configuration calls unquantized",
-}
-
-
-@pytest.mark.parametrize("name", IN_MODELOPTS_LAYOUT)
-@pytest.mark.parametrize("what", FP8_PROBLEMS)
-def test_a_damaged_fp8_folder_is_not_accepted(exported, tmp_path, name, what):
-    source = exported[0] / f"llama3 {name} hf"
-    assert readback.Folder(source).problems() == []
-    tensors = dict(tools.tensors(source))
-    original, key = decode(tensors, MODULE), f"{MODULE}.weight_scale"
-    for each in source.glob("*.json"):
-        (tmp_path / each.name).write_bytes(each.read_bytes())
-    if what == "zero":
-        tensors[key].view(-1)[0] = 0
-    elif what == "input scale":
-        tensors[f"{MODULE}.input_scale"] = torch.ones(())
-    elif what == "a column":
-        tensors[key] = tensors[key].reshape(-1, 1)
-    elif what == "bfloat16":
-        tensors[key] = tensors[key].bfloat16()
-    else:
-        config = json.loads((tmp_path / readback.QUANT_CONFIG).read_text())
-        config["quantization"]["exclude_modules"].append(MODULE)
-        (tmp_path / readback.QUANT_CONFIG).write_text(json.dumps(config))
-    save_file(tensors, tmp_path / "model.safetensors")
-    folder = readback.Folder(tmp_path)
-    problems = [
-        *folder.problems(),
-        *comparison.compare(folder, [(f"{MODULE}.weight", original)], torch.float32),
-    ]
-    assert any(FP8_PROBLEMS[what] in each for each in problems), problems
-
-
-def test_modelopts_configuration_beside_it_is_not_accepted(exported, tmp_path):
-    source = exported[0] / "llama3 INT8_DEFAULT_CFG hf"
-    for each in source.iterdir():
-        (tmp_path / each.name).write_bytes(each.read_bytes())
-    (tmp_path / readback.QUANT_CONFIG).write_text('{"quantization": {"quant_algo": "FP8"}}')
-    assert any("stands beside" in each for each in readback.Folder(tmp_path).problems())
-
-
 @pytest.mark.parametrize("bits", [4, 8])
 def test_every_code_is_packed(bits):
     low = -(2 ** (bits - 1))
@@ -559,50 +443,10 @@ def test_every_code_is_packed(bits):
     assert torch.equal(torch.stack(parts, -1).flatten(1) + low, codes.int())
 
 
-@pytest.mark.parametrize(
-    ("name", "sizes", "shown"),
-    [
-        ("int8_wo", {"num_attention_heads": 3}, "q, k, v has 160 outputs and 256 inputs"),
-        ("int4_blockwise_weight_only", {"head_dim": 48}, "q, k, v has 480 outputs"),
-        ("int8", {"intermediate_size": 260}, "gate, up has 520 outputs and 256 inputs"),
-    ],
-)
-def test_sizes_that_no_kernel_takes_are_refused(tmp_path, name, sizes, shown):
-    tools.random_model(tmp_path / "model", "qwen3", **{**SIZES, "num_key_value_heads": 1, **sizes})
-    flags = ("--pretrained-model-path", tmp_path / "model", "--save", tmp_path / "q", "--check")
-    words = [*map(str, flags), "--export-quant-cfg", name]
-    with pytest.raises(UsageError) as error:
-        check(arguments.parse("quantize", QuantizeOptions, words))
-    assert shown in error.value.cause
-    check(arguments.parse("quantize", QuantizeOptions, [*words, "--allow-unexportable"]))
-
-
 @pytest.mark.parametrize(("family", "name"), EXPORTS)
 def test_the_folder_answers_by_the_librarys_own_reader(exported, family, name):
     folder = readback.Folder(exported[0] / f"{family} {name} hf")
     assert isinstance(folder.answer("What is 1 plus 1?", 4), str)
-
-
-@pytest.mark.parametrize("name", ["int8", "int8_sq"])
-def test_experts_with_static_inputs_are_refused(tmp_path, name):
-    tools.random_model(tmp_path / "model", "qwen3-moe")
-    flags = ("--pretrained-model-path", tmp_path / "model", "--save", tmp_path / "q", "--check")
-    words = [*map(str, flags), "--export-quant-cfg", name]
-    with pytest.raises(UsageError, match="does not read experts in INT8_W8A8"):
-        check(arguments.parse("quantize", QuantizeOptions, words))
-
-
-@pytest.mark.parametrize("name", ["int8_sq_pt", "int8_pc_pt"])
-def test_a_format_that_the_target_does_not_read_is_refused_before_calibration(tmp_path, name):
-    tools.random_model(tmp_path / "model", "llama3", **SIZES)
-    flags = ("--pretrained-model-path", tmp_path / "model", "--save", tmp_path / "q", "--check")
-    words = [*map(str, flags), "--export-quant-cfg", name, "--target"]
-    check(arguments.parse("quantize", QuantizeOptions, [*words, "sglang"]))
-    with pytest.raises(UsageError, match=r"TensorRT-LLM .* is not known to read INT.*vLLM, SGLang"):
-        check(arguments.parse("quantize", QuantizeOptions, [*words, "trtllm"]))
-    static = [each.replace(name, "int8") for each in words]
-    with pytest.raises(UsageError, match=r"SGLang .* is not known to read INT8_W8A8"):
-        check(arguments.parse("quantize", QuantizeOptions, [*static, "sglang"]))
 
 
 def test_a_checkpoint_is_exported_for_the_engines_that_read_it_alone(exported, tmp_path):

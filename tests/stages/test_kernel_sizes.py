@@ -25,6 +25,10 @@ NARROW = {
     **{**SIZES, "hidden_size": 128},
     **{"intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2},
 }
+BIG = {
+    **{"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 32},
+    **{"num_attention_heads": 8, "num_key_value_heads": 4},
+}
 WEIGHTS = """
     - {quantizer_name: '*', enable: false}
     - {quantizer_name: '*%sweight_quantizer', cfg: {num_bits: 8, axis: 0}}
@@ -200,3 +204,43 @@ def test_recipes_that_kernels_take_are_exported(models, tmp_path):
     ignored = config["quantization_config"]["ignore"]
     assert "model.layers.0.mlp.experts.0.gate_proj" in ignored
     assert "model.layers.0.self_attn.q_proj" not in ignored
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "shown"),
+    [
+        ("int8_wo", {"num_attention_heads": 3}, "q, k, v has 160 outputs and 256 inputs"),
+        ("int4_blockwise_weight_only", {"head_dim": 48}, "q, k, v has 480 outputs"),
+        ("int8", {"intermediate_size": 260}, "gate, up has 520 outputs and 256 inputs"),
+    ],
+)
+def test_sizes_that_no_kernel_takes_are_refused(tmp_path, name, sizes, shown):
+    tools.random_model(tmp_path / "model", "qwen3", **{**BIG, "num_key_value_heads": 1, **sizes})
+    flags = ("--pretrained-model-path", tmp_path / "model", "--save", tmp_path / "q", "--check")
+    words = [*map(str, flags), "--export-quant-cfg", name]
+    with pytest.raises(UsageError) as error:
+        check(arguments.parse("quantize", QuantizeOptions, words))
+    assert shown in error.value.cause
+    check(arguments.parse("quantize", QuantizeOptions, [*words, "--allow-unexportable"]))
+
+
+@pytest.mark.parametrize("name", ["int8", "int8_sq"])
+def test_experts_with_static_inputs_are_refused(tmp_path, name):
+    tools.random_model(tmp_path / "model", "qwen3-moe")
+    flags = ("--pretrained-model-path", tmp_path / "model", "--save", tmp_path / "q", "--check")
+    words = [*map(str, flags), "--export-quant-cfg", name]
+    with pytest.raises(UsageError, match="does not read experts in INT8_W8A8"):
+        check(arguments.parse("quantize", QuantizeOptions, words))
+
+
+@pytest.mark.parametrize("name", ["int8_sq_pt", "int8_pc_pt"])
+def test_a_format_that_the_target_does_not_read_is_refused_before_calibration(tmp_path, name):
+    tools.random_model(tmp_path / "model", "llama3", **BIG)
+    flags = ("--pretrained-model-path", tmp_path / "model", "--save", tmp_path / "q", "--check")
+    words = [*map(str, flags), "--export-quant-cfg", name, "--target"]
+    check(arguments.parse("quantize", QuantizeOptions, [*words, "sglang"]))
+    with pytest.raises(UsageError, match=r"TensorRT-LLM .* is not known to read INT.*vLLM, SGLang"):
+        check(arguments.parse("quantize", QuantizeOptions, [*words, "trtllm"]))
+    static = [each.replace(name, "int8") for each in words]
+    with pytest.raises(UsageError, match=r"SGLang .* is not known to read INT8_W8A8"):
+        check(arguments.parse("quantize", QuantizeOptions, [*static, "sglang"]))
