@@ -44,6 +44,11 @@ def refusal(
     rows, columns = support.multiples
     if of_experts and not support.experts:
         why = f"{engine.name} does not read experts in {algorithm}"
+    elif of_experts and inputs < support.expert_inputs:
+        why = (
+            f"{shown} has {inputs} inputs; {engine.name} computes experts in {algorithm} correctly "
+            f"from {support.expert_inputs} on"
+        )
     elif outputs % rows or inputs % columns:
         why = (
             f"{shown} has {outputs} outputs and {inputs} inputs; {engine.name}'s kernel for "

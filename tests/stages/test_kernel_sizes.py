@@ -224,6 +224,23 @@ def test_sizes_that_no_kernel_takes_are_refused(tmp_path, name, sizes, shown):
     check(arguments.parse("quantize", QuantizeOptions, [*words, "--allow-unexportable"]))
 
 
+def test_experts_with_one_group_of_int4_are_refused_for_sglang(tmp_path):
+    for inputs in (128, 256):
+        sizes = {**BIG, "moe_intermediate_size": inputs}
+        tools.random_model(tmp_path / f"{inputs}", "qwen3-moe", **sizes)
+    flags = (
+        "--save",
+        tmp_path / "q",
+        "--check",
+        "--export-quant-cfg",
+        "int4_blockwise_weight_only",
+    )
+    words = [*map(str, flags), "--target", "sglang", "--pretrained-model-path"]
+    check(arguments.parse("quantize", QuantizeOptions, [*words, str(tmp_path / "256")]))
+    with pytest.raises(UsageError, match="has 128 inputs; SGLang computes experts"):
+        check(arguments.parse("quantize", QuantizeOptions, [*words, str(tmp_path / "128")]))
+
+
 @pytest.mark.parametrize("name", ["int8", "int8_sq"])
 def test_experts_with_static_inputs_are_refused(tmp_path, name):
     tools.random_model(tmp_path / "model", "qwen3-moe")

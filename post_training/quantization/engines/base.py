@@ -29,6 +29,7 @@ class Support:
         loader: the file that reads it, where that is not the engine's.
         version: that was read or run, where that is not the engine's.
         verified: how it is known: :data:`READ`, or the run that benchmarks/README.md describes.
+        expert_inputs: least inputs of a linear of experts.
         kv_cache: whether keys and values may be quantized beside it.
         special: whether linears that files join (one tensor for q, k and v) may have it, and
             those of multi-latent attention.
@@ -42,6 +43,7 @@ class Support:
     loader: str = ""
     version: str = ""
     verified: str = READ
+    expert_inputs: int = 1
     kv_cache: bool = True
     special: bool = True
     experts: bool = True
