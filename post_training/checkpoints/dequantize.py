@@ -101,6 +101,10 @@ class Exported(Protocol):
     def index(self) -> Mapping[str, Entry]:
         """The weights' plain names and shapes."""
 
+    @property
+    def rounds_more(self) -> bool:
+        """Whether an engine rounds inputs, keys or values too."""
+
     def read(self, name: str) -> torch.Tensor:
         """A whole weight in float32; ValueError if it is not stored as the folder says."""
 

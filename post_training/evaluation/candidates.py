@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
     from post_training.checkpoints.dequantize import Exported
     from post_training.distributed.session import Session
+
+logger = logging.getLogger("post_training")
 
 
 @dataclass
@@ -65,11 +68,23 @@ class Candidate:
     def model(self) -> torch.nn.Module:
         if self._model is None:
             self._model = loading.load(
-                self.source, self.options, self.session, open_export=self.open_export
+                self.source, self.options, self.session, open_export=self._opened
             )
             if self.weights_only:
                 _round_weights_only(self._model)
         return self._model
+
+    def _opened(self, folder: Path) -> Exported:
+        """An exported folder; the log and the report say if an engine would round more."""
+        found = self.open_export(folder)
+        if found.rounds_more and "weights_only" not in self.notes:
+            self.notes["weights_only"] = True
+            logger.warning(
+                "%s: its weights alone are judged; an engine rounds inputs, keys or values too, as "
+                "the checkpoint that it was exported from does here",
+                folder,
+            )
+        return found
 
     def drop(self) -> None:
         """Free the weights' memory."""

@@ -10,6 +10,8 @@ from post_training.common.errors import UsageError
 from post_training.common.safetensors_index import Entry
 from post_training.export.decoders.registry import SCALES
 from post_training.export.readback import Folder
+from post_training.quantization.engines.base import MIXED
+from post_training.quantization.formats import registry as formats
 
 
 class ExportedWeights:
@@ -35,6 +37,15 @@ class ExportedWeights:
         for name in stored.keys() - used:
             if name.rpartition(".")[2] not in SCALES and not folder.is_cache_scale(name):
                 self.index[name] = stored[name]
+
+    @property
+    def rounds_more(self) -> bool:
+        """Whether an engine rounds inputs, keys or values too."""
+        said = self._folder.quantization
+        layers = (said.get("quantized_layers") or {}).values()
+        algorithms = {said.get("quant_algo"), *(each.get("quant_algo") for each in layers)}
+        inputs = algorithms - {None, MIXED} - formats.of_weights_alone()
+        return bool(inputs or said.get("kv_cache_quant_algo"))
 
     def read(self, name: str) -> torch.Tensor:
         """A whole weight in float32; ValueError if it is not stored as the folder says."""

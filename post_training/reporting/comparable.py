@@ -46,7 +46,11 @@ def _inputs(record: Record, role: str) -> list[dict[str, Any]]:
 
 def of_weights_alone(record: Record) -> bool:
     """Whether inputs, keys and values were left unrounded, which an engine would round."""
-    return values.mapping(record.content, "configuration").get("weights_only") is True
+    said = (
+        values.mapping(record.content, "configuration"),
+        values.mapping(record.content, "notes", "model"),  # of an exported folder
+    )
+    return any(each.get("weights_only") is True for each in said)
 
 
 def measured[N, M: _OfRecord](

@@ -394,9 +394,10 @@ def test_nvfp4_block_scales_are_those_that_the_weights_were_rounded_with(largest
 def test_evaluate_finds_the_exported_weights_in_the_checkpoint(exported, name):
     """The stage reads the folder with the export's decoders; only the weights are rounded there."""
     root = exported[0]
-    found, original = (
-        json.loads((root / f"{n}.json").read_text())["text"] for n in (name, "source")
-    )
+    reports = [json.loads((root / f"{n}.json").read_text()) for n in (name, "source")]
+    found, original = (each["text"] for each in reports)
+    notes = [note for each in reports for note in each["notes"].values()]
+    assert notes == [{"weights_only": True}], "an engine rounds inputs too"
     assert found["kl"]["max"] < 1e-4
     assert found["top_1_agreement"]["share"] == 1.0
     assert found["difference"]["perplexity_ratio"] == pytest.approx(1.0, abs=1e-6)

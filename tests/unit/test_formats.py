@@ -153,6 +153,12 @@ def test_every_exportable_algorithm_has_engines_and_gpus():
         assert gpus
 
 
+def test_weights_alone_are_known_by_the_name_that_each_engine_has_for_them():
+    found = formats.of_weights_alone()
+    assert {"W4A16_NVFP4", "INT4_W4A16", "W4A16_AWQ", "INT8_W8A16", "W8A16"} <= found
+    assert not {"FP8", "NVFP4", "INT8_W8A8", "INT8_PER_CHANNEL_PER_TOKEN", "MXFP4"} & found
+
+
 def test_weight_only_changes_the_verdict():
     fp8, nvfp4 = formats.FORMATS["FP8_DEFAULT_CFG"], formats.FORMATS["NVFP4_DEFAULT_CFG"]
     refused = exportable.verdict(fp8, weight_only=True)

@@ -181,11 +181,14 @@ def test_what_is_measured_otherwise_is_marked_and_stands_in_no_plot(work):
     assert plotted and "start" in plotted[1] and "pruned" not in plotted[1]
 
 
-def test_a_score_with_unrounded_inputs_is_not_the_models(work, tmp_path):
+@pytest.mark.parametrize(
+    "said",
+    [{"configuration": {"weights_only": True}}, {"notes": {"model": {"weights_only": True}}}],
+)
+def test_a_score_with_unrounded_inputs_is_not_the_models(work, tmp_path, said):
     sheet = scored(0.99, 0.9, 1.0)
     path = work / "c.json"
-    measured(path, work / "small", "evaluate", measures={"mmlu": {"model": sheet}},
-             configuration={"weights_only": True})  # fmt: skip
+    measured(path, work / "small", "evaluate", measures={"mmlu": {"model": sheet}}, **said)
     assert cells(page.render(building.build([work])[0]))["small"][4] == "85.0 (75.0 to 92.0)"
     assert "(weights alone)" in text_page.render(building.build([work])[0])
     found = card(work, work / "small", tmp_path / "a", quant_algo="FP8")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from post_training.common.errors import UsageError, suggest
+from post_training.quantization.engines import registry as engines
 from post_training.quantization.formats.base import Format, FormatFamily, KvCache, NumberFormat
 from post_training.quantization.formats.fp8 import FP8
 from post_training.quantization.formats.integer import INTEGER
@@ -80,3 +81,10 @@ def packs_by_rank(weight: str) -> bool:
     """Whether ``--compress`` saves a scale of each rank's part of a row."""
     found = WEIGHTS.get(weight)
     return found is not None and (found.scale == "channel" or found.bf16_scales)
+
+
+def of_weights_alone() -> frozenset[str]:
+    """Every ``quant_algo`` of weights whose inputs stay in 16 bits."""
+    found = {each.exported_as[""] for each in WEIGHTS.values() if "" in each.exported_as}
+    own = {engines.stored_as(name, target) for name in found for target in engines.TARGETS}
+    return frozenset(found | own)
