@@ -126,13 +126,13 @@ class Calibration:
         """Run one batch and count the rows that reach each quantizer (:func:`watching`).
 
         Calibration itself calls quantizers of weights, so only a forward pass apart from it shows
-        whether the layers do.
+        whether the layers do. Nothing is rounded in it: that takes time, and on a GPU a compiler.
 
         Args:
             seen: rows counted during calibration; what experts saw there counts too, since few
                 tokens choose each.
         """
-        with watching(model) as rows:
+        with watching(model) as rows, quantizers.not_rounding(model):
             self._run(model, self.batches()[0], replace(self.batching, asked=self.batching.fixed))
         for name in rows:
             if seen and "experts" in name:
