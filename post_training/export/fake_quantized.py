@@ -38,6 +38,14 @@ def fake_quantized(module: Any) -> torch.Tensor:
         return quantizer(weight).detach().float()
 
 
+def as_computed(module: Any) -> torch.Tensor:
+    """The same, but a matrix that is not quantized in its own dtype: it may be an embedding."""
+    quantizer = getattr(module, "weight_quantizer", None)
+    is_quantized = quantizer is not None and quantizer.is_enabled
+    is_matrix = module.weight.dim() == 2
+    return module.weight.detach() if is_matrix and not is_quantized else fake_quantized(module)
+
+
 def step_of_each(module: Any) -> torch.Tensor:
     """The distance between two codes of each weight, float32 [out, in]; 0 where it has none.
 
@@ -47,7 +55,7 @@ def step_of_each(module: Any) -> torch.Tensor:
     weight = module.weight.detach()
     quantizer = getattr(module, "weight_quantizer", None)
     if quantizer is None or not quantizer.is_enabled:
-        return torch.zeros_like(weight, dtype=torch.float32)
+        return torch.zeros((), dtype=torch.float32, device=weight.device).expand(weight.shape)
     rows, columns = weight.shape
     if quantizer.is_mx_format:
         blocks = fake_quantized(module).unflatten(1, (-1, quantizer.block_sizes[-1]))
