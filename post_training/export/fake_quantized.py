@@ -41,6 +41,7 @@ def fake_quantized(module: Any) -> torch.Tensor:
         return quantizer(weight).detach().float()
 
 
+<<<<<<< HEAD
 @contextlib.contextmanager
 def _without_compiling() -> Iterator[None]:
     """In the block FP8 is rounded by PyTorch unless ModelOpt's kernel is loaded already.
@@ -56,6 +57,14 @@ def _without_compiling() -> Iterator[None]:
         yield
     finally:
         del get_cuda_ext_fp8.extension
+=======
+def as_computed(module: Any) -> torch.Tensor:
+    """The same, but a matrix that is not quantized in its own dtype: it may be an embedding."""
+    quantizer = getattr(module, "weight_quantizer", None)
+    is_quantized = quantizer is not None and quantizer.is_enabled
+    is_matrix = module.weight.dim() == 2
+    return module.weight.detach() if is_matrix and not is_quantized else fake_quantized(module)
+>>>>>>> layer
 
 
 def step_of_each(module: Any) -> torch.Tensor:
@@ -67,7 +76,7 @@ def step_of_each(module: Any) -> torch.Tensor:
     weight = module.weight.detach()
     quantizer = getattr(module, "weight_quantizer", None)
     if quantizer is None or not quantizer.is_enabled:
-        return torch.zeros_like(weight, dtype=torch.float32)
+        return torch.zeros((), dtype=torch.float32, device=weight.device).expand(weight.shape)
     rows, columns = weight.shape
     if quantizer.is_mx_format:
         blocks = fake_quantized(module).unflatten(1, (-1, quantizer.block_sizes[-1]))

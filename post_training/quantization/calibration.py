@@ -19,7 +19,7 @@ from post_training.data.calibration_data import CalibrationData
 from post_training.distributed.collectives import from_all_ranks
 from post_training.inference import forward, generation
 from post_training.inference.batching import Batching
-from post_training.quantization import expert_reach, experts, maxima, quantizers
+from post_training.quantization import expert_reach, experts, layerwise, maxima, quantizers
 from post_training.quantization.layer_names import first_names, global_name
 
 logger = logging.getLogger("post_training")
@@ -45,6 +45,7 @@ class Calibration:
         expert_tokens: tokens that the router sent to the experts of each layer, in one pass.
         expert_tokens_added: those that reached them beyond that.
         gptq: what GPTQ did; empty with other methods.
+        ratios: GPTQ's errors over those of rounding to nearest (``gptq``).
         only_maxima: the calibration method collects nothing else.
     """
 
@@ -57,6 +58,7 @@ class Calibration:
     expert_tokens: experts.ExpertTokens = field(default_factory=dict)
     expert_tokens_added: experts.ExpertTokens = field(default_factory=dict)
     gptq: dict[str, Any] = field(default_factory=dict)
+    ratios: dict[tuple[int, str], float | None] = field(default_factory=dict)
     only_maxima: bool = False
     _counted: list[dict[int, torch.Tensor]] = field(default_factory=list)
 
@@ -110,6 +112,17 @@ class Calibration:
             else:
                 self._run(model, self._rows(), replace(self.batching, asked=self.at_once))
         experts.settle_idle(model)
+
+    def enter(
+        self, core: Any, batches: Sequence[torch.Tensor]
+    ) -> tuple[list[layerwise.Arguments], list[torch.Tensor]]:
+        """For what goes layer by layer: each one's other arguments, and the first one's inputs."""
+        return layerwise.other_arguments(core, batches[0]), layerwise.first_inputs(core, batches)
+
+    def leave(self, states: Sequence[torch.Tensor], tokens: int) -> None:
+        """It is done: what the last layer gave for each batch, and this rank's tokens."""
+        _, ranks, _ = generation.data_parallel()
+        self.tokens += tokens * ranks
 
     def forget_expert_tokens(self) -> None:
         """Each pass has all data, so what is counted is that of the last one."""
