@@ -34,11 +34,12 @@ from post_training.export import (
 from post_training.export.carried import Carried
 from post_training.export.fake_quantized import fake_quantized, unpack
 from post_training.export.folder import Tensors, require_equal, write_tensors
-from post_training.export.layout import Configuration
+from post_training.export.layout import Configuration, Layout
 from post_training.export.streaming_exporter import StreamingExporter
 from post_training.models.builder import torch_dtype
 from post_training.models.families import registry as families
 from post_training.quantization import quantizers
+from post_training.quantization.formats.exportable import Verdict
 
 logger = logging.getLogger("post_training")
 
@@ -58,6 +59,40 @@ def state_dtype(config: dict[str, Any], dtype: torch.dtype) -> None:
     key = "torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"
     config.pop("torch_dtype", None)
     config[key] = str(dtype).removeprefix("torch.")
+
+
+def open_exporter(
+    model: MegatronModule,
+    original: Path,
+    options: StageOptions,
+    *,
+    target: str,
+    allow_unexportable: bool = False,
+) -> tuple[StreamingExporter, Layout | None, Verdict]:
+    """What gives the tensors of ``model`` as ``target`` reads them; a collective call.
+
+    Args:
+        original: folder with the configuration.
+
+    Returns:
+        The exporter, the layout of its tensors (None: ModelOpt's) and what that is read as.
+
+    Raises:
+        UsageError: if the format cannot be exported.
+    """
+    judged = quantizers.judge_model(model, required=not allow_unexportable, target=target)
+    unpack(model)
+    # ModelOpt announces on stdout what the log says already.
+    with quiet(stdout=True):
+        exporter = StreamingExporter(
+            model,
+            pretrained_model_name_or_path=str(original),
+            dtype=torch_dtype(options.precision),
+            trust_remote_code=options.trust_remote_code,
+            # Export the scale that was calibrated and scored, not one rounded up to 1.
+            clamp_kv_cache_scales=False,
+        )
+    return exporter, _LAYOUTS.get(judged.quant_algo), judged
 
 
 def write(
@@ -80,21 +115,11 @@ def write(
     Raises:
         UsageError: if the format cannot be exported, or what was written is not the model.
     """
-    judged = quantizers.judge_model(model, required=not allow_unexportable, target=target)
-    unpack(model)
-    layout = _LAYOUTS.get(judged.quant_algo)
-    dtype = torch_dtype(options.precision)
     original = loading.local_huggingface(source, options)
-    # ModelOpt announces on stdout what the log says already.
-    with quiet(stdout=True):
-        exporter = StreamingExporter(
-            model,
-            pretrained_model_name_or_path=str(original),
-            dtype=dtype,
-            trust_remote_code=options.trust_remote_code,
-            # Export the scale that was calibrated and scored, not one rounded up to 1.
-            clamp_kv_cache_scales=False,
-        )
+    exporter, layout, judged = open_exporter(
+        model, original, options, target=target, allow_unexportable=allow_unexportable
+    )
+    dtype = torch_dtype(options.precision)
     count = len(model.decoder.layers) + 1 + model.pre_process
     progress = partial(tqdm, total=count, unit="layer", disable=not session.show_progress)
     work = on_first_rank(lambda: files.begin(folder))
