@@ -41,7 +41,6 @@ def fake_quantized(module: Any) -> torch.Tensor:
         return quantizer(weight).detach().float()
 
 
-<<<<<<< HEAD
 @contextlib.contextmanager
 def _without_compiling() -> Iterator[None]:
     """In the block FP8 is rounded by PyTorch unless ModelOpt's kernel is loaded already.
@@ -57,14 +56,14 @@ def _without_compiling() -> Iterator[None]:
         yield
     finally:
         del get_cuda_ext_fp8.extension
-=======
+
+
 def as_computed(module: Any) -> torch.Tensor:
     """The same, but a matrix that is not quantized in its own dtype: it may be an embedding."""
     quantizer = getattr(module, "weight_quantizer", None)
     is_quantized = quantizer is not None and quantizer.is_enabled
     is_matrix = module.weight.dim() == 2
     return module.weight.detach() if is_matrix and not is_quantized else fake_quantized(module)
->>>>>>> layer
 
 
 def step_of_each(module: Any) -> torch.Tensor:

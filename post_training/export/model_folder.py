@@ -35,12 +35,11 @@ from post_training.export import (
 from post_training.export.carried import Carried
 from post_training.export.fake_quantized import as_computed, unpack
 from post_training.export.folder import Tensors, require_equal, write_tensors
-from post_training.export.layout import Configuration, Layout
+from post_training.export.layout import Configuration
 from post_training.export.streaming_exporter import StreamingExporter
 from post_training.models.builder import torch_dtype
 from post_training.models.families import registry as families
 from post_training.quantization import quantizers
-from post_training.quantization.formats.exportable import Verdict
 
 logger = logging.getLogger("post_training")
 
@@ -62,35 +61,16 @@ def state_dtype(config: dict[str, Any], dtype: torch.dtype) -> None:
     config[key] = str(dtype).removeprefix("torch.")
 
 
-<<<<<<< HEAD
 class Writer:
     """What a folder is written from and compared with: a model whose format is known.
 
     Args:
         model: this rank's part, tensor-parallel size 1.
         target: the engine that is to read the folder, by its name in ``--target``.
-=======
-def open_exporter(
-    model: MegatronModule,
-    original: Path,
-    options: StageOptions,
-    *,
-    target: str,
-    allow_unexportable: bool = False,
-) -> tuple[StreamingExporter, Layout | None, Verdict]:
-    """What gives the tensors of ``model`` as ``target`` reads them; a collective call.
-
-    Args:
-        original: folder with the configuration.
-
-    Returns:
-        The exporter, the layout of its tensors (None: ModelOpt's) and what that is read as.
->>>>>>> search
 
     Raises:
         UsageError: if the format cannot be exported.
     """
-<<<<<<< HEAD
 
     def __init__(
         self,
@@ -196,21 +176,6 @@ def open_exporter(
 def not_compared(written: readback.Folder, compared: Collection[str]) -> list[str]:
     """The tensors of the architecture that were not compared, each a problem."""
     return [f"{name} was not compared" for name in sorted(written.expected.keys() - compared)]
-=======
-    judged = quantizers.judge_model(model, required=not allow_unexportable, target=target)
-    unpack(model)
-    # ModelOpt announces on stdout what the log says already.
-    with quiet(stdout=True):
-        exporter = StreamingExporter(
-            model,
-            pretrained_model_name_or_path=str(original),
-            dtype=torch_dtype(options.precision),
-            trust_remote_code=options.trust_remote_code,
-            # Export the scale that was calibrated and scored, not one rounded up to 1.
-            clamp_kv_cache_scales=False,
-        )
-    return exporter, _LAYOUTS.get(judged.quant_algo), judged
->>>>>>> search
 
 
 def write(
@@ -233,16 +198,8 @@ def write(
     Raises:
         UsageError: if the format cannot be exported, or what was written is not the model.
     """
-<<<<<<< HEAD
     writer = Writer(model, source, options, session, target, allow_unexportable)
     unpack(model)
-=======
-    original = loading.local_huggingface(source, options)
-    exporter, layout, judged = open_exporter(
-        model, original, options, target=target, allow_unexportable=allow_unexportable
-    )
-    dtype = torch_dtype(options.precision)
->>>>>>> search
     count = len(model.decoder.layers) + 1 + model.pre_process
     progress = partial(tqdm, total=count, unit="layer", disable=not session.show_progress)
     work = on_first_rank(lambda: files.begin(folder))

@@ -15,14 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from safetensors import safe_open
 
-<<<<<<< HEAD
-from post_training.common import files, limits, safetensors_index
-from post_training.export import fused_linears, stacked_experts, staging
-=======
 from post_training.common import files, safetensors_index
 from post_training.common.safetensors_index import Entry
-from post_training.export import fused_linears, stacked_experts
->>>>>>> layer
+from post_training.export import fused_linears, stacked_experts, staging
 from post_training.export.decoders import compressed_tensors
 from post_training.export.decoders.base import Decoder
 from post_training.export.decoders.registry import DECODERS, SCALES
