@@ -1,6 +1,6 @@
 """Run every stage on a tiny random model of every family, beside the table of docs/models.md.
 
-PYTHONPATH=.:tests/helpers python tests/helpers/run_every_family.py WORK_FOLDER [--bf16] [family ...]
+PYTHONPATH=.:tests/helpers python tests/helpers/run_every_family.py WORK [--bf16] [family ...]
 
 About 200 runs, so no test: some ten minutes on two cores. A line a family; what does not do as the
 table says is shown with its error, and the exit code is 1.
