@@ -82,6 +82,8 @@ class LayerCalibration(Calibration):
             UsageError: on every rank, if they are not finite.
         """
         self._module = self._begun = None
+        if self.layer == 0:
+            self.place()  # there may be several passes now
         finite = all(bool(each.sum(dtype=torch.float32).isfinite()) for each in self.states)
         if not all(from_all_ranks(finite)):
             raise UsageError(

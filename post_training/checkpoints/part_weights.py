@@ -1,0 +1,104 @@
+"""The weights of a model that is never whole in memory, read part by part.
+
+From a Hugging Face folder or from a Megatron checkpoint. A record of what was read lets another
+process go on.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+
+from megatron.core.transformer import MegatronModule
+
+from post_training.checkpoints import finite, loading, torch_dist
+from post_training.checkpoints.huggingface_weights import HuggingFaceWeights
+from post_training.checkpoints.source import Source
+from post_training.config.options import StageOptions
+from post_training.models import builder, parts
+from post_training.models.parts import Part
+
+
+class PartWeights(ABC):
+    """Reads parts of a model without weights (``models.parts``). Collective calls."""
+
+    @abstractmethod
+    def read(self, number: int, part: Part) -> None:
+        """Give the part its weights, on this rank's device.
+
+        Raises:
+            UsageError: if they do not fit, or are not finite.
+        """
+
+    @abstractmethod
+    def known(self) -> list[str]:
+        """For the record: what :meth:`go_on` takes."""
+
+    @abstractmethod
+    def go_on(self, known: Iterable[str]) -> None:
+        """Parts were read before this process began."""
+
+    @abstractmethod
+    def finish(self, model: MegatronModule) -> None:
+        """Raise UsageError if the source has what was not read."""
+
+
+class OfFolder(PartWeights):
+    """Those of a Hugging Face folder."""
+
+    def __init__(self, model: MegatronModule, source: Source, options: StageOptions) -> None:
+        self._weights, self._folder = HuggingFaceWeights(model, source, options), source.location
+
+    def read(self, number: int, part: Part) -> None:
+        parts.materialize(part.model)
+        self._weights.read(part.model)
+        finite.check_model(part.model, f"model {self._folder}", Path(self._folder))
+
+    def known(self) -> list[str]:
+        return sorted(self._weights.names_read)
+
+    def go_on(self, known: Iterable[str]) -> None:
+        self._weights.names_read.update(known)
+
+    def finish(self, model: MegatronModule) -> None:
+        self._weights.finish(model)
+
+
+class OfCheckpoint(PartWeights):
+    """Those of a Megatron checkpoint of a model that is not quantized.
+
+    They are read into a second model without weights, as quantizers change how a model's tensors
+    are named and cut in a checkpoint.
+    """
+
+    def __init__(self, source: Source, options: StageOptions) -> None:
+        build = loading.build_options(source, options)
+        self._plain = builder.build(source.architecture, build, weights=False)
+        self._folder, self._parts = Path(source.location), parts.of(self._plain)
+        self._not_read: set[str] | None = None
+
+    def read(self, number: int, part: Part) -> None:
+        plain = self._parts[number]
+        parts.materialize(plain.model)
+        left = torch_dist.load_part(self._plain, plain.model, self._folder)
+        self._not_read = left if self._not_read is None else self._not_read & left
+        finite.check_model(plain.model, f"checkpoint {self._folder}")
+        parts.share(plain.model, part.model)
+        parts.release(plain.model)
+
+    def known(self) -> list[str]:
+        return sorted(self._not_read or ())
+
+    def go_on(self, known: Iterable[str]) -> None:
+        self._not_read = set(known)
+
+    def finish(self, model: MegatronModule) -> None:
+        torch_dist.require_all_read(self._folder, self._not_read or set())
+
+
+def opened(model: MegatronModule, source: Source, options: StageOptions) -> PartWeights:
+    """What reads the parts of ``model`` from its source."""
+    if source.is_checkpoint:
+        return OfCheckpoint(source, options)
+    return OfFolder(model, source, options)
