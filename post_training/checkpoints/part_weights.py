@@ -7,12 +7,13 @@ process go on.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from megatron.core.transformer import MegatronModule
 
 from post_training.checkpoints import finite, loading, torch_dist
+from post_training.checkpoints.dequantize import Exported
 from post_training.checkpoints.huggingface_weights import HuggingFaceWeights
 from post_training.checkpoints.source import Source
 from post_training.config.options import StageOptions
@@ -47,8 +48,15 @@ class PartWeights(ABC):
 class OfFolder(PartWeights):
     """Those of a Hugging Face folder."""
 
-    def __init__(self, model: MegatronModule, source: Source, options: StageOptions) -> None:
-        self._weights, self._folder = HuggingFaceWeights(model, source, options), source.location
+    def __init__(
+        self,
+        model: MegatronModule,
+        source: Source,
+        options: StageOptions,
+        exported: Exported | None = None,
+    ) -> None:
+        self._weights = HuggingFaceWeights(model, source, options, exported)
+        self._folder = source.location
 
     def read(self, number: int, part: Part) -> None:
         parts.materialize(part.model)
@@ -97,8 +105,18 @@ class OfCheckpoint(PartWeights):
         torch_dist.require_all_read(self._folder, self._not_read or set())
 
 
-def opened(model: MegatronModule, source: Source, options: StageOptions) -> PartWeights:
-    """What reads the parts of ``model`` from its source."""
+def opened(
+    model: MegatronModule,
+    source: Source,
+    options: StageOptions,
+    open_export: Callable[[Path], Exported] | None = None,
+) -> PartWeights:
+    """What reads the parts of ``model`` from its source.
+
+    Args:
+        open_export: opens the folder of a source that is ``exported``.
+    """
     if source.is_checkpoint:
         return OfCheckpoint(source, options)
-    return OfFolder(model, source, options)
+    exported = open_export(Path(source.location)) if source.exported and open_export else None
+    return OfFolder(model, source, options, exported)

@@ -40,6 +40,16 @@ def of(model: Any) -> list[Part]:
     ]
 
 
+def end_of(model: Any) -> Any:
+    """What follows the last layer, as a model that is given hidden states (``decoder_input``).
+
+    A tied output layer multiplies by the embedding's weight, which comes along.
+    """
+    tied = model.share_embeddings_and_output_weights
+    names = ("embedding", "output_layer") if tied else ("output_layer",)
+    return _with(model, names, (), first=True, last=True)
+
+
 def _with(
     model: Any,
     names: Collection[str],

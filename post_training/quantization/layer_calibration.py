@@ -18,9 +18,8 @@ from megatron.core.inference.utils import InferenceMode
 
 from post_training.common.errors import UsageError
 from post_training.distributed.collectives import from_all_ranks
-from post_training.inference import forward, generation
+from post_training.inference import forward, generation, layerwise
 from post_training.inference.batching import Batching
-from post_training.quantization import layerwise
 from post_training.quantization.calibration import Calibration
 
 logger = logging.getLogger("post_training")

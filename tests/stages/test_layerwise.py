@@ -30,7 +30,8 @@ REPLICATED = ("max", "experts", "its own passes")
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("source")
     for family in {family for family, _, _ in CASES.values()}:
-        tools.random_model(folder / family, family, torch.bfloat16)
+        tied = {"tie_word_embeddings": True} if family == "llama3" else {}
+        tools.random_model(folder / family, family, torch.bfloat16, **tied)
     lines = [json.dumps({"text": f"Fact {i}: {i} plus {i} is {2 * i}."}) for i in range(60)]
     (folder / "text.jsonl").write_text("\n".join(lines))
     return folder
@@ -50,6 +51,17 @@ def jobs(source, root, cases):
     for case in cases:
         yield "quantize", words(source, case, root / f"{case} by layers", "--layerwise")
         yield "quantize", words(source, case, root / f"{case} whole")
+
+
+def texts(source, root):
+    """Evaluations of text, whole and by layers: of one model, and of an export and its original."""
+    one = ("--pretrained-model-path", source / "qwen3")
+    two = ("--pretrained-model-path", root / "max whole", "--reference", source / "llama3")
+    data = ("--text", source / "text.jsonl", "--text-window", 48, "--text-batch-size", 3)
+    for name, models in (("one", one), ("two", two)):
+        for how, more in (("whole", ()), ("by layers", ("--layerwise",))):
+            output = ("--evaluate-output", root / f"{name} {how}.json")
+            yield "evaluate", (*models, *data, *output, *more)
 
 
 def require_same(root, case, how="by layers"):
@@ -108,7 +120,12 @@ def test_the_folder_is_the_whole_models_bit_for_bit_and_goes_on_after_a_kill(sou
         *jobs(source, tmp_path, CASES),
         ("convert", ("--pretrained-model-path", source / CASES[case][0], "--save", converted)),
         ("quantize", (*of_checkpoint, "--load", converted)),
+        *texts(source, tmp_path),
     )
+    for name in ("one", "two"):
+        whole, layers = (tmp_path / f"{name} {how}.json" for how in ("whole", "by layers"))
+        found, wanted = (json.loads(path.read_text())["text"] for path in (layers, whole))
+        assert found == wanted and wanted["tokens"] > 400
     assert done.stderr.count("going on after") == 1
     require_same(tmp_path, case, "of a checkpoint")
     for case in CASES:
