@@ -55,7 +55,7 @@ def describe_ahead(path: Path) -> None:
     For a file that changes no more; :func:`describe` then waits for that.
     """
     global _pool
-    _pool = _pool or ThreadPoolExecutor(1, thread_name_prefix="hashing")
+    _pool = _pool or ThreadPoolExecutor(2, thread_name_prefix="hashing")
     _ahead[_identity(path)] = _pool.submit(_written, path)
 
 

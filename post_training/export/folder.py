@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from post_training.common import files, hashing, safetensors_index
 from post_training.common.errors import UsageError
 from post_training.distributed.collectives import from_all_ranks, on_first_rank
+from post_training.export import staging
 
 Tensors = dict[str, torch.Tensor]
 
@@ -46,7 +47,7 @@ def shards(groups: Iterable[Tensors], max_bytes: int) -> Iterator[Tensors]:
                 pending.clear()
                 size = 0
             # safetensors refuses views that share memory; scales are shared between q, k and v.
-            pending[name] = tensor.detach().cpu().contiguous().clone()
+            pending[name] = staging.to_host(tensor)
             size += tensor.nbytes
     if pending:
         yield pending

@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from post_training.common import files, safetensors_index
 from post_training.common.safetensors_index import Entry
-from post_training.export import fused_linears, stacked_experts
+from post_training.export import fused_linears, stacked_experts, staging
 from post_training.export.decoders import compressed_tensors
 from post_training.export.decoders.base import Decoder
 from post_training.export.decoders.registry import DECODERS, SCALES
@@ -100,7 +100,7 @@ class Folder:
     def tensor(self, name: str) -> torch.Tensor:
         """One stored tensor, as it is."""
         with safe_open(self.index[name].path, framework="pt") as shard:
-            return shard.get_tensor(name).to(self.device)
+            return staging.to_device(shard.get_tensor(name), self.device)
 
     def algorithm(self, module: str) -> str | None:
         """``quant_algo`` of a linear such as ``model.layers.0.mlp.up_proj``; None: plain."""
