@@ -9,10 +9,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from megatron.core.transformer import MegatronModule
 
-from post_training.checkpoints import finite, loading, torch_dist
+from post_training.checkpoints import finite, loading, sharding, torch_dist
 from post_training.checkpoints.dequantize import Exported
 from post_training.checkpoints.huggingface_weights import HuggingFaceWeights
 from post_training.checkpoints.source import Source
@@ -89,7 +90,7 @@ class OfCheckpoint(PartWeights):
     def read(self, number: int, part: Part) -> None:
         plain = self._parts[number]
         parts.materialize(plain.model)
-        left = torch_dist.load_part(self._plain, plain.model, self._folder)
+        left = self._load(plain.model)
         self._not_read = left if self._not_read is None else self._not_read & left
         finite.check_model(plain.model, f"checkpoint {self._folder}")
         parts.share(plain.model, part.model)
@@ -102,7 +103,26 @@ class OfCheckpoint(PartWeights):
         self._not_read = set(known)
 
     def finish(self, model: MegatronModule) -> None:
-        torch_dist.require_all_read(self._folder, self._not_read or set())
+        if self._not_read:
+            raise torch_dist.differs(self._folder, [], sorted(self._not_read))
+
+    def _load(self, part: MegatronModule) -> set[str]:
+        """Load a part's tensors; names of the checkpoint's that are of other parts, or of none."""
+        weights = torch_dist.iteration_folder(self._folder)
+        tensors: dict[str, Any] = {}
+        for name, module in part.named_children():
+            if any(True for _ in module.parameters()):
+                tensors |= sharding.sharded(part, weights, only=name)
+        # Objects of Transformer Engine, one a layer, are to be asked for together.
+        tensors = {n: each for n, each in tensors.items() if not n.endswith("_extra_state")}
+        for name in ("output_layer.weight", "output_layer.bias"):
+            if name in tensors:  # Megatron-LM pads the vocabulary
+                tensors[name].allow_shape_mismatch = True
+        state, lacking, more = torch_dist.read(tensors, self._folder, whole=False)
+        if lacking := torch_dist.of_model(lacking, ""):
+            raise torch_dist.differs(self._folder, lacking, [])
+        self._plain.load_state_dict(state, strict=False)
+        return set(torch_dist.of_model(more, ""))
 
 
 def opened(

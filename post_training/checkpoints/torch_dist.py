@@ -181,49 +181,23 @@ def load(model: MegatronModule, folder: Path, *, only: str = "") -> None:
             restore_sharded_modelopt_state([model], str(weights))
         sharding.keep_dtypes(model, weights)
     tensors = sharding.sharded(model, weights, only=only)
-    state, lacking, more = _read(tensors, folder)
-    lacking, more = _of_model(lacking, only), _of_model(more, only)
+    state, lacking, more = read(tensors, folder)
+    lacking, more = of_model(lacking, only), of_model(more, only)
     if lacking or more:
-        raise _differs(folder, lacking, more)
+        raise differs(folder, lacking, more)
     # A pipeline stage may have none of the tensors that ``only`` names.
     model.load_state_dict(state, strict=False)
     finite.check_model(model, f"checkpoint {folder}")
 
 
-def load_part(model: MegatronModule, part: MegatronModule, folder: Path) -> set[str]:
-    """Load the weights of a part of ``model`` (``models.parts``) that has memory for them.
+def read(
+    tensors: dict[str, Any], folder: Path, *, whole: bool = True
+) -> tuple[dict[str, Any], list[str], list[str]]:
+    """The values of a model's sharded tensors; names that the checkpoint lacks; others it has.
 
-    A collective call.
-
-    Returns:
-        Names of the checkpoint's tensors that are of other parts, or of none.
-
-    Raises:
-        UsageError: if it lacks tensors of this part, or their shapes differ.
+    Args:
+        whole: every rank's tensors together are all layers'.
     """
-    weights = iteration_folder(folder)
-    tensors: dict[str, Any] = {}
-    for name, module in part.named_children():
-        if any(True for _ in module.parameters()):
-            tensors |= sharding.sharded(part, weights, only=name)
-    for name in ("output_layer.weight", "output_layer.bias"):
-        if name in tensors:  # Megatron-LM pads the vocabulary
-            tensors[name].allow_shape_mismatch = True
-    state, lacking, more = _read(tensors, folder)
-    if lacking := _of_model(lacking, ""):
-        raise _differs(folder, lacking, [])
-    model.load_state_dict(state, strict=False)
-    return set(_of_model(more, ""))
-
-
-def require_all_read(folder: Path, left: set[str]) -> None:
-    """Raise UsageError if tensors are left that no part of the model has."""
-    if left:
-        raise _differs(folder, [], sorted(left))
-
-
-def _read(tensors: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list[str], list[str]]:
-    """The values of a model's sharded tensors; names that the checkpoint lacks; others it has."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.validation import StrictHandling
     from torch.distributed.checkpoint.api import CheckpointException
@@ -234,6 +208,7 @@ def _read(tensors: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list[s
                 {"model": tensors},
                 str(iteration_folder(folder)),
                 strict=StrictHandling.RETURN_ALL,
+                validate_access_integrity=whole,
             )
     except (dist_checkpointing.core.CheckpointingException, CheckpointException) as error:
         # Of several ranks' failures the last line says what is wrong.
@@ -247,7 +222,8 @@ def _read(tensors: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list[s
     return state.get("model", {}), sorted(lacking), sorted(more)
 
 
-def _differs(folder: Path, lacking: list[str], more: list[str]) -> UsageError:
+def differs(folder: Path, lacking: list[str], more: list[str]) -> UsageError:
+    """The error to raise for a checkpoint with other tensors than the model's."""
     return UsageError(
         f"checkpoint {folder}",
         f"it lacks {_examples(lacking)} and has {_examples(more)} that the model lacks",
@@ -283,7 +259,7 @@ def uses_transformer_engine_keys(folder: Path) -> bool:
     return not any(name.endswith(unfused) and "experts" not in name for name in names)
 
 
-def _of_model(names: Iterable[str], only: str) -> list[str]:
+def of_model(names: Iterable[str], only: str) -> list[str]:
     """Names of tensors of the model, or of its module ``only``: not of training's own state."""
     own = (name for name in names if name.startswith(f"{only}." if only else ""))
     return sorted(

@@ -46,9 +46,10 @@ class LayeredModel:
             for number, part in enumerate(bar):
                 self.weights.read(number, part)
                 if number == 0:
+                    by_length = {batch.shape[1]: batch for batch in batches}
                     others = {
-                        batch.shape[1]: layerwise.other_arguments(self.model, batch)
-                        for batch in batches
+                        length: layerwise.other_arguments(self.model, batch)
+                        for length, batch in by_length.items()
                     }
                     states = layerwise.first_inputs(self.model, batches)
                 elif part.layer is not None:
