@@ -57,7 +57,7 @@ class LayerProgress:
     """
 
     def __init__(self, target: Path, key: Mapping[str, Any]) -> None:
-        self._target, self._key = target, json.loads(json.dumps(key))
+        self._target, self._key = target, json.loads(json.dumps(key, default=str))
         self.work = files.incomplete(target)
         self._folder = self.work / _FOLDER
         self._rank = torch.distributed.get_rank()

@@ -17,6 +17,7 @@ from post_training.common import files, manifest
 # By what is special: family, format, further flags.
 CASES = {
     "max": ("llama3", "FP8_DEFAULT_CFG", ("--export-kv-cache-quant", "fp8")),
+    "a plain layer": ("llama3", "FP8_DEFAULT_CFG", ("--leave-out", "decoder.layers.2.*")),
     "many files": ("qwen3", "NVFP4_DEFAULT_CFG", ("--max-shard-size", 0.00005)),
     "experts": ("qwen3-moe", "FP8_DEFAULT_CFG", ("--moe-calibrate", "all")),
     "latent attention": ("deepseek-v3", "NVFP4_MLP_ONLY_CFG", ()),
