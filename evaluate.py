@@ -35,6 +35,7 @@ from post_training.evaluation import (
     evaluation_report,
     gates,
     harness_options,
+    layerwise_check,
     text_options,
 )
 from post_training.evaluation import options as mmlu_options
@@ -77,9 +78,8 @@ class EvaluateOptions(StageOptions):
 
 @dataclass(frozen=True)
 class Plan:
-    """``reference`` and ``of_reference``, the options that name it, are None without one;
-    ``benchmark`` and ``problems`` until they are fetched from the hub; ``questions`` records them.
-    """
+    """``reference`` and ``of_reference``, its options, are None without one; ``benchmark`` and
+    ``problems`` until they are fetched from the hub; ``questions`` records them."""
 
     options: EvaluateOptions
     source: Source
@@ -108,6 +108,8 @@ def check(options: EvaluateOptions) -> Plan:
             options, options.reference, "--reference", or_export=True
         )
     for each in (source, reference):
+        if each and options.text.layerwise:
+            layerwise_check.check(options.parallel.pipeline, asked, each)
         if each and each.described:
             parallel_check.check(each.described, options.parallel)
     if reference and has_text:

@@ -49,16 +49,18 @@ def judge_text(
         )
     )
     logger.info("text: %s", text.describe())
-    model, *reference = (each.model for each in judged)
     total = len(text.windows)
     with tqdm(total=total, unit="window", disable=not session.show_progress) as bar:
-        scores = text_scores.score(
-            model,
-            reference[0] if reference else None,
-            text.windows,
-            batch_size=options.text_batch_size,
-            progress=lambda done: bar.update(done * session.parallel.data),
-        )
+        how: dict[str, Any] = {
+            "batch_size": options.text_batch_size,
+            "progress": lambda done: bar.update(done * session.parallel.data),
+        }
+        if options.layerwise:
+            one, *other = (each.layered for each in judged)
+            scores = text_scores.score_by_layers(one, next(iter(other), None), text.windows, **how)
+        else:
+            model, *reference = (each.model for each in judged)
+            scores = text_scores.score(model, next(iter(reference), None), text.windows, **how)
     entry = text_report.of(text, scores)
     return {"window": window, "stride": stride, **entry}, list(text.read)
 
