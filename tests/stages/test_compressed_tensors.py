@@ -19,6 +19,7 @@ import tools
 import torch
 from transformers import DynamicCache
 
+from post_training.cli.answer import answer
 from post_training.export import readback
 from post_training.export.compressed_tensors import pack
 
@@ -446,7 +447,7 @@ def test_every_code_is_packed(bits):
 @pytest.mark.parametrize(("family", "name"), EXPORTS)
 def test_the_folder_answers_by_the_librarys_own_reader(exported, family, name):
     folder = readback.Folder(exported[0] / f"{family} {name} hf")
-    assert isinstance(folder.answer("What is 1 plus 1?", 4), str)
+    assert isinstance(answer(folder, "What is 1 plus 1?", 4), str)
 
 
 def test_a_checkpoint_is_exported_for_the_engines_that_read_it_alone(exported, tmp_path):
