@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training.checkpoints import finite, huggingface, tied_embeddings, torch_dist
+from post_training.checkpoints import finite, huggingface, tied_embeddings, tokenizers, torch_dist
 from post_training.checkpoints.source import Source
 from post_training.common import files, manifest, recorded, safetensors_index
-from post_training.common.errors import UsageError, first_line
+from post_training.common.errors import UsageError
 from post_training.config.options import StageOptions
 from post_training.distributed.session import Session
-from post_training.models import builder, tokenizer_files
+from post_training.models import builder
 from post_training.models.builder import BuildOptions
 from post_training.models.families import registry as families
 
@@ -38,7 +37,6 @@ logger = logging.getLogger(__name__)
 _RECOMPUTED = "rotary_emb.inv_freq"
 # Buffers of the Megatron model, which are no parameters.
 _BUFFERS = "e_score_correction_bias"
-_CHANGING = re.compile(r"strftime_now|\|\s*random\b")
 # What the importer raises for a tensor that is missing or has another shape.
 _DOES_NOT_FIT = (KeyError, ValueError, RuntimeError, AssertionError)
 
@@ -226,30 +224,11 @@ def tokenizer(source: Source, options: StageOptions) -> Any:
         UsageError: if there is none, transformers cannot load it, or it makes tokens that the
             model has no embedding for.
     """
-    from transformers import AutoTokenizer
-
     location = options.tokenizer_model
     if source.huggingface and not (location and Path(location).is_dir()):
         # A checkpoint of ours carries its tokenizer; a hub name is the conf's default.
         location = str(local_huggingface(source, options))
-    tokenizer_files.check_growth(Path(str(location)))
-    try:
-        found = AutoTokenizer.from_pretrained(
-            str(location), trust_remote_code=options.trust_remote_code
-        )
-    # The tokenizers library raises Exception itself for a file that it cannot read.
-    except Exception as error:
-        raise UsageError(
-            f"tokenizer {location}",
-            f"transformers cannot load it: {first_line(error)}",
-            "name another folder in TOKENIZER_MODEL, or install the versions that wrote this one",
-        ) from error
-    if _CHANGING.search(str(found.chat_template or "")):
-        logger.warning(
-            "the chat template of %s writes the date, or text by chance: the same command gives "
-            "other tokens another time",
-            location,
-        )
+    found = tokenizers.read(str(location), options)
     _require_embeddings(f"tokenizer {location}", found, source.architecture.vocab_size)
     return found
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from post_training.checkpoints import record
 from post_training.common import outputs, report
@@ -67,9 +66,8 @@ def check(options: ValidateOptions) -> Plan:
     prompts = options.prompts if saved is None or "prompts_path" in options.given else None
     if prompts is not None:
         prompt_options.check(prompts)
-    host = urlsplit(options.serving.address.shown).netloc.replace(":", "_")
     path = options.validate_output or report.beside(
-        options.serving.server_model or host, "validate"
+        identity.report_name(options.serving), "validate"
     )
     outputs.check_file(path, "--validate-output", options.stage)
     draft_report.check_figure(path, "--validate-output")
@@ -88,7 +86,7 @@ def validate(plan: Plan, session: Session) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if options.server_baseline:
         address = Address.of(options.server_baseline, "--server-baseline")
-        baseline = identity.find(address, None)
+        baseline = identity.find(address, None, preferred=server.model)
         logger.info("without the draft: %s", baseline)
         plain = asyncio.run(drafted.plain(baseline, options, questions))
         found["baseline"] = baseline.to_json()
