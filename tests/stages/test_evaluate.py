@@ -199,7 +199,7 @@ def test_servers_give_the_same_figures(setting, reports):
     sglang = {"/v1/models": served.models("tiny", owner="sglang")}
     more = (
         *("--pretrained-model-path", setting.work / "model", "--evaluate-output", output),
-        *("--fraction", 0.3, "--gsm8k-limit", 2, "--max-drop", 1.0, "--server-concurrency", 2),
+        *("--fraction", 0.3, "--gsm8k-limit", 1, "--max-drop", 1.0, "--server-concurrency", 2),
     )
     with (
         served.scripted(of_model.post) as server,
@@ -237,7 +237,7 @@ def test_servers_give_the_same_figures(setting, reports):
             subject: letters[:3] for subject, letters in theirs["mmlu"]["answers"].items()
         }
         for name in ("gsm8k_strict", "gsm8k_flexible"):
-            assert ours[name]["answers"] == theirs[name]["answers"][:2]
+            assert ours[name]["answers"] == theirs[name]["answers"][:1]
     ratio = local["text"]["difference"]["perplexity_ratio"]
     assert found["text"]["difference"]["perplexity_ratio"] == pytest.approx(ratio, rel=1e-5)
     assert "kl" not in found["text"]
