@@ -32,6 +32,7 @@ from post_training.export import (
     scaled_fp8,
 )
 from post_training.export.carried import Carried
+from post_training.export.compressed_mixture import Mixture
 from post_training.export.fake_quantized import fake_quantized, unpack
 from post_training.export.folder import Tensors, require_equal, write_tensors
 from post_training.export.layout import Configuration
@@ -39,6 +40,7 @@ from post_training.export.streaming_exporter import StreamingExporter
 from post_training.models.builder import torch_dtype
 from post_training.models.families import registry as families
 from post_training.quantization import quantizers
+from post_training.quantization.engines.base import MIXED_COMPRESSED
 
 logger = logging.getLogger("post_training")
 
@@ -47,6 +49,7 @@ _LAYOUTS = {
     **scaled_fp8.LAYOUTS,
     **compressed_tensors.LAYOUTS,
     **modelopt_integers.LAYOUTS,
+    MIXED_COMPRESSED: Mixture(),
 }
 
 
@@ -101,11 +104,14 @@ def write(
     # Replicas have the same weights and scales.
     is_writer = parallel_state.get_data_parallel_rank() == 0
     groups: Iterable[Tensors] = ()
+    layout = layout.of(exporter) if layout else None
     if is_writer:
         groups = exporter.groups() if layout is None else layout.groups(exporter, dtype)
     carried = Carried.of(original, session)
     groups = chain(progress(groups, desc="writing"), carried.groups())
     write_tensors(work, groups, max_shard_bytes)
+    if layout is not None:
+        layout = layout.complete()
     of_modelopt = exporter.quantization_config() if layout is None else None
     if of_modelopt is not None and carried.names:
         excluded = of_modelopt["quantization"].setdefault("exclude_modules", [])

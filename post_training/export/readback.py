@@ -96,8 +96,7 @@ class Folder:
         """
         decoder = self._decoder(name)
         if decoder is not None:
-            module = name.removesuffix(".weight")
-            return decoder.decode(self.tensor, module, self.tensor(f"{module}.{decoder.stored}"))
+            return decoder.weight(self.tensor, name.removesuffix(".weight"))
         if self.is_compressed and name.endswith(_KV_SCALES):
             name = compressed_tensors.cache_scale(name)
         stored = self.tensor(name)
