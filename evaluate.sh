@@ -16,6 +16,6 @@ source "$SCRIPT_DIR/conf/arguments.sh"
 
 start evaluate "$@"
 flags=()
-[[ -z "${MLM_MODEL_CKPT:-}" ]] || flags+=(--load "$MLM_MODEL_CKPT")
 [[ -z "${REFERENCE_CKPT:-}" ]] || flags+=(--reference "$REFERENCE_CKPT")
-launch evaluate "${flags[@]}" --pretrained-model-path "$HF_MODEL_CKPT"
+model_flags flags
+launch evaluate "${flags[@]}"

@@ -15,5 +15,5 @@ source "$SCRIPT_DIR/conf/arguments.sh"
 
 start mmlu "$@"
 flags=()
-[[ -z "${MLM_MODEL_CKPT:-}" ]] || flags+=(--load "$MLM_MODEL_CKPT")
-launch mmlu "${flags[@]}" --pretrained-model-path "$HF_MODEL_CKPT"
+model_flags flags
+launch mmlu "${flags[@]}"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from post_training.common import threads
 from post_training.common.errors import UsageError, exit_with_usage_error
-from post_training.export import readback
+from post_training.export import readback, transformers_answer
 
 
 def main() -> None:
@@ -26,7 +26,8 @@ def main() -> None:
     if args.question:
         print(f"question: {args.question}")
         threads.configure()
-        print(f"answer:   {folder.answer(args.question, args.max_new_tokens)}")
+        said = transformers_answer.answer(folder, args.question, args.max_new_tokens)
+        print(f"answer:   {said}")
 
 
 def _arguments() -> argparse.Namespace:

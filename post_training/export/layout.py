@@ -12,7 +12,7 @@ from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_form
 
 from post_training.common.errors import UsageError
 from post_training.common.safetensors_index import Entry
-from post_training.export.fake_quantized import fake_quantized, step_of_each
+from post_training.export.fake_quantized import as_computed, step_of_each
 from post_training.export.folder import Tensors
 from post_training.export.streaming_exporter import StreamingExporter
 
@@ -44,7 +44,7 @@ class Layout(ABC):
         Raises:
             UsageError: for scales that the layout cannot hold.
         """
-        for values, steps in exporter.views(fake_quantized, step_of_each):
+        for values, steps in exporter.views(as_computed, step_of_each):
             found: Tensors = {}
             for name, value in values.items():
                 module, _, kind = name.rpartition(".")

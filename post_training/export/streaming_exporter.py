@@ -32,7 +32,7 @@ from post_training.models.families import registry as families
 from post_training.quantization import layer_names, quantizers
 from post_training.quantization.formats.base import Linear
 
-# From a linear layer to a float32 tensor of its weight's shape, [out, in].
+# From a linear layer to a tensor of its weight's shape, [out, in].
 View = Callable[[Any], torch.Tensor]
 
 
@@ -218,7 +218,9 @@ class StreamingExporter(GPTModelExporter):
         found = {} if name_to_value is None else name_to_value
         for name in ("weight", "bias", "expert_bias"):
             value = getattr(module, name, None)
-            if value is not None and value.numel() > 0:
+            if name == "weight" and value is not None and self._view is not None:
+                found[name] = value.detach()  # the view takes its place
+            elif value is not None and value.numel() > 0:
                 # A router's bias decides between scores that differ by less than bf16's rounding.
                 found[name] = value.detach().to(torch.float32 if name == "expert_bias" else dtype)
         return found

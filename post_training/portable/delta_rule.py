@@ -1,13 +1,17 @@
 """The gated delta rule without the kernels of ``fla`` (flash-linear-attention).
 
 megatron-core's gated delta nets refuse to be built without that package. :func:`install` gives the
-module the rule in PyTorch where the kernels, which are Triton's, cannot run. Names and arguments
-are ``fla``'s; the algorithm is written from the paper (arXiv 2412.06464). CPU and CUDA,
-differentiable.
+module the rule in PyTorch where the kernels, which are Triton's, cannot run, and for float32, whose
+products they round to 11 bits, or which they refuse, by version. Names and arguments are ``fla``'s;
+the algorithm is written from the paper (arXiv 2412.06464). CPU and CUDA, differentiable.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
+import logging
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -16,20 +20,53 @@ import torch
 from post_training.portable import imports
 
 PACKAGE = "fla"
+Rule = Callable[..., Any]
 _CHUNK = 64
 _SMALLEST_SQUARE = 1e-6  # what fla and transformers add to the sum of squares of a key
+logger = logging.getLogger(__name__)
 
 
-def install() -> str:
-    """Let megatron-core's gated delta nets run here; why not with ``fla``, empty if so."""
-    reason = imports.why_not_on_gpu(PACKAGE)
-    if reason:
-        imports.on_import("megatron.core.ssm.gated_delta_net.common", _change)
-    return reason
+@functools.cache
+def why_not() -> str:
+    """Why the kernels of ``fla`` cannot run here; empty if they can."""
+    return imports.why_not_on_gpu(PACKAGE)
+
+
+def install() -> None:
+    """Let megatron-core's gated delta nets run here."""
+    imports.on_import("megatron.core.ssm.gated_delta_net.common", _change)
 
 
 def _change(module: ModuleType) -> None:
-    vars(module).update(HAVE_FLA=True, chunk_gated_delta_rule=chunk_gated_delta_rule)
+    reason = why_not()
+    if not reason and not module.HAVE_FLA:
+        reason = f"{PACKAGE} cannot be imported: {_import_error()}"
+    if reason:
+        logger.info("gated delta nets run in PyTorch: %s", reason)
+        rule = chunk_gated_delta_rule
+    else:
+        logger.info("gated delta nets run on %s's kernels in 16 bits", PACKAGE)
+        rule = by_precision(module.chunk_gated_delta_rule)
+    vars(module).update(HAVE_FLA=True, chunk_gated_delta_rule=rule)
+
+
+def _import_error() -> str:
+    try:
+        importlib.import_module(f"{PACKAGE}.ops.gated_delta_rule")
+    except ImportError as error:
+        return str(error)
+    return "it is of another version than megatron-core expects"
+
+
+def by_precision(kernels: Rule) -> Rule:
+    """The rule that takes ``kernels`` for 16 bits, and what is here for float32."""
+
+    @functools.wraps(chunk_gated_delta_rule)
+    def rule(q: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        chosen = chunk_gated_delta_rule if q.dtype == torch.float32 else kernels
+        return chosen(q, *arguments, **options)
+
+    return rule
 
 
 def chunk_gated_delta_rule(

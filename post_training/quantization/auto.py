@@ -63,7 +63,7 @@ def search(
         _require_exportable(core, arguments, weight_only=options.weight_only, target=options.target)
     data.expert_share = options.experts.share
     device = forward.device_of(core)
-    batches = [batch.to(device) for batch in data.batches()]
+    batches = [batch.to(device) for batch in data.batches(data.batching.fixed)]
     by_gradient = arguments["method"] == "gradient"
     with quiet(stdout=True), _feasible(options):
         _, state = mtq.auto_quantize(

@@ -71,6 +71,7 @@ class QuantizeOptions(FolderOptions, StageOptions):
     allow_unexportable: bool = flag(
         False, help="quantize even if the engine would not read the export correctly"
     )
+    layerwise: bool = flag(False, help="one layer at a time, for models larger than memory")
     calibration: CalibrationOptions = group(CalibrationOptions)
     experts: ExpertOptions = group(ExpertOptions)
     auto: AutoQuantizeOptions = group(AutoQuantizeOptions)
@@ -162,7 +163,6 @@ def check(options: QuantizeOptions, choice: Choice, architecture: Architecture |
     """Refuse what cannot be quantized, exported or saved as asked.
 
     Args:
-        choice: from :func:`chosen`.
         architecture: None where it is not known yet.
 
     Raises:

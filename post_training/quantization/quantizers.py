@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,6 +30,19 @@ def enabled(model: torch.nn.Module) -> Iterator[tuple[str, TensorQuantizer]]:
     for name, module in model.named_modules():
         if isinstance(module, TensorQuantizer) and module.is_enabled:
             yield name, module
+
+
+@contextlib.contextmanager
+def not_rounding(model: torch.nn.Module) -> Iterator[None]:
+    """In the block quantizers are called, and return what they are given."""
+    rounding = [quantizer for _, quantizer in enabled(model) if quantizer._if_quant]
+    for quantizer in rounding:
+        quantizer.disable_quant()
+    try:
+        yield
+    finally:
+        for quantizer in rounding:
+            quantizer.enable_quant()
 
 
 def needs_amax(quantizer: TensorQuantizer) -> bool:

@@ -15,16 +15,11 @@ from post_training.quantization.formats.exportable import Verdict
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoQuantizeOptions:
-    TITLE: ClassVar[str] = "auto: a search for the format of each layer"
+class SensitivityOptions:
+    """What is measured of each layer, whatever the limit."""
 
-    auto_quantize_bits: float = flag(
-        4.8,
-        metavar="X",
-        check=positive,
-        help="stored bits per weight of the linear layers, at most, scales included: NVFP4 has "
-        "4.5, FP8 8 (%(default)s); beside a format's name it asks for auto",
-    )
+    TITLE: ClassVar[str] = "mixtures: a format for each layer"
+
     auto_quantize_formats: tuple[str, ...] = flag(
         ("FP8_DEFAULT_CFG", "NVFP4_DEFAULT_CFG"),
         metavar="NAME",
@@ -39,15 +34,35 @@ class AutoQuantizeOptions:
     auto_quantize_score_size: int = flag(
         128, metavar="N", check=at_least(1), help="sequences to measure it on (%(default)s)"
     )
-    auto_quantize_checkpoint: str | None = flag(
-        metavar="FILE", help="keep the measurements here; the rank is added to its name"
-    )
 
     @property
     def formats(self) -> list[Format]:
         """The formats to choose from; UsageError for an unknown name."""
         names = [each for word in self.auto_quantize_formats for each in word.split(",") if each]
         return [formats.find(name, "--auto-quantize-formats") for name in names]
+
+    @property
+    def smallest(self) -> tuple[float, float]:
+        """Bits a weight of the smallest format, with its scales and without."""
+        weights = [formats.WEIGHTS[row.linear.weight] for row in self.formats if row.linear]
+        least = min(weights, key=lambda each: each.bits, default=None)
+        return (least.bits, least.code_bits) if least else (16.0, 16.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoQuantizeOptions(SensitivityOptions):
+    TITLE: ClassVar[str] = "auto: a search for the format of each layer"
+
+    auto_quantize_bits: float = flag(
+        4.8,
+        metavar="X",
+        check=positive,
+        help="stored bits per weight of the linear layers, at most, scales included: NVFP4 has "
+        "4.5, FP8 8 (%(default)s); beside a format's name it asks for auto",
+    )
+    auto_quantize_checkpoint: str | None = flag(
+        metavar="FILE", help="keep the measurements here; the rank is added to its name"
+    )
 
     @property
     def bits(self) -> float:
@@ -58,13 +73,6 @@ class AutoQuantizeOptions:
         """
         stored, codes = self.smallest
         return stored if codes <= self.auto_quantize_bits < stored else self.auto_quantize_bits
-
-    @property
-    def smallest(self) -> tuple[float, float]:
-        """Bits a weight of the smallest format, with its scales and without."""
-        weights = [formats.WEIGHTS[row.linear.weight] for row in self.formats if row.linear]
-        least = min(weights, key=lambda each: each.bits, default=None)
-        return (least.bits, least.code_bits) if least else (16.0, 16.0)
 
 
 def check(

@@ -19,7 +19,7 @@ import tools
 import torch
 from transformers import DynamicCache
 
-from post_training.export import readback
+from post_training.export import readback, transformers_answer
 from post_training.export.compressed_tensors import pack
 
 MIXTURE = "auto --auto-quantize-bits 6 --auto-quantize-formats int8_wo int4_blockwise_weight_only"
@@ -161,7 +161,7 @@ def engine_logits(folder, family, ids, *, largest=127):
     inputs = {}
     if "config_groups" in config and config["quant_method"] == "compressed-tensors":
         inputs = config["config_groups"]["group_0"]["input_activations"] or {}
-    model = readback.Folder(folder)._untrained(dtype=torch.float32).eval()
+    model = readback.Folder(folder).untrained(dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             value = decode(tensors, name.removesuffix(".weight"))
@@ -449,7 +449,7 @@ def test_every_code_is_packed(bits):
 @pytest.mark.parametrize(("family", "name"), EXPORTS)
 def test_the_folder_answers_by_the_librarys_own_reader(exported, family, name):
     folder = readback.Folder(exported[0] / f"{family} {name} hf")
-    assert isinstance(folder.answer("What is 1 plus 1?", 4), str)
+    assert isinstance(transformers_answer.answer(folder, "What is 1 plus 1?", 4), str)
 
 
 def test_a_checkpoint_is_exported_for_the_engines_that_read_it_alone(exported, tmp_path):

@@ -113,7 +113,7 @@ def exported(tmp_path_factory):
 def test_decoded_logits_are_the_quantized_models(exported, name):
     folder = exported / f"{name} hf"
     tensors = dict(tools.tensors(folder))
-    model = readback.Folder(folder)._untrained(dtype=torch.float32).eval()
+    model = readback.Folder(folder).untrained(dtype=torch.float32).eval()
     quantized = 0
     with torch.no_grad():
         for key, parameter in model.named_parameters():
