@@ -101,8 +101,7 @@ class Folder:
         """
         decoder = self._decoder(name)
         if decoder is not None:
-            module = name.removesuffix(".weight")
-            return decoder.decode(self.tensor, module, self.tensor(f"{module}.{decoder.stored}"))
+            return decoder.weight(self.tensor, name.removesuffix(".weight"))
         return self._plain(name).float()
 
     def value(self, name: str) -> torch.Tensor:
