@@ -11,8 +11,10 @@ from tqdm import tqdm
 from post_training.data import text_windows
 from post_training.distributed.collectives import on_first_rank
 from post_training.evaluation import (
+    gsm8k_judged,
     gsm8k_measure,
     mmlu,
+    mmlu_asked,
     mmlu_data,
     mmlu_measure,
     mmlu_prompts,
@@ -83,7 +85,7 @@ def ask_mmlu(
             batching=Batching(options.mmlu_batch_size, "--mmlu-batch-size"),
             progress=lambda done: bar.update(done * session.parallel.data),
         )
-    mmlu.warn_if_long(result, candidate.positions)
+    mmlu_asked.warn_if_long(result, candidate.positions)
     return [mmlu_measure.measure(result, options.few_shots)]
 
 
@@ -108,4 +110,4 @@ def ask_gsm8k(
             progress=lambda done: bar.update(done * session.parallel.data),
         )
     shots, most = options.gsm8k_shots, options.gsm8k_max_new_tokens
-    return gsm8k_measure.measures(problems.test, texts, shots, most)
+    return gsm8k_judged.measures(problems.test, texts, shots, most)
