@@ -8,9 +8,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedTensor,
+    ShardedTensorFactory,
+    apply_factories,
+    apply_factory_merges,
+)
 from megatron.core.transformer import MegatronModule
 
 from post_training.checkpoints import finite, loading, sharding, torch_dist
@@ -118,11 +126,37 @@ class OfCheckpoint(PartWeights):
         for name in ("output_layer.weight", "output_layer.bias"):
             if name in tensors:  # Megatron-LM pads the vocabulary
                 tensors[name].allow_shape_mismatch = True
-        state, lacking, more = torch_dist.read(tensors, self._folder, whole=False)
+        kind = ShardedTensorFactory
+        factories, _ = extract_matching_values(
+            tensors, lambda each: isinstance(each, kind), return_lists_as_dicts=True
+        )
+        apply_factories(tensors)
+        asked = _mapped(tensors, _with_layer_axis)
+        state, lacking, more = torch_dist.read(asked, self._folder, whole=False)
         if lacking := torch_dist.of_model(lacking, ""):
             raise torch_dist.differs(self._folder, lacking, [])
-        self._plain.load_state_dict(state, strict=False)
+        state = _mapped(tensors, lambda each, found: found.view(each.local_shape), state)
+        self._plain.load_state_dict(apply_factory_merges(state, factories), strict=False)
         return set(torch_dist.of_model(more, ""))
+
+
+def _with_layer_axis(tensor: ShardedTensor) -> ShardedTensor:
+    """Of a tensor that checkpoints hold with those of all layers: one of that shape.
+
+    Otherwise megatron-core takes it that each rank asks for all layers' or another rank does.
+    """
+    axes = (1,) * tensor.prepend_axis_num
+    shape = (*axes, *tensor.local_shape)
+    return replace(tensor, data=tensor.data.view(shape), local_shape=shape, prepend_axis_num=0)
+
+
+def _mapped(tree: Any, change: Callable[..., Any], *others: Any) -> Any:
+    """A tree of dictionaries and lists with every leaf changed; ``others`` have its form."""
+    if isinstance(tree, dict):
+        return {n: _mapped(each, change, *(o[n] for o in others)) for n, each in tree.items()}
+    if isinstance(tree, list):
+        return [_mapped(*each[:1], change, *each[1:]) for each in zip(tree, *others, strict=True)]
+    return change(tree, *others)
 
 
 def opened(

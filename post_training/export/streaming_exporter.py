@@ -171,6 +171,24 @@ class StreamingExporter(GPTModelExporter):
                 (name,) = self._named({f"{part}weight": torch.empty(0)})
                 self.linears[name.removesuffix(".weight")] = form
 
+    def _gated_mlp_slicing(
+        self,
+        module: Any,
+        prefix: str,
+        gate_proj_name: str = "gate_proj",
+        up_proj_name: str = "up_proj",
+        **options: Any,
+    ) -> None:
+        """Of gate and up that stay plain the original names their parent, whose other linear may be
+        quantized, and not themselves."""
+        names = (gate_proj_name, up_proj_name)
+        super()._gated_mlp_slicing(module, prefix, *names, **options)
+        parent = prefix.removesuffix(".")
+        if parent in self.exclude_modules:
+            self.exclude_modules.remove(parent)
+            for name in names:
+                self._record_excluded_module(f"{prefix}{name}")
+
     def _record_excluded_module(self, prefix: str) -> None:
         """Of experts in one tensor, engines ask for the layer that has them, ``experts``."""
         family = families.FAMILIES.get(self.arch)
