@@ -9,8 +9,6 @@ the algorithm is written from the paper (arXiv 2412.06464). CPU and CUDA, differ
 from __future__ import annotations
 
 import functools
-import importlib
-import logging
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -23,7 +21,6 @@ PACKAGE = "fla"
 Rule = Callable[..., Any]
 _CHUNK = 64
 _SMALLEST_SQUARE = 1e-6  # what fla and transformers add to the sum of squares of a key
-logger = logging.getLogger(__name__)
 
 
 @functools.cache
@@ -38,24 +35,16 @@ def install() -> None:
 
 
 def _change(module: ModuleType) -> None:
-    reason = why_not()
-    if not reason and not module.HAVE_FLA:
-        reason = f"{PACKAGE} cannot be imported: {_import_error()}"
-    if reason:
-        logger.info("gated delta nets run in PyTorch: %s", reason)
-        rule = chunk_gated_delta_rule
-    else:
-        logger.info("gated delta nets run on %s's kernels in 16 bits", PACKAGE)
-        rule = by_precision(module.chunk_gated_delta_rule)
+    has_kernels = not why_not() and module.HAVE_FLA
+    rule = by_precision(module.chunk_gated_delta_rule) if has_kernels else chunk_gated_delta_rule
     vars(module).update(HAVE_FLA=True, chunk_gated_delta_rule=rule)
 
 
-def _import_error() -> str:
-    try:
-        importlib.import_module(f"{PACKAGE}.ops.gated_delta_rule")
-    except ImportError as error:
-        return str(error)
-    return "it is of another version than megatron-core expects"
+def where(rule: Rule) -> str:
+    """On what a layer's ``rule`` runs, in words."""
+    if rule is not chunk_gated_delta_rule:
+        return f"on {PACKAGE}'s kernels in 16 bits"
+    return f"in PyTorch: {why_not() or f'megatron-core cannot import the installed {PACKAGE}'}"
 
 
 def by_precision(kernels: Rule) -> Rule:

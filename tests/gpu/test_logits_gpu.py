@@ -19,15 +19,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def transformers_without_kernels(monkeypatch):
-    """Its modules ask when they are imported."""
-    from transformers.utils import import_utils
-
-    for name in ("is_flash_linear_attention_available", "is_causal_conv1d_available"):
-        monkeypatch.setattr(import_utils, name, lambda: False)
-
-
 def test_bfloat16_is_as_near_to_float32_as_transformers(tmp_path):
     found, printed = rounding.measure(tmp_path, [*tools.FAMILIES, *tools.ROTARY], "cuda")
     for name, each in found.items():

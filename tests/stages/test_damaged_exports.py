@@ -7,6 +7,7 @@ only one layout can suffer is in ``DAMAGES``.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,9 @@ import tools
 import torch
 from safetensors.torch import save_file
 
-from post_training.export import comparison, computed_as, readback
+from post_training.cli import answer
+from post_training.common.errors import UsageError
+from post_training.export import comparison, computed_as, exported_weights, readback
 from post_training.models.families import registry as families
 
 SIZES = {
@@ -95,7 +98,7 @@ class Judge:
         save_file(
             {k: v.contiguous() for k, v in tensors.items()}, self.folder / "model.safetensors"
         )
-        for old in self.folder.glob("*.json"):
+        for old in self.folder.glob("*config.json"):
             old.unlink()
         for name, content in said.items():
             (self.folder / name).write_text(json.dumps(content))
@@ -105,8 +108,12 @@ class Judge:
                 read.expected = self.good.expected  # takes longest
             found = [*read.problems(), *computed_as.problems(read.config, self.model)]
             return [*found, *comparison.compare(read, self.reference, torch.float32)]
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, UsageError) as error:
             return [repr(error)]
+
+
+def problems_of(source, folder, damage: Damage | None) -> list[str]:
+    return Judge(source, folder).problems(damage)
 
 
 def changed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Damage:
@@ -321,3 +328,41 @@ def test_a_damaged_folder_is_not_accepted(exported, tmp_path, name, what):
     damage, expected = DAMAGES[name][what]
     problems = Judge(exported / name, tmp_path).problems(damage)
     assert any(expected in each for each in problems), problems
+
+
+@pytest.mark.parametrize("name", [INT8, *SCALED_FP8, TRTLLM])
+def test_a_damaged_scale_is_no_weight_to_evaluate(exported, tmp_path, name):
+    """An engine would compute with the scale of inputs too, and evaluate does not."""
+    kinds = ["weight_scale", *(["input_scale"] if name == INT8 else [])]
+    for kind in kinds:
+        problems_of(exported / name, tmp_path, changed(kind, first(-1.0)))
+        opened = exported_weights.open_export(tmp_path)
+        opened.read(f"{PLAIN}.weight")
+        with pytest.raises(ValueError, match=f"{kind} is not finite and positive"):
+            opened.read(f"{MODULE}.weight")
+
+
+def not_a_number(tensors: Tensors, _said: Any) -> None:
+    tensors["model.norm.weight"][0] = torch.nan
+
+
+def of_no_form(_tensors: Tensors, said: dict[str, dict[str, Any]]) -> None:
+    said["hf_quant_config.json"] = {"quantization": {"exclude_modules": [None]}}
+
+
+def test_an_answer_is_of_sound_values_that_are_as_recorded(exported, tmp_path, capsys):
+    """``python -m post_training.answer`` calls them verified."""
+    source = exported / TRTLLM
+    shutil.copytree(source, tmp_path / "x")
+    folder = tmp_path / "x"
+    assert not answer._verified(folder).problems()
+    problems_of(source, folder, not_a_number)
+    with pytest.raises(SystemExit, match="1"):
+        answer._verified(folder)
+    said = capsys.readouterr().err
+    assert "model.norm.weight has values that are not finite" in said
+    assert "model.safetensors is not what run.json says" in said
+    (folder / "run.json").unlink()
+    problems_of(source, folder, of_no_form)
+    with pytest.raises(SystemExit, match="2"):
+        answer._verified(folder)
