@@ -1,16 +1,19 @@
-"""SmoothQuant and AWQ, restricted to the layers whose factors fold into the norm before them.
+"""SmoothQuant and AWQ, restricted to the layers whose factors fold into what is before them.
 
 Both divide the weights' input channels by factors and multiply the layer's input by them
 (``pre_quant_scale``), which no engine does. Where the input is a norm's output, and nothing else
 reads it, the norm's own weight takes the factors: the model then computes the same without them.
-Elsewhere (attention output, second layer of the MLP, experts) nothing is searched, and the scales
-are those of plain calibration, or where AWQ is asked to clip (``awq_clip``, ``awq_full``), smaller
-maxima with which the layer's outputs differ less.
+AWQ's fold into linears too: those of the attention's output into the rows of its values, and those
+of the MLP's second layer into the rows that its gate multiplies (:class:`LinearBefore`). Elsewhere
+(experts, MLPs without a gate) nothing is searched, and the scales are those of plain calibration,
+or where AWQ is asked to clip (``awq_clip``, ``awq_full``), smaller maxima with which the layer's
+outputs differ less.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import modelopt.torch.quantization as mtq
@@ -20,6 +23,7 @@ from modelopt.torch.quantization.config import AWQClipCalibConfig, AWQLiteCalibC
 
 from post_training.common.errors import UsageError
 from post_training.distributed.collectives import from_all_ranks
+from post_training.quantization import fused_rows
 from post_training.quantization.formats.registry import number_format
 
 _STATIC = {"type": "static", "block_sizes": None}
@@ -41,7 +45,8 @@ def calibrate(
     """
     search, scales = _parts(algorithm, method)
     kind, pairs = _kind(method), _taking_part(model, method)
-    taking_part = {id(linear) for _, linear in pairs}
+    before = [] if method == "smoothquant" else list(_linears_before(model))
+    taking_part = {id(linear) for _, linear in pairs} | {id(each.linear) for each in before}
     others = [
         quantizer
         for module in model.modules()
@@ -58,12 +63,14 @@ def calibrate(
     for quantizer in others:
         quantizer.disable()
     try:
-        mtq.calibrate(model, search, forward_loop=forward_loop)
+        mtq.calibrate(model, search, forward_loop=_tying(before, forward_loop))
     finally:
         for quantizer in others:
             quantizer.enable()
     for norm, linear in pairs:
         _fold(norm, linear)
+    for each in before:
+        each.fold()
     if method == "smoothquant":
         for quantizer in tokens:
             quantizer.reset_amax()
@@ -135,14 +142,109 @@ def _pairs(model: MegatronModule) -> Iterator[tuple[Any, Any]]:
 @torch.no_grad()
 def _fold(norm: Any, linear: Any) -> None:
     """Let the norm multiply by the factors of the layer after it."""
-    quantizer = linear.input_quantizer
-    factors = quantizer._pre_quant_scale.float().reshape(-1)
+    factors = _taken(linear)
     # Some norms store their weight less one.
     offset = 1.0 if linear.config.layernorm_zero_centered_gamma else 0.0
     norm.weight.copy_((norm.weight.float() + offset) * factors - offset)
     if getattr(norm, "bias", None) is not None:
         norm.bias.copy_(norm.bias.float() * factors)
+
+
+def _taken(linear: Any) -> torch.Tensor:
+    """The factors of a layer's inputs, float32 [in], which it multiplies by no longer."""
+    quantizer = linear.input_quantizer
+    factors = quantizer._pre_quant_scale.float().reshape(-1)
     del quantizer._pre_quant_scale
     quantizer._enable_pre_quant_scale = False
     if hasattr(quantizer, "_amax_for_smoothing"):
         del quantizer._amax_for_smoothing
+    return factors
+
+
+@dataclass(frozen=True)
+class LinearBefore:
+    """A linear layer whose inputs are proportional to rows of another.
+
+    Attributes:
+        source: the other.
+        rows: of this rank, int64 [n].
+        linear: the layer.
+        heads: of its inputs, that come from one head of ``source``: queries that share a value.
+        size: inputs of a head.
+    """
+
+    source: Any
+    rows: torch.Tensor
+    linear: Any
+    heads: int
+    size: int
+
+    def tie(self) -> None:
+        """Let ModelOpt's AWQ find one factor for the inputs that come from one row."""
+        helper = self.linear.awq_lite
+        for name in ("act_scale", "weight_scale"):
+            found = getattr(helper, name)
+            if isinstance(found, torch.Tensor) and self.heads > 1:
+                shared = found.view(-1, self.heads, self.size).mean(1, keepdim=True)
+                setattr(helper, name, shared.expand(-1, self.heads, -1).reshape(-1))
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Let the rows multiply by the factors."""
+        factors = _taken(self.linear).view(-1, self.heads, self.size)[:, 0].reshape(-1)
+        for parameter in (self.source.weight, getattr(self.source, "bias", None)):
+            if parameter is not None and parameter.numel():
+                each = factors.view(-1, *[1] * (parameter.dim() - 1))
+                parameter[self.rows] = (parameter[self.rows].float() * each).to(parameter.dtype)
+
+
+def _tying(
+    before: list[LinearBefore], forward_loop: Callable[[torch.nn.Module], None]
+) -> Callable[[torch.nn.Module], None]:
+    """The loop, which ties factors between AWQ's two passes: statistics, and the search."""
+    passes = 0
+
+    def loop(model: torch.nn.Module) -> None:
+        nonlocal passes
+        passes += 1
+        if passes == 2:
+            for each in before:
+                each.tie()
+        forward_loop(model)
+
+    return loop
+
+
+def _linears_before(model: MegatronModule) -> Iterator[LinearBefore]:
+    """Of the attention's output its values, of a gated MLP's second layer what is gated.
+
+    Both are quantized: a layer that is left out stays as it was.
+    """
+    config: Any = model.config
+    decoder: Any = model.decoder
+    # With these what the gate multiplies is not proportional to the first layer's outputs.
+    bent = getattr(config, "activation_func_clamp_value", None) or getattr(
+        config, "glu_linear_offset", 0.0
+    )
+    for layer in decoder.layers:
+        attention, mlp = getattr(layer, "self_attention", None), getattr(layer, "mlp", None)
+        qkv, out = (getattr(attention, name, None) for name in ("linear_qkv", "linear_proj"))
+        fc1, fc2 = (getattr(mlp, name, None) for name in ("linear_fc1", "linear_fc2"))
+        if _are_quantized(qkv, out):
+            heads = config.num_attention_heads // config.num_query_groups
+            rows = fused_rows.matrices("linear_qkv", qkv)[2]
+            yield from _fitting(LinearBefore(qkv, rows, out, heads, config.kv_channels))
+        if _are_quantized(fc1, fc2) and config.gated_linear_unit and not bent:
+            rows = fused_rows.matrices("linear_fc1", fc1)[1]
+            yield from _fitting(LinearBefore(fc1, rows, fc2, 1, len(rows)))
+
+
+def _are_quantized(*linears: Any) -> bool:
+    quantizers = (getattr(each, "weight_quantizer", None) for each in linears)
+    return all(each is not None and each.is_enabled for each in quantizers)
+
+
+def _fitting(found: LinearBefore) -> Iterator[LinearBefore]:
+    """Itself where this rank has the rows of all inputs: not if a key and value are in several."""
+    if len(found.rows) * found.heads == found.linear.weight.shape[1]:
+        yield found

@@ -17,7 +17,7 @@ import numpy
 import pytest
 import tools
 import torch
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from post_training.export import readback, transformers_answer
 from post_training.export.compressed_tensors import pack
@@ -263,8 +263,6 @@ def test_decoded_logits_are_the_quantized_models(exported, family, name):
     ("family", "name"), [each for each in EXPORTS if each[1] not in IN_MODELOPTS_LAYOUT]
 )
 def test_transformers_loads_the_folder_with_compressed_tensors(exported, family, name):
-    from transformers import AutoModelForCausalLM
-
     root, ids, logits = exported
     folder, in_bf16 = root / f"{family} {name} hf", name.startswith("MXFP4")
     model, report = AutoModelForCausalLM.from_pretrained(
@@ -299,10 +297,11 @@ SEARCHED = (*PLAIN_ONES, MIXTURE, "INT4_AWQ_CLIP_CFG", "INT4_AWQ_FULL_CFG", "W4A
 
 @pytest.mark.parametrize("split", ["TP=1", "TP=2"])
 @pytest.mark.parametrize("name", PLAIN_ONES)
-def test_factors_are_in_the_norms_and_searched_nowhere_else(exported, name, split):
+def test_factors_are_in_the_layers_before_and_searched_nowhere_else(exported, name, split):
     """Norms are multiplied by factors, the weights after them divided; the rest is as without.
 
-    At TP=2 AWQ's search sees half of the outputs on each rank, and the factors are the mean of two.
+    AWQ's are in the rows of v and up too, for the layers that these are the inputs of. At TP=2 its
+    search sees half of the outputs on each rank, and the factors are the mean of two.
     """
     root = exported[0]
     folder = f"llama3 {name} hf" if split == "TP=1" else f"{name} TP2 hf"
@@ -323,9 +322,23 @@ def test_factors_are_in_the_norms_and_searched_nowhere_else(exported, name, spli
             original = source[f"{module}.weight"]
             error = (decode(found, module) * factors - original).norm()
             assert error < most * (decode(rounded, module) - original).norm()
+            if name == "INT4_AWQ_CFG":
+                before = f"{layer}.{'mlp.up_proj' if 'mlp' in linear else 'self_attn.v_proj'}"
+                original, now = source[f"{before}.weight"], decode(found, before) * factors
+                of_rows = (now * original).sum(1) / original.square().sum(1)
+                assert of_rows.max() / of_rows.min() > 1.05
         for linear in ("self_attn.o_proj", "mlp.down_proj"):
             module = f"{layer}.{linear}"
-            assert torch.equal(decode(found, module), decode(rounded, module))
+            same = torch.equal(decode(found, module), decode(rounded, module))
+            assert same == (name != "INT4_AWQ_CFG")
+    if name == "INT4_AWQ_CFG":  # what rows and columns are multiplied by cancels
+        plain = AutoModelForCausalLM.from_pretrained(root / "llama3", dtype=torch.float32)
+        wanted = tools.transformers_logits(plain.eval(), exported[1])
+        found_error, rounded_error = (
+            (engine_logits(root / each, "llama3", exported[1]) - wanted).norm()
+            for each in (folder, f"llama3 {PLAIN_ONES[name]} hf")
+        )
+        assert found_error < 1.05 * rounded_error
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name not in SEARCHED])
@@ -391,8 +404,7 @@ def test_scales_of_a_bf16_model_are_numbers_of_bf16(exported, name):
     [
         # ModelOpt packs weights between two numbers of MXFP4 otherwise than it rounds them.
         *((name, "packed") for name in IN_BF16 if name not in POWERS),
-        # AWQ's search compares sums of errors, which two stages add up in another order.
-        *((name, "bf16") for name in IN_BF16 if name != "INT4_AWQ_CFG"),
+        *((name, "bf16") for name in IN_BF16),
     ],
 )
 def test_packed_or_from_two_stages_the_weights_are_exported_the_same(exported, name, how):
