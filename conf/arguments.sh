@@ -10,6 +10,8 @@
 #     HF_MODEL_CKPT      Hugging Face folder or hub name      (the conf's name)
 #     TOKENIZER_MODEL    tokenizer folder or hub name         (HF_MODEL_CKPT)
 #     MLM_MODEL_CKPT     Megatron checkpoint to load; wins over HF_MODEL_CKPT
+#     SERVER             address of an OpenAI-compatible server that has the model; none is loaded
+#     SERVER_MODEL       the model's name there             (its only one)
 #     MLM_MODEL_SAVE     where to save                        ($MLM_WORK_DIR/<conf>_mlm, _quant, ...)
 #     EXPORT_DIR         where export.sh writes               ($MLM_WORK_DIR/<conf>_export);
 #                        quantize.sh exports too if it is set, and saves only to MLM_MODEL_SAVE
@@ -79,12 +81,33 @@ has_draft() {
     "$1/run.json" 2>/dev/null
 }
 
+# asks_server: whether a server has the model: SERVER names one, or a word after the conf's name.
+asks_server() {
+  [[ -n "${SERVER:-}" || " ${REST[*]} ${MLM_EXTRA_ARGS:-} " =~ [[:space:]]--server[[:space:]=] ]]
+}
+
+# model_flags ARRAY [CHECKPOINT]: append the flags that name the model, by default a Megatron
+# checkpoint where one is named here, or the server that has it.
+model_flags() {
+  local -n named=$1
+  local checkpoint=${MLM_MODEL_CKPT:-}
+  if asks_server; then
+    [[ -z "${SERVER:-}" ]] || named+=(--server "$SERVER")
+    [[ -z "${SERVER_MODEL:-}" ]] || named+=(--server-model "$SERVER_MODEL")
+  else
+    checkpoint=${checkpoint:-${2:-}}
+    named+=(--pretrained-model-path "$HF_MODEL_CKPT")
+  fi
+  [[ -z "$checkpoint" ]] || named+=(--load "$checkpoint")
+}
+
 # start STAGE CONF [WORDS...]: read the set-up files, the conf and the defaults; fill FLAGS, REST.
 start() {
   local stage=$1
   shift
   read_set_up
   choose_python
+  check_python "$@"
   case "${1:-}" in
     -h | --help | --help-all | --list-formats) exec "$PYTHON" "$SCRIPT_DIR/$stage.py" "$@" ;;
     "" | -*) fail "bash $stage.sh ${1:-}" "the first word names the model" \
@@ -110,6 +133,7 @@ start() {
 # the name of its folder, without the _mlm of convert.sh.
 name_model() {
   local model=${HF_MODEL_CKPT:-${MLM_MODEL_CKPT:-}}
+  ! asks_server || model=${model:-${SERVER_MODEL:-server}}
   [[ -n "$model" ]] || fail "conf auto" "neither HF_MODEL_CKPT nor MLM_MODEL_CKPT names a model" \
     "HF_MODEL_CKPT=<folder or hub name> bash $(basename "$0") auto, or name a conf"
   HF_MODEL_CKPT=${HF_MODEL_CKPT:-}
@@ -150,10 +174,13 @@ read_loosely() {
 }
 
 # choose_python: the interpreter that runs the stages. -P keeps it from importing from the current
-# folder, which -m and -c do; a stage is imported from its own, which the first variable would
-# prevent. With PYTHONWARNINGS=error any warning of a package would end torchrun.
+# folder, which -m and -c do, and so do entries of PYTHONPATH that are empty, as the first one of
+# $PYTHONPATH:/x is where it was not set, or relative. A stage is imported from its own folder,
+# which PYTHONSAFEPATH would prevent. With PYTHONWARNINGS=error any warning of a package would end
+# torchrun, and PYTHONOPTIMIZE leaves out the checks (assert) of megatron-core.
 choose_python() {
-  unset PYTHONSAFEPATH PYTHONWARNINGS
+  unset PYTHONSAFEPATH PYTHONWARNINGS PYTHONOPTIMIZE
+  keep_absolute PYTHONPATH
   if [[ -n "${PYTHON:-}" ]]; then
     type -P "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON" "there is no such program" "unset PYTHON"
     return
@@ -165,6 +192,36 @@ choose_python() {
     return
   done
   PYTHON=$(type -P python3) || fail "python3" "it is not on the PATH" "bash quickstart.sh"
+}
+
+# keep_absolute VARIABLE: drop the entries of a search path that depend on the current folder.
+keep_absolute() {
+  [[ -n "${!1+set}" ]] || return 0
+  local entry entries kept=
+  IFS=: read -ra entries <<<"${!1}"
+  for entry in "${entries[@]}"; do [[ "$entry" != /* ]] || kept+=:$entry; done
+  export "$1=${kept#:}"
+}
+
+# check_python [WORDS...]: fail unless the interpreter starts, and has the packages that the stage
+# with these words needs.
+check_python() {
+  local needed="safetensors pydantic xxhash yaml tqdm rich transformers" said code=0
+  local program='import os, sys
+from importlib.util import find_spec
+missing = [each for each in sys.argv[1].split() if find_spec(each) is None]
+print(*missing, sep=", ")
+if missing: sys.exit(3)
+if any(each.startswith("TQDM_") for each in os.environ): import tqdm'
+  local words=("$@")
+  to_array words MLM_EXTRA_ARGS
+  [[ -n "${MLM_LAUNCH:-}" ]] || has_word --dry-run "${words[@]}" ||
+    needed+=" torch megatron modelopt"
+  said=$("$PYTHON" -P -c "$program" "$needed" 2>&1) || code=$?
+  ((code != 3)) || fail "PYTHON=$PYTHON" "it has no $said" \
+    "name the interpreter of an environment that has the packages; bash quickstart.sh makes one"
+  ((code == 0)) || fail "PYTHON=$PYTHON" "it does not start: $(grep '[Ee]rror:' <<<"$said" | tail -n 1)" \
+    "correct or unset the variables PYTHON... and TQDM_..., or name another interpreter"
 }
 
 # conf_folder: print the folder of the confs.
@@ -369,6 +426,7 @@ launch() {
   local stage=$1 planned=
   shift
   find_nodes
+  ! asks_server || TP=1 PP=1 CP=1 EP=1 ETP=1 DP=1
   count_processes
   check_nodes
   local arguments=("${FLAGS[@]}" "$@")

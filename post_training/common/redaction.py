@@ -13,8 +13,8 @@ from typing import Any
 # and what follows a flag whose last word names one. --moe-token-dispatcher-type and
 # --max-new-tokens take none.
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
-_IN_URL = re.compile(r"(?<=://)[^/\s@]+(?=@)")
-_SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+_USER = re.compile(r"(?<=://)[^/?#\s'\"]+@")
+_SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY")
 _SECRET_FLAG = re.compile(
     r"--([\w-]*[-_])?(token|(api|access|secret)[-_]key|secret|password)", re.I
 )
@@ -47,7 +47,7 @@ def hide(text: str) -> str:
         value = os.environ.get(name, "")
         if len(value) >= 8:  # a shorter one is no secret, and may be part of any word
             text = text.replace(value, "***")
-    return _IN_URL.sub("***", _TOKEN.sub("hf_***", text))
+    return _USER.sub("***@", _TOKEN.sub("hf_***", text))
 
 
 def hide_in(value: Any) -> Any:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
-from post_training.common import files, limits, safetensors_index
-from post_training.export import fused_linears, stacked_experts
-from post_training.export.decoders import compressed_tensors
+from post_training.export import fused_linears, stacked_experts, staging
+from post_training.export.content import Content
+from post_training.export.decoders import compressed_tensors, configuration
 from post_training.export.decoders.base import Decoder
 from post_training.export.decoders.registry import DECODERS, SCALES
 from post_training.models.families import registry as families
@@ -25,7 +25,7 @@ from post_training.models.families import registry as families
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-QUANT_CONFIG = "hf_quant_config.json"
+QUANT_CONFIG = configuration.FILE
 # Safetensors' names of the dtypes that a weight that is not quantized may have.
 _PLAIN = ("BF16", "F16", "F32")
 _KV_SCALES = ("k_proj.k_scale", "v_proj.v_scale")
@@ -39,22 +39,27 @@ class Folder:
         path: folder with ``config.json`` and safetensors; ``hf_quant_config.json`` if quantized.
         device: where tensors are decoded; a GPU decodes a large model much faster.
         carried: names of tensors that no layer of the Megatron model has.
+        content: of a folder that is not complete yet; its tensors are then those alone.
     """
 
     def __init__(
-        self, path: Path, device: torch.device | str = "cpu", carried: Iterable[str] = ()
+        self,
+        path: Path,
+        device: torch.device | str = "cpu",
+        carried: Iterable[str] = (),
+        content: Content | None = None,
     ) -> None:
         self.path, self.carried = path, frozenset(carried)
         self.device = torch.device(device)
-        self.config = files.read_json_object(path / "config.json")
-        self.index = safetensors_index.read(path)
+        content = content or Content.of(path)
+        self.config, self.index = content.config, content.tensors
         self.quantization: dict[str, Any] = {}
         declared = self.config.get("quantization_config") or {}
         self.is_compressed = declared.get("quant_method") == compressed_tensors.METHOD
         if self.is_compressed:
             self.quantization = compressed_tensors.described(declared)
-        elif (path / QUANT_CONFIG).is_file():
-            self.quantization = files.read_json_object(path / QUANT_CONFIG)["quantization"]
+        elif content.beside:
+            self.quantization = content.beside["quantization"]
 
     @cached_property
     def expected(self) -> dict[str, tuple[int, ...]]:
@@ -65,7 +70,7 @@ class Folder:
         from transformers.core_model_loading import revert_weight_conversion
 
         with torch.device("meta"):
-            model = self._untrained()
+            model = self.untrained()
             kept = model.state_dict().keys()
             tensors = {name: each for name, each in model.named_buffers() if name in kept}
             saved = revert_weight_conversion(model, {**dict(model.named_parameters()), **tensors})
@@ -77,7 +82,7 @@ class Folder:
     def tensor(self, name: str) -> torch.Tensor:
         """One stored tensor, as it is."""
         with safe_open(self.index[name].path, framework="pt") as shard:
-            return shard.get_tensor(name).to(self.device)
+            return staging.to_device(shard.get_tensor(name), self.device)
 
     def algorithm(self, module: str) -> str | None:
         """``quant_algo`` of a linear such as ``model.layers.0.mlp.up_proj``; None: plain."""
@@ -96,14 +101,20 @@ class Folder:
         """
         decoder = self._decoder(name)
         if decoder is not None:
-            module = name.removesuffix(".weight")
-            return decoder.decode(self.tensor, module, self.tensor(f"{module}.{decoder.stored}"))
+            return decoder.weight(self.tensor, name.removesuffix(".weight"))
+        return self._plain(name).float()
+
+    def value(self, name: str) -> torch.Tensor:
+        """The same, but what is not quantized in the dtype in which it is stored."""
+        return self.dequantized(name) if self._decoder(name) else self._plain(name)
+
+    def _plain(self, name: str) -> torch.Tensor:
         if self.is_compressed and name.endswith(_KV_SCALES):
             name = compressed_tensors.cache_scale(name)
         stored = self.tensor(name)
         if not stored.dtype.is_floating_point or stored.element_size() < 2:
             raise ValueError(f"{name} is stored as {stored.dtype}, but not said to be quantized")
-        return stored.float()
+        return stored
 
     def problems(self) -> list[str]:
         """Everything about names, shapes, dtypes, scales and configuration that is not right."""
@@ -122,51 +133,29 @@ class Folder:
         found += fused_linears.problems(self.expected, self.algorithm, self._number)
         return [*found, *self._configuration_problems(modules)]
 
+    def damaged_values(self) -> list[str]:
+        """Tensors with values that are not finite; decodes all of them."""
+        return [
+            f"{name} has values that are not finite"
+            for name in self.expected
+            if not self.dequantized(name).isfinite().all()
+        ]
+
     def bits_per_weight(self) -> float:
         """Stored bits of all tensors, scales included, per parameter of the architecture."""
         names = self.index.keys() - self.carried
         parameters = sum(math.prod(self.expected[n]) for n in self.expected.keys() - self.carried)
         return 8 * sum(self.index[name].bytes for name in names) / parameters
 
-    def answer(self, question: str, max_new_tokens: int) -> str:
-        """Greedy answer of transformers, through the chat template where the tokenizer has one."""
-        from transformers import AutoTokenizer, GenerationConfig
-
-        tokenizer: Any = AutoTokenizer.from_pretrained(self.path)
-        model = self._loaded().eval()
-        if (self.path / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(self.path)
-        if has_template := bool(tokenizer.chat_template):
-            turns, form = [{"role": "user", "content": question}], {"add_generation_prompt": True}
-            with limits.of_a_template():
-                question = tokenizer.apply_chat_template(turns, tokenize=False, **form)
-        prompt = tokenizer(question, return_tensors="pt", add_special_tokens=not has_template)
-        # transformers 5.14 has no cache for layers that are an MLP alone (Nemotron-H).
-        cached = "mlp" not in (getattr(model.config, "layer_types", None) or ())
-        how = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": cached}
-        with torch.inference_mode():
-            output = model.generate(**prompt, **how)
-        tokens = output[0, prompt.input_ids.shape[1] :]
-        return str(tokenizer.decode(tokens, skip_special_tokens=True))
-
-    def _untrained(self, **options: Any) -> PreTrainedModel:
+    def untrained(self, **options: Any) -> PreTrainedModel:
         """A transformers model of this architecture with weights that are not quantized."""
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
         auto = AutoModelForImageTextToText if "text_config" in self.config else AutoModelForCausalLM
-        return auto.from_config(self._plain_config(), **options)
+        return auto.from_config(self.plain_config(), **options)
 
-    def _loaded(self) -> Any:
-        """The model with its dequantized weights, in float32."""
-        stacked = families.of(self.config).stacked
-        weights = stacked_experts.joined({n: self.dequantized(n) for n in self.expected}, stacked)
-        with torch.device("meta"):
-            model_class: Any = type(self._untrained())
-        return model_class.from_pretrained(
-            None, config=self._plain_config(), state_dict=weights, dtype=torch.float32
-        )
-
-    def _plain_config(self) -> Any:
+    def plain_config(self) -> Any:
+        """transformers' configuration of the model with weights that are not quantized."""
         from post_training.models import transformers_names
 
         config = transformers_names.config(self.path)
@@ -203,6 +192,15 @@ class Folder:
             name.endswith(_COMPRESSED_KV_SCALES) and f"{attention}.o_proj.weight" in self.expected
         )
 
+    def is_sound_scale(self, name: str) -> bool:
+        """Whether each number of a scale is finite and positive, or what a block of zeros has."""
+        module, _, kind = name.rpartition(".")
+        if kind == "weight_shape":  # its decoder compares it
+            return True
+        decoder, values = DECODERS.get(self.algorithm(module) or ""), self.tensor(name).float()
+        zeros = decoder is not None and decoder.zero_scales and kind == "weight_scale"
+        return bool((values.isfinite() & ((values >= 0) if zeros else (values > 0))).all())
+
     def _form_problems(self, name: str, shape: tuple[int, ...]) -> Iterable[str]:
         """Stored dtype and shape against the configuration's, from the file's header alone."""
         entry = self.index[self.stored_name(name)]
@@ -238,11 +236,8 @@ class Folder:
             yield f"{name} is stored for a layer that the configuration calls unquantized"
         elif decoder and kind in SCALES and kind not in decoder.scales:
             yield f"{name} is no tensor of {decoder.algorithm}"
-        elif kind != "weight_shape":  # its decoder compares it
-            values = self.tensor(name).float()
-            zeros = decoder is not None and decoder.zero_scales and kind == "weight_scale"
-            if not (values.isfinite() & ((values >= 0) if zeros else (values > 0))).all():
-                yield f"{name} is not finite and positive"
+        elif not self.is_sound_scale(name):
+            yield f"{name} is not finite and positive"
 
     def _number(self, name: str) -> float | None:
         """What a stored number holds; None for the scales of rows or blocks, be it of one."""

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from megatron.core import parallel_state
+from itertools import chain
+
 from megatron.core.transformer import MegatronModule
 
-from post_training.checkpoints import loading
 from post_training.checkpoints.source import Source
 from post_training.config.options import StageOptions
 from post_training.distributed.collectives import from_all_ranks
 from post_training.distributed.session import Session
-from post_training.export import model_folder
-from post_training.export.carried import Carried
-from post_training.models.builder import torch_dtype
+from post_training.export.fake_quantized import unpack
+from post_training.export.model_folder import Writer
 
 
 def stored_bytes(
@@ -29,13 +28,8 @@ def stored_bytes(
         model: this rank's part, tensor-parallel size 1.
         target: the engine that is to read it, by its name in ``--target``.
     """
-    original = loading.local_huggingface(source, options)
-    exporter, layout, _ = model_folder.open_exporter(model, original, options, target=target)
-    dtype = torch_dtype(options.precision)
-    count = 0
-    if parallel_state.get_data_parallel_rank() == 0:
-        groups = exporter.groups() if layout is None else layout.groups(exporter, dtype)
-        count = sum(tensor.nbytes for group in groups for tensor in group.values())
-    carried = Carried.of(original, session)
-    count += sum(tensor.nbytes for group in carried.groups() for tensor in group.values())
+    writer = Writer(model, source, options, session, target)
+    unpack(model)
+    groups = chain(writer.groups(), writer.carried.groups())
+    count = sum(tensor.nbytes for group in groups for tensor in group.values())
     return sum(from_all_ranks(count))
