@@ -54,6 +54,7 @@ class Plan:
     Attributes:
         models: options that name a model, and the model, by the names of trials' models.
         data: text to calibrate on and to be judged by, as it is now.
+        report: search.json.
     """
 
     options: SearchOptions
@@ -62,6 +63,7 @@ class Plan:
     folder: Path
     space: Space
     data: list[dict[str, Any]]
+    report: Path
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def check(options: SearchOptions) -> Plan:
     options = options.noting(found.describe())
     if len({*read.values()}) == 1:
         options = options.noting("the text is what the model is calibrated on: KL is optimistic")
-    return Plan(options, source, models, place, found, data)
+    return Plan(options, source, models, place, found, data, place / folder.REPORT)
 
 
 def search(plan: Plan, session: Session) -> Found:
@@ -115,7 +117,7 @@ def search(plan: Plan, session: Session) -> Found:
     content = record.report_of_run(options, session, [*inputs, *plan.data], found)
 
     def write() -> None:
-        files.write_json(plan.folder / folder.REPORT, content)
+        files.write_json(plan.report, content)
         writing.write([plan.folder], plan.folder / folder.PAGE)
 
     on_first_rank(write)
@@ -124,7 +126,7 @@ def search(plan: Plan, session: Session) -> Found:
 
 def show(plan: Plan, found: Found, session: Session) -> None:
     report.show(plan.options, found.content, found.outcome)
-    logger.info("report: %s, %s", plan.folder / folder.PAGE, plan.folder / folder.REPORT)
+    logger.info("report: %s, %s", plan.folder / folder.PAGE, plan.report)
     if not found.content["passed"]:
         print(f"error: {report.missed(plan.options, found.outcome)}", file=sys.stderr)
 

@@ -17,6 +17,7 @@
 #                        quantize.sh exports too if it is set, and saves only to MLM_MODEL_SAVE
 #     MLM_WORK_DIR       work folder                          (megatron_workspace in $TMPDIR or /tmp)
 #     MLM_EXTRA_ARGS     further flags, split at white space (see to_array about spaces in a value)
+#     MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME   where --mlflow without a value logs
 #     MLM_PROMPTS, MLM_REF_LABEL   prompts and expected texts of the smoke generation, split by |
 #     TP PP CP           tensor, pipeline and context parallel size          (1)
 #     EP ETP             expert and expert-tensor parallel size              (1, TP)

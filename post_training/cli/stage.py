@@ -10,7 +10,7 @@ import contextlib
 import logging
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any, Protocol, cast
 
 from post_training.checkpoints import record
 from post_training.checkpoints.source import Source, fetch_configuration
-from post_training.cli import dry_run
+from post_training.cli import dry_run, tracking
 from post_training.common import locks, outputs, redaction, streams
 from post_training.common.errors import UsageError, exit_with_usage_error, first_line
 from post_training.config import arguments, model_description, server_options
@@ -85,6 +85,7 @@ class Stage[Options: StageOptions, P: Plan, Result]:
 def make_plan(stage: Stage[Any, Any, Any], argv: Sequence[str] | None = None) -> Any:
     """The plan of a command line, by default this process's; UsageError if it cannot work."""
     options = arguments.parse(stage.name, stage.options, argv)
+    tracking.check(options)
     stage = stage.asked(options)
     model_description.check_division(options)
     try:
@@ -127,28 +128,52 @@ def run(stage: Stage[Any, Any, Any], argv: Sequence[str] | None = None) -> None:
         if plan.options.sequence_parallel and not stage.sequence_parallel:
             # Confs of large models carry the flag for training.
             logger.info("--sequence-parallel has no effect: %s trains nothing", stage.name)
-        try:
-            with contextlib.ExitStack() as held:
-                for path, before in found.items() if opened.is_main else ():
-                    held.enter_context(locks.hold(path, redaction.command()))
-                    if outputs.state(path) != before:
-                        raise UsageError(
-                            f"output {path}", "another run has just made it", "start this one again"
-                        )
-                plan = _with_hub_names(stage, plan)
-                result = stage.work(plan, opened)
-            if opened.is_main and stage.show is not None:
-                stage.show(plan, result, opened)
-        except NotImplementedError as error:  # of a stand-in: says what it lacks and what to do
-            logger.debug("not computed here", exc_info=True)
-            remedy = "leave out the flag that asks for it; --log-level debug shows where it is"
-            raise UsageError(f"{stage.name} on this machine", first_line(error), remedy) from error
-        except Exception as error:
-            if full := outputs.full_disk(error, found):
-                raise full from error
-            raise
+        with tracking.run(plan.options, is_main=opened.is_main) as tracked:
+            tracked.places = _places(plan, found)
+            plan, result = _worked(stage, plan, opened, found)
     if code := stage.exit_code(plan, result):
         sys.exit(code)
+
+
+def _worked[Options: StageOptions, P: Plan, Result](
+    stage: Stage[Options, P, Result],
+    plan: P,
+    opened: Session,
+    found: Mapping[Path, tuple[int, int] | None],
+) -> tuple[P, Result]:
+    """Do the work and show it; the plan as it was in the end, and the result.
+
+    Args:
+        found: the outputs and what lay there before.
+    """
+    try:
+        with contextlib.ExitStack() as held:
+            for path, before in found.items() if opened.is_main else ():
+                held.enter_context(locks.hold(path, redaction.command()))
+                if outputs.state(path) != before:
+                    raise UsageError(
+                        f"output {path}", "another run has just made it", "start this one again"
+                    )
+            plan = _with_hub_names(stage, plan)
+            result = stage.work(plan, opened)
+        if opened.is_main and stage.show is not None:
+            stage.show(plan, result, opened)
+    except NotImplementedError as error:  # of a stand-in: says what it lacks and what to do
+        logger.debug("not computed here", exc_info=True)
+        remedy = "leave out the flag that asks for it; --log-level debug shows where it is"
+        raise UsageError(f"{stage.name} on this machine", first_line(error), remedy) from error
+    except Exception as error:
+        if full := outputs.full_disk(error, found):
+            raise full from error
+        raise
+    return plan, result
+
+
+def _places(plan: Plan, found: Iterable[Path]) -> list[Path]:
+    """Outputs and reports, also of a default name."""
+    start = getattr(plan, "start", None)
+    own = [*vars(plan).values(), getattr(start, "folder", None)]
+    return list(dict.fromkeys([*found, *(each for each in own if isinstance(each, Path))]))
 
 
 def _with_hub_names[Options: StageOptions, P: Plan, Result](

@@ -54,6 +54,14 @@ class StageOptions:
         10, metavar="N", help="limit of a collective operation (default: %(default)s)"
     )
     disable_tqdm: bool = flag(False, help="draw no progress bars")
+    mlflow: str | None = flag(
+        metavar="URI",
+        nargs="?",
+        const="",
+        type=str,
+        help="log parameters, metrics and manifests to this MLflow server or folder "
+        "(MLFLOW_TRACKING_URI)",
+    )
     log_level: str = flag(
         "info", choices=("debug", "info", "warning", "error"), help="default: %(default)s"
     )

@@ -23,7 +23,7 @@ _APART = frozenset(
     """
     search_dir max_size max_kl cache_tokens gpu search_formats search_kv_caches search_bits
     search_rounds no_mixtures also conf overwrite check dry_run disable_tqdm log_level no_verify
-    distributed_timeout_minutes auto_quantize_formats save load pretrained_model_path
+    distributed_timeout_minutes auto_quantize_formats save load mlflow pretrained_model_path
     """.split()
 )
 

@@ -18,8 +18,9 @@ LIBRARY = "post_training"
 # What takes long to import, or may be missing where checks still have to work.
 HEAVY = frozenset(
     """
-    accelerate datasets huggingface_hub lm_eval matplotlib megatron modelopt numpy pandas peft
-    openai psutil pyarrow pydantic requests rich safetensors.torch scipy sklearn tensorboard torch
+    accelerate datasets huggingface_hub lm_eval matplotlib megatron mlflow modelopt numpy openai
+    pandas peft psutil pyarrow pydantic requests rich safetensors.torch scipy sklearn tensorboard
+    torch
     transformer_engine transformers triton
     """.split()
 )

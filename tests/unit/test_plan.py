@@ -227,6 +227,7 @@ def test_the_launch_line_of_a_model_with_experts_can_be_pasted():
         (["--max-new-tokens", "10", "--moe-token-drop-policy", "probs"],
          "--max-new-tokens 10 --moe-token-drop-policy probs"),
         (["--tokenizer-model", "org/name"], "--tokenizer-model org/name"),
+        (["--mlflow", "https://me:mine@host/x"], "--mlflow 'https://***@host/x'"),
     ],
 )  # fmt: skip
 def test_only_secrets_are_hidden(words, shown):
