@@ -7,6 +7,7 @@
 #
 #   MLM_MODEL_CKPT  Megatron checkpoint; else HF_MODEL_CKPT, a Hugging Face folder or hub name
 #   REFERENCE_CKPT  the model to compare with, of any of these kinds; none by default
+#   SERVER          an OpenAI-compatible server to ask instead of loading a model (SERVER_MODEL: which)
 #
 # Further variables: conf/arguments.sh. All flags: bash evaluate.sh --help
 set -euo pipefail
@@ -16,6 +17,6 @@ source "$SCRIPT_DIR/conf/arguments.sh"
 
 start evaluate "$@"
 flags=()
-[[ -z "${MLM_MODEL_CKPT:-}" ]] || flags+=(--load "$MLM_MODEL_CKPT")
 [[ -z "${REFERENCE_CKPT:-}" ]] || flags+=(--reference "$REFERENCE_CKPT")
-launch evaluate "${flags[@]}" --pretrained-model-path "$HF_MODEL_CKPT"
+model_flags flags
+launch evaluate "${flags[@]}"

@@ -8,6 +8,7 @@
 #   PROMPTS_PATH    prompts or conversations: a file, a folder or a hub name (MT-Bench's questions)
 #   OUTPUT_PATH     where to write (default: $MLM_WORK_DIR/<conf>_generated.jsonl)
 #   MLM_MODEL_CKPT  Megatron checkpoint; else HF_MODEL_CKPT, a Hugging Face folder or hub name
+#   SERVER          an OpenAI-compatible server to ask instead of loading a model (SERVER_MODEL: which)
 #
 # Further variables: conf/arguments.sh. All flags: bash generate.sh --help
 set -euo pipefail
@@ -19,5 +20,5 @@ start generate "$@"
 flags=(--output "${OUTPUT_PATH:-$MLM_WORK_DIR/${MLM_MODEL_CFG}_generated.jsonl}")
 [[ -z "${PROMPTS_PATH:-}" ]] || flags+=(--prompts-path "$PROMPTS_PATH")
 [[ -z "${DRAFT_LEN:-}" ]] || flags+=(--draft-length "$DRAFT_LEN")
-[[ -z "${MLM_MODEL_CKPT:-}" ]] || flags+=(--load "$MLM_MODEL_CKPT")
-launch generate "${flags[@]}" --pretrained-model-path "$HF_MODEL_CKPT"
+model_flags flags
+launch generate "${flags[@]}"

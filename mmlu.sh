@@ -6,6 +6,7 @@
 #   HF_MODEL_CKPT=/models/Qwen3-0.6B bash mmlu.sh Qwen/Qwen3-0.6B --mmlu-dataset /data/mmlu
 #
 #   MLM_MODEL_CKPT  Megatron checkpoint; else HF_MODEL_CKPT, a Hugging Face folder or hub name
+#   SERVER          an OpenAI-compatible server to ask instead of loading a model (SERVER_MODEL: which)
 #
 # Further variables: conf/arguments.sh. All flags: bash mmlu.sh --help
 set -euo pipefail
@@ -15,5 +16,5 @@ source "$SCRIPT_DIR/conf/arguments.sh"
 
 start mmlu "$@"
 flags=()
-[[ -z "${MLM_MODEL_CKPT:-}" ]] || flags+=(--load "$MLM_MODEL_CKPT")
-launch mmlu "${flags[@]}" --pretrained-model-path "$HF_MODEL_CKPT"
+model_flags flags
+launch mmlu "${flags[@]}"

@@ -32,7 +32,13 @@ from post_training.export.exporting import ExportPlan
 from post_training.inference import smoke_generation
 from post_training.models import parallel_check
 from post_training.models.families import registry as families
-from post_training.quantization import expert_options, expert_table, model_checks, summary
+from post_training.quantization import (
+    expert_options,
+    expert_table,
+    layerwise_checks,
+    model_checks,
+    summary,
+)
 from post_training.quantization import options as quantization_options
 from post_training.quantization.formats.exportable import Verdict
 from post_training.quantization.options import Choice, QuantizeOptions
@@ -57,9 +63,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Quantized:
-    """This rank's model and what was done to it; ``content`` is that of ``run.json``."""
+    """This rank's model (None: never whole) and what was done; ``content`` is of ``run.json``."""
 
-    model: MegatronModule
+    model: MegatronModule | None
     result: PtqResult
     content: Mapping[str, Any]
 
@@ -67,7 +73,7 @@ class Quantized:
 def check(options: QuantizeOptions) -> Plan:
     save = Path(options.save) if options.save else None
     export = _planned_export(options)
-    if export is None:
+    if export is None and not options.layerwise:
         checks.required("--save", options.save, "MLM_MODEL_SAVE (EXPORT_DIR for an export)")
     checks.no_context_parallelism(options.parallel.context)
     source = find_source(options)
@@ -76,6 +82,9 @@ def check(options: QuantizeOptions) -> Plan:
         parallel_check.check(source.described, options.parallel)
     choice = quantization_options.chosen(options)
     quantization_options.check(options, choice, source.described)
+    if options.layerwise:
+        layerwise_checks.check(options, choice)
+        options = layerwise_checks.noting(options)
     options = quantization_options.noting(options, choice)
     if source.described is not None:
         options = expert_options.noting(options, source.described)
@@ -106,8 +115,9 @@ def quantize(plan: Plan, session: Session) -> Quantized:
     Raises:
         UsageError: if the format cannot be exported, or a weight that it matches has no scale.
     """
+    from post_training.export import layerwise
     from post_training.inference.batching import Batching
-    from post_training.quantization import calibration, configuration, ptq
+    from post_training.quantization import calibration, configuration, layer_calibration, ptq
 
     options = plan.options
     source = fetch_source(plan.source, options)
@@ -116,13 +126,16 @@ def quantize(plan: Plan, session: Session) -> Quantized:
     samples = calibration_options.load(
         options.calibration, tokenizer, source.architecture, options.seed
     )
-    model = loading.load(source, options, session)
-    data = calibration.Calibration(
-        samples,
-        Batching(options.calibration.calib_batch_size, "--calib-batch-size"),
-        session.show_progress,
-    )
-    result = ptq.quantize(model, options, plan.choice, data)
+    batching = Batching(options.calibration.calib_batch_size, "--calib-batch-size")
+    kind = layer_calibration.LayerCalibration if options.layerwise else calibration.Calibration
+    data = kind(samples, batching, session.show_progress)
+    exported: Mapping[str, Any] = {}
+    model = None
+    if isinstance(data, layer_calibration.LayerCalibration):
+        result, exported = layerwise.quantize(plan, source, data, session)
+    else:
+        model = loading.load(source, options, session)
+        result = ptq.quantize(model, options, plan.choice, data)
     reason = families.family_of(source.architecture).not_quantized
     if reason:
         result = replace(result, found=Verdict(reason=reason))
@@ -140,11 +153,13 @@ def quantize(plan: Plan, session: Session) -> Quantized:
     }
     extra = {"quantization": described, **source.pruned_from()}
     content: Mapping[str, Any] = {}
-    if plan.save is not None:
+    if plan.save is not None and model is not None:
         manifest = record.of_run(options, session, source, metrics=metrics, extra=extra)
         content = torch_dist.save(model, plan.save, manifest, small_files=small_files)
     if plan.export is not None:
-        metrics = {**metrics, **exporting.write(plan.export, model, source, options, session)}
+        if model is not None:
+            exported = exporting.write(plan.export, model, source, options, session)
+        metrics |= exported
         made_from = source.inputs()
         if plan.save is not None:
             made_from.append(describe_input("checkpoint", plan.save))
@@ -152,7 +167,8 @@ def quantize(plan: Plan, session: Session) -> Quantized:
             options, session, source, inputs=made_from, metrics=metrics, extra=extra
         )
         content = exporting.publish(plan.export, manifest, source, options)
-    smoke_generation.run(options.smoke, model, tokenizer, f"{plan.save or options.export_dir}")
+    if model is not None:
+        smoke_generation.run(options.smoke, model, tokenizer, f"{plan.save or options.export_dir}")
     return Quantized(model, result, content)
 
 

@@ -10,6 +10,7 @@
 #   OSL             most tokens of an answer (default: 64)
 #   STEPS           draft tokens at a time (default: 1)
 #   GT_PATH         ground truth of an earlier run, to compare with; it has prompts too
+#   SERVER          a server whose engine has a draft, to ask instead of decoding here
 #   SAVE_GT_PATH    where to save this run's ground truth
 #
 # Further variables: conf/arguments.sh. All flags: bash validate.sh --help
@@ -19,9 +20,9 @@ SCRIPT_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$SCRIPT_DIR/conf/arguments.sh"
 
 start validate "$@"
-flags=(--load "${MLM_MODEL_CKPT:-$MLM_WORK_DIR/${MLM_MODEL_CFG}-Eagle3}")
-flags+=(--osl "${OSL:-64}" --steps "${STEPS:-1}")
+flags=(--osl "${OSL:-64}" --steps "${STEPS:-1}")
 [[ -z "${PROMPTS_PATH:-}" ]] || flags+=(--prompts-path "$PROMPTS_PATH")
 [[ -z "${GT_PATH:-}" ]] || flags+=(--ground-truth-path "$GT_PATH")
 [[ -z "${SAVE_GT_PATH:-}" ]] || flags+=(--save-ground-truth-path "$SAVE_GT_PATH")
-launch validate "${flags[@]}" --pretrained-model-path "$HF_MODEL_CKPT"
+model_flags flags "$MLM_WORK_DIR/${MLM_MODEL_CFG}-Eagle3"
+launch validate "${flags[@]}"

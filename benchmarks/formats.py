@@ -1,12 +1,13 @@
 """What each format costs: bits, size, perplexity, KL divergence from BF16, a score, and time.
 
     python benchmarks/formats.py --work /tmp/formats --train-text a.txt b.txt --test-text c.txt
+    python benchmarks/formats.py --work /tmp/experts --experts --train-text a.txt --test-text c.txt
     python benchmarks/formats.py --work /tmp/formats --model FOLDER --calibration chat.jsonl \
         --test-text chat_heldout.jsonl
 
-Without --model a small Llama is trained on the training text first (WORK/model; kept, and used
-again). Each format is quantized and exported, verified as every export is, and its checkpoint
-compared with the BF16 model on the test text:
+Without --model a small Llama, with --experts a small Qwen3-MoE, is trained on the training text
+first (WORK/model; kept, and used again). Each format is quantized and exported, verified as every
+export is, and its checkpoint compared with the BF16 model on the test text:
 
 - perplexity, and mean KL divergence from the BF16 model, over all tokens;
 - how often both find the same token the most probable one;
@@ -88,6 +89,19 @@ FORMATS["NVFP4_DEFAULT_CFG, KV cache FP8"] = (
     *("--export-quant-cfg", "NVFP4_DEFAULT_CFG"),
     *("--export-kv-cache-quant", "fp8"),
 )
+# Of a model with experts: which of them each calibration token reaches.
+MOE_FORMATS = ("FP8_DEFAULT_CFG", "NVFP4_DEFAULT_CFG", "INT8_GPTQ_CFG", "INT4_GPTQ_CFG")
+for _name in MOE_FORMATS:
+    for _share in ("0.5", "all"):
+        FORMATS[f"{_name}, experts {_share}"] = (*FORMATS[_name], "--moe-calibrate", _share)
+EXPERTS: dict[str, Any] = {
+    "num_experts": 16,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 256,
+    "norm_topk_prob": True,
+    "output_router_logits": True,
+    "router_aux_loss_coef": 0.01,
+}
 # The first may not be farther from BF16 than the second, but for noise.
 ORDER = (
     ("INT8_SMOOTHQUANT_CFG", "INT8_DEFAULT_CFG"),
@@ -150,12 +164,17 @@ def token_rows(file: str, tokenizer: Any) -> list[list[int]]:
     return rows if rows[0] else rows[1:]
 
 
-def train(folder: Path, files: list[str], steps: int) -> None:
-    """Train a tokenizer and a small Llama on the text of ``files``, and save both."""
+def train(folder: Path, files: list[str], steps: int, experts: bool) -> None:
+    """Train a tokenizer and a small model on the text of ``files``, and save both."""
     import torch
     from tokenizers import ByteLevelBPETokenizer
     from tqdm import trange
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        PreTrainedTokenizerFast,
+    )
 
     from post_training.data import sources
 
@@ -171,7 +190,9 @@ def train(folder: Path, files: list[str], steps: int) -> None:
     ids = torch.tensor([i for text in texts for i in tokenizer(text + "\n").input_ids])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    model: Any = LlamaForCausalLM(LlamaConfig(**SHAPE, bos_token_id=None, eos_token_id=0))
+    kind = {"model_type": "qwen3_moe", **EXPERTS} if experts else {"model_type": "llama"}
+    config = AutoConfig.for_model(**kind, **SHAPE, bos_token_id=None, eos_token_id=0)
+    model: Any = AutoModelForCausalLM.from_config(config)
     model = model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
@@ -346,6 +367,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--model", type=Path, help="Hugging Face folder (default: trained here)")
+    parser.add_argument("--experts", action="store_true", help="train a model with experts")
     parser.add_argument("--train-text", nargs="+", default=[], help="files to train on")
     parser.add_argument("--test-text", required=True, help="file that the model has not seen")
     parser.add_argument("--calibration", help="file to calibrate on (default: first to train on)")
@@ -354,8 +376,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--windows", type=int, default=48)
     parser.add_argument("--questions", type=int, default=300)
-    parser.add_argument("--formats", nargs="+", default=[*FORMATS], choices=[*FORMATS])
+    parser.add_argument("--formats", nargs="+", choices=[*FORMATS])
     args = parser.parse_args()
+    calibrated = [name for name in FORMATS if "experts" in name or name in MOE_FORMATS]
+    args.formats = args.formats or (
+        calibrated if args.experts else [name for name in FORMATS if "experts" not in name]
+    )
     args.work.mkdir(parents=True, exist_ok=True)
     args.calibration = args.calibration or next(iter(args.train_text), None)
     if not args.calibration or not (args.model or args.train_text):
@@ -363,7 +389,7 @@ def main() -> None:
     if args.model is None:
         args.model = args.work / "model"
         if not (args.model / "config.json").exists():
-            train(args.model, args.train_text, args.steps)
+            train(args.model, args.train_text, args.steps, args.experts)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)

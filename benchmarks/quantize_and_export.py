@@ -47,11 +47,13 @@ class Benchmark:
     samples: int
     length: int
     peer_batches: list[int]
+    two_processes: bool = True
     results: dict[str, dict[str, Figures]] = field(default_factory=dict)
 
     @property
     def paths(self) -> list[str]:
-        return [OURS, TWO, *(f"{PEER}, batch {batch}" for batch in self.peer_batches)]
+        ours = [OURS, TWO] if self.two_processes else [OURS]
+        return [*ours, *(f"{PEER}, batch {batch}" for batch in self.peer_batches)]
 
     def measure(self, name: str, path: str) -> Figures:
         """Run one path for one format; adds its figures to the results and saves them."""
@@ -207,12 +209,15 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--peer-batches", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--formats", nargs="+", default=FORMATS)
+    parser.add_argument("--one-process", action="store_true", help="not in two processes too")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     model = args.work / "model"
     if not model.exists():
         run(args.work / "model.log", "benchmarks/random_model.py", args.shape, model)
-    benchmark = Benchmark(model, args.work, args.samples, args.length, args.peer_batches)
+    benchmark = Benchmark(
+        model, args.work, args.samples, args.length, args.peer_batches, not args.one_process
+    )
     print(header(), flush=True)
     for name in args.formats:
         for path in benchmark.paths:

@@ -10,6 +10,8 @@
 #     HF_MODEL_CKPT      Hugging Face folder or hub name      (the conf's name)
 #     TOKENIZER_MODEL    tokenizer folder or hub name         (HF_MODEL_CKPT)
 #     MLM_MODEL_CKPT     Megatron checkpoint to load; wins over HF_MODEL_CKPT
+#     SERVER             address of an OpenAI-compatible server that has the model; none is loaded
+#     SERVER_MODEL       the model's name there             (its only one)
 #     MLM_MODEL_SAVE     where to save                        ($MLM_WORK_DIR/<conf>_mlm, _quant, ...)
 #     EXPORT_DIR         where export.sh writes               ($MLM_WORK_DIR/<conf>_export);
 #                        quantize.sh exports too if it is set, and saves only to MLM_MODEL_SAVE
@@ -78,6 +80,26 @@ has_draft() {
     "$1/run.json" 2>/dev/null
 }
 
+# asks_server: whether a server has the model: SERVER names one, or a word after the conf's name.
+asks_server() {
+  [[ -n "${SERVER:-}" || " ${REST[*]} ${MLM_EXTRA_ARGS:-} " =~ [[:space:]]--server[[:space:]=] ]]
+}
+
+# model_flags ARRAY [CHECKPOINT]: append the flags that name the model, by default a Megatron
+# checkpoint where one is named here, or the server that has it.
+model_flags() {
+  local -n named=$1
+  local checkpoint=${MLM_MODEL_CKPT:-}
+  if asks_server; then
+    [[ -z "${SERVER:-}" ]] || named+=(--server "$SERVER")
+    [[ -z "${SERVER_MODEL:-}" ]] || named+=(--server-model "$SERVER_MODEL")
+  else
+    checkpoint=${checkpoint:-${2:-}}
+    named+=(--pretrained-model-path "$HF_MODEL_CKPT")
+  fi
+  [[ -z "$checkpoint" ]] || named+=(--load "$checkpoint")
+}
+
 # start STAGE CONF [WORDS...]: read the set-up files, the conf and the defaults; fill FLAGS, REST.
 start() {
   local stage=$1
@@ -110,6 +132,7 @@ start() {
 # the name of its folder, without the _mlm of convert.sh.
 name_model() {
   local model=${HF_MODEL_CKPT:-${MLM_MODEL_CKPT:-}}
+  ! asks_server || model=${model:-${SERVER_MODEL:-server}}
   [[ -n "$model" ]] || fail "conf auto" "neither HF_MODEL_CKPT nor MLM_MODEL_CKPT names a model" \
     "HF_MODEL_CKPT=<folder or hub name> bash $(basename "$0") auto, or name a conf"
   HF_MODEL_CKPT=${HF_MODEL_CKPT:-}
@@ -402,6 +425,7 @@ launch() {
   local stage=$1 planned=
   shift
   find_nodes
+  ! asks_server || TP=1 PP=1 CP=1 EP=1 ETP=1 DP=1
   count_processes
   check_nodes
   local arguments=("${FLAGS[@]}" "$@")

@@ -1,30 +1,27 @@
 """The model of a stage's source: this rank's part with its weights, tokenizer, end tokens.
 
-ModelOpt's importer maps each Hugging Face architecture's tensors to megatron-core's. It records the
-names that it reads (importer.py): a source with tensors that were not read is an error instead of a
-silently wrong model.
+``huggingface_weights.py`` reads Hugging Face folders, ``torch_dist.py`` checkpoints.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training.checkpoints import finite, huggingface, tied_embeddings, torch_dist
+from post_training.checkpoints import finite, huggingface, tokenizers, torch_dist
+from post_training.checkpoints.huggingface_weights import HuggingFaceWeights
 from post_training.checkpoints.source import Source
-from post_training.common import files, manifest, recorded, safetensors_index
-from post_training.common.errors import UsageError, first_line
+from post_training.common import files, manifest, recorded
+from post_training.common.errors import UsageError
 from post_training.config.options import StageOptions
 from post_training.distributed.session import Session
-from post_training.models import builder, tokenizer_files
+from post_training.models import builder
 from post_training.models.builder import BuildOptions
-from post_training.models.families import registry as families
 
 if TYPE_CHECKING:
     from megatron.core.transformer import MegatronModule
@@ -32,15 +29,6 @@ if TYPE_CHECKING:
     from post_training.checkpoints.dequantize import Exported
 
 logger = logging.getLogger(__name__)
-
-
-# Old Llama checkpoints carry the rotary frequencies, which every implementation recomputes.
-_RECOMPUTED = "rotary_emb.inv_freq"
-# Buffers of the Megatron model, which are no parameters.
-_BUFFERS = "e_score_correction_bias"
-_CHANGING = re.compile(r"strftime_now|\|\s*random\b")
-# What the importer raises for a tensor that is missing or has another shape.
-_DOES_NOT_FIT = (KeyError, ValueError, RuntimeError, AssertionError)
 
 
 def _no_export(folder: Path) -> Exported:
@@ -84,7 +72,10 @@ def load(
             logger.info("loaded checkpoint %s", source.location)
         else:
             exported = open_export(Path(source.location)) if source.exported else None
-            _import_weights(model, source, options, exported, session.show_progress)
+            weights = HuggingFaceWeights(model, source, options, exported, session.show_progress)
+            weights.read(model)
+            weights.finish(model)
+            finite.check_model(model, f"model {source.location}", Path(source.location))
     collectives.on_first_rank(source.require_unchanged)
     return model
 
@@ -121,83 +112,6 @@ def verified(folder: Path, options: StageOptions) -> Iterator[None]:
         raise recorded.not_as_recorded(folder / found)
 
 
-def _import_weights(
-    model: MegatronModule,
-    source: Source,
-    options: StageOptions,
-    exported: Exported | None,
-    show_progress: bool,
-) -> None:
-    """Stream the weights of a Hugging Face folder into this rank's part; a collective call.
-
-    Host memory beyond the model itself: the tensors of one linear layer. Each is read (this rank's
-    slice), copied and freed before the next.
-    """
-    from post_training.checkpoints import dequantize
-    from post_training.checkpoints.importer import Importer
-    from post_training.distributed import collectives
-
-    index = exported.index if exported else safetensors_index.read(Path(source.location))
-
-    def does_not_fit(reason: str) -> UsageError:
-        return UsageError(
-            f"model {source.location}",
-            reason,
-            "the conf does not describe this model: compare it with config.json",
-        )
-
-    def unreadable(reason: str) -> UsageError:
-        what = f"{source.location}/config.json"
-        return UsageError(
-            what, f"transformers cannot read it: {reason}", "compare it with the original"
-        )
-
-    dtype, trusted = builder.torch_dtype(options.precision), options.trust_remote_code
-    # transformers has errors of its own for the values that it refuses.
-    with collectives.fail_together((Exception,), unreadable):
-        importer = Importer(
-            model, source.location, dtype=dtype, trust_remote_code=trusted, dequantize=False
-        )
-    config = huggingface.read_config(Path(source.location))
-    importer.reader = reader = dequantize.reader(config)
-    importer.index, importer.names_read, importer.exported = index, set(), exported
-    importer.joined, importer.divided = families.rearranged(source.architecture)
-    importer.disable_tqdm = not show_progress
-    with collectives.fail_together(
-        _DOES_NOT_FIT,
-        lambda reason: does_not_fit(f"its tensors do not fit the Megatron model: {reason}"),
-    ):
-        importer._import_state_dict()
-    if source.architecture.share_embeddings_and_output_weights:
-        collectives.on_first_rank(lambda: tied_embeddings.require(index, source))
-    rounded = [name for name, entry in index.items() if entry.dtype == "F16"]
-    if rounded and options.precision == "bf16":
-        logger.warning(
-            "%d tensors of the source are F16, which bf16 rounds to 8 bits: --fp16 keeps them",
-            len(rounded),
-        )
-    sizes = {
-        name: reader.values_in(name, entry) if reader else entry.numel
-        for name, entry in index.items()
-        if not (name.endswith(_RECOMPUTED) or families.is_carried(config, name))
-    }
-    if source.architecture.share_embeddings_and_output_weights:
-        sizes.pop("lm_head.weight", None)
-    leftover = sorted(sizes.keys() - set().union(*collectives.from_all_ranks(importer.names_read)))
-    if leftover:
-        raise does_not_fit(
-            f"{len(leftover)} of its tensors have no place in the Megatron model: "
-            f"{', '.join(leftover[:5])}"
-        )
-    finite.check_model(model, f"model {source.location}", Path(source.location))
-    uncounted = (_BUFFERS, reader.scales) if reader else (_BUFFERS,)
-    expected = sum(size for name, size in sizes.items() if not name.endswith(uncounted))
-    actual = builder.count_parameters(model)
-    if actual != expected:
-        raise does_not_fit(f"it has {expected:,} parameters, the Megatron model {actual:,}")
-    logger.info("loaded %s: %s parameters, as in the source", source.location, f"{actual:,}")
-
-
 def build_options(source: Source, options: StageOptions) -> BuildOptions:
     """How the model is built, as the options state and the checkpoint needs it."""
     if not source.is_checkpoint or source.manifest is not None:
@@ -226,30 +140,11 @@ def tokenizer(source: Source, options: StageOptions) -> Any:
         UsageError: if there is none, transformers cannot load it, or it makes tokens that the
             model has no embedding for.
     """
-    from transformers import AutoTokenizer
-
     location = options.tokenizer_model
     if source.huggingface and not (location and Path(location).is_dir()):
         # A checkpoint of ours carries its tokenizer; a hub name is the conf's default.
         location = str(local_huggingface(source, options))
-    tokenizer_files.check_growth(Path(str(location)))
-    try:
-        found = AutoTokenizer.from_pretrained(
-            str(location), trust_remote_code=options.trust_remote_code
-        )
-    # The tokenizers library raises Exception itself for a file that it cannot read.
-    except Exception as error:
-        raise UsageError(
-            f"tokenizer {location}",
-            f"transformers cannot load it: {first_line(error)}",
-            "name another folder in TOKENIZER_MODEL, or install the versions that wrote this one",
-        ) from error
-    if _CHANGING.search(str(found.chat_template or "")):
-        logger.warning(
-            "the chat template of %s writes the date, or text by chance: the same command gives "
-            "other tokens another time",
-            location,
-        )
+    found = tokenizers.read(str(location), options)
     _require_embeddings(f"tokenizer {location}", found, source.architecture.vocab_size)
     return found
 

@@ -30,7 +30,7 @@ def named_inputs(options: StageOptions) -> list[dict[str, Any]]:
     ]
 
 
-def _with_named(inputs: Iterable[Mapping[str, Any]], session: Session) -> list[dict[str, Any]]:
+def with_named(inputs: Iterable[Mapping[str, Any]], session: Session) -> list[dict[str, Any]]:
     """``inputs`` and what flags named besides, once each."""
     found = [dict(each) for each in inputs]
     known = [{**each, "role": ""} for each in found]
@@ -56,7 +56,7 @@ def of_run(
         options.stage,
         dict(architecture or source.architecture.to_json()),
         configuration=dict(options.given),
-        inputs=_with_named(source.inputs() if inputs is None else inputs, session),
+        inputs=with_named(source.inputs() if inputs is None else inputs, session),
         metrics=dict(metrics or {}),
         started=session.started,
         peak_memory_bytes=session.peak_memory(),
@@ -79,7 +79,7 @@ def report_of_run(
         "command": redaction.command(),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "configuration": redaction.hide_in(dict(options.given)),
-        "inputs": _with_named(inputs, session),
+        "inputs": with_named(inputs, session),
         **found,
         "warnings": kept_warnings.messages(),
         "peak_memory_bytes": session.peak_memory(),

@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
-from post_training.common import files, limits, manifest, threads
+from post_training.common import files, manifest, threads
 from post_training.common.errors import UsageError, exit_with_usage_error, first_line
-from post_training.export import readback
+from post_training.export import readback, transformers_answer
 
 
 def main() -> None:
@@ -27,7 +26,8 @@ def main() -> None:
     if args.question:
         print(f"question: {args.question}")
         threads.configure()
-        print(f"answer:   {answer(folder, args.question, args.max_new_tokens)}")
+        said = transformers_answer.answer(folder, args.question, args.max_new_tokens)
+        print(f"answer:   {said}")
 
 
 def _arguments() -> argparse.Namespace:
@@ -40,29 +40,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("question", nargs="?", help="without it the folder is only verified")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="(64)")
     return parser.parse_args()
-
-
-def answer(folder: readback.Folder, question: str, max_new_tokens: int) -> str:
-    """Greedy answer of transformers, through the chat template where the tokenizer has one."""
-    import torch
-    from transformers import AutoTokenizer, GenerationConfig
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder.path)
-    model = folder.loaded().eval()
-    if (folder.path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder.path)
-    if has_template := bool(tokenizer.chat_template):
-        turns, form = [{"role": "user", "content": question}], {"add_generation_prompt": True}
-        with limits.of_a_template():
-            question = tokenizer.apply_chat_template(turns, tokenize=False, **form)
-    prompt = tokenizer(question, return_tensors="pt", add_special_tokens=not has_template)
-    # transformers 5.14 has no cache for layers that are an MLP alone (Nemotron-H).
-    cached = "mlp" not in (getattr(model.config, "layer_types", None) or ())
-    how = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": cached}
-    with torch.inference_mode():
-        output = model.generate(**prompt, **how)
-    tokens = output[0, prompt.input_ids.shape[1] :]
-    return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
 
 def _verified(path: Path) -> readback.Folder:

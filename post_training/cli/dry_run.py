@@ -26,8 +26,11 @@ from post_training.models.families import registry as families
 _ALWAYS = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size")
 
 
-def show(options: StageOptions, source: Source) -> None:
+def show(options: StageOptions, source: Source | None) -> None:
     """Print what checked options ask for; UsageError for an unknown or indivisible model."""
+    if source is None:
+        _show_served(options)
+        return
     described = source.described or model_description.architecture(options)
     sizes = options.parallel
     parallel_check.check(described, sizes)
@@ -54,6 +57,18 @@ def show(options: StageOptions, source: Source) -> None:
     if reason and not source.is_checkpoint:
         notes.insert(0, f"this cannot run yet: {reason}")
     for name, text in (*rows.items(), *(("note", text) for text in notes)):
+        print(f"{name:13} {text}")
+
+
+def _show_served(options: StageOptions) -> None:
+    """Where a server is asked: nothing is known of the model before."""
+    rows = {
+        "stage": options.stage,
+        "server": redaction.hide(str(options.given["server"])),
+        "processes": "1, which loads no model",
+        "launch line": launch_line(1),
+    }
+    for name, text in (*rows.items(), *(("note", text) for text in options.notices)):
         print(f"{name:13} {text}")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from post_training.common import files, manifest, outputs, regular
 from post_training.common.errors import UsageError, exit_with_usage_error, suggest
-from post_training.reporting import building, page, text_page
+from post_training.reporting import page, writing
 
 
 def main() -> None:
@@ -30,25 +30,13 @@ def main() -> None:
 def _report(args: argparse.Namespace) -> None:
     folders = [_folder(each) for each in args.folders or [_work_folder()]]
     target = args.output or _default(folders[0])
-    targets = (target, target.with_suffix(".md"))
+    targets = (target, writing.text_of(target))
     _check(targets, overwrite=args.overwrite)
-    try:
-        document, count = building.build(folders)
-    except FileNotFoundError as error:
-        cause = "it was replaced while it was read"
-        raise UsageError(f"file {error.filename}", cause, "start this again") from error
+    count = writing.write(folders, target)
     if not count:
         where = ", ".join(map(str, folders))
         cause = "no run.json and no report of a stage lies below it"
         raise UsageError(f"work folder {where}", cause, "name the folder that stages wrote to")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    texts = page.render(document), text_page.render(document)
-    for path, text in zip(targets, texts, strict=True):
-        try:
-            files.write_text(path, text)
-        except OSError as error:
-            cause = error.strerror or "it cannot be written"
-            raise UsageError(f"output {path}", cause, "name another file in --output") from error
     print(f"report: {targets[0]} (in text: {targets[1].name}), from {count:,} records")
 
 

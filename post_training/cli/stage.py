@@ -21,22 +21,26 @@ from post_training.checkpoints.source import Source, fetch_configuration
 from post_training.cli import dry_run
 from post_training.common import locks, outputs, redaction, streams
 from post_training.common.errors import UsageError, exit_with_usage_error, first_line
-from post_training.config import arguments, model_description
+from post_training.config import arguments, model_description, server_options
 from post_training.config.flags import spelled
 from post_training.config.options import StageOptions
-from post_training.distributed import session, signals
+from post_training.config.server_options import ServedOptions
+from post_training.distributed import client_session, session, signals
 from post_training.distributed.session import Session
 
 logger = logging.getLogger("post_training")
 
 
 class Plan(Protocol):
-    """What every plan has: the options it was made from, and the model to work on."""
+    """What every plan has: the options it was made from, and the model to work on.
+
+    There is no model where a server is asked.
+    """
 
     @property
     def options(self) -> StageOptions: ...
     @property
-    def source(self) -> Source: ...
+    def source(self) -> Source | None: ...
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Stage[Options: StageOptions, P: Plan, Result]:
             none may be an input, or the folder of one.
         saves_on_signal: SIGTERM and SIGUSR1 end the work at a point where it can save.
         sequence_parallel: ``--sequence-parallel`` has an effect.
+        served: the same stage where ``--server`` names a server that has the model.
     """
 
     name: str
@@ -67,13 +72,20 @@ class Stage[Options: StageOptions, P: Plan, Result]:
     outputs: tuple[str, ...] = ()
     saves_on_signal: bool = False
     sequence_parallel: bool = False
+    served: Stage[Any, Any, Any] | None = None
+
+    def asked(self, options: StageOptions) -> Stage[Any, Any, Any]:
+        """The stage that does what the options ask for: this one, or :attr:`served`."""
+        if self.served is None or not isinstance(options, ServedOptions):
+            return self
+        server_options.check(options)
+        return self.served if options.asks_server else self
 
 
-def make_plan[Options: StageOptions, P: Plan, Result](
-    stage: Stage[Options, P, Result], argv: Sequence[str] | None = None
-) -> P:
+def make_plan(stage: Stage[Any, Any, Any], argv: Sequence[str] | None = None) -> Any:
     """The plan of a command line, by default this process's; UsageError if it cannot work."""
     options = arguments.parse(stage.name, stage.options, argv)
+    stage = stage.asked(options)
     model_description.check_division(options)
     try:
         plan = stage.check(options)
@@ -92,9 +104,7 @@ def make_plan[Options: StageOptions, P: Plan, Result](
     return plan
 
 
-def run[Options: StageOptions, P: Plan, Result](
-    stage: Stage[Options, P, Result], argv: Sequence[str] | None = None
-) -> None:
+def run(stage: Stage[Any, Any, Any], argv: Sequence[str] | None = None) -> None:
     """Run ``stage`` with a command line, by default this process's. A usage error exits with 2."""
     streams.open_missing()
     if stage.saves_on_signal:
@@ -108,6 +118,7 @@ def run[Options: StageOptions, P: Plan, Result](
         exit_with_usage_error(error)
     if plan.options.dry_run or plan.options.check:
         return
+    stage = stage.asked(plan.options)
     threading.excepthook = outputs.thread_failed
     found = {path: outputs.state(path) for path in _outputs(stage, plan.options).values()}
     named = record.named_inputs(plan.options)
@@ -144,7 +155,7 @@ def _with_hub_names[Options: StageOptions, P: Plan, Result](
     stage: Stage[Options, P, Result], plan: P
 ) -> P:
     """The plan, checked again if it names models of a hub, which are described now."""
-    held = [plan.source, *(each for each in vars(plan).values() if isinstance(each, Source))]
+    held = [each for each in (plan.source, *vars(plan).values()) if isinstance(each, Source)]
     by_location = {source.location: source for source in held}
     fetched = [fetch_configuration(source, plan.options) for source in by_location.values()]
     return stage.check(cast(Options, plan.options)) if any(fetched) else plan
@@ -158,6 +169,15 @@ def _outputs(stage: Stage[Any, Any, Any], options: StageOptions) -> dict[str, Pa
 
 def open_session(options: StageOptions) -> AbstractContextManager[Session]:
     """The session that a stage's options ask for."""
+    if options.asks_server:
+        return client_session.open_session(
+            options.stage,
+            options.parallel,
+            log_level=options.log_level,
+            ignored_flags=options.ignored_flags,
+            notices=options.notices,
+            progress_bars=not options.disable_tqdm,
+        )
     return session.open_session(
         options.stage,
         options.parallel,

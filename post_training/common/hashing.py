@@ -34,9 +34,16 @@ def digest(path: Path, kind: str) -> str:
     return str(found.hexdigest())
 
 
-def describe(path: Path) -> dict[str, Any]:
-    """Size in bytes and XXH3 hash of a file."""
-    started = _ahead.pop(_identity(path), None)
+def describe(path: Path, *, again: bool = False) -> dict[str, Any]:
+    """Size in bytes and XXH3 hash of a file.
+
+    Args:
+        again: it will be asked for once more, of a file that changes no more.
+    """
+    identity = _identity(path)
+    if again and identity not in _ahead:
+        describe_ahead(path)
+    started = _ahead.get(identity) if again else _ahead.pop(identity, None)
     if started is not None and started.exception() is None:
         return dict(started.result())
     return _describe(path)
@@ -48,7 +55,7 @@ def describe_ahead(path: Path) -> None:
     For a file that changes no more; :func:`describe` then waits for that.
     """
     global _pool
-    _pool = _pool or ThreadPoolExecutor(1, thread_name_prefix="hashing")
+    _pool = _pool or ThreadPoolExecutor(2, thread_name_prefix="hashing")
     _ahead[_identity(path)] = _pool.submit(_written, path)
 
 

@@ -181,6 +181,12 @@ def sealed(content: dict[str, Any]) -> dict[str, Any]:
     return {**content, _SEAL: _hash(content)}
 
 
+def is_sealed(content: Mapping[str, Any]) -> bool:
+    """Whether it is as :func:`sealed` gave it."""
+    plain = {name: value for name, value in content.items() if name != _SEAL}
+    return content.get(_SEAL) == _hash(plain)
+
+
 def _hash(content: dict[str, Any]) -> str:
     """Of the values, whatever the layout of the file."""
     plain = json.loads(json.dumps(content))  # every key is a string, as in the file

@@ -9,10 +9,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-# Secrets are Hub tokens, known by their form, the values of these variables and what follows a
-# flag whose last word names one. --moe-token-dispatcher-type and --max-new-tokens take none.
+# Secrets are Hub tokens and the user of a URL, known by their form, the values of these variables
+# and what follows a flag whose last word names one. --moe-token-dispatcher-type and
+# --max-new-tokens take none.
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
-_SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+_USER = re.compile(r"(?<=://)[^/?#\s'\"]+@")
+_SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "OPENAI_API_KEY")
 _SECRET_FLAG = re.compile(
     r"--([\w-]*[-_])?(token|(api|access|secret)[-_]key|secret|password)", re.I
 )
@@ -40,12 +42,12 @@ def quoted(line: Sequence[str]) -> str:
 
 
 def hide(text: str) -> str:
-    """``text`` with Hub tokens and the values of secret variables replaced by asterisks."""
+    """``text`` with Hub tokens, users of URLs and secret variables' values as asterisks."""
     for name in _SECRET_VARIABLES:
         value = os.environ.get(name, "")
         if len(value) >= 8:  # a shorter one is no secret, and may be part of any word
             text = text.replace(value, "***")
-    return _TOKEN.sub("hf_***", text)
+    return _USER.sub("***@", _TOKEN.sub("hf_***", text))
 
 
 def hide_in(value: Any) -> Any:

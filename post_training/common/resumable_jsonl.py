@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
@@ -37,8 +37,13 @@ def manifest_path(target: Path) -> Path:
     return target.with_name(f"{target.name}.{manifest.FILE}")
 
 
-def check(target: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
+def check(
+    target: Path, settings: Mapping[str, Any], *, overwrite: bool, later: Collection[str] = ()
+) -> None:
     """Check that ``target`` can be written, and that rows of a killed run fit ``settings``.
+
+    Args:
+        later: names of settings that are not known yet, and checked by another call.
 
     Raises:
         UsageError: if it exists, its folder cannot be written, or the left rows were made with
@@ -70,7 +75,8 @@ def check(target: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None
     if state is None or overwrite:
         return
     found = state["settings"]
-    wrong = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
+    compared = [name for name in {**found, **settings} if name not in later]
+    wrong = [name for name in compared if found.get(name) != settings.get(name)]
     if wrong:
         shown = "; ".join(
             f"{name} was {found.get(name)} and is {settings.get(name)}" for name in wrong

@@ -46,7 +46,8 @@ WITHOUT_MEANING: dict[str, int | str] = {
         --async-save --auto-detect-ckpt-format --deprecated-use-mcore-models
         --disable-gloo-process-groups --dist-ckpt-save-pre-mcore-014
         --enable-experimental --eod-mask-loss --exit-on-missing-checkpoint --finetune
-        --inference-ckpt-non-strict --mock-data --no-async-tensor-model-parallel-allreduce
+        --inference-ckpt-non-strict --manual-gc --mock-data
+        --no-async-tensor-model-parallel-allreduce
         --no-check-for-nan-in-loss-and-grad --no-create-attention-mask-in-dataloader
         --no-load-optim --no-load-rng --no-position-embedding --no-save-optim --no-save-rng
         --no-use-tokenizer-model-from-checkpoint-args --overlap-grad-reduce

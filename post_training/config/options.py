@@ -75,6 +75,11 @@ class StageOptions:
         return replace(self, notices=(*self.notices, notice))
 
     @property
+    def asks_server(self) -> bool:
+        """Whether a server does what the model would, which is not loaded."""
+        return False
+
+    @property
     def states_model(self) -> bool:
         """Whether the flags describe a model, as a conf's do; those of "auto" do not."""
         return all(self.stated.get(name) for name in REQUIRED)

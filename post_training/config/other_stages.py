@@ -55,8 +55,8 @@ UNUSED: dict[str, tuple[int | str, str]] = {
     **_of(
         "distill",
         1,
-        """--export-kd-cfg --export-kd-teacher-ckpt-format --export-kd-teacher-load
-        --export-kd-teacher-model-config""",
+        """--export-kd-cfg --export-kd-distill-cfg --export-kd-teacher-ckpt-format
+        --export-kd-teacher-load --export-kd-teacher-model-config""",
     ),
     "--qad-train-target": (1, _NO_MTP),
     "--freeze-base-for-mtp": (0, _NO_MTP),

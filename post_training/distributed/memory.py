@@ -53,8 +53,12 @@ def highest_allocated() -> int:
 def free(device: torch.device) -> int:
     """Bytes that new tensors may take: of the GPU, or this process's share of the host's."""
     if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + cached
+        allocated = torch.cuda.memory_allocated(device)
+        left, total = torch.cuda.mem_get_info(device)
+        # What this process may take of it, if it was limited.
+        share = torch.cuda.get_per_process_memory_fraction(device)
+        cached = torch.cuda.memory_reserved(device) - allocated
+        return min(int(left) + cached, int(share * total) - allocated)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     return min([_available(), *_left_to_group()]) // processes
 

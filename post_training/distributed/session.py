@@ -104,7 +104,7 @@ def open_session(
         logger.info("%s", notice)
     watch = None
     try:
-        with signals.prompt_exit(functools.partial(_end, stage)) as imported:
+        with signals.prompt_exit(functools.partial(end, stage)) as imported:
             versions.check()
             device = _join(timeout_minutes)
             # Before the imports, which take long enough for a rank to be lost.
@@ -132,7 +132,8 @@ def open_session(
     _stop()
 
 
-def _end(stage: str, error: signals.Interrupted) -> NoReturn:
+def end(stage: str, error: signals.Interrupted) -> NoReturn:
+    """End the process that a signal interrupted."""
     if placement.placement().rank == 0:
         said = (
             f"\n{stage}: ended by {error}. Finished outputs are untouched; what was "

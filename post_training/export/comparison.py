@@ -17,7 +17,8 @@ def compare(
     """Compare stored weights with the weights of the model they came from.
 
     Args:
-        reference: name and value in float32: fake-quantized weights, and scales.
+        reference: name and value: fake-quantized weights, scales, and what is not quantized, in any
+            floating dtype.
         dtype: in which the model computed its fake quantization. The folder's product
             ``code * scale`` is rounded once, to float32; the model multiplies and divides by the
             scale's parts and rounds to ``dtype``. Equality is required to one unit in the last
@@ -30,7 +31,7 @@ def compare(
     found = []
     for name, wanted in reference:
         try:
-            actual = folder.dequantized(name)
+            actual = folder.value(name)
         except (KeyError, ValueError) as error:
             found.append(f"{name}: {error}")
             continue
@@ -40,7 +41,7 @@ def compare(
         if actual.shape != wanted.shape:
             found.append(f"{name}: shape {tuple(actual.shape)} instead of {tuple(wanted.shape)}")
         elif not _equal(actual, wanted, tolerance):
-            worst = (actual - wanted).abs().max().item()
+            worst = (actual.float() - wanted.float()).abs().max().item()
             found.append(f"{name} differs from the model's weight by up to {worst:.3g}")
     return found
 
@@ -52,4 +53,6 @@ def _equal(actual: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> bool
     """
     pieces = zip(actual.flatten().split(_PIECE), wanted.flatten().split(_PIECE), strict=True)
     smallest = torch.finfo(torch.float32).tiny
-    return all(torch.allclose(a, w, rtol=tolerance, atol=smallest) for a, w in pieces)
+    return all(
+        torch.allclose(a.float(), w.float(), rtol=tolerance, atol=smallest) for a, w in pieces
+    )

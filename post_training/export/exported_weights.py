@@ -10,7 +10,7 @@ from post_training.common.errors import UsageError, first_line
 from post_training.common.safetensors_index import Entry
 from post_training.export.decoders.registry import SCALES
 from post_training.export.readback import Folder
-from post_training.quantization.engines.base import MIXED
+from post_training.quantization.engines.base import MIXED, MIXED_COMPRESSED
 from post_training.quantization.formats import registry as formats
 
 
@@ -44,7 +44,7 @@ class ExportedWeights:
         said = self._folder.quantization
         layers = (said.get("quantized_layers") or {}).values()
         algorithms = {said.get("quant_algo"), *(each.get("quant_algo") for each in layers)}
-        inputs = algorithms - {None, MIXED} - formats.of_weights_alone()
+        inputs = algorithms - {None, MIXED, MIXED_COMPRESSED} - formats.of_weights_alone()
         return bool(inputs or said.get("kv_cache_quant_algo"))
 
     def read(self, name: str) -> torch.Tensor:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from modelopt.torch.quantization.extensions import get_cuda_ext_fp8
+from modelopt.torch.quantization.nn import SequentialQuantizer
 from modelopt.torch.quantization.qtensor import NVFP4QTensor, QTensorWrapper
 
 from post_training.quantization import quantizers
@@ -34,21 +38,49 @@ def fake_quantized(module: Any) -> torch.Tensor:
     quantizer = getattr(module, "weight_quantizer", None)
     if quantizer is None:
         return weight.float()
-    with torch.no_grad():
+    with torch.no_grad(), _without_compiling():
         return quantizer(weight).detach().float()
+
+
+@contextlib.contextmanager
+def _without_compiling() -> Iterator[None]:
+    """In the block FP8 is rounded by PyTorch unless ModelOpt's kernel is loaded already.
+
+    Both compute the same bits (tensor_quant_gpu_fp8.cu, ``_fp8_eager``). To round each weight once,
+    as an export does, is a matter of seconds; to compile the kernel takes a minute.
+    """
+    if hasattr(get_cuda_ext_fp8, "extension"):
+        yield
+        return
+    get_cuda_ext_fp8.extension = None  # as after a failure to compile
+    try:
+        yield
+    finally:
+        del get_cuda_ext_fp8.extension
+
+
+def as_computed(module: Any) -> torch.Tensor:
+    """The same, but a matrix that is not quantized in its own dtype: it may be an embedding."""
+    quantizer = getattr(module, "weight_quantizer", None)
+    is_quantized = quantizer is not None and quantizer.is_enabled
+    is_matrix = module.weight.dim() == 2
+    return module.weight.detach() if is_matrix and not is_quantized else fake_quantized(module)
 
 
 def step_of_each(module: Any) -> torch.Tensor:
     """The distance between two codes of each weight, float32 [out, in]; 0 where it has none.
 
-    For integers with a stored maximum of each output channel, or of each block of a row, and for
-    MXFP4, whose step is here the power of two that the numbers are multiplied by.
+    For integers with a stored maximum of each output channel, or of each block of a row (before
+    they are rounded again, to FP8), and for MXFP4, whose step is here the power of two that the
+    numbers are multiplied by.
     """
     weight = module.weight.detach()
     quantizer = getattr(module, "weight_quantizer", None)
     if quantizer is None or not quantizer.is_enabled:
-        return torch.zeros_like(weight, dtype=torch.float32)
+        return torch.zeros((), dtype=torch.float32, device=weight.device).expand(weight.shape)
     rows, columns = weight.shape
+    if isinstance(quantizer, SequentialQuantizer):
+        quantizer = quantizer[0]
     if quantizer.is_mx_format:
         blocks = fake_quantized(module).unflatten(1, (-1, quantizer.block_sizes[-1]))
         _, exponent = torch.frexp(blocks.abs().amax(-1))

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from post_training.common import files, hashing, safetensors_index
 from post_training.common.errors import UsageError
 from post_training.distributed.collectives import from_all_ranks, on_first_rank
+from post_training.export import staging
 
 Tensors = dict[str, torch.Tensor]
 
@@ -27,15 +28,16 @@ def write_tensors(folder: Path, groups: Iterable[Tensors], max_bytes: int) -> No
     """
     rank = torch.distributed.get_rank()
     mine: list[str] = []
-    for tensors in _shards(groups, max_bytes):
+    for tensors in shards(groups, max_bytes):
         mine.append(f"rank{rank:05d}-{len(mine):05d}.safetensors")
         save_file(tensors, folder / mine[-1], metadata={"format": "pt"})
         hashing.describe_ahead(folder / mine[-1])
     written = [name for each in from_all_ranks(mine) for name in each]
-    on_first_rank(lambda: _join(folder, written))
+    on_first_rank(lambda: join(folder, written))
 
 
-def _shards(groups: Iterable[Tensors], max_bytes: int) -> Iterator[Tensors]:
+def shards(groups: Iterable[Tensors], max_bytes: int) -> Iterator[Tensors]:
+    """The tensors in host memory, as many at a time as a file holds."""
     pending: Tensors = {}
     size = 0
     for group in groups:
@@ -45,20 +47,18 @@ def _shards(groups: Iterable[Tensors], max_bytes: int) -> Iterator[Tensors]:
                 pending.clear()
                 size = 0
             # safetensors refuses views that share memory; scales are shared between q, k and v.
-            pending[name] = tensor.detach().cpu().contiguous().clone()
+            pending[name] = staging.to_host(tensor)
             size += tensor.nbytes
     if pending:
         yield pending
 
 
-def _join(folder: Path, written: list[str]) -> None:
+def join(folder: Path, written: list[str]) -> None:
     """Give all ranks' files their final names, and write the index."""
     weight_map: dict[str, str] = {}
     total = 0
     for number, name in enumerate(written, start=1):
-        final = f"model-{number:05d}-of-{len(written):05d}.safetensors"
-        if len(written) == 1:
-            final = safetensors_index.SINGLE
+        final = final_name(number, len(written))
         (folder / name).rename(folder / final)
         for tensor, entry in safetensors_index.read_file(folder / final).items():
             if tensor in weight_map:
@@ -72,6 +72,13 @@ def _join(folder: Path, written: list[str]) -> None:
     if len(written) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         files.write_json(folder / safetensors_index.INDEX, index)
+
+
+def final_name(number: int, count: int) -> str:
+    """Of a file of weights, of ``count``, from 1."""
+    if count == 1:
+        return safetensors_index.SINGLE
+    return f"model-{number:05d}-of-{count:05d}.safetensors"
 
 
 def require_equal(problems: list[str], folder: Path) -> None:

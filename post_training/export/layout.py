@@ -12,7 +12,7 @@ from modelopt.torch.export.convert_hf_config import convert_hf_quant_config_form
 
 from post_training.common.errors import UsageError
 from post_training.common.safetensors_index import Entry
-from post_training.export.fake_quantized import fake_quantized, step_of_each
+from post_training.export.fake_quantized import as_computed, step_of_each
 from post_training.export.folder import Tensors
 from post_training.export.streaming_exporter import StreamingExporter
 
@@ -27,6 +27,14 @@ class Configuration(NamedTuple):
 class Layout(ABC):
     """How the linears of a model are stored; a subclass a layout, an instance a ``quant_algo``."""
 
+    def of(self, exporter: StreamingExporter) -> Layout:
+        """The layout for one export: itself, unless it depends on the model."""
+        return self
+
+    def complete(self) -> Layout:
+        """Itself after the last tensor, for :meth:`configuration`; a collective call."""
+        return self
+
     def groups(self, exporter: StreamingExporter, dtype: torch.dtype) -> Iterator[Tensors]:
         """The tensors to write, as :meth:`StreamingExporter.groups`.
 
@@ -36,14 +44,14 @@ class Layout(ABC):
         Raises:
             UsageError: for scales that the layout cannot hold.
         """
-        for values, steps in exporter.views(fake_quantized, step_of_each):
+        for values, steps in exporter.views(as_computed, step_of_each):
             found: Tensors = {}
             for name, value in values.items():
                 module, _, kind = name.rpartition(".")
                 if kind == "weight" and value.dim() == 2 and bool(steps[name].any()):
                     found.update(self.stored(module, value, steps[name], dtype))
-                elif kind == "input_scale":
-                    found[name] = value.float().reshape(1)
+                elif kind in ("input_scale", "weight_scale_2"):
+                    found[name] = self.whole_scale(value.float())
                 elif kind in ("k_scale", "v_scale"):
                     found.update(self.cache_scale(name, value.float()))
                 elif kind == "e_score_correction_bias":
@@ -63,6 +71,10 @@ class Layout(ABC):
             steps: what each element's code is multiplied by, of the same shape.
             dtype: of what is not quantized.
         """
+
+    def whole_scale(self, value: torch.Tensor) -> torch.Tensor:
+        """How one scale of all inputs, or of a whole weight, is stored; float32."""
+        return value.reshape(1)
 
     def cache_scale(self, name: str, value: torch.Tensor) -> Tensors:
         """The tensor of a scale of keys or values, ``*.k_proj.k_scale``, float32: as ModelOpt's."""

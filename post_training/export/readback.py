@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
-from post_training.common import files, safetensors_index
-from post_training.export import fused_linears, stacked_experts
+from post_training.export import fused_linears, stacked_experts, staging
+from post_training.export.content import Content
 from post_training.export.decoders import compressed_tensors, configuration
 from post_training.export.decoders.base import Decoder
 from post_training.export.decoders.registry import DECODERS, SCALES
@@ -39,22 +39,27 @@ class Folder:
         path: folder with ``config.json`` and safetensors; ``hf_quant_config.json`` if quantized.
         device: where tensors are decoded; a GPU decodes a large model much faster.
         carried: names of tensors that no layer of the Megatron model has.
+        content: of a folder that is not complete yet; its tensors are then those alone.
     """
 
     def __init__(
-        self, path: Path, device: torch.device | str = "cpu", carried: Iterable[str] = ()
+        self,
+        path: Path,
+        device: torch.device | str = "cpu",
+        carried: Iterable[str] = (),
+        content: Content | None = None,
     ) -> None:
         self.path, self.carried = path, frozenset(carried)
         self.device = torch.device(device)
-        self.config = files.read_json_object(path / "config.json")
-        self.index = safetensors_index.read(path)
+        content = content or Content.of(path)
+        self.config, self.index = content.config, content.tensors
+        self.quantization: dict[str, Any] = {}
         declared = self.config.get("quantization_config") or {}
         self.is_compressed = declared.get("quant_method") == compressed_tensors.METHOD
-        self.quantization = (
-            compressed_tensors.described(declared)
-            if self.is_compressed
-            else configuration.read(path)
-        )
+        if self.is_compressed:
+            self.quantization = compressed_tensors.described(declared)
+        elif content.beside:
+            self.quantization = content.beside["quantization"]
 
     @cached_property
     def expected(self) -> dict[str, tuple[int, ...]]:
@@ -65,7 +70,7 @@ class Folder:
         from transformers.core_model_loading import revert_weight_conversion
 
         with torch.device("meta"):
-            model = self._untrained()
+            model = self.untrained()
             kept = model.state_dict().keys()
             tensors = {name: each for name, each in model.named_buffers() if name in kept}
             saved = revert_weight_conversion(model, {**dict(model.named_parameters()), **tensors})
@@ -77,7 +82,7 @@ class Folder:
     def tensor(self, name: str) -> torch.Tensor:
         """One stored tensor, as it is."""
         with safe_open(self.index[name].path, framework="pt") as shard:
-            return shard.get_tensor(name).to(self.device)
+            return staging.to_device(shard.get_tensor(name), self.device)
 
     def algorithm(self, module: str) -> str | None:
         """``quant_algo`` of a linear such as ``model.layers.0.mlp.up_proj``; None: plain."""
@@ -96,14 +101,20 @@ class Folder:
         """
         decoder = self._decoder(name)
         if decoder is not None:
-            module = name.removesuffix(".weight")
-            return decoder.decode(self.tensor, module, self.tensor(f"{module}.{decoder.stored}"))
+            return decoder.weight(self.tensor, name.removesuffix(".weight"))
+        return self._plain(name).float()
+
+    def value(self, name: str) -> torch.Tensor:
+        """The same, but what is not quantized in the dtype in which it is stored."""
+        return self.dequantized(name) if self._decoder(name) else self._plain(name)
+
+    def _plain(self, name: str) -> torch.Tensor:
         if self.is_compressed and name.endswith(_KV_SCALES):
             name = compressed_tensors.cache_scale(name)
         stored = self.tensor(name)
         if not stored.dtype.is_floating_point or stored.element_size() < 2:
             raise ValueError(f"{name} is stored as {stored.dtype}, but not said to be quantized")
-        return stored.float()
+        return stored
 
     def problems(self) -> list[str]:
         """Everything about names, shapes, dtypes, scales and configuration that is not right."""
@@ -136,24 +147,15 @@ class Folder:
         parameters = sum(math.prod(self.expected[n]) for n in self.expected.keys() - self.carried)
         return 8 * sum(self.index[name].bytes for name in names) / parameters
 
-    def _untrained(self, **options: Any) -> PreTrainedModel:
+    def untrained(self, **options: Any) -> PreTrainedModel:
         """A transformers model of this architecture with weights that are not quantized."""
         from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
         auto = AutoModelForImageTextToText if "text_config" in self.config else AutoModelForCausalLM
-        return auto.from_config(self._plain_config(), **options)
+        return auto.from_config(self.plain_config(), **options)
 
-    def loaded(self) -> Any:
-        """The model with its dequantized weights, in float32."""
-        stacked = families.of(self.config).stacked
-        weights = stacked_experts.joined({n: self.dequantized(n) for n in self.expected}, stacked)
-        with torch.device("meta"):
-            model_class: Any = type(self._untrained())
-        return model_class.from_pretrained(
-            None, config=self._plain_config(), state_dict=weights, dtype=torch.float32
-        )
-
-    def _plain_config(self) -> Any:
+    def plain_config(self) -> Any:
+        """transformers' configuration of the model with weights that are not quantized."""
         from post_training.models import transformers_names
 
         config = transformers_names.config(self.path)

@@ -16,8 +16,9 @@ from post_training.data.prompts import Dialogue
 from post_training.distributed.collectives import from_all_ranks
 from post_training.distributed.session import Session
 from post_training.inference import dialogues, generation
+from post_training.inference.answered import totals
 from post_training.inference.batching import Batching
-from post_training.inference.dialogues import Answered, Speaker
+from post_training.inference.dialogues import Speaker
 
 logger = logging.getLogger("post_training")
 
@@ -62,7 +63,7 @@ def answer_blocks(
                 output.append(
                     [each.row() for each in every if each.answers],
                     done=min(replicas, len(blocks) - first),
-                    totals=_totals(every, time.monotonic() - begun),
+                    totals=totals(every, time.monotonic() - begun),
                 )
             bar.update(sum(questions[: first + replicas]) - bar.n)
     except KeyboardInterrupt:
@@ -72,17 +73,3 @@ def answer_blocks(
     finally:
         bar.close()
     return tokens
-
-
-def _totals(answered: Sequence[Answered], seconds: float) -> dict[str, float]:
-    reasons = [reason for each in answered for reason in each.finish_reasons]
-    return {
-        "prompts": len(answered),
-        "answers": sum(reason != "context" for reason in reasons),
-        "cut_at_max_new_tokens": reasons.count("length"),
-        "ended_by_context": reasons.count("context"),
-        "empty_answers": sum(not text.strip() for each in answered for text in each.answers),
-        "prompt_tokens": sum(each.prompt_tokens for each in answered),
-        "generated_tokens": sum(each.generated_tokens for each in answered),
-        "generation_seconds": round(seconds, 3),
-    }

@@ -17,12 +17,10 @@ from post_training.data.document_formats import Document
 from post_training.data.prompts import Dialogue
 from post_training.distributed.session import Session
 from post_training.inference import generation
+from post_training.inference.answered import CONTEXT, LENGTH, STOP, Answered
 from post_training.inference.batching import Batching
 from post_training.inference.options import OPTION
 from post_training.inference.sampling import Sampler
-
-# Why an answer ended, as in OpenAI's API; "context" if there was no room for an answer at all.
-STOP, LENGTH, CONTEXT = "stop", "length", "context"
 
 
 @dataclass(frozen=True)
@@ -105,52 +103,6 @@ def load_speaker(
         source.architecture.max_position_embeddings,
         **answering,
     )
-
-
-@dataclass
-class Answered:
-    """A dialogue with its answers so far.
-
-    ``messages`` are in OpenAI form, ``finish_reasons`` one for each answer (or for its absence).
-    """
-
-    dialogue: Dialogue
-    messages: list[dict[str, Any]] = field(default_factory=list)
-    finish_reasons: list[str] = field(default_factory=list)
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    read: int = 0
-
-    @property
-    def answers(self) -> list[str]:
-        return [each["content"] for each in self.messages if each["role"] == "assistant"]
-
-    @property
-    def open(self) -> bool:
-        """Whether a user turn has no answer yet."""
-        return CONTEXT not in self.finish_reasons and self.read < len(self.dialogue.messages)
-
-    def asked(self) -> list[dict[str, Any]]:
-        """The messages up to and with the next user turn."""
-        following = self.dialogue.messages[self.read :]
-        roles = [message["role"] for message in following]
-        return [*self.messages, *following[: roles.index("user") + 1]]
-
-    def row(self) -> dict[str, Any]:
-        """The line of the output file."""
-        dialogue = self.dialogue
-        row: dict[str, Any] = {"id": dialogue.id, "messages": self.messages}
-        if dialogue.tools:
-            row["tools"] = list(dialogue.tools)
-        metadata = {
-            "index": dialogue.number,
-            "finish_reasons": self.finish_reasons,
-            "prompt_tokens": self.prompt_tokens,
-            "generated_tokens": self.generated_tokens,
-        }
-        if dialogue.category is not None:
-            metadata["category"] = dialogue.category
-        return {**row, "metadata": metadata}
 
 
 def answer(

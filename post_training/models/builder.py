@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -100,32 +100,63 @@ def transformer_config(architecture: Architecture, options: BuildOptions) -> Tra
 
 
 def build(
-    architecture: Architecture, options: BuildOptions, *, layers: bool = True
+    architecture: Architecture,
+    options: BuildOptions,
+    *,
+    layers: bool = True,
+    weights: bool = True,
 ) -> MegatronModule:
     """This rank's part of the model, on its device, in evaluation mode, weights uninitialized.
 
-    ``layers=False`` leaves the decoder's layers out, for training from stored features.
+    Args:
+        layers: False leaves the decoder's layers out, for training from stored features.
+        weights: False leaves all weights on the meta device (``parts.materialize``).
     """
     import torch
 
-    from post_training.models import completion
+    from post_training.models import completion, parts
 
     # Whoever imports or exports weights has built the model before.
     families.register_weight_mapping(architecture)
-    if not layers:
+    if not (layers and weights):
         options = replace(options, meta_device=True)  # the layers then take no memory
     config = transformer_config(architecture, options)
     context = torch.device("meta") if options.meta_device else contextlib.nullcontext()
-    with megatron_errors.told(options.overrides), context:
+    with megatron_errors.told(options.overrides), context, _frequencies_on_device():
         model = _MODEL_TYPES[architecture.model_type](architecture, config, options)
     completion.complete(model, architecture)
     if not layers:
         model.decoder.layers = torch.nn.ModuleList()
     if options.meta_device:
-        _materialize(model)
+        if weights:
+            parts.materialize(model)
     elif torch.cuda.is_available():
         model.cuda(torch.cuda.current_device())
     return model.eval()
+
+
+@contextlib.contextmanager
+def _frequencies_on_device() -> Iterator[None]:
+    """Compute rotary frequencies on the GPU also of a model that is built on the meta device.
+
+    megatron-core computes them where it initializes weights, and powers on the CPU differ from
+    those on the GPU in the last place.
+    """
+    import torch
+    from megatron.core.models.common.embeddings import RotaryEmbedding, YarnRotaryEmbedding
+
+    def on_device(original: Callable[..., None]) -> Callable[..., None]:
+        def init(self: Any, *args: Any, **given: Any) -> None:
+            original(self, *args, **{**given, "use_cpu_initialization": False})
+
+        return init
+
+    with contextlib.ExitStack() as stack:
+        for kind in (RotaryEmbedding, YarnRotaryEmbedding) if torch.cuda.is_available() else ():
+            original = kind.__init__
+            stack.callback(setattr, kind, "__init__", original)
+            kind.__init__ = on_device(original)
+        yield
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -237,23 +268,6 @@ def _layer_spec(
 
         post_norms.without_pre_norms(spec)
     return spec
-
-
-def _materialize(model: torch.nn.Module) -> None:
-    """Allocate every meta tensor on this rank's device, uninitialized.
-
-    Attributes that mcore puts on parameters (``tensor_model_parallel`` and so on) are kept, which
-    ``Module.to_empty`` would drop.
-    """
-    import torch
-
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
-    attributes = {name: vars(parameter) for name, parameter in model.named_parameters()}
-    model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
-    for name, parameter in model.named_parameters():
-        vars(parameter).update(attributes[name])
 
 
 def _python_value(name: str, value: Any) -> Any:

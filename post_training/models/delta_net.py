@@ -9,6 +9,7 @@ megatron-core does not generate.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,9 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch.nn import functional
 
 from post_training.models.recurrent_states import RecurrentStates
+from post_training.portable import delta_rule
+
+logger = logging.getLogger(__name__)
 
 _NORM, _FUSED_NORM = "input_layernorm.", "self_attention.in_proj.layer_norm_"
 
@@ -183,6 +187,7 @@ class CachingGatedDeltaNet(GatedDeltaNet):
 
 def replace_attention(block: Any, config: Any, layers: Sequence[int]) -> None:
     """Change the layer specs of ``block``, this stage's, where the model's ``layers`` have a 1."""
+    logger.info("gated delta nets run %s", delta_rule.where(common.chunk_gated_delta_rule))
     offset = get_transformer_layer_offset(config)
     for number, layer in enumerate(block.layer_specs):
         if layers[offset + number]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from megatron.core.ssm.mamba_mixer import MambaMixer
 
 from post_training.models.architecture import Architecture
 from post_training.models.recurrent_states import RecurrentStates
+from post_training.portable import mamba
+
+logger = logging.getLogger(__name__)
 
 
 class CachingMambaMixer(MambaMixer):
@@ -61,6 +65,9 @@ class CachingMambaMixer(MambaMixer):
 
 def build(architecture: Architecture, config: Any, options: Any) -> HybridModel:
     """This rank's part of the model; the arguments are those of ``builder``'s model types."""
+    reason = mamba.why_not()
+    where = f"in PyTorch: {reason}" if reason else f"on {mamba.PACKAGE}'s kernels in 16 bits"
+    logger.info("Mamba layers run %s", where)
     spec = copy.deepcopy(
         get_hybrid_stack_modelopt_spec(
             local_core_attention=options.local_attention,

@@ -8,6 +8,7 @@ It holds stand-ins and nothing else; no feature of this repository lives here.
 - ``delta_rule``: the recurrence of gated delta nets without the kernels of ``fla``.
 - ``quantization``: the block formats of ModelOpt (NVFP4, MXFP8, ...) without its CUDA kernels.
 - ``imports``: how the above reach the import system.
+- ``deferred``: what the two prepare while they are imported, prepared at its first use instead.
 - ``left_out``: plugins of ModelOpt that nothing here needs, and that take long to import.
 
 Call :func:`install` once, before ``megatron.core`` or ``modelopt`` is imported::
@@ -28,7 +29,15 @@ from dataclasses import dataclass
 
 import torch
 
-from post_training.portable import cuda, delta_rule, imports, left_out, mamba, quantization
+from post_training.portable import (
+    cuda,
+    deferred,
+    delta_rule,
+    imports,
+    left_out,
+    mamba,
+    quantization,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +105,7 @@ def install() -> PortableReport:
     mamba.install()
     delta_rule.install()
     left_out.install()
+    deferred.install()
     return PortableReport(name, str(engine.__version__), on_cpu, reason)
 
 

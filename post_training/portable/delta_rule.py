@@ -1,13 +1,15 @@
 """The gated delta rule without the kernels of ``fla`` (flash-linear-attention).
 
 megatron-core's gated delta nets refuse to be built without that package. :func:`install` gives the
-module the rule in PyTorch where the kernels, which are Triton's, cannot run. Names and arguments
-are ``fla``'s; the algorithm is written from the paper (arXiv 2412.06464). CPU and CUDA,
-differentiable.
+module the rule in PyTorch where the kernels, which are Triton's, cannot run, and for float32, whose
+products they round to 11 bits, or which they refuse, by version. Names and arguments are ``fla``'s;
+the algorithm is written from the paper (arXiv 2412.06464). CPU and CUDA, differentiable.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -16,20 +18,44 @@ import torch
 from post_training.portable import imports
 
 PACKAGE = "fla"
+Rule = Callable[..., Any]
 _CHUNK = 64
 _SMALLEST_SQUARE = 1e-6  # what fla and transformers add to the sum of squares of a key
 
 
-def install() -> str:
-    """Let megatron-core's gated delta nets run here; why not with ``fla``, empty if so."""
-    reason = imports.why_not_on_gpu(PACKAGE)
-    if reason:
-        imports.on_import("megatron.core.ssm.gated_delta_net.common", _change)
-    return reason
+@functools.cache
+def why_not() -> str:
+    """Why the kernels of ``fla`` cannot run here; empty if they can."""
+    return imports.why_not_on_gpu(PACKAGE)
+
+
+def install() -> None:
+    """Let megatron-core's gated delta nets run here."""
+    imports.on_import("megatron.core.ssm.gated_delta_net.common", _change)
 
 
 def _change(module: ModuleType) -> None:
-    vars(module).update(HAVE_FLA=True, chunk_gated_delta_rule=chunk_gated_delta_rule)
+    has_kernels = not why_not() and module.HAVE_FLA
+    rule = by_precision(module.chunk_gated_delta_rule) if has_kernels else chunk_gated_delta_rule
+    vars(module).update(HAVE_FLA=True, chunk_gated_delta_rule=rule)
+
+
+def where(rule: Rule) -> str:
+    """On what a layer's ``rule`` runs, in words."""
+    if rule is not chunk_gated_delta_rule:
+        return f"on {PACKAGE}'s kernels in 16 bits"
+    return f"in PyTorch: {why_not() or f'megatron-core cannot import the installed {PACKAGE}'}"
+
+
+def by_precision(kernels: Rule) -> Rule:
+    """The rule that takes ``kernels`` for 16 bits, and what is here for float32."""
+
+    @functools.wraps(chunk_gated_delta_rule)
+    def rule(q: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        chosen = chunk_gated_delta_rule if q.dtype == torch.float32 else kernels
+        return chosen(q, *arguments, **options)
+
+    return rule
 
 
 def chunk_gated_delta_rule(

@@ -37,6 +37,8 @@ class _ChangingLoader(Loader):
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
+        for prepare in _preparations.get(module.__name__, ()):
+            prepare()
         self._loader.exec_module(module)
         for change in _changes[module.__name__]:
             change(module)
@@ -62,6 +64,7 @@ class _ChangingFinder(MetaPathFinder):
 
 
 _changes: dict[str, list[Change]] = {}
+_preparations: dict[str, list[Callable[[], None]]] = {}
 
 
 def why_not_on_gpu(package: str) -> str:
@@ -84,9 +87,15 @@ def load_stand_in(package: str) -> None:
     spec.loader.exec_module(sys.modules[package])
 
 
-def on_import(name: str, change: Change) -> None:
-    """Call ``change(module)`` after each import of the module ``name``, and now if it is there."""
+def on_import(name: str, change: Change, *, before: Callable[[], None] | None = None) -> None:
+    """Call ``change(module)`` after each import of the module ``name``, and now if it is there.
+
+    Args:
+        before: called before the module's code runs.
+    """
     _changes.setdefault(name, []).append(change)
+    if before is not None:
+        _preparations.setdefault(name, []).append(before)
     if not any(isinstance(finder, _ChangingFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _ChangingFinder())
     if name in sys.modules:

@@ -20,7 +20,8 @@ NAMES = frozenset(
     distill.plugins.huggingface
     opt.plugins.diffusers opt.plugins.peft opt.plugins.transformers
     quantization.plugins.accelerate quantization.plugins.diffusion quantization.plugins.huggingface
-    quantization.plugins.peft quantization.plugins.transformers
+    quantization.plugins.peft quantization.plugins.pytorch_geometric
+    quantization.plugins.transformers
     quantization.plugins.transformers_trainer quantization.plugins.trl quantization.plugins.vllm
     speculative.plugins.hf_dflash
     """.split()

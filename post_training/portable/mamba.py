@@ -2,11 +2,14 @@
 
 megatron-core has no Mamba layers without the package ``mamba_ssm``, whose kernels need a GPU; those
 of its own that advance the states by one token (ssm/ops) need Triton on a GPU. On a GPU without
-``mamba_ssm`` the stand-in's scan runs too, and megatron-core's steps.
+``mamba_ssm`` the stand-in's scan runs too, and megatron-core's steps. With it the stand-in's scan
+is for float32, whose products the kernels round to 11 bits.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import logging
 from types import ModuleType
 from typing import Any
@@ -17,17 +20,47 @@ from torch.nn import functional
 from post_training.portable import imports
 
 PACKAGE = "mamba_ssm"
+_SCANS = f"{PACKAGE}.ops.triton.ssd_combined"
 logger = logging.getLogger(__name__)
 
 
-def install() -> str:
-    """Let megatron-core's Mamba layers run here; why not with the real package, empty if so."""
-    reason = imports.why_not_on_gpu(PACKAGE)
-    if reason:
+@functools.cache
+def why_not() -> str:
+    """Why the kernels of the real package cannot run here; empty if they can."""
+    return imports.why_not_on_gpu(PACKAGE)
+
+
+def install() -> None:
+    """Let megatron-core's Mamba layers run here."""
+    if why_not():
         imports.load_stand_in(PACKAGE)
+    else:
+        imports.on_import("megatron.core.ssm.mamba_mixer", _by_precision)
     if not torch.cuda.is_available():
         imports.on_import("megatron.core.ssm.mamba_mixer", _step_on_cpu)
-    return reason
+
+
+def stand_in_scans() -> ModuleType:
+    """Where the real package is imported under its name."""
+    return importlib.import_module(f"{imports.__package__}.site.{_SCANS}")
+
+
+def _by_precision(module: ModuleType) -> None:
+    stand_in = stand_in_scans()
+    for name in ("mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined"):
+        if kernel := getattr(module, name):
+            setattr(module, name, _choice(kernel, getattr(stand_in, name)))
+
+
+def _choice(kernel: Any, stand_in: Any) -> Any:
+    @functools.wraps(kernel)
+    def scan(x: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        if x.dtype != torch.float32:
+            return kernel(x, *arguments, **options)
+        options.pop("state_dtype", None)  # float32 in the stand-in
+        return stand_in(x, *arguments, **options)
+
+    return scan
 
 
 def _step_on_cpu(module: ModuleType) -> None:

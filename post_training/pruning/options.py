@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import partial
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from post_training.common import manifest
 from post_training.common.errors import UsageError
+from post_training.config import quantities
 from post_training.config.checks import at_least, below_one, check_choice
 from post_training.config.flags import flag, group, spelled
 from post_training.config.options import StageOptions
@@ -26,15 +25,10 @@ if TYPE_CHECKING:
     from post_training.checkpoints.source import Source
     from post_training.models.architecture import Architecture
 
-_UNITS = {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}
-_BYTE_UNITS = {
-    "": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12,
-    "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
-}  # fmt: skip
 _TARGETS = {
-    "prune_target_params": _UNITS,
-    "prune_target_active_params": _UNITS,
-    "prune_target_memory": _BYTE_UNITS,
+    "prune_target_params": quantities.COUNTS,
+    "prune_target_active_params": quantities.COUNTS,
+    "prune_target_memory": quantities.BYTES,
 }
 
 
@@ -193,7 +187,7 @@ def target(options: PruneOptions) -> dict[str, Any] | SizeSearch:
             "leave it out, or give --mmlu-dataset",
         )
     limits = {
-        name.removeprefix("prune_target_"): _quantity(option, text, _TARGETS[name])
+        name.removeprefix("prune_target_"): quantities.read(option, text, _TARGETS[name])
         for option, (name, text) in given.items()
     }
     width, depth = options.prune_max_width_pruning, options.prune_max_depth_pruning
@@ -201,19 +195,6 @@ def target(options: PruneOptions) -> dict[str, Any] | SizeSearch:
     # ModelOpt finds no candidate with a share of 0: nothing to cut is a size to skip.
     skip += tuple(name for name in MEANINGS if not (depth if name == "num_layers" else width))
     return SizeSearch(limits, width, depth, options.prune_top_k, skip, options.memory)
-
-
-def _quantity(option: str, text: str, units: Mapping[str, float]) -> float:
-    """A number with one of ``units``: ``6e9``, ``6B``, ``12 GiB``."""
-    found = re.fullmatch(r"([0-9.]+(?:e[+]?[0-9]+)?)\s*([a-z]*)", text.strip().lower())
-    known = ", ".join(name.upper() for name in units if name)
-    try:
-        value = float(found[1]) * units[found[2]] if found else 0.0
-    except (KeyError, ValueError):
-        value = 0.0
-    if not value or not math.isfinite(value):
-        raise UsageError(f"{option} {text}", "it is not a positive number", f"6e9, or with {known}")
-    return value
 
 
 def space(options: PruneOptions, architecture: Architecture) -> PruningSpace:

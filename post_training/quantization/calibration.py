@@ -17,12 +17,14 @@ from tqdm import tqdm
 from post_training.common.errors import UsageError
 from post_training.data.calibration_data import CalibrationData
 from post_training.distributed.collectives import from_all_ranks
-from post_training.inference import forward, generation
+from post_training.inference import forward, generation, layerwise
 from post_training.inference.batching import Batching
 from post_training.quantization import expert_reach, experts, maxima, quantizers
 from post_training.quantization.layer_names import first_names, global_name
 
 logger = logging.getLogger("post_training")
+
+_TOKENS_AT_ONCE = 4096
 
 
 @dataclass
@@ -35,7 +37,7 @@ class Calibration:
     Attributes:
         data: packed sequences.
         batching: sequences a forward pass. Where more than maxima are collected a pass cannot be
-            repeated and its size may count: there it is a given number, or one.
+            repeated and its size may count: there it is :attr:`at_once`.
         show_progress: draw a progress bar.
         tokens: tokens computed so far by all ranks; some algorithms make several passes.
         seconds: time that took.
@@ -43,6 +45,7 @@ class Calibration:
         expert_tokens: tokens that the router sent to the experts of each layer, in one pass.
         expert_tokens_added: those that reached them beyond that.
         gptq: what GPTQ did; empty with other methods.
+        ratios: GPTQ's errors over those of rounding to nearest (``gptq``).
         only_maxima: the calibration method collects nothing else.
     """
 
@@ -55,6 +58,7 @@ class Calibration:
     expert_tokens: experts.ExpertTokens = field(default_factory=dict)
     expert_tokens_added: experts.ExpertTokens = field(default_factory=dict)
     gptq: dict[str, Any] = field(default_factory=dict)
+    ratios: dict[tuple[int, str], float | None] = field(default_factory=dict)
     only_maxima: bool = False
     _counted: list[dict[int, torch.Tensor]] = field(default_factory=list)
 
@@ -69,7 +73,7 @@ class Calibration:
             "documents": self.data.documents,
             "tokens": self.data.tokens,
             "tokens_computed": self.tokens,
-            "sequences_at_a_time": self.batching.largest or self.batching.fixed,
+            "sequences_at_a_time": self.batching.largest or self.at_once,
             "seconds": round(self.seconds, 3),
             "tokens_per_second": round(self.tokens / self.seconds, 1) if self.seconds else 0.0,
             "notes": list(self.data.notes),
@@ -79,9 +83,18 @@ class Calibration:
             **({"gptq": self.gptq} if self.gptq else {}),
         }
 
-    def batches(self) -> list[torch.Tensor]:
-        """This rank's batches of one size, int64 [at most that, s] each; as many as on any rank."""
-        return list(self._rows().split(self.batching.fixed))
+    @property
+    def at_once(self) -> int:
+        """Sequences a pass where passes are added up: a given number, or up to 4,096 tokens.
+
+        The same on every machine, and with it the result.
+        """
+        most = max(1, _TOKENS_AT_ONCE // self.data.input_ids.shape[1])
+        return self.batching.fixed if self.batching.is_given else most
+
+    def batches(self, size: int | None = None) -> list[torch.Tensor]:
+        """This rank's batches, int64 [at most ``size``, s] each; as many as on any rank."""
+        return list(self._rows().split(size or self.at_once))
 
     def _rows(self) -> torch.Tensor:
         """This rank's sequences, int64 [n, s]; the same n on every rank."""
@@ -97,8 +110,19 @@ class Calibration:
                 with maxima.collecting(model):
                     self._run(model, self._rows(), self.batching)
             else:
-                self._run(model, self._rows(), replace(self.batching, asked=self.batching.fixed))
+                self._run(model, self._rows(), replace(self.batching, asked=self.at_once))
         experts.settle_idle(model)
+
+    def enter(
+        self, core: Any, batches: Sequence[torch.Tensor]
+    ) -> tuple[list[layerwise.Arguments], list[torch.Tensor]]:
+        """For what goes layer by layer: each one's other arguments, and the first one's inputs."""
+        return layerwise.other_arguments(core, batches[0]), layerwise.first_inputs(core, batches)
+
+    def leave(self, states: Sequence[torch.Tensor], tokens: int) -> None:
+        """It is done: what the last layer gave for each batch, and this rank's tokens."""
+        _, ranks, _ = generation.data_parallel()
+        self.tokens += tokens * ranks
 
     def forget_expert_tokens(self) -> None:
         """Each pass has all data, so what is counted is that of the last one."""
@@ -126,14 +150,14 @@ class Calibration:
         """Run one batch and count the rows that reach each quantizer (:func:`watching`).
 
         Calibration itself calls quantizers of weights, so only a forward pass apart from it shows
-        whether the layers do.
+        whether the layers do. Nothing is rounded in it: that takes time, and on a GPU a compiler.
 
         Args:
             seen: rows counted during calibration; what experts saw there counts too, since few
                 tokens choose each.
         """
-        with watching(model) as rows:
-            self._run(model, self.batches()[0], replace(self.batching, asked=self.batching.fixed))
+        with watching(model) as rows, quantizers.not_rounding(model):
+            self._run(model, self.batches(1)[0], replace(self.batching, asked=1))
         for name in rows:
             if seen and "experts" in name:
                 rows[name] += seen.get(name, 0)

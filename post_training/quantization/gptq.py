@@ -19,7 +19,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from post_training.common.errors import UsageError
 from post_training.distributed.collectives import from_all_ranks
-from post_training.inference import forward, generation
+from post_training.inference import forward, generation, layerwise
 from post_training.quantization import (
     calibration,
     expert_reach,
@@ -40,7 +40,6 @@ from post_training.quantization import (
     gptq_checks,
     gptq_rounding,
     layer_names,
-    layerwise,
     quantizers,
     scale_rounding,
 )
@@ -82,7 +81,7 @@ class _Found:
     """Squared output error over that of rounding to nearest, by expert-parallel rank (0 for what
     all have) and name; None where the weight is rounded to nearest."""
 
-    ratios: dict[tuple[int, str], float | None] = field(default_factory=dict)
+    ratios: dict[tuple[int, str], float | None]
 
     def of_all_ranks(self) -> dict[str, Any]:
         """For the manifest; a collective call."""
@@ -130,12 +129,11 @@ def calibrate(
     mtq.calibrate(model, "max", forward_loop=forward_loop)
     calibration.settle_zeros(model)
     scale_rounding.round_scales(model)
-    found = _Found()
+    found = _Found(data.ratios)
     batches = data.batches()
     data.forget_expert_tokens()
     with torch.no_grad(), InferenceMode.active():
-        others = layerwise.other_arguments(core, batches[0])
-        states = layerwise.first_inputs(core, batches)
+        others, states = data.enter(core, batches)
         bar = tqdm(layers, desc="rounding", unit=" layers", disable=not data.show_progress)
         for (layer, kinds), given in zip(bar, others, strict=True):
             observe = partial(_observe, layer, states, given, data)
@@ -144,9 +142,8 @@ def calibrate(
                     _quantize(part, observe, names, found)
             with experts.counting(layer, data.expert_tokens):
                 states = layerwise.outputs(layer, states, given)
+    data.leave(states, sum(batch.numel() for batch in batches))
     data.gptq.update(found.of_all_ranks())
-    _, ranks, _ = generation.data_parallel()
-    data.tokens += sum(batch.numel() for batch in batches) * ranks
     data.seconds += time.monotonic() - started
 
 

@@ -108,6 +108,18 @@ def with_format(
     model: MegatronModule, options: QuantizeOptions, choice: Format | Recipe, data: Calibration
 ) -> Config:
     """Quantize by one configuration and calibrate. Returns the configuration."""
+    config = prepare(model, options, choice, data)
+    with_scales(model, config, data)
+    return config
+
+
+def prepare(
+    model: MegatronModule, options: QuantizeOptions, choice: Format | Recipe, data: Calibration
+) -> Config:
+    """Place the quantizers of one configuration, and refuse what cannot work. Returns it.
+
+    The weights are not looked at: they may be on the meta device.
+    """
     config = configuration(options, choice)
     left_out = options.asked_to_leave_out
     names = leaving_out.local_names(model, left_out)
@@ -127,21 +139,32 @@ def with_format(
         model, method, required=not options.allow_unexportable, target=options.target
     )
     quantizers.require_savable(model, packed=options.packed)
+    if method in FOLDED_METHODS:
+        smoothing.require_pairs(model, method)
+    return config
+
+
+def with_scales(model: MegatronModule, config: Config, data: Calibration) -> None:
+    """Find the scales of a model, or of a part of one, that :func:`prepare` placed quantizers in.
+
+    Raises:
+        UsageError: if a weight that the format matches has no scale.
+    """
+    method = method_of(config)
     with calibration.watching(model) as seen:
-        forward_loop = data if _needs_data(model, method) else None
+        forward_loop = data if needs_data(model, method) else None
         if method:
             with quiet(stdout=True):
                 if method in FOLDED_METHODS:
                     smoothing.calibrate(model, config["algorithm"], method, data)
                 elif method == GPTQ:
-                    gptq.calibrate(model, data, data if _needs_data(model, "max") else None)
+                    gptq.calibrate(model, data, data if needs_data(model, "max") else None)
                 else:
                     mtq.calibrate(model, config["algorithm"], forward_loop=forward_loop)
     row_blocks.share_maxima(model)
     calibration.settle_zeros(model)
     scale_rounding.round_scales(model)
     calibration.check_scales(model, data.probe(model, seen), dynamic_inputs=not method)
-    return config
 
 
 def _expert_share(options: QuantizeOptions, config: Config) -> float:
@@ -152,7 +175,7 @@ def _expert_share(options: QuantizeOptions, config: Config) -> float:
     return float(algorithm.get("moe_calib_experts_ratio") or options.experts.share)
 
 
-def _needs_data(model: MegatronModule, method: str) -> bool:
+def needs_data(model: MegatronModule, method: str) -> bool:
     """Whether calibration looks at data; the same answer on all ranks."""
     if method != "max":
         return bool(method)

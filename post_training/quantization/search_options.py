@@ -11,19 +11,15 @@ from post_training.config.flags import flag
 from post_training.quantization.formats import exportable
 from post_training.quantization.formats import registry as formats
 from post_training.quantization.formats.base import FOLDED_METHODS, GPTQ, Format
+from post_training.quantization.formats.exportable import Verdict
 
 
 @dataclass(frozen=True, kw_only=True)
-class AutoQuantizeOptions:
-    TITLE: ClassVar[str] = "auto: a search for the format of each layer"
+class SensitivityOptions:
+    """What is measured of each layer, whatever the limit."""
 
-    auto_quantize_bits: float = flag(
-        4.8,
-        metavar="X",
-        check=positive,
-        help="stored bits per weight of the linear layers, at most, scales included: NVFP4 has "
-        "4.5, FP8 8 (%(default)s); beside a format's name it asks for auto",
-    )
+    TITLE: ClassVar[str] = "mixtures: a format for each layer"
+
     auto_quantize_formats: tuple[str, ...] = flag(
         ("FP8_DEFAULT_CFG", "NVFP4_DEFAULT_CFG"),
         metavar="NAME",
@@ -38,15 +34,35 @@ class AutoQuantizeOptions:
     auto_quantize_score_size: int = flag(
         128, metavar="N", check=at_least(1), help="sequences to measure it on (%(default)s)"
     )
-    auto_quantize_checkpoint: str | None = flag(
-        metavar="FILE", help="keep the measurements here; the rank is added to its name"
-    )
 
     @property
     def formats(self) -> list[Format]:
         """The formats to choose from; UsageError for an unknown name."""
         names = [each for word in self.auto_quantize_formats for each in word.split(",") if each]
         return [formats.find(name, "--auto-quantize-formats") for name in names]
+
+    @property
+    def smallest(self) -> tuple[float, float]:
+        """Bits a weight of the smallest format, with its scales and without."""
+        weights = [formats.WEIGHTS[row.linear.weight] for row in self.formats if row.linear]
+        least = min(weights, key=lambda each: each.bits, default=None)
+        return (least.bits, least.code_bits) if least else (16.0, 16.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoQuantizeOptions(SensitivityOptions):
+    TITLE: ClassVar[str] = "auto: a search for the format of each layer"
+
+    auto_quantize_bits: float = flag(
+        4.8,
+        metavar="X",
+        check=positive,
+        help="stored bits per weight of the linear layers, at most, scales included: NVFP4 has "
+        "4.5, FP8 8 (%(default)s); beside a format's name it asks for auto",
+    )
+    auto_quantize_checkpoint: str | None = flag(
+        metavar="FILE", help="keep the measurements here; the rank is added to its name"
+    )
 
     @property
     def bits(self) -> float:
@@ -58,13 +74,6 @@ class AutoQuantizeOptions:
         stored, codes = self.smallest
         return stored if codes <= self.auto_quantize_bits < stored else self.auto_quantize_bits
 
-    @property
-    def smallest(self) -> tuple[float, float]:
-        """Bits a weight of the smallest format, with its scales and without."""
-        weights = [formats.WEIGHTS[row.linear.weight] for row in self.formats if row.linear]
-        least = min(weights, key=lambda each: each.bits, default=None)
-        return (least.bits, least.code_bits) if least else (16.0, 16.0)
-
 
 def check(
     auto: AutoQuantizeOptions,
@@ -74,8 +83,8 @@ def check(
     weight_only: bool,
     target: str,
     allow_unexportable: bool,
-) -> None:
-    """Raise UsageError for formats or bits that a search cannot have.
+) -> Verdict:
+    """Refuse formats or bits that a search cannot have.
 
     Args:
         what: names the formats in a message.
@@ -83,6 +92,9 @@ def check(
         weight_only: inputs stay in 16 bits.
         target: engine that is to read the export.
         allow_unexportable: formats that no engine reads side by side are let pass.
+
+    Returns:
+        What a result that has all the formats is exported as.
     """
     rows = auto.formats
     changing = [row.name for row in rows if row.method in (*FOLDED_METHODS, GPTQ)]
@@ -105,3 +117,4 @@ def check(
             f"these formats need between {least:g} and 16 bits a weight, scales included",
             "give a number in between",
         )
+    return found

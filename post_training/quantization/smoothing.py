@@ -38,22 +38,9 @@ def calibrate(
         algorithm: ModelOpt's configuration of ``method``.
         method: ``smoothquant``, ``awq_lite`` or ``awq_full``.
         forward_loop: runs the calibration data once; called two or three times.
-
-    Raises:
-        UsageError: on every rank, if no layer of the model can take part.
     """
     search, scales = _parts(algorithm, method)
-    # Each method passes by the layers whose quantizer of this kind is off.
-    kind = "input_quantizer" if method == "smoothquant" else "weight_quantizer"
-    pairs = [pair for pair in _pairs(model) if getattr(pair[1], kind).is_enabled]
-    if not sum(from_all_ranks(len(pairs))):
-        raise UsageError(
-            f"the calibration method {method}",
-            "it scales the outputs of norms, and no linear layer after a norm of its own has a "
-            f"{kind.replace('_', ' ')}",
-            "build the model with ModelOpt's layer spec (no --export-default-te-spec), and leave "
-            "these layers and their inputs quantized; or choose a format with max calibration",
-        )
+    kind, pairs = _kind(method), _taking_part(model, method)
     taking_part = {id(linear) for _, linear in pairs}
     others = [
         quantizer
@@ -83,6 +70,27 @@ def calibrate(
             quantizer.set_from_attribute_config(_OF_TOKENS)
     # Of the model as it is now: rounded factors, and inputs that were not looked at yet.
     mtq.calibrate(model, scales, forward_loop=forward_loop)
+
+
+def require_pairs(model: MegatronModule, method: str) -> None:
+    """Raise UsageError, on every rank, if no layer of the model can take part."""
+    if not sum(from_all_ranks(len(_taking_part(model, method)))):
+        raise UsageError(
+            f"the calibration method {method}",
+            "it scales the outputs of norms, and no linear layer after a norm of its own has a "
+            f"{_kind(method).replace('_', ' ')}",
+            "build the model with ModelOpt's layer spec (no --export-default-te-spec), and leave "
+            "these layers and their inputs quantized; or choose a format with max calibration",
+        )
+
+
+def _kind(method: str) -> str:
+    """The quantizer without which the method passes by a layer."""
+    return "input_quantizer" if method == "smoothquant" else "weight_quantizer"
+
+
+def _taking_part(model: MegatronModule, method: str) -> list[tuple[Any, Any]]:
+    return [pair for pair in _pairs(model) if getattr(pair[1], _kind(method)).is_enabled]
 
 
 def _parts(algorithm: Any, method: str) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ from post_training.reporting import (
     provenance,
     records,
     scores,
+    searches,
 )
 from post_training.reporting.document import Document
 
@@ -22,10 +23,13 @@ from post_training.reporting.document import Document
 def build(folders: Sequence[Path]) -> tuple[Document, int]:
     """The report of all stages' records below the folders, and how many those are."""
     collected = records.collect(folders)
-    found = chain.build(collected.records)
+    # A search's trials are measurements without an output, and are reported together.
+    of_searches = [each for each in collected.records if each.stage == searches.STAGE]
+    found = chain.build([each for each in collected.records if each not in of_searches])
     problems = list(collected.problems)
     sections = [
-        *overview.sections(found),
+        *(overview.sections(found) if found.nodes or not of_searches else []),
+        *searches.sections(of_searches),
         *comparisons.sections(found, problems),
         *scores.sections(found),
         *layers.sections(found),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from post_training.reporting import chain_picture, charts, comparable, measures, values
+from post_training.reporting import chain_picture, charts, comparable, measures, plots, values
 from post_training.reporting.chain import CHECKPOINT, MODEL, Chain, Node
 from post_training.reporting.document import (
     NOT_MEASURED,
@@ -261,40 +261,12 @@ def _plots(chain: Chain) -> list[Block]:
         ][:_MOST_POINTS]
         if len(points) < 2:
             continue
-        front = _front([(x, y if more_is_better else -y) for _, x, y, _ in points])
+        front = plots.front([(x, y if more_is_better else -y) for _, x, y, _ in points])
         shown = [
             charts.Point(
                 name, x, y, (scale * spread[0], scale * spread[1]) if spread else None, best
             )
             for (name, x, y, spread), best in zip(points, front, strict=True)
         ]
-        found.append(_plot(title, shown))
+        found.append(plots.plot(title, shown))
     return found
-
-
-def _plot(title: str, points: Sequence[charts.Point]) -> Figure:
-    ends = [value for each in points for value in (each.y, *(each.interval or ()))]
-    unit, divisor = ("GB", 1e3) if max(each.x for each in points) >= 1e3 else ("MB", 1.0)
-    points = [
-        charts.Point(each.name, each.x / divisor, each.y, each.interval, each.best)
-        for each in points
-    ]
-    x = charts.Axis.of(f"weights, {unit}", [each.x for each in points], zero=True)
-    y = charts.Axis.of(title, ends)
-    listed = "; ".join(f"{each.name} {each.x:.3g} {unit}, {each.y:.3g}" for each in points)
-    best = ", ".join(each.name for each in points if each.best)
-    return Figure(
-        f"{title} by size of the weights",
-        charts.scatter(points, x, y),
-        f"{title} by size: {listed}. None is smaller and better than: {best}.",
-    )
-
-
-def _front(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Of points (size, quality), whether no other is as small and as good, and better in one."""
-    return [
-        not any(
-            other[0] <= x and other[1] >= y and (other[0] < x or other[1] > y) for other in points
-        )
-        for x, y in points
-    ]

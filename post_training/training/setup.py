@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -47,6 +49,8 @@ def build(
         ),
         [ddp],
     )
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        _correct_places(part)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -64,3 +68,16 @@ def build(
     config.finalize_model_grads_func = finalize_model_grads
     config.no_sync_func = ddp.no_sync
     return ddp, optimizer, scheduler
+
+
+def _correct_places(optimizer: Any) -> None:
+    """Let each parameter be found where it is among its group's.
+
+    megatron-core (distrib_optimizer.py) puts a group's float32 parameters first, which Mamba layers
+    and gated delta nets have beside those in 16 bits, and looks parameters up in the order of its
+    buffers: it would save one's state as another's, or fail where their sizes differ.
+    """
+    groups = zip(optimizer.model_fp32_groups, optimizer.model_float16_groups, strict=True)
+    for index, (full, half) in enumerate(groups):
+        for place, parameter in enumerate([*full, *half]):
+            optimizer.model_param_group_index_map[parameter] = (index, place)

@@ -19,7 +19,7 @@ LIBRARY = "post_training"
 HEAVY = frozenset(
     """
     accelerate datasets huggingface_hub lm_eval matplotlib megatron modelopt numpy pandas peft
-    psutil pyarrow pydantic rich safetensors.torch scipy sklearn tensorboard torch
+    openai psutil pyarrow pydantic requests rich safetensors.torch scipy sklearn tensorboard torch
     transformer_engine transformers triton
     """.split()
 )

@@ -128,6 +128,7 @@ def random_model(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    _keep_transformers_in_pytorch()
     family, scaled = ROTARY.get(family, (family, {}))
     config = AutoConfig.for_model(**FAMILIES[family].tiny_config(**{**scaled, **changes}))
     torch.manual_seed(0)
@@ -152,6 +153,14 @@ def random_model(
         _with_published_names(folder / "model.safetensors", other_names)
     chat_tokenizer().save_pretrained(folder)
     return model
+
+
+def _keep_transformers_in_pytorch() -> None:
+    """Its models of recurrences ask for kernels when imported; those run on a GPU alone."""
+    from transformers.utils import import_utils
+
+    for name in ("is_flash_linear_attention_available", "is_causal_conv1d_available"):
+        setattr(import_utils, name, lambda: False)
 
 
 def _bring_keys_near_queries(model) -> None:

@@ -19,10 +19,10 @@ import tools
 import torch
 from transformers import DynamicCache
 
-from post_training.cli.answer import answer
-from post_training.export import readback
+from post_training.export import readback, transformers_answer
 from post_training.export.compressed_tensors import pack
 
+MIXTURE = "auto --auto-quantize-bits 6 --auto-quantize-formats int8_wo int4_blockwise_weight_only"
 FORMATS = {
     "INT8_DEFAULT_CFG": ("INT8_W8A8", 8.125),  # 32 bits of scale for 256 weights
     "INT8_PER_CHANNEL_PER_TOKEN_CFG": ("INT8_PER_CHANNEL_PER_TOKEN", 8.125),
@@ -37,6 +37,7 @@ FORMATS = {
     "MXFP4_DEFAULT_CFG": ("MXFP4", 4.25),
     "MXFP4_DEFAULT_CFG --weight-only": ("W4A16_MXFP4", 4.25),
     "INT8_WEIGHT_ONLY_CFG --export-kv-cache-quant fp8": ("INT8_W8A16", 8.125),
+    MIXTURE: ("MIXED_COMPRESSED_TENSORS", 6.125),  # scales in float32, counted in bfloat16
     "FP8_PER_CHANNEL_PER_TOKEN_CFG": ("FP8_PER_CHANNEL_PER_TOKEN", 8.125),
     "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG": ("FP8_PB_WO", 8.002),
 }
@@ -160,7 +161,7 @@ def engine_logits(folder, family, ids, *, largest=127):
     inputs = {}
     if "config_groups" in config and config["quant_method"] == "compressed-tensors":
         inputs = config["config_groups"]["group_0"]["input_activations"] or {}
-    model = readback.Folder(folder)._untrained(dtype=torch.float32).eval()
+    model = readback.Folder(folder).untrained(dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             value = decode(tensors, name.removesuffix(".weight"))
@@ -293,7 +294,7 @@ PLAIN_ONES = {
     "INT8_SMOOTHQUANT_PER_TOKEN_CFG": "INT8_PER_CHANNEL_PER_TOKEN_CFG",
     "INT4_AWQ_CFG": "INT4_BLOCKWISE_WEIGHT_ONLY_CFG",
 }
-SEARCHED = (*PLAIN_ONES, "INT4_AWQ_CLIP_CFG", "INT4_AWQ_FULL_CFG", "W4A8_FP8_AWQ_CFG")
+SEARCHED = (*PLAIN_ONES, MIXTURE, "INT4_AWQ_CLIP_CFG", "INT4_AWQ_FULL_CFG", "W4A8_FP8_AWQ_CFG")
 
 
 @pytest.mark.parametrize("split", ["TP=1", "TP=2"])
@@ -353,7 +354,8 @@ def test_linears_have_the_bits_that_the_format_promises(exported, name):
         if (tensor := tensors.get(f"{module}.{kind}")) is not None
     )
     weights = sum(decode(tensors, module).numel() for module in modules)
-    assert most - 0.13 < 8 * stored / weights <= most
+    least = 4.25 if name == MIXTURE else most - 0.13
+    assert least < 8 * stored / weights <= most
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -447,7 +449,7 @@ def test_every_code_is_packed(bits):
 @pytest.mark.parametrize(("family", "name"), EXPORTS)
 def test_the_folder_answers_by_the_librarys_own_reader(exported, family, name):
     folder = readback.Folder(exported[0] / f"{family} {name} hf")
-    assert isinstance(answer(folder, "What is 1 plus 1?", 4), str)
+    assert isinstance(transformers_answer.answer(folder, "What is 1 plus 1?", 4), str)
 
 
 def test_a_checkpoint_is_exported_for_the_engines_that_read_it_alone(exported, tmp_path):

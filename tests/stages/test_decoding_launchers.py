@@ -41,6 +41,23 @@ def test_generate_takes_prompts_and_output(environment, questions):
     assert plan.options.prompts.sources == ("HuggingFaceH4/mt_bench_prompts",)
 
 
+def test_a_server_has_the_model_whatever_the_layout(environment, questions):
+    """The conf's and the user's parallel sizes are of a model that is loaded."""
+    environment |= {"PROMPTS_PATH": str(questions), "TP": "2", "DP": "4"}
+    named = {"SERVER": "http://me:secret@gpu7:8000", "SERVER_MODEL": "tiny"}
+    words = started("generate.sh", CONF, **environment, **named)
+    assert option(words, "--server") == named["SERVER"]
+    assert option(words, "--server-model") == "tiny"
+    assert option(words, "--tensor-model-parallel-size") == "1"
+    assert "--pretrained-model-path" not in words
+    given = ("--server=http://gpu7:8000/v1", "--dry-run")
+    done = bash(ROOT / "generate.sh", "auto", *given, **environment)
+    assert "server        http://gpu7:8000/v1\nprocesses     1" in done.stdout
+    failed = bash(ROOT / "generate.sh", CONF, **environment, **named, MLM_MODEL_CKPT="/x", code=2)
+    assert "--load /x with --server" in failed.stderr
+    assert "secret" not in failed.stderr
+
+
 def test_validate_has_the_originals_variables_and_defaults(
     environment, drafted_folder, questions, tmp_path
 ):

@@ -22,14 +22,17 @@ from post_training.training import metrics as training_metrics
 
 LENGTH, ITERATIONS = 64, 4
 TP, PP = ("--tensor-model-parallel-size", 2), ("--pipeline-model-parallel-size", 2)
+# Some parameters of their layers stay in float32 beside weights in bfloat16.
+RECURRENT = ("nemotron-h", "qwen3.5")
+SOURCES = ("model", *RECURRENT)
 # Relative difference of losses that were added up in another order.
 TOLERANCE = 1e-5
 
 
 def flags(root, model, save, *more, data="chat.jsonl", iterations=ITERATIONS):
-    given = ("--pretrained-model-path" if model == "model" else "--load", root / model)
+    given = ("--pretrained-model-path" if model in SOURCES else "--load", root / model)
     return (
-        *(*given, "--save", root / save, "--fp32"),
+        *(*given, "--save", root / save, *(() if "--bf16" in more else ("--fp32",))),
         *("--finetune-data-files", root / data, "--seq-length", LENGTH),
         *("--train-iters", iterations, "--micro-batch-size", 2, "--global-batch-size", 4),
         *("--lr", 1e-3, "--log-interval", 1, *more),
@@ -46,6 +49,15 @@ def root(tmp_path_factory):
     calibration = ("--calib-dataset", root / "text.jsonl", "--calib-size", 4)
     calibration += ("--calib-max-sequence-length", LENGTH, "--export-quant-cfg")
     quantize = ("--pretrained-model-path", root / "model", "--fp32", "--skip-generate", "--save")
+    half, recurrent = ("--bf16",), []
+    for name in RECURRENT:
+        tools.random_model(root / name, name, torch.bfloat16)
+        recurrent += [
+            ("finetune", flags(root, name, f"{name} tuned", *half)),
+            ("finetune", flags(root, name, f"{name} resumed", *half, "--exit-interval", 2)),
+            ("finetune", flags(root, name, f"{name} resumed", *half)),
+            ("finetune", flags(root, name, f"{name} alone")),
+        ]
     everything = ("--lr", 1e-9, "--min-lr", 0, "--global-batch-size", 8, "--eval-iters", 0)
     tools.run_stages(
         ("quantize", (*quantize, root / "nvfp4", *calibration, "NVFP4_DEFAULT_CFG")),
@@ -60,6 +72,7 @@ def root(tmp_path_factory):
         ("export", ("--load", root / "nvfp4", "--export-dir", root / "nvfp4_hf", "--fp32")),
         ("export", ("--load", root / "aware", "--export-dir", root / "aware_hf", "--fp32")),
         tools.logits_job(root / "logits", tools.tokens(), "--load", root / "tuned", "--fp32"),
+        *recurrent,
     )
     return root
 
@@ -117,14 +130,22 @@ def test_a_quantized_model_is_trained_through_its_quantizers_and_keeps_its_scale
 def test_a_resumed_run_has_the_same_losses_to_the_last_bit(root):
     assert losses(root / "resumed") == losses(root / "tuned")
     assert len(losses(root / "tuned")) == ITERATIONS
+    for name in RECURRENT:
+        assert losses(root / f"{name} resumed") == losses(root / f"{name} tuned")
 
 
 @pytest.mark.parametrize("sizes", [(*TP, "--sequence-parallel"), PP], ids=["TP=2", "PP=2"])
 def test_two_ranks_have_the_losses_of_one(root, sizes, tmp_path):
-    tools.run_stages(("finetune", flags(root, "model", tmp_path / "plain", *sizes)), processes=2)
-    for name in ("loss", "grad_norm"):
-        one, two = losses(root / "tuned", name), losses(tmp_path / "plain", name)
-        assert two == pytest.approx(one, rel=TOLERANCE), name
+    jobs = [("finetune", flags(root, name, tmp_path / name, *sizes)) for name in SOURCES]
+    tools.run_stages(*jobs, processes=2)
+    for model in SOURCES:
+        for name in ("loss", "grad_norm"):
+            one = losses(root / ("tuned" if model == "model" else f"{model} alone"), name)
+            two = losses(tmp_path / model, name)
+            # The norm after a recurrence enlarges roundings from one iteration to the next.
+            exact = 1 if model in RECURRENT else ITERATIONS
+            assert two[:exact] == pytest.approx(one[:exact], rel=TOLERANCE), (model, name)
+            assert two == pytest.approx(one, rel=1e-2), (model, name)
 
 
 def test_text_without_answers_and_packed_weights_are_refused(root, tmp_path):

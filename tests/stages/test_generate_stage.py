@@ -16,9 +16,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import served
 import tools
 import torch
+from questions import write_questions
 
+import generate
+import mmlu
 from post_training.common import redaction, resumable_jsonl
 from post_training.common.errors import UsageError
 from post_training.common.manifest import Manifest
@@ -50,6 +54,10 @@ ROWS = [
 def setting(tmp_path_factory):
     work = tmp_path_factory.mktemp("generate")
     model = tools.random_model(work / "model", "qwen3", max_position_embeddings=CONTEXT)
+    # Servers choose among all rows, the local path among the tokenizer's.
+    with torch.no_grad():
+        model.lm_head.weight[len(tools.chat_tokenizer()) :] = 0
+    model.save_pretrained(work / "model")
     file = work / "prompts.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     return SimpleNamespace(work=work, model=model, folder=work / "model", prompts=file)
@@ -179,6 +187,33 @@ def test_what_cannot_be_answered_is_left_out_and_counted(outputs):
     assert record["metrics"]["generated_tokens"] == sum(
         row["metadata"]["generated_tokens"] for row in rows.values()
     )
+
+
+def test_a_server_gives_the_same_rows(setting, outputs):
+    """transformers' own, which knows no limit of the context: rows 4 and 5 are the server's."""
+    output = setting.work / "served.jsonl"
+    words = ("--prompts-path", setting.prompts, "--output", output, "--max-new-tokens", ANSWER)
+    with served.transformers_serve(setting.folder, setting.work / "serve.log") as url:
+        model = ("--server-model", setting.folder)
+        record = served.run(generate.STAGE, "--server", url, *model, *words)
+        with pytest.raises(UsageError, match="HTTP 400: Server is pinned to"):
+            others = (*words, "--overwrite", "--server-retries", 0)
+            served.run(generate.STAGE, "--server", url, "--server-model", "other", *others)
+        top_k = (*model, *words, *SAMPLED, "--overwrite")
+        with pytest.raises(UsageError, match=r"HTTP 422: Unexpected fields.*top_k"):
+            served.run(generate.STAGE, "--server", url, *top_k)
+        (setting.work / "questions").mkdir()
+        questions = write_questions(setting.work / "questions")
+        asked = ("--mmlu-dataset", questions, "--tokenizer-model", setting.folder)
+        asked += ("--mmlu-output", setting.work / "mmlu.json")
+        with pytest.raises(UsageError, match=r"no log probabilities.*prompt must be a string"):
+            served.run(mmlu.STAGE, "--server", url, *model, *asked)
+    local, found = read(outputs / "greedy.jsonl"), read(output)
+    alike = [row for row in found if row["metadata"]["index"] not in (4, 5)]
+    assert alike == [row for row in local if row["metadata"]["index"] != 4]
+    assert len(alike) == len(ROWS) - 4
+    assert record["server"]["url"] == url
+    assert record["metrics"]["left_out"] == {prompts.TOOL_TURNS: 1, prompts.NOTHING_ASKED: 1}
 
 
 def test_a_killed_run_goes_on_to_the_same_file(outputs, killed):

@@ -91,7 +91,18 @@ def test_engine_logits_equal_the_quantized_models(exported, family, name):
         if isinstance(module, torch.nn.Linear) and not name.endswith(plain)
     ]
     assert quantized == len(linears) - 1, "all but the output layer"
-    assert (actual - wanted).abs().mean() < TOLERANCES[name] * wanted.std()
+    assert (actual - wanted).abs().mean() < tolerance(models[family], name, wanted)
+
+
+def tolerance(model, name, wanted):
+    """Of the mean difference.
+
+    On a GPU sums have another order than in the reference: values near a tie are rounded to the
+    other side, and so is what follows from them. That stays far below what quantization changes.
+    """
+    if not torch.cuda.is_available():
+        return TOLERANCES[name] * wanted.std()
+    return 0.25 * (tools.transformers_logits(model, tools.tokens()) - wanted).abs().mean()
 
 
 EXPERTS = [each for each in FLOATS if each[0] not in DENSE]
@@ -99,10 +110,10 @@ EXPERTS = [each for each in FLOATS if each[0] not in DENSE]
 
 @pytest.mark.parametrize(("family", "name"), [each for each in EXPERTS if each[0] in MORE])
 def test_engine_logits_with_experts_equal_the_quantized_models(exported, family, name):
-    root, _ = exported
+    root, models = exported
     actual = engine_logits_of_experts(root / f"{family} {name} hf", tools.tokens())
     wanted = tools.read_logits(root / f"{family} {name} logits")
-    assert (actual - wanted).abs().mean() < TOLERANCES[name] * wanted.std()
+    assert (actual - wanted).abs().mean() < tolerance(models[family], name, wanted)
 
 
 @pytest.mark.parametrize("family", MORE)

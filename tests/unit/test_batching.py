@@ -9,6 +9,9 @@ import torch
 
 from post_training.common.errors import UsageError
 from post_training.config import batch_size
+from post_training.data.calibration_data import CalibrationData
+from post_training.inference.batching import Batching
+from post_training.quantization.calibration import Calibration
 
 SEQUENCES, LENGTH = 12, 64
 
@@ -90,3 +93,12 @@ def test_what_is_neither_a_number_nor_auto_is_refused():
     for value in (0, -1):
         with pytest.raises(UsageError, match="or auto"):
             batch_size.check("--calib-batch-size", value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "length", "most"),
+    [("auto", 512, 8), ("auto", 3000, 1), ("auto", 100_000, 1), (3, 512, 3)],
+)
+def test_passes_that_add_up_have_a_size_that_no_machine_changes(asked, length, most):
+    data = CalibrationData(torch.zeros(2, length, dtype=torch.int64), 1, 2 * length, "text", 2)
+    assert Calibration(data, Batching(asked, "--calib-batch-size")).at_once == most

@@ -34,6 +34,7 @@ from post_training.common.errors import UsageError
 from post_training.common.quiet import quiet
 from post_training.data import records
 from post_training.drafts import features
+from post_training.inference import generate_options
 from post_training.training import run_folder
 
 
@@ -143,6 +144,11 @@ def test_a_source_that_was_replaced_while_it_was_loaded_is_refused(tmp_path):
     assert again.inputs("teacher")[0]["role"] == "teacher"
 
 
+def read_prompts(plan):
+    recorded = generate_options.recorded_prompts(plan.settings)
+    return generate_options.read_prompts(plan.options, recorded)
+
+
 def test_what_is_recorded_of_questions_and_prompts_is_what_was_read(tmp_path):
     """Both are read long before or after the other inputs are described."""
     write_model(tmp_path / "model")
@@ -155,13 +161,13 @@ def test_what_is_recorded_of_questions_and_prompts_is_what_was_read(tmp_path):
     asked = make_plan(mmlu.STAGE, [*map(str, words), "--few-shots", "0"])
     words = [*given, "--prompts-path", prompts, "--output", tmp_path / "a.jsonl", "--check"]
     generated = make_plan(generate.STAGE, list(map(str, words)))
-    assert len(generate.read_prompts(generated).dialogues) == 1
+    assert len(read_prompts(generated).dialogues) == 1
     before = files.sha256(questions)
     questions.write_text(row * 2)
     prompts.write_text('{"prompt": "another"}\n')
     assert asked.questions["sha256"] == before
     with pytest.raises(UsageError, match="replaced while it was read"):
-        generate.read_prompts(generated)
+        read_prompts(generated)
 
 
 def test_rows_are_not_resumed_with_another_tokenizer(tmp_path):

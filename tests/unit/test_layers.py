@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = (
     *("common", "portable", "distributed", "models", "config", "checkpoints", "data", "training"),
     *("inference", "evaluation", "quantization", "distillation", "drafts", "pruning"),
-    *("reporting", "export"),
+    *("servers", "reporting", "export", "search"),
     "cli",
 )
 STAGE_LINES, LIBRARY_LINES, MAIN_LINES, THIN_LINES = 200, 300, 10, 8

@@ -73,7 +73,7 @@ def test_a_text_in_two_pieces_gives_what_it_gives_whole(inputs, cut):
 def test_it_stands_in_where_the_kernels_cannot_run():
     from megatron.core.ssm.gated_delta_net import common
 
-    if torch.cuda.is_available() and delta_rule.install() == "":
+    if not delta_rule.why_not():
         pytest.skip("fla runs here")
     assert common.HAVE_FLA
     assert common.chunk_gated_delta_rule is delta_rule.chunk_gated_delta_rule
@@ -83,3 +83,13 @@ def test_it_stands_in_where_the_kernels_cannot_run():
         delta_rule.chunk_gated_delta_rule(
             zeros, zeros, zeros, numbers, numbers, cu_seqlens=torch.tensor([0, 1])
         )
+
+
+def test_kernels_compute_16_bits_alone(inputs):
+    def kernels(q, *_others, **_options):
+        return q.dtype
+
+    rule = delta_rule.by_precision(kernels)
+    assert rule(torch.zeros(1, dtype=torch.bfloat16)) is torch.bfloat16
+    output, _ = rule(**inputs)
+    assert torch.equal(output, delta_rule.chunk_gated_delta_rule(**inputs)[0])

@@ -25,7 +25,7 @@ from post_training.export.model_card import Card
 from post_training.reporting import building, chain, measures, page, records, text_page
 from post_training.reporting.markup import fenced, markdown
 from post_training.reporting.measures import Measured
-from post_training.reporting.overview import _front
+from post_training.reporting.plots import front
 from post_training.reporting.records import Record
 
 EVIL = "</title></svg><script>document.title='ran'</script><img src=x onerror=alert(1)>"
@@ -254,7 +254,7 @@ def test_the_interval_of_a_difference_is_newcombes():
 
 def test_the_front_has_what_nothing_smaller_is_better_than():
     points = [(1, 0.5), (2, 0.9), (3, 0.9), (3, 0.95), (1, 0.4)]
-    assert _front(points) == [True, True, False, True, False]
+    assert front(points) == [True, True, False, True, False]
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_shown(work):

@@ -164,12 +164,14 @@ class KvCache:
         config: ModelOpt's configuration; empty for none.
         exported_as: ``kv_cache_quant_algo``; empty if no engine reads it.
         refused: why no engine does; empty otherwise.
+        bits: stored per element, scales included; None where they are in 16 bits or more.
     """
 
     name: str
     config: str
     exported_as: str = ""
     refused: str = ""
+    bits: float | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ ModelOpt's layer spec (post_training/modelopt/layers.py:68-85); ModelOpt makes t
 Both compute in float32 and cast to the input's type *before* they multiply by the weight, in the
 order of Hugging Face's Llama and Qwen models. Transformer Engine's kernels multiply in float32 and
 round once, at the end: that differs by up to one unit in the last place of bfloat16. The order
-here makes Megatron models and their ``transformers`` originals agree bit for bit.
+here makes Megatron models and their ``transformers`` originals agree bit for bit. So do those of
+the weights that are stored less one: Nemotron's LayerNorm rounds the sum, and Gemma's RMSNorm
+rounds once, at the end.
 """
 
 from __future__ import annotations
@@ -36,11 +38,14 @@ def normalize(
         bias: [size], None for "RMSNorm".
         normalization: "RMSNorm" (arXiv:1910.07467) or "LayerNorm" (arXiv:1607.06450).
     """
-    scale = weight + 1 if zero_centered else weight
-    if normalization == "RMSNorm":
-        # One operator, which computes in float32 and rounds to the input's type.
-        return scale * F.rms_norm(inp, (inp.shape[-1],), None, eps)
-    return F.layer_norm(inp, (inp.shape[-1],), scale, bias, eps)
+    size = inp.shape[-1:]
+    if normalization == "LayerNorm":
+        return F.layer_norm(inp, size, weight + 1 if zero_centered else weight, bias, eps)
+    if zero_centered:
+        scale = weight.float() + 1
+        return (F.rms_norm(inp.float(), size, None, eps) * scale).to(inp.dtype)
+    # One operator, which computes in float32 and rounds to the input's type.
+    return weight * F.rms_norm(inp, size, None, eps)
 
 
 def norm_parameter(

@@ -8,7 +8,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from post_training.distributed import memory
 from post_training.inference import forward
 
 # Positional ones after the hidden states, and those by name.
@@ -22,16 +24,24 @@ class _ReachedError(Exception):
 
 
 def other_arguments(core: Any, batch: torch.Tensor) -> list[Arguments]:
-    """What each layer is called with beside the hidden states; the same for every batch."""
+    """What each layer is called with beside the hidden states; the same for every batch.
+
+    No layer is computed: they may be without weights.
+    """
     seen: dict[int, Arguments] = {}
 
-    def keep(n: int, _module: torch.nn.Module, given: tuple[Any, ...], kwargs: Any) -> None:
+    def keep(n: int, layer: torch.nn.Module, *given: Any, **kwargs: Any) -> Any:
+        hidden = given[0] if given else kwargs["hidden_states"]
         seen[n] = (given[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"})
+        if n + 1 == len(core.decoder.layers):
+            raise _ReachedError
+        return (hidden, None) if isinstance(layer, TransformerLayer) else hidden
 
     with contextlib.ExitStack() as stack:
         for n, layer in enumerate(core.decoder.layers):
-            handle = layer.register_forward_pre_hook(partial(keep, n), with_kwargs=True)
-            stack.callback(handle.remove)
+            layer.forward = partial(keep, n, layer)
+            stack.callback(delattr, layer, "forward")
+        stack.enter_context(contextlib.suppress(_ReachedError))
         forward.run(core, batch.to(forward.device_of(core)), torch.zeros_like(batch[:, 0]))
     return [seen[n] for n in range(len(core.decoder.layers))]
 
@@ -58,22 +68,22 @@ def first_inputs(core: Any, batches: Sequence[torch.Tensor]) -> list[torch.Tenso
         for batch in batches:
             with contextlib.suppress(_ReachedError):
                 forward.run(core, batch.to(device), None)
-            if len(kept) == 1 and _fits(2 * len(batches) * kept[0].nbytes, device):
+            if len(kept) == 1 and fits(2 * len(batches) * kept[0].nbytes, device):
                 place = device
                 kept[0] = kept[0].to(device)
     return kept
 
 
-def _fits(size: int, device: torch.device) -> bool:
+def fits(size: int, device: torch.device) -> bool:
     """Whether ``size`` bytes are a small part of the device's free memory."""
-    return device.type == "cuda" and 4 * size < torch.cuda.mem_get_info(device)[0]
+    return device.type == "cuda" and 4 * size < memory.free(device)
 
 
 def outputs(
     layer: torch.nn.Module, states: Sequence[torch.Tensor], others: Arguments
 ) -> list[torch.Tensor]:
     """The layer's output for each hidden states, where these are."""
-    return [_run(layer, hidden, others).to(hidden.device) for hidden in states]
+    return [run(layer, hidden, others).to(hidden.device) for hidden in states]
 
 
 def observe(
@@ -101,10 +111,11 @@ def observe(
             stack.callback(module.register_forward_pre_hook(last if alone else hook).remove)
         for hidden in states:
             with contextlib.suppress(_ReachedError):
-                _run(layer, hidden, others)
+                run(layer, hidden, others)
 
 
-def _run(layer: torch.nn.Module, hidden: torch.Tensor, others: Arguments) -> torch.Tensor:
+def run(layer: torch.nn.Module, hidden: torch.Tensor, others: Arguments) -> torch.Tensor:
+    """The layer's output for hidden states [s, b, h], on its device."""
     given, kwargs = others
     hidden = hidden.to(next(layer.parameters()).device)
     if given or "hidden_states" in kwargs:
