@@ -56,12 +56,26 @@ LLAMA3 = {
 
 
 class _Config(TypedDict):
-    """Of a recorded draft, what is read before it is built."""
+    """The configuration of a recorded draft, as :func:`configuration` gives it."""
 
-    torch_dtype: Literal["float32", "bfloat16", "float16"]
+    num_hidden_layers: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_act: str
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict[str, Any]
+    max_position_embeddings: int
+    initializer_range: float
+    mlp_bias: bool
+    attention_bias: bool
+    hidden_size: int
     vocab_size: int
     draft_vocab_size: int
     eagle_aux_hidden_state_layer_ids: list[int]
+    torch_dtype: Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
