@@ -40,6 +40,7 @@ UNFINISHED = 75
 
 
 _PAGE = 4096  # what a tmpfs gives a file at a time
+_SPARE = 4 << 20  # what stages want to be free beyond their output
 
 
 @dataclass
@@ -285,7 +286,7 @@ def disks(attacked: Round) -> str:
             return f"{what}a traceback\n{run.said()}"
         if problem := lost(attacked, output):
             return f"{what}{problem}\n{run.said()}"
-        subprocess.run([*mount, f"remount,size={total + 8 * size}", str(disk)], check=True)
+        subprocess.run([*mount, f"remount,size={total + 8 * size + _SPARE}", str(disk)], check=True)
         problem = succeeds(attacked, "again", output)
         return problem and f"{what}{problem}"
     finally:

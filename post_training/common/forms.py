@@ -7,6 +7,7 @@ other keys are not looked at. JSON's integers pass for floats; nothing else is c
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, get_type_hints
@@ -96,11 +97,22 @@ def read_yaml(path: Path, what: str, remedy: str) -> Any:
         raise UsageError(what, f"it is not YAML: {error}", remedy) from error
 
 
+def is_finite(content: Any) -> bool:
+    """Whether no number in what a file holds is NaN or infinite."""
+    if isinstance(content, dict):
+        content = [*content.keys(), *content.values()]
+    if isinstance(content, list):
+        return all(map(is_finite, content))
+    return not isinstance(content, float) or math.isfinite(content)
+
+
 def parse_yaml(text: str, what: str, remedy: str) -> Any:
-    """What YAML text holds; UsageError as :func:`read_yaml`."""
+    """What YAML text holds; UsageError as :func:`read_yaml`, or for a number that is not finite."""
     try:
         content = yaml.load(text, _Loader)
         json_text.require_whole_characters(text, content)
+        if not is_finite(content):
+            raise ValueError("it has a number that is not finite")
         return content
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date such as 2026-13-45
         mark = getattr(error, "problem_mark", None)

@@ -37,6 +37,14 @@ def positive(option: str, value: float) -> None:
         raise UsageError(f"{option} {value}", cause, "give a number above 0")
 
 
+def positive_in_file(name: str, value: float) -> None:
+    """The same for a number of a file, in which an integer may have any number of digits."""
+    try:
+        positive(name, float(value))
+    except OverflowError as error:
+        raise UsageError(f"{name} {value!r:.40}", "it is too large", "give e.g. 1") from error
+
+
 def fraction(option: str, value: float) -> None:
     """Raise UsageError unless the number is from 0 to 1."""
     if not 0 <= value <= 1:

@@ -24,6 +24,7 @@ from post_training.checkpoints.second_model import find_second
 from post_training.checkpoints.source import Source
 from post_training.common import forms, inputs
 from post_training.common.errors import UsageError, suggest
+from post_training.config import checks
 from post_training.config.flags import flag
 from post_training.config.options import StageOptions
 
@@ -162,8 +163,9 @@ def _check(what: str, values: Mapping[str, Any]) -> None:
         kinds: Any = int if name == "logit_kl_topk" else (int, float)
         if name == "logit_kl_topk" and value is None:
             continue
-        if not isinstance(value, kinds) or isinstance(value, bool) or value <= 0:
-            raise UsageError(f"{what}: {name} = {value!r}", "not a positive number", "e.g. 1")
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise UsageError(f"{what}: {name} = {value!r:.40}", "not a positive number", "e.g. 1")
+        checks.positive_in_file(f"{what}: {name}", value)
     if not isinstance(values["skip_lm_loss"], bool):
         shown = f"{what}: skip_lm_loss = {values['skip_lm_loss']!r}"
         raise UsageError(shown, "neither true nor false", "true or false")

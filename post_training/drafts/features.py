@@ -161,6 +161,8 @@ def find(folder: Path, seq_length: int | None = None) -> Stored:
         name = shard["file"]
         if name not in files_there or Path(name).parent.name not in conversation_data.PARTS:
             raise UsageError(f"{option}: {name}", "it is none of the extraction's outputs", AGAIN)
+    if not any(Path(each["file"]).parent.name == "train" for each in recorded["shards"]):
+        raise UsageError(option, "it holds no sequence to train on", AGAIN)
     stored = Stored(folder, recorded, outputs)
     if seq_length not in (None, stored.sequence_length):
         raise UsageError(

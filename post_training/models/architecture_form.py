@@ -34,7 +34,7 @@ _TYPES: dict[str, Any] = {
 def check_transformer(values: Mapping[str, Any], what: str, remedy: str) -> None:
     """Raise UsageError unless fields of megatron-core's configuration have the types of its table.
 
-    None stands for a default of megatron-core's, whatever the type.
+    None is the value of a field whose default it is, and of no other.
     """
     forms.parse(dict(values), _form(frozenset(values)), what, remedy)
 
@@ -42,13 +42,23 @@ def check_transformer(values: Mapping[str, Any], what: str, remedy: str) -> None
 @cache
 def _form(names: frozenset[str]) -> Any:
     table = transformer_fields.load()
-    fields = {name: _TYPES[table[name]["type"]] | None for name in sorted(names)}
+
+    def type_of(name: str) -> Any:
+        kind = _TYPES[table[name]["type"]]
+        return kind | None if table[name]["default"] is None else kind
+
+    fields = {name: type_of(name) for name in sorted(names)}
     return TypedDict("Transformer", fields)  # type: ignore[operator]
 
 
 def check_sizes(values: Mapping[str, Any], what: str, remedy: str) -> None:
-    """Raise UsageError for a whole number that is negative, or larger than any model's."""
+    """Raise UsageError for a whole number that is negative, or larger than any model's.
+
+    And for one that is not finite, in lists and objects too.
+    """
     for name, value in values.items():
+        if not forms.is_finite(value):
+            raise UsageError(f"{what}: {name} = {value!r:.40}", "it is not finite", remedy)
         most = _OTHERS.get(name, _LARGEST)
         if isinstance(value, int) and not 0 <= value <= most:
             cause = "it is negative" if value < 0 else f"no model has more than {most:,}"

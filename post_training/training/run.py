@@ -85,7 +85,10 @@ def find_start(options: StageOptions, *, after: str | None = None) -> Start:
     in_place = not overwrite and (folder / torch_dist.TRACKER).is_file()
     if in_place:
         options = replace(options, load=str(folder))
-    return Start(folder, find_source(options), in_place, resumes)
+    source = find_source(options)
+    if resumes and after is None and source.described and source.described.value("num_moe_experts"):
+        run_folder.require_same_experts(source.manifest or {}, folder, options.parallel.expert)
+    return Start(folder, source, in_place, resumes)
 
 
 def check_model(source: Source, options: StageOptions, seq_length: int) -> None:

@@ -42,6 +42,25 @@ def resumes(folder: Path, overwrite: bool) -> bool:
     return restarts != "0" and (manifest.read(folder) or {}).get(JOB) == job
 
 
+def require_same_experts(content: Mapping[str, Any], folder: Path, expert_parallel: int) -> None:
+    """Raise UsageError for a run whose experts were divided by EP, and now are not, or vice versa.
+
+    megatron-core then has one optimizer more, or less, for the experts' parameters.
+
+    Args:
+        content: of the run's manifest.
+        folder: of the run.
+        expert_parallel: EP of now.
+    """
+    before = (content.get("configuration") or {}).get("expert_model_parallel_size", 1)
+    if before != expert_parallel and 1 in (before, expert_parallel):
+        raise UsageError(
+            f"EP={expert_parallel} with the run in {folder}",
+            f"it was trained with EP={before}, and its optimizer's state is divided so",
+            f"EP={before}; TP and PP may be others",
+        )
+
+
 def inputs_of_all(
     before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:

@@ -16,6 +16,8 @@ from post_training.checkpoints.source import find_source
 from post_training.common import manifest
 from post_training.common.errors import UsageError
 from post_training.config import arguments
+from post_training.drafts.eagle3 import draft
+from post_training.drafts.eagle3.draft import Draft
 from post_training.models.families import registry as families
 
 NUMBERS = (True, 7, -1, 0, 0.5, 10**30, float("inf"))
@@ -128,6 +130,19 @@ def test_a_manifest_with_other_values(tmp_path):
     }
     write_checkpoint(folder)
     assert unexpected(folder / manifest.FILE, content, "--load", folder) == []
+
+
+def test_a_recorded_draft_with_other_values():
+    """None but sound ones is given on: what later stages read is there, with its type."""
+    target = families.from_huggingface(LLAMA)
+    recorded = Draft("eagle3", draft.configuration(target), [0, 1, 2]).to_json()
+    for name, changed in variants(recorded):
+        try:
+            found = Draft.from_json(changed)
+        except UsageError:
+            continue
+        for key in ("num_hidden_layers", "torch_dtype", "eagle_aux_hidden_state_layer_ids"):
+            assert type(found.config[key]) is type(recorded["config"][key]), name
 
 
 NO_OBJECTS = {

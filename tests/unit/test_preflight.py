@@ -16,16 +16,21 @@ from typing import Any
 
 import pytest
 import speed
+import yaml
 from model_folders import CONFIG, write_checkpoint, write_model
+from test_damaged_files import LLAMA
 
 from post_training.checkpoints.source import checkpoint_folder
 from post_training.common import files, inputs, outputs
 from post_training.common.errors import UsageError
 from post_training.config import arguments, checks
 from post_training.data import document_formats
+from post_training.distillation import options as distillation
 from post_training.distributed.parallel import Parallel
+from post_training.drafts.eagle3 import draft
 from post_training.models import parallel_check, tokenizer_files
 from post_training.models.architecture import Architecture
+from post_training.models.families import registry as families
 from post_training.models.parallel_check import layers_per_stage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -581,6 +586,19 @@ def test_a_number_of_a_flag_is_finite_and_not_too_small(check):
     for value in (0, -1, float("nan"), float("inf")):
         with pytest.raises(UsageError, match="--calib-size"):
             check("--calib-size", value)
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "1" + "0" * 400, "-1"])
+def test_a_number_of_a_file_is_finite_and_positive(value, tmp_path):
+    (tmp_path / "kd.yaml").write_text(f"kd_loss_scale: {value}")
+    with pytest.raises(UsageError, match=r"finite|large|positive"):
+        distillation.read(str(tmp_path / "kd.yaml"))
+    number = yaml.safe_load(value)
+    target = families.from_huggingface(LLAMA)
+    for key in ("rms_norm_eps", "rope_theta", "num_hidden_layers"):
+        if key != "num_hidden_layers" or isinstance(number, int):
+            with pytest.raises(UsageError, match=key):
+                draft.configuration(target, {key: number})
 
 
 def test_a_flag_with_a_meaning_for_its_least_value_says_so():

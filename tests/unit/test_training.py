@@ -244,6 +244,15 @@ def test_a_run_is_resumed_with_the_model_it_started_from(tmp_path, monkeypatch):
     assert not run_folder.resumes(run, overwrite=True)
 
 
+@pytest.mark.parametrize(("before", "now"), [(2, 1), (1, 2), (None, 2)])
+def test_a_run_is_not_resumed_with_its_experts_divided_otherwise(before, now, tmp_path):
+    recorded = {} if before is None else {"expert_model_parallel_size": before}
+    content = {"configuration": recorded}
+    run_folder.require_same_experts(content, tmp_path, before or 1)
+    with pytest.raises(UsageError, match=f"trained with EP={before or 1}"):
+        run_folder.require_same_experts(content, tmp_path, now)
+
+
 def test_a_folder_is_free_or_holds_a_run_to_resume(tmp_path):
     run_folder.check_folder(tmp_path / "new", "eagle3")
     run = tmp_path / "run"

@@ -14,10 +14,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from post_training.common import forms
 from post_training.common.errors import UsageError, suggest
+from post_training.config import checks
+from post_training.models import architecture_form
 from post_training.models.architecture import Architecture
 
 ALGORITHM = "eagle3"
@@ -51,6 +53,29 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+
+
+class _Config(TypedDict):
+    """The configuration of a recorded draft, as :func:`configuration` gives it."""
+
+    num_hidden_layers: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_act: str
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict[str, Any]
+    max_position_embeddings: int
+    initializer_range: float
+    mlp_bias: bool
+    attention_bias: bool
+    hidden_size: int
+    vocab_size: int
+    draft_vocab_size: int
+    eagle_aux_hidden_state_layer_ids: list[int]
+    torch_dtype: Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +118,7 @@ class Draft:
         what = "the draft in the manifest run.json"
         remedy = "make the checkpoint again with this version"
         found: Draft = forms.parse(content, cls, what, remedy)
+        forms.parse(found.config, _Config, f"{what}: its config", remedy)
         return found
 
 
@@ -220,8 +246,9 @@ def _check_values(config: Mapping[str, Any], target: Mapping[str, Any], option: 
         if config[key] != value:
             refuse(key, f"drafts here have {value!r} only", "leave it out")
     for key in _POSITIVE:
-        if config[key] <= 0:
-            refuse(key, "it is not positive", "give a positive number")
+        checks.positive_in_file(f"{option} {key}:", config[key])
+    sizes = {key: config[key] for key in _POSITIVE}
+    architecture_form.check_sizes(sizes, option, "choose a size that a draft can have")
     if config["torch_dtype"] not in DTYPE_NAMES.values():
         refuse("torch_dtype", "unknown type", f"one of {', '.join(DTYPE_NAMES.values())}")
     if config["attention_bias"] != config["mlp_bias"]:
