@@ -1,8 +1,9 @@
 """Judge a model by text and by questions, alone or beside a reference: what did a change cost?
 
 Inputs:  --load, a Megatron checkpoint (quantized ones too), or --pretrained-model-path, a Hugging
-         Face folder (export.sh's too) or hub name; --reference, a second model, usually the one
-         before; --text, --mmlu-dataset, --gsm8k-dataset, --tasks: what they are judged by.
+         Face folder (export.sh's too) or hub name, or --server, which has the model; --reference, a
+         second one, usually the one before; --text, --mmlu-dataset, --gsm8k-dataset, --tasks: what
+         they are judged by.
 Outputs: a table, and --evaluate-output, the same as JSON with every answer; with a reference, the
          questions that one model answers right and the other wrong, as JSONL beside it; exit code 1
          if a bound is broken.
@@ -25,26 +26,23 @@ from post_training.checkpoints import record
 from post_training.checkpoints.second_model import find_second
 from post_training.checkpoints.source import Source, fetch_source, find_source
 from post_training.cli.stage import Stage, run
-from post_training.common import manifest, report
+from post_training.common import report
 from post_training.common.errors import UsageError
 from post_training.config import checks
-from post_training.config.flags import flag, group
-from post_training.config.options import StageOptions
 from post_training.evaluation import (
     answers,
     evaluation_report,
     gates,
     harness_options,
+    layerwise_check,
     text_options,
 )
 from post_training.evaluation import options as mmlu_options
-from post_training.evaluation.gates import GateOptions
+from post_training.evaluation.evaluate_options import EvaluateOptions
 from post_training.evaluation.gsm8k import Problems
-from post_training.evaluation.harness_options import HarnessOptions
 from post_training.evaluation.mmlu_data import Benchmark
-from post_training.evaluation.options import Gsm8kOptions, MmluOptions
-from post_training.evaluation.text_options import TextOptions
 from post_training.models import parallel_check
+from post_training.servers import evaluating
 
 if TYPE_CHECKING:
     from post_training.distributed.session import Session
@@ -52,34 +50,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("post_training")
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(StageOptions):
-    reference: str | None = flag(
-        metavar="DIR",
-        help="model to compare with: a Megatron checkpoint, a Hugging Face folder or a hub name",
-    )
-    weights_only: bool = flag(
-        False,
-        help="leave inputs, keys and values of a quantized checkpoint unrounded, as an "
-        "exported folder is read",
-    )
-    evaluate_output: Path | None = flag(
-        metavar="FILE",
-        help="JSON report (beside the model: <model>.evaluate.json, or in $MLM_WORK_DIR if that "
-        "cannot be written or the model is a hub name)",
-    )
-    text: TextOptions = group(TextOptions)
-    mmlu: MmluOptions = group(MmluOptions)
-    gsm8k: Gsm8kOptions = group(Gsm8kOptions)
-    harness: HarnessOptions = group(HarnessOptions)
-    gates: GateOptions = group(GateOptions)
-
-
 @dataclass(frozen=True)
 class Plan:
-    """``reference`` and ``of_reference``, the options that name it, are None without one;
-    ``benchmark`` and ``problems`` until they are fetched from the hub; ``questions`` records them.
-    """
+    """``reference`` and ``of_reference``, its options, are None without one; ``benchmark`` and
+    ``problems`` until they are fetched from the hub; ``questions`` records them."""
 
     options: EvaluateOptions
     source: Source
@@ -95,7 +69,7 @@ def check(options: EvaluateOptions) -> Plan:
     checks.no_context_parallelism(options.parallel.context)
     text_options.check(options.text)
     harness_options.check(options.harness)
-    asked = measures(options)
+    asked = options.measures
     has_text = options.text.text is not None
     if not (asked or has_text):
         remedy = "give at least one of --text, --mmlu-dataset, --gsm8k-dataset and --tasks"
@@ -108,6 +82,8 @@ def check(options: EvaluateOptions) -> Plan:
             options, options.reference, "--reference", or_export=True
         )
     for each in (source, reference):
+        if each and options.text.layerwise:
+            layerwise_check.check(options.parallel.pipeline, asked, each)
         if each and each.described:
             parallel_check.check(each.described, options.parallel)
     if reference and has_text:
@@ -115,21 +91,10 @@ def check(options: EvaluateOptions) -> Plan:
     benchmark = mmlu_options.load_local(options.mmlu)
     problems = options.gsm8k.problems(hub=False)
     # Here, where they were read: what replaces them later was not asked.
-    named = {
-        "questions": options.mmlu.mmlu_dataset,
-        **options.gsm8k.read(),
-        **options.harness.read(),
-    }
-    questions = [manifest.describe_input(name, place) for name, place in named.items() if place]
+    questions = options.recorded()
     path = options.evaluate_output or report.beside(source.location, "evaluate")
     evaluation_report.check_target(path, options.stage)
     return Plan(options, source, of_reference, reference, path, benchmark, problems, questions)
-
-
-def measures(options: EvaluateOptions) -> list[str]:
-    """Names that the measures of accuracy begin with."""
-    asked = {"mmlu": options.mmlu.mmlu_dataset, "gsm8k": options.gsm8k.gsm8k_dataset}
-    return [*(name for name, dataset in asked.items() if dataset), *options.harness.names]
 
 
 def evaluate(plan: Plan, session: Session) -> dict[str, Any]:
@@ -171,7 +136,7 @@ def evaluate(plan: Plan, session: Session) -> dict[str, Any]:
     return evaluation_report.write(plan.report, content, rows, session)
 
 
-def show(plan: Plan, content: dict[str, Any], session: Session) -> None:
+def show(plan: Plan | evaluating.Plan, content: dict[str, Any], session: Session) -> None:
     evaluation_report.print_table(content)
     logger.info("report: %s (%.1f s)", plan.report, content["seconds"])
     if flipped := content.get("flipped"):
@@ -180,13 +145,21 @@ def show(plan: Plan, content: dict[str, Any], session: Session) -> None:
         print(f"error: {reason}", file=sys.stderr)
 
 
-def exit_code(plan: Plan, content: dict[str, Any]) -> int:
+def exit_code(plan: Plan | evaluating.Plan, content: dict[str, Any]) -> int:
     return 1 if content["broken_bounds"] else 0
 
 
-STAGE = Stage(
-    "evaluate", EvaluateOptions, check, evaluate, show, exit_code, outputs=("evaluate_output",)
+REPORTS = ("evaluate_output",)
+SERVED = Stage(
+    "evaluate",
+    EvaluateOptions,
+    evaluating.check,
+    evaluating.evaluate,
+    show,
+    exit_code,
+    REPORTS,
 )
+STAGE = Stage("evaluate", EvaluateOptions, check, evaluate, show, exit_code, REPORTS, served=SERVED)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@
 #
 #   MLM_MODEL_CKPT  Megatron checkpoint; else HF_MODEL_CKPT, a Hugging Face folder or hub name
 #   REFERENCE_CKPT  the model to compare with, of any of these kinds; none by default
+#   SERVER          an OpenAI-compatible server to ask instead of loading a model (SERVER_MODEL: which)
 #
 # Further variables: conf/arguments.sh. All flags: bash evaluate.sh --help
 set -euo pipefail

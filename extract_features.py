@@ -136,8 +136,8 @@ def extract_features(plan: Plan, session: Session) -> dict[str, Any]:
         session.show_progress,
     )
     logger.info("data: %s", conversation_data.describe(content))
-    read = content.pop("read")
-    collectives.on_first_rank(lambda: extraction.require_same_data(folder, read))
+    read, packed = content.pop("read"), content.pop("packed")
+    collectives.on_first_rank(lambda: extraction.require_same_data(folder, packed))
     shards = extraction.plan_shards(data, options.num_samples, options.shard_size)
     size = source.architecture.value("hidden_size")
     extraction.check_room(folder, shards, plan.seq_length, size, draft, options.precision)

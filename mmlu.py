@@ -1,7 +1,8 @@
 """Score a model on MMLU: accuracy by subject and on average, with 95 % confidence intervals.
 
 Inputs:  --load, a Megatron checkpoint (quantized ones too), or --pretrained-model-path, a Hugging
-         Face folder or hub name; --mmlu-dataset, questions from the hub, a folder or a file.
+         Face folder or hub name, or --server, which has the model; --mmlu-dataset, questions from
+         the hub, a folder or a file.
 Outputs: a table, and --mmlu-output, the same as JSON with every answer; exit code 1 if the average
          is below --lower-bound.
 
@@ -13,10 +14,9 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -25,34 +25,17 @@ from post_training.checkpoints.source import Source, fetch_source, find_source
 from post_training.cli.stage import Stage, run
 from post_training.common import files, manifest, outputs, report
 from post_training.config import checks
-from post_training.config.flags import flag, group
-from post_training.config.options import StageOptions
-from post_training.evaluation import mmlu_data, mmlu_prompts
+from post_training.evaluation import mmlu_asked, mmlu_data, mmlu_measure, mmlu_prompts
 from post_training.evaluation import options as mmlu_options
 from post_training.evaluation.mmlu_data import Benchmark
-from post_training.evaluation.options import MmluOptions
+from post_training.evaluation.mmlu_stage_options import MmluStageOptions
 from post_training.models import parallel_check
+from post_training.servers import multiple_choice
 
 if TYPE_CHECKING:
     from post_training.distributed.session import Session
-    from post_training.evaluation.mmlu import Result
 
 logger = logging.getLogger("post_training")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MmluStageOptions(StageOptions):
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {"mmlu_dataset": "cais/mmlu"}
-
-    lower_bound: float | None = flag(
-        check=checks.fraction, help="exit with code 1 if the average accuracy is below"
-    )
-    mmlu_output: Path | None = flag(
-        metavar="FILE",
-        help="JSON report (beside the model: <model>.mmlu.json, or in $MLM_WORK_DIR if that "
-        "cannot be written or the model is a hub name)",
-    )
-    questions: MmluOptions = group(MmluOptions)
 
 
 @dataclass(frozen=True)
@@ -108,12 +91,15 @@ def mmlu(plan: Plan, session: Session) -> dict[str, Any]:
             progress=lambda done: bar.update(done * session.parallel.data),
         )
     seconds = time.monotonic() - started
-    mmlu.warn_if_long(result, source.architecture.max_position_embeddings)
+    mmlu_asked.warn_if_long(result, source.architecture.max_position_embeddings)
     content = record.report_of_run(
         options,
         session,
         [*source.inputs(), plan.questions],
-        {**found(options, result, seconds), "questions_at_a_time": batching.largest},
+        {
+            **mmlu_measure.reported(options, result, seconds),
+            "questions_at_a_time": batching.largest,
+        },
     )
     if session.is_main:
         plan.report.parent.mkdir(parents=True, exist_ok=True)
@@ -121,24 +107,7 @@ def mmlu(plan: Plan, session: Session) -> dict[str, Any]:
     return content
 
 
-def found(options: MmluStageOptions, result: Result, seconds: float) -> dict[str, Any]:
-    """The part of the report that is about the score."""
-    scored = result.score.to_json()
-    bound = options.lower_bound
-    return {
-        "few_shots": options.questions.few_shots,
-        "fraction": options.questions.fraction,
-        **scored,
-        "passed": bound is None or scored["accuracy"] >= bound,
-        "ties": result.ties,
-        "answers": result.letters(),
-        "seconds": round(seconds, 3),
-        "prompt_tokens": result.prompt_tokens,
-        "computed_tokens": result.computed_tokens,
-    }
-
-
-def show(plan: Plan, content: dict[str, Any], session: Session) -> None:
+def show(plan: Plan | multiple_choice.Plan, content: dict[str, Any], session: Session) -> None:
     print_table(content)
     at_a_time = f"up to {content['questions_at_a_time']} questions at a time"
     logger.info("report: %s (%.1f s, %s)", plan.report, content["seconds"], at_a_time)
@@ -177,11 +146,21 @@ def _cells(count: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def exit_code(plan: Plan, content: dict[str, Any]) -> int:
+def exit_code(plan: Plan | multiple_choice.Plan, content: dict[str, Any]) -> int:
     return 0 if content["passed"] else 1
 
 
-STAGE = Stage("mmlu", MmluStageOptions, check, mmlu, show, exit_code, ("mmlu_output",))
+REPORTS = ("mmlu_output",)
+SERVED = Stage(
+    "mmlu",
+    MmluStageOptions,
+    multiple_choice.check,
+    multiple_choice.mmlu,
+    show,
+    exit_code,
+    REPORTS,
+)
+STAGE = Stage("mmlu", MmluStageOptions, check, mmlu, show, exit_code, REPORTS, served=SERVED)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@
 #   HF_MODEL_CKPT=/models/Qwen3-0.6B bash mmlu.sh Qwen/Qwen3-0.6B --mmlu-dataset /data/mmlu
 #
 #   MLM_MODEL_CKPT  Megatron checkpoint; else HF_MODEL_CKPT, a Hugging Face folder or hub name
+#   SERVER          an OpenAI-compatible server to ask instead of loading a model (SERVER_MODEL: which)
 #
 # Further variables: conf/arguments.sh. All flags: bash mmlu.sh --help
 set -euo pipefail

@@ -73,7 +73,7 @@ class Quantized:
 def check(options: QuantizeOptions) -> Plan:
     save = Path(options.save) if options.save else None
     export = _planned_export(options)
-    if export is None:
+    if export is None and not options.layerwise:
         checks.required("--save", options.save, "MLM_MODEL_SAVE (EXPORT_DIR for an export)")
     checks.no_context_parallelism(options.parallel.context)
     source = find_source(options)
@@ -83,7 +83,7 @@ def check(options: QuantizeOptions) -> Plan:
     choice = quantization_options.chosen(options)
     quantization_options.check(options, choice, source.described)
     if options.layerwise:
-        layerwise_checks.check(options, choice, source)
+        layerwise_checks.check(options, choice)
         options = layerwise_checks.noting(options)
     options = quantization_options.noting(options, choice)
     if source.described is not None:

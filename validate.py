@@ -3,7 +3,8 @@
 Acceptance length is the tokens that a forward pass of the target emits, accepted draft tokens and
 one of its own, as vLLM counts it: from 1 (the draft is of no use) to --steps + 1.
 
-Inputs:  --load, a checkpoint with a draft (convert.sh --algorithm eagle3, eagle3.sh);
+Inputs:  --load, a checkpoint with a draft (convert.sh --algorithm eagle3, eagle3.sh), or --server,
+         an engine with one, whose own counters are read;
          --prompts-path (MT-Bench's first turns), or --ground-truth-path, which has prompts too.
 Outputs: a table, --validate-output as JSON and beside it a figure as PNG; with
          --save-ground-truth-path prompts, greedy answers and settings for a later comparison.
@@ -18,7 +19,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from post_training.checkpoints import record
 from post_training.checkpoints.source import Source, fetch_source, find_source
@@ -26,47 +27,21 @@ from post_training.cli.stage import Stage, run
 from post_training.common import outputs, report
 from post_training.common.errors import UsageError
 from post_training.config import checks
-from post_training.config.flags import flag, group
-from post_training.config.options import StageOptions
 from post_training.drafts import ground_truth
 from post_training.drafts import report as draft_report
 from post_training.drafts.acceptance import summarize
 from post_training.drafts.ground_truth import GroundTruth
 from post_training.drafts.record import draft_of, require_draft
+from post_training.drafts.validate_options import ValidateOptions
 from post_training.inference import options as prompt_options
 from post_training.inference.options import PromptOptions
 from post_training.models import parallel_check
+from post_training.servers import validating
 
 if TYPE_CHECKING:
     from post_training.distributed.session import Session
 
 logger = logging.getLogger("post_training")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ValidateOptions(StageOptions):
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {"prompts_path": prompt_options.MT_BENCH}
-
-    steps: int = flag(
-        1, metavar="N", check=checks.at_least(1), help="draft tokens at a time (%(default)s)"
-    )
-    osl: int = flag(
-        64, metavar="N", check=checks.at_least(1), help="most tokens of an answer (%(default)s)"
-    )
-    ignore_eos: bool = flag(False, help="decode past the end token, as engines' tests do")
-    ground_truth_path: Path | None = flag(
-        metavar="FILE", help="compare with what a run saved there"
-    )
-    save_ground_truth_path: Path | None = flag(
-        metavar="FILE", help="save greedy answers for comparisons"
-    )
-    lower_bound: float | None = flag(help="exit with code 1 if the acceptance length is below")
-    require_identical: bool = flag(False, help="exit with code 1 if an answer differs")
-    validate_output: Path | None = flag(
-        metavar="FILE",
-        help="JSON report (beside the model: <model>.validate.json); the figure is FILE.png",
-    )
-    prompts: PromptOptions = group(PromptOptions)
 
 
 @dataclass(frozen=True)
@@ -173,12 +148,21 @@ def show(plan: Plan, content: dict[str, Any], session: Session) -> None:
         print(f"error: {reason}", file=sys.stderr)
 
 
-def exit_code(plan: Plan, content: dict[str, Any]) -> int:
+def exit_code(plan: Plan | validating.Plan, content: dict[str, Any]) -> int:
     return 0 if content["passed"] else 1
 
 
 REPORTS = ("validate_output", "save_ground_truth_path")
-STAGE = Stage("validate", ValidateOptions, check, validate, show, exit_code, REPORTS)
+SERVED = Stage(
+    "validate",
+    ValidateOptions,
+    validating.check,
+    validating.validate,
+    validating.show,
+    exit_code,
+    REPORTS,
+)
+STAGE = Stage("validate", ValidateOptions, check, validate, show, exit_code, REPORTS, served=SERVED)
 
 
 def main() -> None:

@@ -10,6 +10,7 @@
 #   OSL             most tokens of an answer (default: 64)
 #   STEPS           draft tokens at a time (default: 1)
 #   GT_PATH         ground truth of an earlier run, to compare with; it has prompts too
+#   SERVER          a server whose engine has a draft, to ask instead of decoding here
 #   SAVE_GT_PATH    where to save this run's ground truth
 #
 # Further variables: conf/arguments.sh. All flags: bash validate.sh --help

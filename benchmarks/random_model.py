@@ -29,6 +29,36 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "tie_word_embeddings": False,
     },
+    "Qwen3-14B": {
+        "hidden_size": 5120,
+        "intermediate_size": 17408,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+    },
+    "Qwen3-30B-A3B": {
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
+    },
+    "tiny": {  # to try a benchmark without a GPU
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 512,
+        "tie_word_embeddings": False,
+    },
 }
 SHARED: dict[str, Any] = {
     "head_dim": 128,
@@ -44,15 +74,22 @@ CHAT_TEMPLATE = (
 WORDS = "the of and to in is was for on that with as by it from at are this be which".split()
 
 
-def save(shape: str, folder: Path) -> None:
-    """Write the model in bfloat16 with a byte-level tokenizer and calibration text."""
-    import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+def save(shape: str, folder: Path, layers: int | None = None) -> None:
+    """Write the model in bfloat16 with a byte-level tokenizer and calibration text.
 
-    config = Qwen3Config(**SHARED, **SHAPES[shape])
+    Args:
+        layers: fewer or more than the shape has.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = {"model_type": "qwen3", **SHARED, **SHAPES[shape]}
+    if layers:
+        values["num_hidden_layers"] = layers
+    config = AutoConfig.for_model(**values)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device("meta"):
-        model: Any = Qwen3ForCausalLM(config)
+        model: Any = AutoModelForCausalLM.from_config(config)
     model = model.to(torch.bfloat16).to_empty(device=device)
     model.tie_weights()
     torch.manual_seed(0)
@@ -99,8 +136,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, help="decoder layers (those of the shape)")
     args = parser.parse_args()
-    save(args.shape, args.folder)
+    save(args.shape, args.folder, args.layers)
 
 
 if __name__ == "__main__":

@@ -245,10 +245,17 @@ def _score(attacked: Round) -> list[str]:
     return ["mmlu.py", *load, *questions, "--mmlu-output", f"{attacked.folder}/next.json"]
 
 
+def _evaluate(attacked: Round) -> list[str]:
+    load = ["--pretrained-model-path", str(attacked.output), "--weights-only"]
+    text = ["--text", str(attacked.finished.inputs.chat)]
+    return ["evaluate.py", *load, *text, "--evaluate-output", f"{attacked.folder}/next.json"]
+
+
 # Stage -> the command that reads its output.
 READERS: dict[str, Callable[[Round], list[str]]] = {
-    **dict.fromkeys(("convert", "quantize", "prune", "distill", "eagle3"), _export),
+    **dict.fromkeys(("convert", "quantize", "prune", "distill", "finetune", "eagle3"), _export),
     "export": _score,
+    "quantize_export": _evaluate,
     "extract_features": _train,
 }
 

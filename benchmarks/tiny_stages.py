@@ -112,6 +112,29 @@ STAGES: dict[str, tuple[Callable[[Inputs], list[object]], str]] = {
         "--save",
     ),
     "export": (lambda i: ["--load", i.checkpoint], "--export-dir"),
+    # quantize, and export in the same process.
+    "quantize_export": (
+        lambda i: [
+            *("--pretrained-model-path", i.model, "--export-quant-cfg", "FP8_DEFAULT_CFG"),
+            *("--calib-size", 8, "--calib-max-sequence-length", 64),
+            *("--calib-dataset-path-or-name", i.chat, "--skip-generate"),
+        ],
+        "--export-dir",
+    ),
+    "finetune": (
+        lambda i: [
+            *("--load", i.checkpoint, "--finetune-data-files", i.chat, "--train-iters", 6),
+            *("--save-interval", 2, "--seq-length", 64, "--eval-iters", 0),
+        ],
+        "--save",
+    ),
+    "evaluate": (
+        lambda i: [
+            *("--load", i.checkpoint, "--reference", i.model, "--text", i.chat),
+            *("--mmlu-dataset", i.questions),
+        ],
+        "--evaluate-output",
+    ),
     "distill": (
         lambda i: [
             *("--load", i.checkpoint, "--teacher", i.model, "--finetune-data-files", i.chat),
@@ -143,10 +166,11 @@ STAGES: dict[str, tuple[Callable[[Inputs], list[object]], str]] = {
         "--validate-output",
     ),
 }
-TRAINING = ("distill", "eagle3")
+TRAINING = ("distill", "eagle3", "finetune")
 RESUMED = (*TRAINING, "extract_features", "generate")
-REPORTS = ("mmlu", "validate")
-_ENDINGS = {"mmlu": ".json", "validate": ".json", "generate": ".jsonl"}
+REPORTS = ("mmlu", "validate", "evaluate")
+_ENDINGS = {**dict.fromkeys(REPORTS, ".json"), "generate": ".jsonl"}
+_PROGRAMS = {"quantize_export": "quantize"}
 
 
 @dataclass(frozen=True)
@@ -173,7 +197,8 @@ class Variety:
 
     def words(self, inputs: Inputs, output: Path) -> list[str]:
         given, flag = STAGES[self.stage]
-        words = [f"{self.stage}.py", *map(str, given(inputs)), flag, str(output)]
+        program = _PROGRAMS.get(self.stage, self.stage)
+        words = [f"{program}.py", *map(str, given(inputs)), flag, str(output)]
         if self.processes == 1:
             return words
         launcher = ["-m", "torch.distributed.run", "--standalone"]

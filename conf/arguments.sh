@@ -106,6 +106,7 @@ start() {
   shift
   read_set_up
   choose_python
+  check_python "$@"
   case "${1:-}" in
     -h | --help | --help-all | --list-formats) exec "$PYTHON" "$SCRIPT_DIR/$stage.py" "$@" ;;
     "" | -*) fail "bash $stage.sh ${1:-}" "the first word names the model" \
@@ -172,10 +173,13 @@ read_loosely() {
 }
 
 # choose_python: the interpreter that runs the stages. -P keeps it from importing from the current
-# folder, which -m and -c do; a stage is imported from its own, which the first variable would
-# prevent. With PYTHONWARNINGS=error any warning of a package would end torchrun.
+# folder, which -m and -c do, and so do entries of PYTHONPATH that are empty, as the first one of
+# $PYTHONPATH:/x is where it was not set, or relative. A stage is imported from its own folder,
+# which PYTHONSAFEPATH would prevent. With PYTHONWARNINGS=error any warning of a package would end
+# torchrun, and PYTHONOPTIMIZE leaves out the checks (assert) of megatron-core.
 choose_python() {
-  unset PYTHONSAFEPATH PYTHONWARNINGS
+  unset PYTHONSAFEPATH PYTHONWARNINGS PYTHONOPTIMIZE
+  keep_absolute PYTHONPATH
   if [[ -n "${PYTHON:-}" ]]; then
     type -P "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON" "there is no such program" "unset PYTHON"
     return
@@ -187,6 +191,36 @@ choose_python() {
     return
   done
   PYTHON=$(type -P python3) || fail "python3" "it is not on the PATH" "bash quickstart.sh"
+}
+
+# keep_absolute VARIABLE: drop the entries of a search path that depend on the current folder.
+keep_absolute() {
+  [[ -n "${!1+set}" ]] || return 0
+  local entry entries kept=
+  IFS=: read -ra entries <<<"${!1}"
+  for entry in "${entries[@]}"; do [[ "$entry" != /* ]] || kept+=:$entry; done
+  export "$1=${kept#:}"
+}
+
+# check_python [WORDS...]: fail unless the interpreter starts, and has the packages that the stage
+# with these words needs.
+check_python() {
+  local needed="safetensors pydantic xxhash yaml tqdm rich transformers" said code=0
+  local program='import os, sys
+from importlib.util import find_spec
+missing = [each for each in sys.argv[1].split() if find_spec(each) is None]
+print(*missing, sep=", ")
+if missing: sys.exit(3)
+if any(each.startswith("TQDM_") for each in os.environ): import tqdm'
+  local words=("$@")
+  to_array words MLM_EXTRA_ARGS
+  [[ -n "${MLM_LAUNCH:-}" ]] || has_word --dry-run "${words[@]}" ||
+    needed+=" torch megatron modelopt"
+  said=$("$PYTHON" -P -c "$program" "$needed" 2>&1) || code=$?
+  ((code != 3)) || fail "PYTHON=$PYTHON" "it has no $said" \
+    "name the interpreter of an environment that has the packages; bash quickstart.sh makes one"
+  ((code == 0)) || fail "PYTHON=$PYTHON" "it does not start: $(grep '[Ee]rror:' <<<"$said" | tail -n 1)" \
+    "correct or unset the variables PYTHON... and TQDM_..., or name another interpreter"
 }
 
 # conf_folder: print the folder of the confs.

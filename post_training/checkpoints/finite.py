@@ -1,4 +1,4 @@
-"""Weights with NaN or infinite values are refused where they are loaded.
+"""Weights with NaN or infinite values, or negative scales, are refused where they are loaded.
 
 Nothing later would say so: one NaN makes every logit NaN, of which argmax takes the first, so that
 a model that is broken scores like one that always answers A.
@@ -35,7 +35,7 @@ def check_model(model: MegatronModule, what: str, source: Path | None = None) ->
     from post_training.distributed import collectives
 
     named = [*model.named_parameters(), *model.named_buffers()]
-    found = collectives.first_failure(describe_not_finite(named))
+    found = collectives.first_failure(describe_not_finite(named) or _describe_negative(named))
     if found is None:
         return
     cause = f"its tensor {found}"
@@ -73,6 +73,19 @@ def describe_not_finite(named: Iterable[tuple[str, torch.Tensor]]) -> str | None
             place = bad.nonzero()[0].tolist()
             return f"{name} has {int(bad.sum())} values that are not finite, the first at {place}"
     return None
+
+
+def _describe_negative(named: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """Of the first maximum or scale of a quantizer that is negative: its name. None without one."""
+    held = [
+        (name, tensor.detach())
+        for name, tensor in named
+        if "quantizer." in name and tensor.is_floating_point() and tensor.numel()
+        if name.endswith(("_amax", "_scale")) and not tensor.is_meta
+    ]
+    least = [tensor.float().min().cpu() for _, tensor in held]
+    names = [name for (name, _), value in zip(held, least, strict=True) if value < 0]
+    return f"{names[0]} is negative, which no maximum and no scale is" if names else None
 
 
 def _bad_values(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from post_training.checkpoints import finite, huggingface, torch_dist
+from post_training.checkpoints import finite, huggingface, tokenizers, torch_dist
 from post_training.checkpoints.huggingface_weights import HuggingFaceWeights
 from post_training.checkpoints.source import Source
 from post_training.common import files, manifest, recorded
-from post_training.common.errors import UsageError, first_line
+from post_training.common.errors import UsageError
 from post_training.config.options import StageOptions
 from post_training.distributed.session import Session
-from post_training.models import builder, tokenizer_files
+from post_training.models import builder
 from post_training.models.builder import BuildOptions
 
 if TYPE_CHECKING:
@@ -30,9 +29,6 @@ if TYPE_CHECKING:
     from post_training.checkpoints.dequantize import Exported
 
 logger = logging.getLogger(__name__)
-
-
-_CHANGING = re.compile(r"strftime_now|\|\s*random\b")
 
 
 def _no_export(folder: Path) -> Exported:
@@ -144,30 +140,11 @@ def tokenizer(source: Source, options: StageOptions) -> Any:
         UsageError: if there is none, transformers cannot load it, or it makes tokens that the
             model has no embedding for.
     """
-    from transformers import AutoTokenizer
-
     location = options.tokenizer_model
     if source.huggingface and not (location and Path(location).is_dir()):
         # A checkpoint of ours carries its tokenizer; a hub name is the conf's default.
         location = str(local_huggingface(source, options))
-    tokenizer_files.check_growth(Path(str(location)))
-    try:
-        found = AutoTokenizer.from_pretrained(
-            str(location), trust_remote_code=options.trust_remote_code
-        )
-    # The tokenizers library raises Exception itself for a file that it cannot read.
-    except Exception as error:
-        raise UsageError(
-            f"tokenizer {location}",
-            f"transformers cannot load it: {first_line(error)}",
-            "name another folder in TOKENIZER_MODEL, or install the versions that wrote this one",
-        ) from error
-    if _CHANGING.search(str(found.chat_template or "")):
-        logger.warning(
-            "the chat template of %s writes the date, or text by chance: the same command gives "
-            "other tokens another time",
-            location,
-        )
+    found = tokenizers.read(str(location), options)
     _require_embeddings(f"tokenizer {location}", found, source.architecture.vocab_size)
     return found
 

@@ -15,6 +15,7 @@ A checkpoint can be loaded at other tensor- and pipeline-parallel sizes than it 
 from __future__ import annotations
 
 import queue
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,10 +169,7 @@ def load(model: MegatronModule, folder: Path, *, only: str = "") -> None:
             and differing shapes are named), or hold values that are not finite.
     """
     import torch
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.validation import StrictHandling
     from modelopt.torch.opt.plugins import restore_sharded_modelopt_state
-    from torch.distributed.checkpoint.api import CheckpointException
 
     weights = iteration_folder(folder)
     if (weights / MODELOPT_STATE).is_dir() and not only:
@@ -183,10 +181,34 @@ def load(model: MegatronModule, folder: Path, *, only: str = "") -> None:
             restore_sharded_modelopt_state([model], str(weights))
         sharding.keep_dtypes(model, weights)
     tensors = sharding.sharded(model, weights, only=only)
+    state, lacking, more = read(tensors, folder)
+    lacking, more = of_model(lacking, only), of_model(more, only)
+    if lacking or more:
+        raise differs(folder, lacking, more)
+    # A pipeline stage may have none of the tensors that ``only`` names.
+    model.load_state_dict(state, strict=False)
+    finite.check_model(model, f"checkpoint {folder}")
+
+
+def read(
+    tensors: dict[str, Any], folder: Path, *, whole: bool = True
+) -> tuple[dict[str, Any], list[str], list[str]]:
+    """The values of a model's sharded tensors; names that the checkpoint lacks; others it has.
+
+    Args:
+        whole: every rank's tensors together are all layers'.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
         with only_known_classes(f"checkpoint {folder}"):
-            state, missing, unexpected = dist_checkpointing.load(
-                {"model": tensors}, str(weights), strict=StrictHandling.RETURN_ALL
+            state, more, lacking = dist_checkpointing.load(
+                {"model": tensors},
+                str(iteration_folder(folder)),
+                strict=StrictHandling.RETURN_ALL,
+                validate_access_integrity=whole,
             )
     except (dist_checkpointing.core.CheckpointingException, CheckpointException) as error:
         # Of several ranks' failures the last line says what is wrong.
@@ -196,16 +218,17 @@ def load(model: MegatronModule, folder: Path, *, only: str = "") -> None:
             f"it does not fit this model: {reason}",
             "use the conf of the model that was saved; packed integers (--compress) need its TP",
         ) from error
-    missing, unexpected = _of_model(missing, only), _of_model(unexpected, only)
-    if missing or unexpected:
-        raise UsageError(
-            f"checkpoint {folder}",
-            f"it lacks {_examples(missing)} and has {_examples(unexpected)} that the model lacks",
-            "use the conf of the model that was saved",
-        )
-    # A pipeline stage may have none of the tensors that ``only`` names.
-    model.load_state_dict(state.get("model", {}), strict=False)
-    finite.check_model(model, f"checkpoint {folder}")
+    # What megatron-core calls missing is missing in what was asked for.
+    return state.get("model", {}), sorted(lacking), sorted(more)
+
+
+def differs(folder: Path, lacking: list[str], more: list[str]) -> UsageError:
+    """The error to raise for a checkpoint with other tensors than the model's."""
+    return UsageError(
+        f"checkpoint {folder}",
+        f"it lacks {_examples(lacking)} and has {_examples(more)} that the model lacks",
+        "use the conf of the model that was saved",
+    )
 
 
 def has_modelopt_state(model: MegatronModule) -> bool:
@@ -236,7 +259,7 @@ def uses_transformer_engine_keys(folder: Path) -> bool:
     return not any(name.endswith(unfused) and "experts" not in name for name in names)
 
 
-def _of_model(names: set[str], only: str) -> list[str]:
+def of_model(names: Iterable[str], only: str) -> list[str]:
     """Names of tensors of the model, or of its module ``only``: not of training's own state."""
     own = (name for name in names if name.startswith(f"{only}." if only else ""))
     return sorted(

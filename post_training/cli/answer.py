@@ -13,8 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from post_training.common import threads
-from post_training.common.errors import UsageError, exit_with_usage_error
+from post_training.common import files, manifest, threads
+from post_training.common.errors import UsageError, exit_with_usage_error, first_line
 from post_training.export import readback, transformers_answer
 
 
@@ -49,12 +49,26 @@ def _verified(path: Path) -> readback.Folder:
             raise UsageError(
                 f"folder {path}", "it has no config.json", "name a folder that export.sh wrote"
             )
-        folder = readback.Folder(path)
+        recorded = (manifest.read(path) or {}).get("outputs", [])
+        problems = [f"{each} is not what run.json says" for each in files.changed(path, recorded)]
+        folder, found = _read(path)
     except UsageError as error:
         exit_with_usage_error(error)
-    problems = folder.problems()
-    for problem in problems:
+    for problem in problems + found:
         print(f"problem: {problem}", file=sys.stderr)
-    if problems:
+    if problems + found:
         sys.exit(1)
     return folder
+
+
+def _read(path: Path) -> tuple[readback.Folder, list[str]]:
+    """The folder, and what is wrong in it."""
+    try:
+        folder = readback.Folder(path)
+        return folder, folder.problems() or folder.damaged_values()
+    except UsageError:
+        raise
+    # transformers has errors of its own for the values of a configuration that it refuses.
+    except Exception as error:
+        cause = f"its configuration cannot be read: {first_line(error)}"
+        raise UsageError(f"folder {path}", cause, "export it again") from error

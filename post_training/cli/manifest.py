@@ -15,10 +15,18 @@ def main() -> None:
     if args.command == "quote":
         print(redaction.quoted(args.words))
         return
+    sys.exit(0 if _is_valid(args) else 1)
+
+
+def _is_valid(args: argparse.Namespace) -> bool:
     try:
-        sys.exit(0 if validity.is_valid(args.output, args.source, args.made_by) else 1)
+        found = validity.is_valid(args.output, args.source, args.made_by)
+        gone = validity.gone_inputs(args.output) if found else []
     except UsageError:
-        sys.exit(1)
+        return False
+    for path in gone:
+        print(f"{args.output}: not compared, since it is gone: {path}", file=sys.stderr)
+    return found
 
 
 def _arguments() -> argparse.Namespace:

@@ -9,9 +9,10 @@ warnings, duration, peak memory and, since format 2, a hash of itself. Nothing h
     python -m post_training.manifest quote WORDS...
 
 ``valid`` exits with code 0 if OUTPUT's files have the hashes recorded and it was made from INPUT
-and the other recorded inputs that are still there (data, recipes, tokenizers) as they are now, by
-the versions that are installed now and, where the words of a COMMAND are given, by that very
-command. ``quote`` prints a command line for a shell, with secrets hidden.
+and the other recorded inputs (data, recipes, tokenizers) as they are now, by the versions that are
+installed now and, where the words of a COMMAND are given, by that very command. Recorded inputs
+that are gone cannot be compared; they are named on standard error. ``quote`` prints a command line
+for a shell, with secrets hidden.
 """
 
 from __future__ import annotations
@@ -57,6 +58,16 @@ class _Output(TypedDict):
     bytes: int
 
 
+class _Quantization(TypedDict, total=False):
+    format: str
+    quant_algo: str
+    kv_cache_quant_algo: str
+    exportable: bool
+    reason: str
+    target: str
+    left_out: list[str]
+
+
 class _Form(TypedDict, total=False):
     """What the values are, where they are there."""
 
@@ -73,7 +84,7 @@ class _Form(TypedDict, total=False):
     inputs: list[_Input]
     outputs: list[_Output]
     draft: dict[str, Any] | None
-    quantization: dict[str, Any] | None
+    quantization: _Quantization | None
     pruned_from: dict[str, Any] | None
     features: dict[str, Any] | None
 
@@ -158,6 +169,8 @@ def read(folder: Path) -> dict[str, Any] | None:
     names = [each["file"] for each in content.get("outputs", [])]
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
         raise UsageError(f"manifest {path}", "its outputs lie outside of its folder", remedy)
+    if any(len(part.encode("utf-8", "replace")) > 255 for n in names for part in Path(n).parts):
+        raise UsageError(f"manifest {path}", "its outputs have names that no file has", remedy)
     if len(set(names)) < len(names):  # each would be read and compared once more
         raise UsageError(f"manifest {path}", "it names an output twice", remedy)
     return content

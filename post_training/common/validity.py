@@ -22,13 +22,13 @@ def is_valid(output: Path, source: str, made_by: Sequence[str] = ()) -> bool:
     content = manifest.read(output)
     if content is None or files.changed(output, content.get("outputs", [])):
         return False
-    if content["versions"] != manifest.versions():
+    if content.get("versions") != manifest.versions():
         return False
     # A report may say that the model fell short of a limit, a training run that it is unfinished.
     if not (content.get("passed", True) and content.get("complete", True)):
         return False
     if made_by:
-        made = shlex.split(content["command"])
+        made = shlex.split(content.get("command", ""))
         if _plain(made) != _plain(shlex.split(redaction.quoted(made_by))):
             return False
     made_from = any(_is_input(entry, source) for entry in content.get("inputs", []))
@@ -48,6 +48,16 @@ def changed_inputs(content: Mapping[str, Any]) -> list[str]:
                 entry["role"], path
             )
     return [path for path, is_same in unchanged.items() if not is_same]
+
+
+def gone_inputs(output: Path) -> list[str]:
+    """Recorded inputs that cannot be compared any more: they had a hash, and are not there.
+
+    An output stays valid without them: to make it again would fail.
+    """
+    content = {**(manifest.read(output) or {}), "configuration": None}
+    hashed = (entry["path"] for entry in _entries(content) if len(entry) > 2)
+    return [path for path in dict.fromkeys(hashed) if not Path(path).exists()]
 
 
 def _entries(content: Any) -> Iterator[Mapping[str, Any]]:

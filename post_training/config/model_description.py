@@ -48,6 +48,7 @@ def architecture(
         remedy = "name the conf of this model, or the checkpoint of this conf"
     elif huggingface_config is not None:
         found = families.from_huggingface(huggingface_config)
+        found.check("config.json")
         if options.build.layer_spec == "transformer_engine" and found.unfusable_norms:
             raise UsageError(
                 "--export-default-te-spec",
@@ -78,6 +79,7 @@ def check_division(options: StageOptions) -> None:
     said = options.stated
     if not options.load and options.states_model:
         stated = Architecture(_transformer_fields(said), said.get("vocab_size", 0), 0)
+        stated.check("the conf", "correct it")
         parallel_check.check(stated, options.parallel)
 
 
@@ -119,7 +121,9 @@ def _from_flags(options: StageOptions) -> Architecture:
     own = {n: v for n, v in said.items() if n not in transformer}
     own.setdefault("max_position_embeddings", options.seq_length or 4096)
     own.setdefault("share_embeddings_and_output_weights", True)
-    return Architecture(transformer=transformer, **own)
+    found = Architecture(transformer=transformer, **own)
+    found.check("the conf", "correct it")
+    return found
 
 
 def _tokens(options: StageOptions) -> tuple[int | None, bool]:

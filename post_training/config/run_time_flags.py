@@ -38,6 +38,8 @@ def _of(refusal: Refusal, fields: str) -> dict[str, Refusal]:
     return dict.fromkeys(fields.split(), refusal)
 
 
+_BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss", "none")
+
 REFUSED: dict[str, Refusal] = {
     **_of(
         _OTHER_RESULTS,
@@ -45,9 +47,10 @@ REFUSED: dict[str, Refusal] = {
         moe_input_jitter_eps moe_expert_capacity_factor moe_router_topk_limited_devices
         fp32_residual_connection""",
     ),
-    # Sinkhorn's balancing chooses other experts; the other values only add to a loss.
+    # These only add to a loss; Sinkhorn's and quantile balancing choose other experts.
     "moe_router_load_balancing_type": Refusal(
-        _OTHER_RESULTS.cause, of=lambda value: "sinkhorn" in value
+        _OTHER_RESULTS.cause + f" (known are {', '.join(_BALANCING)})",
+        of=lambda value: not {*([value] if isinstance(value, str) else value)} <= {*_BALANCING},
     ),
     **_of(
         _LOW_PRECISION,

@@ -42,7 +42,7 @@ class Address:
             parts = urlsplit(text)
             parts.port  # noqa: B018  # raises for what is no port
         except ValueError as error:
-            raise _no_address(option, "", f"it is no URL: {error}") from error
+            raise _no_address(option, "", "it is no URL: host or port") from error
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise _no_address(option, _without_credentials(parts), "it is no http or https URL")
         if parts.query or parts.fragment:

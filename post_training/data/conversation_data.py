@@ -56,11 +56,14 @@ def prepare(
     Raises:
         UsageError: on every rank, for data that cannot be trained on.
     """
-    target = folder / packing.fingerprint(source, tokenizer, length, rows)
     parts, content = packing.prepare(
-        target, source, lambda: _pack(source, tokenizer, length, rows, show_progress), PARTS
+        folder,
+        source,
+        lambda: packing.fingerprint(source, tokenizer, length, rows),
+        lambda: _pack(source, tokenizer, length, rows, show_progress),
+        PARTS,
     )
-    return parts, {**content, "prompts": str(target / PROMPTS)}
+    return parts, {**content, "prompts": str(Path(content.pop("folder")) / PROMPTS)}
 
 
 def _pack(

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from post_training.common import files, inputs
+from post_training.common import files, forms, hashing, inputs
+from post_training.common.errors import UsageError
 from post_training.data import provenance, records
 from post_training.data.assistant_mask import Tokens
 from post_training.data.sources import DATASET, TextSource
@@ -34,7 +36,16 @@ if TYPE_CHECKING:
 PAD = 0
 _OPEN = 64  # sequences that are filled at the same time
 _DESCRIPTION = "data.json"
-_FORMAT = 3  # of the folder; what another version kept is read and packed again
+_FILES = "files"  # in the description: those beside it, with their hashes
+_FORMAT = 4  # of the folder; what another version kept is read and packed again
+
+logger = logging.getLogger("post_training")
+
+
+class _Kept(TypedDict):
+    files: list[dict[str, Any]]
+    read: list[dict[str, Any]]
+    packed: str
 
 
 class Packer:
@@ -120,27 +131,36 @@ class PackedConversations:
 
 
 def fingerprint(source: TextSource, tokenizer: Any, length: int, rows: int) -> str:
-    """Hash of everything that decides the packed sequences."""
+    """Hash of everything that decides the packed sequences: the content of files, not their times.
+
+    For the first rank: it reads all local data, at the speed of the disk.
+    """
     entries: list[Any] = [_FORMAT, source.dataset, source.files, source.split, length]
     entries.append(None if source.local else rows)
     for path, option in source.local:
         for file in records.list_files(inputs.expanded(path), option):
-            status = file.stat()
-            entries.append([str(file), status.st_size, status.st_mtime_ns])
+            entries.append([str(file), hashing.digest(file, "xxh3_128")])
     entries.append(str(getattr(tokenizer, "chat_template", None)))
-    entries.append([len(tokenizer), tokenizer("Hello, world! 12345")["input_ids"]])
-    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()[:16]
+    fast = getattr(tokenizer, "backend_tokenizer", None)  # None for one in Python
+    entries.append(fast.to_str() if fast else sorted(tokenizer.get_vocab().items()))
+    entries.append([str(tokenizer.special_tokens_map), len(tokenizer), tokenizer("Hello, 1 2")])
+    return hashlib.sha256(json.dumps(entries, default=dict).encode()).hexdigest()[:16]
 
 
 def prepare(
-    target: Path, source: TextSource, pack: Callable[[], Packed], parts: Sequence[str]
+    folder: Path,
+    source: TextSource,
+    identify: Callable[[], str],
+    pack: Callable[[], Packed],
+    parts: Sequence[str],
 ) -> tuple[dict[str, PackedConversations], dict[str, Any]]:
     """Sequences by part, and their description; a collective call.
 
     Args:
-        target: folder of the packed data; a file system that all ranks see.
+        folder: of packed data; a file system that all ranks see.
         source: what is packed; the description has it as ``read``, inputs of a manifest.
-        pack: reads and packs; called on rank 0 unless ``target`` is there.
+        identify: names what is packed, by a fingerprint; called on rank 0.
+        pack: reads and packs; called on rank 0 unless that is there, undamaged.
         parts: those that ``pack`` makes.
 
     Raises:
@@ -150,28 +170,47 @@ def prepare(
 
     from post_training.distributed import collectives
 
-    def make() -> None:
+    def make() -> Path:
+        name = identify()
+        target = folder / name
         if (target / _DESCRIPTION).is_file():
-            return
+            if _is_whole(target):
+                return target
+            logger.warning("packed data %s is damaged: the data is packed again", target)
         places = source.local or [(source.dataset, DATASET)]
         with provenance.reading("data", places) as read:
             packed, description, others = pack()
-        description = {**description, "read": read}
+        if identify() != name:  # by whoever changed it before it was read
+            raise provenance.replaced(source.describe())
         work = files.begin(target)
-        for name, (ids, mask) in packed.items():
-            numpy.save(work / f"{name}_ids.npy", ids)
-            numpy.save(work / f"{name}_mask.npy", mask)
-        for name, content in {**others, _DESCRIPTION: description}.items():
-            files.write_json(work / name, content)
+        for part, (ids, mask) in packed.items():
+            numpy.save(work / f"{part}_ids.npy", ids)
+            numpy.save(work / f"{part}_mask.npy", mask)
+        for file, content in others.items():
+            files.write_json(work / file, content)
+        described = {**description, "read": read, "packed": name}
+        files.write_json(work / _DESCRIPTION, {**described, _FILES: files.describe_tree(work)})
         files.publish(target)
+        return target
 
     def mapped(name: str) -> numpy.ndarray[Any, Any]:
         found: numpy.ndarray[Any, Any] = numpy.load(target / f"{name}.npy", mmap_mode="r")
         return found
 
-    collectives.on_first_rank(make)
+    target = collectives.on_first_rank(make)
     content = files.read_json_object(target / _DESCRIPTION, "packed data", "delete its folder")
+    del content[_FILES]
     sequences = {
         part: PackedConversations(mapped(f"{part}_ids"), mapped(f"{part}_mask")) for part in parts
     }
-    return sequences, content
+    return sequences, {**content, "folder": str(target)}
+
+
+def _is_whole(target: Path) -> bool:
+    """Whether packed data is what was packed, by the hashes in its description."""
+    try:
+        content = files.read_json_object(target / _DESCRIPTION)
+        described = forms.parse(content, _Kept, str(target), "")[_FILES]
+        return bool(described) and not files.changed(target, described)
+    except UsageError:
+        return False

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from post_training.common import inputs, manifest
+from post_training.common.errors import UsageError
 from post_training.data import records
 
 _MOST_FILES = 64  # that are hashed each; a folder of more is known by names, sizes and times
@@ -27,6 +28,15 @@ def reading(role: str, places: Sequence[tuple[str, str]]) -> Iterator[list[dict[
     yield found
     for entry in found:
         manifest.require_unchanged(entry, entry["path"], "read")
+
+
+def replaced(place: str) -> UsageError:
+    """The error for data that was changed between two looks at it."""
+    return UsageError(
+        place,
+        "it was changed or replaced while it was read",
+        "run again when nothing writes to it",
+    )
 
 
 def _described(role: str, place: str, option: str) -> list[dict[str, Any]]:

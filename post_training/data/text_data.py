@@ -42,12 +42,15 @@ def prepare(
 
     Args and result as :func:`conversation_data.prepare`; every token of the mask is 1.
     """
-    return packing.prepare(
-        folder / f"{packing.fingerprint(source, tokenizer, length, rows)}-text",
+    parts, content = packing.prepare(
+        folder,
         source,
+        lambda: f"{packing.fingerprint(source, tokenizer, length, rows)}-text",
         lambda: _pack(source, tokenizer, length, rows, show_progress),
         PARTS,
     )
+    del content["folder"]
+    return parts, content
 
 
 def _sequences(

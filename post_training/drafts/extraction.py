@@ -70,19 +70,19 @@ def begin(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
     files.write_json(folder / SETTINGS, {**before, **settings})
 
 
-def require_same_data(folder: Path, read: Sequence[Mapping[str, Any]]) -> None:
-    """Raise UsageError if the first shards in ``folder`` are of other data than ``read``.
+def require_same_data(folder: Path, packed: str) -> None:
+    """Raise UsageError if the first shards in ``folder`` are of other sequences.
 
-    ``read`` describes the data as inputs of a manifest; it is kept for the runs that resume.
+    ``packed`` is the fingerprint of these ones; it is kept for the runs that resume.
     """
     settings = files.read_json_object(folder / SETTINGS, "settings", "give --overwrite")
-    if settings.get("read", read) != read:
+    if settings.get("packed", packed) != packed:
         raise UsageError(
             f"--output-dir {folder}",
-            "the data was changed since the extraction was started there",
+            "the data, or the tokenizer, was changed since the extraction was started there",
             "restore it, name another folder, or give --overwrite",
         )
-    files.write_json(folder / SETTINGS, {**settings, "read": read})
+    files.write_json(folder / SETTINGS, {**settings, "packed": packed})
 
 
 def check_room(

@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
-
-from safetensors import safe_open
+from typing import Any, TypedDict
 
 from post_training.checkpoints.source import Source
 from post_training.common import files, forms, manifest, outputs, ownership
@@ -27,13 +25,11 @@ from post_training.common.errors import UsageError
 from post_training.data import conversation_data
 from post_training.drafts import registry
 from post_training.drafts.eagle3.draft import Draft
+from post_training.drafts.shards import AGAIN, Features, Form
 from post_training.models.architecture import Architecture
 
-if TYPE_CHECKING:
-    import torch
-
 OPTION = "--offline-distillation-data"
-_AGAIN = "extract_features.sh --overwrite makes them again"
+_LAYERS = "aux_hidden_state_layer_ids"
 SETTINGS = "settings.json"  # what must not change between the runs of an extraction
 
 
@@ -42,7 +38,7 @@ def identity(source: Source, draft: Draft, dtype: str) -> dict[str, Any]:
     quantization = (source.manifest or {}).get("quantization") or {}
     return {
         "architecture": source.architecture.to_json(),
-        "aux_hidden_state_layer_ids": draft.aux_hidden_state_layer_ids,
+        _LAYERS: draft.aux_hidden_state_layer_ids,
         "quantization": quantization.get("format"),
         "dtype": dtype,
     }
@@ -62,7 +58,7 @@ def check_folder(
         return
     if overwrite:
         found = files.read_json(folder / SETTINGS)  # other programs have files of this name
-        begun = isinstance(found, dict) and "aux_hidden_state_layer_ids" in found
+        begun = isinstance(found, dict) and _LAYERS in found
         ownership.require_own(folder, ["extract_features"], begun=begun)
         return
     content = manifest.read(folder)
@@ -94,6 +90,7 @@ class _Shard(TypedDict):
 
 class _Form(TypedDict):
     architecture: dict[str, Any]
+    aux_hidden_state_layer_ids: list[int]
     fingerprint: str
     sequence_length: int
     shards: list[_Shard]
@@ -114,7 +111,10 @@ class Stored:
     def parts(self) -> dict[str, Features]:
         """The sequences by the name of their part."""
         outputs = {self.folder / each["file"]: each for each in self.outputs}
-        parts = {name: Features([], outputs) for name in conversation_data.PARTS}
+        architecture = Architecture.from_json(self.recorded["architecture"])
+        size, layers = architecture.value("hidden_size"), self.recorded[_LAYERS]
+        form = Form(self.sequence_length, size, size * len(layers), architecture.vocab_size)
+        parts = {name: Features([], outputs, form) for name in conversation_data.PARTS}
         for entry in self.recorded["shards"]:
             path = self.folder / entry["file"]
             parts[path.parent.name].shards.append((path, entry["sequences"]))
@@ -126,7 +126,7 @@ class Stored:
         if not path.is_file():
             return []
         what = f"prompts {path}"
-        found: list[list[int]] = forms.parse(files.read_json(path), list[list[int]], what, _AGAIN)
+        found: list[list[int]] = forms.parse(files.read_json(path), list[list[int]], what, AGAIN)
         return found
 
 
@@ -152,15 +152,15 @@ def find(folder: Path, seq_length: int | None = None) -> Stored:
         raise UsageError(
             option,
             f"{len(damaged)} of its files are missing or cut short, e.g. {damaged[0]}",
-            _AGAIN,
+            AGAIN,
         )
     recorded, outputs = content.get("features") or {}, content.get("outputs", [])
-    forms.parse(recorded, _Form, f"{option}: features in {manifest.FILE}", _AGAIN)
+    forms.parse(recorded, _Form, f"{option}: features in {manifest.FILE}", AGAIN)
     files_there = {each["file"] for each in outputs}
     for shard in recorded["shards"]:
         name = shard["file"]
         if name not in files_there or Path(name).parent.name not in conversation_data.PARTS:
-            raise UsageError(f"{option}: {name}", "it is none of the extraction's outputs", _AGAIN)
+            raise UsageError(f"{option}: {name}", "it is none of the extraction's outputs", AGAIN)
     stored = Stored(folder, recorded, outputs)
     if seq_length not in (None, stored.sequence_length):
         raise UsageError(
@@ -184,61 +184,6 @@ def check_model(stored: Stored, source: Source, draft: Draft, dtype: str) -> Non
             f"its features are of another model: {'; '.join(wrong[:4])}",
             "extract them from this model (extract_features.sh)",
         )
-
-
-@dataclass(frozen=True)
-class Features:
-    """Stored sequences of one part, read row by row; the :class:`Samples` of offline training.
-
-    A shard is compared with its hash in ``outputs`` when its first row is read.
-    """
-
-    shards: list[tuple[Path, int]]
-    outputs: Mapping[Path, Mapping[str, Any]]
-    verified: set[Path] = field(default_factory=set)
-
-    def __len__(self) -> int:
-        return sum(count for _, count in self.shards)
-
-    def batch(self, indices: Sequence[int]) -> Mapping[str, torch.Tensor]:
-        """``input_ids``, ``loss_mask``, ``hidden_states`` and ``aux_hidden_states``."""
-        import torch
-
-        rows = [self._row(index) for index in indices]
-        batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        batch["input_ids"] = batch["input_ids"].long()
-        return batch
-
-    def tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """All token ids and masks, [n, s] each."""
-        import torch
-
-        ids, masks = [], []
-        for path, _ in self.shards:
-            with safe_open(path, framework="pt") as shard:
-                ids.append(shard.get_tensor("input_ids"))
-                masks.append(shard.get_tensor("loss_mask"))
-        return torch.cat(ids), torch.cat(masks)
-
-    def _row(self, index: int) -> dict[str, torch.Tensor]:
-        for path, count in self.shards:
-            if index < count:
-                self._verify(path)
-                with safe_open(path, framework="pt") as shard:
-                    return {name: shard.get_slice(name)[index] for name in shard.keys()}  # noqa: SIM118
-            index -= count
-        raise IndexError(index)
-
-    def _verify(self, path: Path) -> None:
-        if path not in self.verified:
-            entry = {**self.outputs[path], "file": path.name}
-            if files.changed(path.parent, [entry]):
-                raise UsageError(
-                    str(path),
-                    "its content is not what run.json recorded when it was made",
-                    "copy it again, or extract_features.sh --overwrite makes all again",
-                )
-            self.verified.add(path)
 
 
 def fingerprint(core: Any) -> str | None:

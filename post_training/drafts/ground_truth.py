@@ -32,13 +32,14 @@ _COMPARED = {
 class GroundTruth:
     """What an earlier measurement kept: its prompts, :func:`settings` and figures.
 
-    ``answers`` has the greedy answer by the row's identity and prompt.
+    ``answers`` has the greedy answer by the row's identity and prompt, ``texts`` its text.
     """
 
     settings: dict[str, Any]
     answers: dict[str, list[int]]
     acceptance_length: float | None
     questions: list[TokenizedPrompt]
+    texts: dict[str, str]
 
 
 class _Settings(TypedDict, total=False):
@@ -59,6 +60,7 @@ class _Answer(TypedDict):
     prompt: list[int]
     category: NotRequired[Any]
     tokens: list[int]
+    text: NotRequired[str]
 
 
 class _Form(TypedDict):
@@ -71,7 +73,7 @@ def settings(
     questions: Iterable[TokenizedPrompt], source: str, steps: int, osl: int, ignore_eos: bool
 ) -> dict[str, Any]:
     """What must be the same for two measurements to compare."""
-    keys = "".join(map(_key, questions))
+    keys = "".join(map(key, questions))
     return {
         "prompts": source,
         "prompts_sha256": hashlib.sha256(keys.encode()).hexdigest(),
@@ -135,11 +137,14 @@ def read(path: Path) -> GroundTruth:
     questions = [
         TokenizedPrompt(row["id"], row["prompt"], row.get("category")) for row in content["answers"]
     ]
-    answers = {
-        _key(each): row["tokens"] for each, row in zip(questions, content["answers"], strict=True)
-    }
-    length = content["acceptance"].get("acceptance_length")
-    return GroundTruth(dict(content["settings"]), answers, length, questions)
+    keyed = [(key(each), row) for each, row in zip(questions, content["answers"], strict=True)]
+    return GroundTruth(
+        dict(content["settings"]),
+        {name: row["tokens"] for name, row in keyed},
+        content["acceptance"].get("acceptance_length"),
+        questions,
+        {name: row["text"] for name, row in keyed if "text" in row},
+    )
 
 
 def compare(
@@ -150,9 +155,9 @@ def compare(
     ``differing_settings`` has a sentence for each setting that differs.
     """
     both = [
-        (saved.answers[_key(each.question)], each.plain)
+        (saved.answers[key(each.question)], each.plain)
         for each in pairs
-        if _key(each.question) in saved.answers
+        if key(each.question) in saved.answers
     ]
     notes = []
     for name, meaning in _COMPARED.items():
@@ -175,5 +180,6 @@ def compare(
     }
 
 
-def _key(question: TokenizedPrompt) -> str:
+def key(question: TokenizedPrompt) -> str:
+    """What a question is known by."""
     return json.dumps([question.id, question.prompt])

@@ -61,7 +61,11 @@ def show(path: Path, content: Mapping[str, Any]) -> None:
             logger.warning("%s", note)
     rows["report"] = f"{path}, {figure_of(path).name}"
     report.summary("validated", rows)
-    length = found["acceptance_length"]
+    warn_of_length(found["acceptance_length"])
+
+
+def warn_of_length(length: float | None) -> None:
+    """Say so where a draft is of no use."""
     if length is None:
         logger.warning("every answer ended with its first token: nothing was verified")
     elif length < _NEAR_ONE:
@@ -131,10 +135,12 @@ def save_figure(content: Mapping[str, Any], path: Path) -> None:
     emitted = range(1, steps + 2)
     passes.bar(emitted, acceptance["histogram"])
     passes.set(xticks=emitted, xlabel="tokens emitted by a pass of the target", ylabel="passes")
-    figure.suptitle(
-        f"{content['settings']['prompts']}: {acceptance['answers']} answers, {steps} draft steps, "
-        f"{acceptance['speed_up']:.2f} times the speed of plain decoding"
+    title = (
+        f"{content['settings']['prompts']}: {acceptance['answers']} answers, {steps} draft steps"
     )
+    if acceptance["speed_up"] is not None:
+        title += f", {acceptance['speed_up']:.2f} times the speed of plain decoding"
+    figure.suptitle(title)
     files.write_whole(path, lambda work: figure.savefig(work, format="png", dpi=120))
 
 

@@ -6,17 +6,19 @@ import gc
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from post_training.checkpoints import loading
+from post_training.checkpoints import loading, part_weights
 from post_training.checkpoints.source import Source
 from post_training.common.errors import UsageError
 from post_training.config.options import StageOptions
 from post_training.evaluation.answers import Measure
+from post_training.inference.by_layers import LayeredModel
+from post_training.models import builder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,6 +75,15 @@ class Candidate:
             if self.weights_only:
                 _round_weights_only(self._model)
         return self._model
+
+    @cached_property
+    def layered(self) -> LayeredModel:
+        """The model, one layer in memory at a time."""
+        build = loading.build_options(self.source, self.options)
+        model = builder.build(self.source.architecture, build, weights=False)
+        weights = part_weights.opened(model, self.source, self.options, self._opened)
+        reading = partial(loading.verified, Path(self.source.location), self.options)
+        return LayeredModel(model, weights, reading, self.session.show_progress)
 
     def _opened(self, folder: Path) -> Exported:
         """An exported folder; the log and the report say if an engine would round more."""

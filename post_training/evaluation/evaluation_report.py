@@ -94,13 +94,16 @@ def _text_rows(text: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     if not text:
         return
     mine, other = (_perplexity(text.get(role)) for role in ("model", "reference"))
-    if "kl" not in text:
+    if "reference" not in text:
         yield "perplexity", mine, "", "", _interval(text["model"]["interval_95"], ".3f"), ""
         return
-    difference, kl, same = text["difference"], text["kl"], text["top_1_agreement"]
+    difference = text["difference"]
     spread = difference["interval_95"] and [math.exp(each) for each in difference["interval_95"]]
     ratio = f"x {difference['perplexity_ratio']:.4f}"
     yield "perplexity", mine, other, ratio, _interval(spread, ".4f"), ""
+    if "kl" not in text:  # of servers, which tell single probabilities
+        return
+    kl, same = text["kl"], text["top_1_agreement"]
     # A divergence of nothing may be rounded to less.
     mean, largest = (f"{max(0.0, kl[name]):.6f}" for name in ("mean", "max"))
     spread = kl["interval_95"] and [max(0.0, each) for each in kl["interval_95"]]

@@ -1,4 +1,4 @@
-"""GSM8K's problems answered by generation, and the two measures that are made of the answers."""
+"""GSM8K's problems answered by generation."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ from transformers import PreTrainedTokenizerBase
 from post_training.common.errors import UsageError
 from post_training.distributed import collectives
 from post_training.evaluation import gsm8k, stopping
-from post_training.evaluation.answers import Answer, Measure
-from post_training.evaluation.gsm8k import Problem, Problems
+from post_training.evaluation.gsm8k import Problems
 from post_training.inference import generation
 from post_training.inference.batching import Batching
-
-MEASURES = {"gsm8k_strict": gsm8k.strict, "gsm8k_flexible": gsm8k.flexible}
 
 
 def answers(
@@ -72,27 +69,4 @@ def answers(
     found = [""] * len(prompts)
     for number, part in enumerate(collectives.from_all_ranks(mine, group)):
         found[number::size] = part
-    return found
-
-
-def measures(
-    problems: Sequence[Problem], texts: Sequence[str], shots: int, max_new_tokens: int
-) -> list[Measure]:
-    """Both ways to judge the same answers."""
-    details = {"few_shots": shots, "max_new_tokens": max_new_tokens}
-    found = []
-    for name, extract in MEASURES.items():
-        judged = [
-            Answer(
-                id=str(number),
-                question=problem.question,
-                expected=problem.target,
-                given=extract(text),
-                right=gsm8k.is_right(extract(text), problem.target),
-                text=text,
-            )
-            for number, (problem, text) in enumerate(zip(problems, texts, strict=True))
-        ]
-        given = [each.given for each in judged]
-        found.append(Measure(name, judged, {**details, "answers": given}))
     return found

@@ -11,8 +11,10 @@ from tqdm import tqdm
 from post_training.data import text_windows
 from post_training.distributed.collectives import on_first_rank
 from post_training.evaluation import (
+    gsm8k_judged,
     gsm8k_measure,
     mmlu,
+    mmlu_asked,
     mmlu_data,
     mmlu_measure,
     mmlu_prompts,
@@ -49,16 +51,18 @@ def judge_text(
         )
     )
     logger.info("text: %s", text.describe())
-    model, *reference = (each.model for each in judged)
     total = len(text.windows)
     with tqdm(total=total, unit="window", disable=not session.show_progress) as bar:
-        scores = text_scores.score(
-            model,
-            reference[0] if reference else None,
-            text.windows,
-            batch_size=options.text_batch_size,
-            progress=lambda done: bar.update(done * session.parallel.data),
-        )
+        how: dict[str, Any] = {
+            "batch_size": options.text_batch_size,
+            "progress": lambda done: bar.update(done * session.parallel.data),
+        }
+        if options.layerwise:
+            one, *other = (each.layered for each in judged)
+            scores = text_scores.score_by_layers(one, next(iter(other), None), text.windows, **how)
+        else:
+            model, *reference = (each.model for each in judged)
+            scores = text_scores.score(model, next(iter(reference), None), text.windows, **how)
     entry = text_report.of(text, scores)
     return {"window": window, "stride": stride, **entry}, list(text.read)
 
@@ -81,7 +85,7 @@ def ask_mmlu(
             batching=Batching(options.mmlu_batch_size, "--mmlu-batch-size"),
             progress=lambda done: bar.update(done * session.parallel.data),
         )
-    mmlu.warn_if_long(result, candidate.positions)
+    mmlu_asked.warn_if_long(result, candidate.positions)
     return [mmlu_measure.measure(result, options.few_shots)]
 
 
@@ -106,4 +110,4 @@ def ask_gsm8k(
             progress=lambda done: bar.update(done * session.parallel.data),
         )
     shots, most = options.gsm8k_shots, options.gsm8k_max_new_tokens
-    return gsm8k_measure.measures(problems.test, texts, shots, most)
+    return gsm8k_judged.measures(problems.test, texts, shots, most)

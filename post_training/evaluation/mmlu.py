@@ -11,17 +11,17 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import batched, takewhile
+from itertools import batched
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from post_training.common.errors import UsageError
-from post_training.evaluation import mmlu_prompts
+from post_training.evaluation import mmlu_asked
+from post_training.evaluation.mmlu_asked import Result, shared_length
 from post_training.evaluation.mmlu_data import Benchmark
-from post_training.evaluation.mmlu_prompts import LETTERS, Question, Score
+from post_training.evaluation.mmlu_prompts import Question
 from post_training.inference import generation
 from post_training.inference.batching import Batching, alike
 
@@ -31,44 +31,6 @@ logger = logging.getLogger("post_training")
 _SHORTEST_PREFIX = 32
 # Questions that stay together where several replicas share them: each computes a subject's prefix.
 _PART = 128
-
-
-@dataclass(frozen=True)
-class Result:
-    """A score and how it came about.
-
-    Attributes:
-        questions: what was asked, in order.
-        predictions: index of the chosen answer for each question.
-        ties: questions whose two largest logits are equal; the earlier letter was taken.
-        prompt_tokens: tokens of all prompts.
-        computed_tokens: positions that went through the model, padding included, prefixes once.
-        longest: tokens of the longest prompt.
-    """
-
-    score: Score
-    questions: list[Question]
-    predictions: list[int]
-    ties: int
-    prompt_tokens: int
-    computed_tokens: int
-    longest: int
-
-    def letters(self) -> dict[str, str]:
-        """Chosen letters of each subject in a row, such as ``ABDC``, to compare two runs."""
-        found: defaultdict[str, str] = defaultdict(str)
-        for question, chosen in zip(self.questions, self.predictions, strict=True):
-            found[question.subject] += LETTERS[chosen]
-        return dict(found)
-
-
-def warn_if_long(result: Result, positions: int) -> None:
-    """Say so where a prompt is longer than what the model was made for."""
-    if result.longest > positions:
-        logger.warning(
-            "the longest prompt has %d tokens, the model was made for %d: lower --few-shots",
-            *(result.longest, positions),
-        )
 
 
 @dataclass(frozen=True)
@@ -105,16 +67,8 @@ def evaluate(
     Raises:
         UsageError: if the tokenizer does not write the letters as single different tokens.
     """
-    questions = mmlu_prompts.select(benchmark.test, fraction)
-    letters = answer_tokens(tokenizer, max(len(q.choices) for q in questions))
-    examples = {subject: found[:few_shots] for subject, found in benchmark.dev.items()}
-    prompts = [mmlu_prompts.prompt(each, examples.get(each.subject, [])) for each in questions]
-    sequences: list[list[int]] = tokenizer(prompts, verbose=False)["input_ids"]
-    for ids in sequences:
-        # Some tokenizers append an end token; the model has to continue the text.
-        if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-            ids.pop()
-        ids += letters.bridge
+    asked = mmlu_asked.tokenized(tokenizer, benchmark, few_shots, fraction)
+    questions, sequences, letters = asked.questions, asked.sequences, asked.letters
     rank, size, group = generation.data_parallel()
     share_prefix = generation.supports_prefix(model)
     parts = list(_parts(questions, sequences, size, share_prefix))
@@ -135,16 +89,7 @@ def evaluate(
         torch.distributed.all_reduce(outcome, group=group)
         torch.distributed.all_reduce(computed, group=group)
     predictions = outcome[:, 0].tolist()
-    lengths = [len(tokens) for tokens in sequences]
-    return Result(
-        mmlu_prompts.score(questions, predictions),
-        questions,
-        predictions,
-        ties=int(outcome[:, 1].sum()),
-        prompt_tokens=sum(lengths),
-        computed_tokens=int(computed),
-        longest=max(lengths),
-    )
+    return asked.result(predictions, ties=int(outcome[:, 1].sum()), computed=int(computed))
 
 
 @dataclass
@@ -203,52 +148,6 @@ class _Asking:
         return torch.cat([best, ties.long()], 1), padded.numel()
 
 
-@dataclass(frozen=True)
-class AnswerTokens:
-    """The tokens after ``Answer:``: ``bridge``, then one of ``ids``."""
-
-    bridge: list[int]
-    ids: list[int]
-
-
-def answer_tokens(tokenizer: PreTrainedTokenizerBase, choices: int = 4) -> AnswerTokens:
-    """Tokens of " A", " B", ... after ``Answer:``.
-
-    Most tokenizers have one token for blank and letter. Where the blank is a token of its own it
-    belongs to the prompt (``bridge``): the letter is what is to be compared.
-
-    Raises:
-        UsageError: if the letters are not single, different tokens after the same beginning.
-    """
-    start = "Answer:"
-    before: list[int] = tokenizer.encode(start, add_special_tokens=False)
-    after: list[list[int]] = [
-        tokenizer.encode(f"{start} {letter}", add_special_tokens=False)
-        for letter in LETTERS[:choices]
-    ]
-    common = shared_length(after)
-    ids = [tokens[-1] for tokens in after]
-    if (
-        after[0][: len(before)] != before
-        or any(len(tokens) != common + 1 for tokens in after)
-        or len(set(ids)) < choices
-    ):
-        raise UsageError(
-            f"tokenizer {tokenizer.name_or_path}",
-            f"it writes {start!r} as {before} and with letters as {after}: the letters are not "
-            "single tokens after it",
-            "give the model's own tokenizer with --tokenizer-model",
-        )
-    return AnswerTokens(after[0][len(before) : common], ids)
-
-
-def shared_length(sequences: Sequence[list[int]]) -> int:
-    """Tokens that all ``sequences`` begin with."""
-    # In lexicographic order, what the first and the last share, all share.
-    pairs = zip(min(sequences, default=[]), max(sequences, default=[]), strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
 def _parts(
     questions: Sequence[Question],
     sequences: Sequence[list[int]],
@@ -263,8 +162,8 @@ def _parts(
     size = len(questions) if replicas == 1 else _PART
     for subject, indices in groups.items():
         # One token must be left: the output layer needs a position.
-        asked = [sequences[i] for i in indices]
-        shared = min(shared_length(asked), min(map(len, asked)) - 1)
+        some = [sequences[i] for i in indices]
+        shared = min(shared_length(some), min(map(len, some)) - 1)
         if share_prefix and shared >= _SHORTEST_PREFIX and len(indices) > 1:
             for part in _by_length(indices, sequences, size):
                 yield _Part(part, shared, subject)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from post_training.evaluation.answers import Answer, Measure
 from post_training.evaluation.mmlu_prompts import LETTERS
 
 if TYPE_CHECKING:
-    from post_training.evaluation.mmlu import Result
+    from post_training.evaluation.mmlu_asked import Result
+    from post_training.evaluation.mmlu_stage_options import MmluStageOptions
 
 NAME = "mmlu"
 
@@ -39,3 +40,20 @@ def measure(result: Result, few_shots: int) -> Measure:
         "answers": result.letters(),
     }
     return Measure(NAME, found, details)
+
+
+def reported(options: MmluStageOptions, result: Result, seconds: float) -> dict[str, Any]:
+    """The part of the report that is about the score."""
+    scored = result.score.to_json()
+    bound = options.lower_bound
+    return {
+        "few_shots": options.questions.few_shots,
+        "fraction": options.questions.fraction,
+        **scored,
+        "passed": bound is None or scored["accuracy"] >= bound,
+        "ties": result.ties,
+        "answers": result.letters(),
+        "seconds": round(seconds, 3),
+        "prompt_tokens": result.prompt_tokens,
+        "computed_tokens": result.computed_tokens,
+    }

@@ -39,6 +39,8 @@ class TextOptions:
         1, metavar="N", check=at_least(1), help="windows at a time (%(default)s)"
     )
 
+    layerwise: bool = flag(False, help="one layer in memory at a time, for text alone")
+
     def lengths(self, positions: int) -> tuple[int, int]:
         """Window and stride for models of that many positions."""
         window = min(self.text_window, positions)

@@ -18,12 +18,6 @@ _DOCUMENTS = 20
 
 def of(text: Text, scores: TextScores) -> dict[str, Any]:
     """The report's entry ``text``."""
-    units = "documents" if text.documents >= _DOCUMENTS else "windows"
-    of_window = [
-        window.document if units == "documents" else number
-        for number, window in enumerate(text.windows)
-    ]
-    tokens = scores.tokens.tolist()
     named = {
         "loss": scores.loss,
         "reference_loss": scores.reference_loss,
@@ -31,9 +25,27 @@ def of(text: Text, scores: TextScores) -> dict[str, Any]:
         "top_1": scores.agreeing,
     }
     sums = {name: values.tolist() for name, values in named.items() if values is not None}
+    return of_sums(text, sums, None if scores.largest is None else float(scores.largest.max()))
+
+
+def of_sums(
+    text: Text, sums: dict[str, list[float]], largest: float | None = None
+) -> dict[str, Any]:
+    """The same, from the sums over each window's scored tokens, by name.
+
+    Args:
+        sums: ``loss``, perhaps ``reference_loss``, and with that perhaps ``kl`` and ``top_1``.
+        largest: divergence of a token, where there is ``kl``.
+    """
+    units = "documents" if text.documents >= _DOCUMENTS else "windows"
+    of_window = [
+        window.document if units == "documents" else number
+        for number, window in enumerate(text.windows)
+    ]
+    tokens = [float(window.scored) for window in text.windows]
     if "reference_loss" in sums:
         pairs = zip(sums["loss"], sums["reference_loss"], strict=True)
-        sums["difference"] = [mine - other for mine, other in pairs]
+        sums = {**sums, "difference": [mine - other for mine, other in pairs]}
     total = sum(tokens)
     means = {name: math.fsum(values) / total for name, values in sums.items()}
     weights = _by_unit(tokens, of_window)
@@ -48,22 +60,17 @@ def of(text: Text, scores: TextScores) -> dict[str, Any]:
         "intervals_over": units,
         "model": _perplexity(means["loss"], spread["loss"]),
     }
-    if scores.largest is None:
-        return found
-    return found | {
-        "reference": _perplexity(means["reference_loss"], spread["reference_loss"]),
-        "difference": {
+    if "reference_loss" in sums:
+        found["reference"] = _perplexity(means["reference_loss"], spread["reference_loss"])
+        found["difference"] = {
             "loss": means["difference"],
             "interval_95": spread["difference"],
             "perplexity_ratio": math.exp(means["difference"]),
-        },
-        "kl": {
-            "mean": means["kl"],
-            "interval_95": spread["kl"],
-            "max": float(scores.largest.max()),
-        },
-        "top_1_agreement": {"share": means["top_1"], "interval_95": spread["top_1"]},
-    }
+        }
+    if "kl" in sums:
+        found["kl"] = {"mean": means["kl"], "interval_95": spread["kl"], "max": largest}
+        found["top_1_agreement"] = {"share": means["top_1"], "interval_95": spread["top_1"]}
+    return found
 
 
 def _by_unit(values: Sequence[float], units: Sequence[int]) -> list[float]:

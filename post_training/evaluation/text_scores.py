@@ -19,6 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from post_training.data.text_windows import Window
 from post_training.inference import forward, generation
 from post_training.inference.batching import alike
+from post_training.inference.by_layers import LayeredModel
+from post_training.models import parts
 
 # Of two models' logits in float32 that are compared at a time, beside the models' own.
 _ELEMENTS = 1 << 25
@@ -82,6 +84,39 @@ def score(
     return TextScores(tokens, *found.cpu().unbind(dim=1))
 
 
+@torch.no_grad()
+def score_by_layers(
+    model: LayeredModel,
+    reference: LayeredModel | None,
+    windows: Sequence[Window],
+    *,
+    batch_size: int = 1,
+    progress: Callable[[int], object] | None = None,
+) -> TextScores:
+    """The same of models that are never whole in memory, bit for bit."""
+    layered = [each for each in (model, reference) if each is not None]
+    columns = 1 if reference is None else 5
+    device = parts.default_device()
+    found = torch.zeros(len(windows), columns, dtype=torch.float64, device=device)
+    rank, size, group = generation.data_parallel()
+    mine = list(_batches([each.model for each in layered], windows, batch_size))[rank::size]
+    inputs = [_padded([windows[i] for i in some], device)[0] for some in mine]
+    # As ``forward.run``, which does so where logits are asked for.
+    states = [each.hidden_states(inputs, inference=len(layered) > 1) for each in layered]
+    ends = [each.end() for each in layered]
+    for indices, *hidden in zip(mine, *states, strict=True):
+        some = [windows[i] for i in indices]
+        sums = _score_batch(ends, some, device, [each.to(device) for each in hidden])
+        assert sums is not None  # there is one pipeline stage
+        found[torch.tensor(indices, device=device)] = sums
+        if progress is not None:
+            progress(len(indices))
+    if size > 1:
+        torch.distributed.all_reduce(found, group=group)
+    tokens = torch.tensor([window.scored for window in windows], dtype=torch.float64)
+    return TextScores(tokens, *found.cpu().unbind(dim=1))
+
+
 def _batches(
     models: Sequence[Any], windows: Sequence[Window], batch_size: int
 ) -> Iterator[list[int]]:
@@ -95,20 +130,35 @@ def _batches(
         yield from map(list, batched(some, batch_size))
 
 
-def _score_batch(
-    models: Sequence[Any], windows: Sequence[Window], device: torch.device
-) -> torch.Tensor | None:
-    """Sums of each window [b, columns] on the last pipeline stage, None on the others."""
+def _padded(windows: Sequence[Window], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and labels, int64 [b, s] each."""
     tokens = [torch.tensor(window.tokens, device=device) for window in windows]
     inputs = pad_sequence([each[:-1] for each in tokens], batch_first=True)
-    labels = pad_sequence([each[1:] for each in tokens], batch_first=True)
+    return inputs, pad_sequence([each[1:] for each in tokens], batch_first=True)
+
+
+def _score_batch(
+    models: Sequence[Any],
+    windows: Sequence[Window],
+    device: torch.device,
+    hidden: Sequence[torch.Tensor | None] = (None, None),
+) -> torch.Tensor | None:
+    """Sums of each window [b, columns] on the last pipeline stage, None on the others.
+
+    Args:
+        hidden: of each model, which its first layer is given; None: the embedded ids.
+    """
+    inputs, labels = _padded(windows, device)
     if len(models) == 1:
-        losses = forward.run(models[0], inputs, None, labels=labels)
+        losses = forward.run(models[0], inputs, None, labels=labels, hidden=hidden[0])
         if losses is None:
             return None
         rows = [_scored(row, window) for row, window in zip(losses, windows, strict=True)]
         return torch.stack([row.double().sum() for row in rows]).unsqueeze(1)
-    logits, reference = (forward.run(core, inputs, None) for core in models)
+    logits, reference = (
+        forward.run(core, inputs, None, hidden=each)
+        for core, each in zip(models, hidden, strict=True)
+    )
     if logits is None or reference is None:
         return None
     sums = [

@@ -19,7 +19,7 @@ engines' loaders are in ``quantization/engines``.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,30 +43,23 @@ class Compressed(Layout):
     def scheme(self) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
         """The layout's name, and what is said about weights and inputs."""
 
+    def described(self, targets: Sequence[str]) -> dict[str, Any]:
+        """What is said about the linears that ``targets`` names, or the class of them."""
+        layout, weights, inputs = self.scheme()
+        return {
+            "targets": [*targets],
+            "weights": weights,
+            "input_activations": inputs,
+            "output_activations": None,
+            "format": layout,
+        }
+
     def cache_scale(self, name: str, value: torch.Tensor) -> Tensors:
-        """Of the attention, as the package names it, and not of its projections."""
-        attention, _, kind = name.rsplit(".", 2)
-        return {f"{attention}.{kind}": value.reshape(1)}
+        return cache_scale(name, value)
 
     def configuration(self, index: Mapping[str, Entry], kv_cache: str) -> Configuration:
-        layout, weights, inputs = self.scheme()
-        declared = {
-            "quant_method": "compressed-tensors",
-            "format": layout,
-            "quantization_status": "compressed",
-            "kv_cache_scheme": {**_FP8, "strategy": "tensor"} if kv_cache else None,
-            "ignore": plain_linears(index),
-            "config_groups": {
-                "group_0": {
-                    "targets": ["Linear"],
-                    "weights": weights,
-                    "input_activations": inputs,
-                    "output_activations": None,
-                    "format": layout,
-                }
-            },
-        }
-        return Configuration(declared)
+        layout, *_ = self.scheme()
+        return declared(layout, [self.described(["Linear"])], index, kv_cache)
 
 
 @dataclass(frozen=True)
@@ -141,7 +134,7 @@ class Mxfp4(Compressed):
 
 
 # By the name that quantization/formats gives them.
-LAYOUTS: dict[str, Layout] = {
+LAYOUTS: dict[str, Compressed] = {
     "INT8_W8A8": Scheme(8, packed=False, inputs={**_INT8, "strategy": "tensor"}),
     "INT8_PER_CHANNEL_PER_TOKEN": Scheme(8, packed=False, inputs={**_INT8, **_TOKENS}),
     "INT8_W8A16": Scheme(8),
@@ -150,6 +143,28 @@ LAYOUTS: dict[str, Layout] = {
     "MXFP4": Mxfp4(inputs=True),
     "W4A16_MXFP4": Mxfp4(inputs=False),
 }
+
+
+def cache_scale(name: str, value: torch.Tensor) -> Tensors:
+    """Of the attention, as the package names it, and not of its projections."""
+    attention, _, kind = name.rsplit(".", 2)
+    return {f"{attention}.{kind}": value.reshape(1)}
+
+
+def declared(
+    layout: str, groups: Sequence[Mapping[str, Any]], index: Mapping[str, Entry], kv_cache: str
+) -> Configuration:
+    """``quantization_config`` for groups of linears."""
+    return Configuration(
+        {
+            "quant_method": "compressed-tensors",
+            "format": layout,
+            "quantization_status": "compressed",
+            "kv_cache_scheme": {**_FP8, "strategy": "tensor"} if kv_cache else None,
+            "ignore": plain_linears(index),
+            "config_groups": {f"group_{number}": each for number, each in enumerate(groups)},
+        }
+    )
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from modelopt.torch.quantization.extensions import get_cuda_ext_fp8
+from modelopt.torch.quantization.nn import SequentialQuantizer
 from modelopt.torch.quantization.qtensor import NVFP4QTensor, QTensorWrapper
 
 from post_training.quantization import quantizers
@@ -69,14 +70,17 @@ def as_computed(module: Any) -> torch.Tensor:
 def step_of_each(module: Any) -> torch.Tensor:
     """The distance between two codes of each weight, float32 [out, in]; 0 where it has none.
 
-    For integers with a stored maximum of each output channel, or of each block of a row, and for
-    MXFP4, whose step is here the power of two that the numbers are multiplied by.
+    For integers with a stored maximum of each output channel, or of each block of a row (before
+    they are rounded again, to FP8), and for MXFP4, whose step is here the power of two that the
+    numbers are multiplied by.
     """
     weight = module.weight.detach()
     quantizer = getattr(module, "weight_quantizer", None)
     if quantizer is None or not quantizer.is_enabled:
         return torch.zeros((), dtype=torch.float32, device=weight.device).expand(weight.shape)
     rows, columns = weight.shape
+    if isinstance(quantizer, SequentialQuantizer):
+        quantizer = quantizer[0]
     if quantizer.is_mx_format:
         blocks = fake_quantized(module).unflatten(1, (-1, quantizer.block_sizes[-1]))
         _, exponent = torch.frexp(blocks.abs().amax(-1))

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from post_training.common import files, hashing, manifest
 from post_training.common.errors import UsageError
 from post_training.distributed.collectives import from_all_ranks, on_first_rank
+from post_training.export import staging
 from post_training.export.folder import final_name
 from post_training.export.part_files import Written
 
@@ -56,7 +57,7 @@ class LayerProgress:
     """
 
     def __init__(self, target: Path, key: Mapping[str, Any]) -> None:
-        self._target, self._key = target, json.loads(json.dumps(key))
+        self._target, self._key = target, json.loads(json.dumps(key, default=str))
         self.work = files.incomplete(target)
         self._folder = self.work / _FOLDER
         self._rank = torch.distributed.get_rank()
@@ -84,7 +85,7 @@ class LayerProgress:
         busy = self._job is not None and not self._job.done()
         due = not busy and time.monotonic() - self._last >= _SHARE * cost
         if all(from_all_ranks(due)):
-            copies = [each.detach().to("cpu", copy=True) for each in states]
+            copies = [staging.to_host(each) for each in states]
             self._submit(list(parts), copies, more)
 
     def finish(self, parts: Sequence[Written], more: Mapping[str, Any]) -> None:

@@ -19,8 +19,8 @@ import torch
 import xxhash
 from tqdm import tqdm
 
-from post_training.checkpoints import finite, loading
-from post_training.checkpoints.huggingface_weights import HuggingFaceWeights
+from post_training.checkpoints import loading, part_weights
+from post_training.checkpoints.part_weights import PartWeights
 from post_training.checkpoints.source import Source
 from post_training.common import manifest, redaction
 from post_training.common.errors import UsageError
@@ -53,11 +53,9 @@ class _Run:
     model: Any
     config: Any
     data: LayerCalibration
-    weights: HuggingFaceWeights
+    weights: PartWeights
     part_files: PartFiles
     parts: list[Part]
-    what: str  # the source, in messages
-    source: Path | None
     written: list[Written] = field(default_factory=list)
     ranges: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -66,18 +64,13 @@ class _Run:
         return {
             "calibration": self.data.progress(),
             "ranges": self.ranges,
-            "names_read": sorted(self.weights.names_read),
+            "weights": self.weights.known(),
         }
 
     def go_on(self, more: Mapping[str, Any]) -> None:
         self.data.go_on(more["calibration"])
         self.ranges.update(more["ranges"])
-        self.weights.names_read.update(more["names_read"])
-
-    def load(self, part: Part) -> None:
-        parts.materialize(part.model)
-        self.weights.read(part.model)
-        finite.check_model(part.model, self.what, self.source)
+        self.weights.go_on(more["weights"])
 
 
 class Plan(Protocol):
@@ -105,19 +98,18 @@ def quantize(
     options, export, choice = plan.options, plan.export, plan.choice
     if export is None or isinstance(choice, str):
         raise ValueError("layerwise_checks refuses it")
-    location = Path(source.location)
     build = loading.build_options(source, options)
     model = builder.build(source.architecture, build, weights=False)
     config = ptq.prepare(model, options, choice, data)
     data.single = not ptq.needs_data(model, method_of(config))
     writer = Writer(model, source, options, session, export.target, export.allow_unexportable)
     progress = LayerProgress(export.folder, _key(source, options, data))
-    weights = HuggingFaceWeights(model, source, options)
+    weights = part_weights.opened(model, source, options)
     part_files = PartFiles(writer, progress.work, session.device, export.shard_bytes)
     every = parts.of(model)
-    run = _Run(model, config, data, weights, part_files, every, f"model {location}", location)
+    run = _Run(model, config, data, weights, part_files, every)
     _require_plain_ends(model)
-    with loading.verified(location, options):
+    with loading.verified(Path(source.location), options):
         _go_through(run, progress, session)
     if len(run.written) == len(run.parts):
         run.written.append(part_files.write_carried(len(run.parts)))
@@ -146,7 +138,7 @@ def _go_through(run: _Run, progress: LayerProgress, session: Session) -> None:
     if start >= len(every):
         return
     embedding, *_ = every
-    run.load(embedding)
+    run.weights.read(0, embedding)
     data.learn_arguments(run.model)
     if start == 0:
         data.embed(run.model)
@@ -157,7 +149,7 @@ def _go_through(run: _Run, progress: LayerProgress, session: Session) -> None:
     for number, part in enumerate(every):
         if number >= start:
             if number:
-                run.load(part)
+                run.weights.read(number, part)
             if part.layer is not None:
                 _calibrate(run, part)
             _merge(run.ranges, ranges.of_model(part.model))

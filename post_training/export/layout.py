@@ -27,6 +27,14 @@ class Configuration(NamedTuple):
 class Layout(ABC):
     """How the linears of a model are stored; a subclass a layout, an instance a ``quant_algo``."""
 
+    def of(self, exporter: StreamingExporter) -> Layout:
+        """The layout for one export: itself, unless it depends on the model."""
+        return self
+
+    def complete(self) -> Layout:
+        """Itself after the last tensor, for :meth:`configuration`; a collective call."""
+        return self
+
     def groups(self, exporter: StreamingExporter, dtype: torch.dtype) -> Iterator[Tensors]:
         """The tensors to write, as :meth:`StreamingExporter.groups`.
 
@@ -42,8 +50,8 @@ class Layout(ABC):
                 module, _, kind = name.rpartition(".")
                 if kind == "weight" and value.dim() == 2 and bool(steps[name].any()):
                     found.update(self.stored(module, value, steps[name], dtype))
-                elif kind == "input_scale":
-                    found[name] = value.float().reshape(1)
+                elif kind in ("input_scale", "weight_scale_2"):
+                    found[name] = self.whole_scale(value.float())
                 elif kind in ("k_scale", "v_scale"):
                     found.update(self.cache_scale(name, value.float()))
                 elif kind == "e_score_correction_bias":
@@ -63,6 +71,10 @@ class Layout(ABC):
             steps: what each element's code is multiplied by, of the same shape.
             dtype: of what is not quantized.
         """
+
+    def whole_scale(self, value: torch.Tensor) -> torch.Tensor:
+        """How one scale of all inputs, or of a whole weight, is stored; float32."""
+        return value.reshape(1)
 
     def cache_scale(self, name: str, value: torch.Tensor) -> Tensors:
         """The tensor of a scale of keys or values, ``*.k_proj.k_scale``, float32: as ModelOpt's."""

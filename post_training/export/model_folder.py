@@ -33,6 +33,7 @@ from post_training.export import (
     scaled_fp8,
 )
 from post_training.export.carried import Carried
+from post_training.export.compressed_mixture import Mixture
 from post_training.export.fake_quantized import as_computed, unpack
 from post_training.export.folder import Tensors, require_equal, write_tensors
 from post_training.export.layout import Configuration
@@ -40,6 +41,7 @@ from post_training.export.streaming_exporter import StreamingExporter
 from post_training.models.builder import torch_dtype
 from post_training.models.families import registry as families
 from post_training.quantization import quantizers
+from post_training.quantization.engines.base import MIXED_COMPRESSED
 
 logger = logging.getLogger("post_training")
 
@@ -48,6 +50,7 @@ _LAYOUTS = {
     **scaled_fp8.LAYOUTS,
     **compressed_tensors.LAYOUTS,
     **modelopt_integers.LAYOUTS,
+    MIXED_COMPRESSED: Mixture(),
 }
 
 
@@ -82,7 +85,7 @@ class Writer:
         allow_unexportable: bool = False,
     ) -> None:
         judged = quantizers.judge_model(model, required=not allow_unexportable, target=target)
-        self.kv_cache, self.layout = judged.kv_cache_quant_algo, _LAYOUTS.get(judged.quant_algo)
+        self.kv_cache = judged.kv_cache_quant_algo
         self.dtype = torch_dtype(options.precision)
         self.original = loading.local_huggingface(source, options)
         self.carried = Carried.of(self.original, session)
@@ -100,6 +103,8 @@ class Writer:
                 # Export the scale that was calibrated and scored, not one rounded up to 1.
                 clamp_kv_cache_scales=False,
             )
+        layout = _LAYOUTS.get(judged.quant_algo)
+        self.layout = layout.of(self.exporter) if layout else None
 
     def groups(self) -> Iterable[Tensors]:
         """The tensors that this rank writes, a group a layer."""
@@ -141,6 +146,8 @@ class Writer:
     def write_small_files(self, work: Path) -> None:
         """What is no tensor; a collective call."""
         of_modelopt = self.configuration(dict) if self.layout is None else None
+        if self.layout is not None:
+            self.layout = self.layout.complete()
 
         def write() -> None:
             said = of_modelopt

@@ -6,7 +6,10 @@ Each linear of the Hugging Face model has tensors of its own, q, k, v and gate, 
 - ``W4A16_AWQ``: ``weight`` uint8 [out / 2, in], the codes of two rows, the first in the low half;
   ``weight_scale`` [out, in / 128] in the model's dtype; ``pre_quant_scale`` [in], what inputs are
   multiplied by: ones, since AWQ's factors are in the layers before. The engine reads them where it
-  fuses a linear with no other (``W4A16_AWQ_LinearMethod.load_weights_vanilla``).
+  fuses a linear with no other (``W4A16_AWQ_LinearMethod.load_weights_vanilla``);
+- ``W4A8_AWQ``: the same, and ``weight_scale_2`` and ``input_scale``, float32 scalars. The engine
+  divides the scales of blocks by the first, multiplies them with the codes, both in half
+  precision, and rounds that to E4M3; inputs are E4M3 times the second (``W4A8_AWQ_LinearMethod``).
 
 ``hf_quant_config.json`` says which, and names the linears that are left in 16 bits.
 """
@@ -30,6 +33,10 @@ class ModelOptIntegers(Layout):
     """What both share."""
 
     algorithm: str
+
+    def whole_scale(self, value: torch.Tensor) -> torch.Tensor:
+        """A scalar, which the engine copies into one."""
+        return value.reshape(())
 
     @abstractmethod
     def said(self) -> dict[str, Any]:
@@ -64,7 +71,7 @@ class W4A16Awq(ModelOptIntegers):
     def stored(
         self, module: str, value: torch.Tensor, steps: torch.Tensor, dtype: torch.dtype
     ) -> Tensors:
-        codes = torch.round(value / steps).to(torch.int8) & 0xF
+        codes = torch.round(value / steps).clamp(-8, 7).to(torch.int8) & 0xF
         pairs = codes.to(torch.uint8).unflatten(0, (-1, 2))
         return {
             f"{module}.weight": pairs[:, 0] | pairs[:, 1] << 4,
@@ -76,5 +83,14 @@ class W4A16Awq(ModelOptIntegers):
         return {"group_size": GROUP, "has_zero_point": False, "pre_quant_scale": True}
 
 
+class W4A8Awq(W4A16Awq):
+    """A scale for 128 inputs of a row and one for all, and FP8 inputs.
+
+    What the model computes with is rounded to FP8, by less than half a code.
+    """
+
+    algorithm = "W4A8_AWQ"
+
+
 # By quant_algo.
-LAYOUTS: dict[str, Layout] = {each.algorithm: each for each in (W8A16(), W4A16Awq())}
+LAYOUTS: dict[str, Layout] = {each.algorithm: each for each in (W8A16(), W4A16Awq(), W4A8Awq())}

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from post_training.common import hashing, safetensors_index
 from post_training.export import comparison, readback
+from post_training.export.content import Content
 from post_training.export.folder import Tensors, require_equal, shards
 from post_training.export.model_folder import Writer
 from post_training.models.parts import Part
@@ -88,7 +89,7 @@ class PartFiles:
             for name, entry in safetensors_index.read_file(path).items()
         }
         said = self._writer.configuration(lambda: index)
-        content = readback.Content(
+        content = Content(
             self._writer.config(said), said.beside if said is not None else None, index
         )
         written = readback.Folder(self._work, self._device, content=content)

@@ -10,15 +10,14 @@ import math
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 
-from post_training.common import files, safetensors_index
-from post_training.common.safetensors_index import Entry
 from post_training.export import fused_linears, stacked_experts, staging
-from post_training.export.decoders import compressed_tensors
+from post_training.export.content import Content
+from post_training.export.decoders import compressed_tensors, configuration
 from post_training.export.decoders.base import Decoder
 from post_training.export.decoders.registry import DECODERS, SCALES
 from post_training.models.families import registry as families
@@ -26,28 +25,11 @@ from post_training.models.families import registry as families
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-QUANT_CONFIG = "hf_quant_config.json"
+QUANT_CONFIG = configuration.FILE
 # Safetensors' names of the dtypes that a weight that is not quantized may have.
 _PLAIN = ("BF16", "F16", "F32")
 _KV_SCALES = ("k_proj.k_scale", "v_proj.v_scale")
 _COMPRESSED_KV_SCALES = (".k_scale", ".v_scale")  # of the attention itself
-
-
-class Content(NamedTuple):
-    """``config.json``, ``hf_quant_config.json`` if there is one, and the tensors by name."""
-
-    config: dict[str, Any]
-    beside: dict[str, Any] | None
-    tensors: dict[str, Entry]
-
-
-def _content(path: Path) -> Content:
-    beside = path / QUANT_CONFIG
-    return Content(
-        files.read_json_object(path / "config.json"),
-        files.read_json_object(beside) if beside.is_file() else None,
-        safetensors_index.read(path),
-    )
 
 
 class Folder:
@@ -69,7 +51,7 @@ class Folder:
     ) -> None:
         self.path, self.carried = path, frozenset(carried)
         self.device = torch.device(device)
-        content = content or _content(path)
+        content = content or Content.of(path)
         self.config, self.index = content.config, content.tensors
         self.quantization: dict[str, Any] = {}
         declared = self.config.get("quantization_config") or {}
@@ -119,8 +101,7 @@ class Folder:
         """
         decoder = self._decoder(name)
         if decoder is not None:
-            module = name.removesuffix(".weight")
-            return decoder.decode(self.tensor, module, self.tensor(f"{module}.{decoder.stored}"))
+            return decoder.weight(self.tensor, name.removesuffix(".weight"))
         return self._plain(name).float()
 
     def value(self, name: str) -> torch.Tensor:
@@ -151,6 +132,14 @@ class Folder:
             found += self._scale_problems(name, modules)
         found += fused_linears.problems(self.expected, self.algorithm, self._number)
         return [*found, *self._configuration_problems(modules)]
+
+    def damaged_values(self) -> list[str]:
+        """Tensors with values that are not finite; decodes all of them."""
+        return [
+            f"{name} has values that are not finite"
+            for name in self.expected
+            if not self.dequantized(name).isfinite().all()
+        ]
 
     def bits_per_weight(self) -> float:
         """Stored bits of all tensors, scales included, per parameter of the architecture."""
@@ -203,6 +192,15 @@ class Folder:
             name.endswith(_COMPRESSED_KV_SCALES) and f"{attention}.o_proj.weight" in self.expected
         )
 
+    def is_sound_scale(self, name: str) -> bool:
+        """Whether each number of a scale is finite and positive, or what a block of zeros has."""
+        module, _, kind = name.rpartition(".")
+        if kind == "weight_shape":  # its decoder compares it
+            return True
+        decoder, values = DECODERS.get(self.algorithm(module) or ""), self.tensor(name).float()
+        zeros = decoder is not None and decoder.zero_scales and kind == "weight_scale"
+        return bool((values.isfinite() & ((values >= 0) if zeros else (values > 0))).all())
+
     def _form_problems(self, name: str, shape: tuple[int, ...]) -> Iterable[str]:
         """Stored dtype and shape against the configuration's, from the file's header alone."""
         entry = self.index[self.stored_name(name)]
@@ -238,11 +236,8 @@ class Folder:
             yield f"{name} is stored for a layer that the configuration calls unquantized"
         elif decoder and kind in SCALES and kind not in decoder.scales:
             yield f"{name} is no tensor of {decoder.algorithm}"
-        elif kind != "weight_shape":  # its decoder compares it
-            values = self.tensor(name).float()
-            zeros = decoder is not None and decoder.zero_scales and kind == "weight_scale"
-            if not (values.isfinite() & ((values >= 0) if zeros else (values > 0))).all():
-                yield f"{name} is not finite and positive"
+        elif not self.is_sound_scale(name):
+            yield f"{name} is not finite and positive"
 
     def _number(self, name: str) -> float | None:
         """What a stored number holds; None for the scales of rows or blocks, be it of one."""

@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from modelopt.torch.export.model_config import QUANTIZATION_NVFP4, QUANTIZATION_W4A16_NVFP4
 from modelopt.torch.export.quant_utils import process_layer_quant_config
 from modelopt.torch.export.unified_export_megatron import GPTModelExporter
+from modelopt.torch.quantization.nn import SequentialQuantizer
 
 from post_training.export.dividing import Dividing
 from post_training.export.fake_quantized import (
@@ -29,13 +30,18 @@ from post_training.export.joining import Joining
 from post_training.models import post_norms
 from post_training.models.families import registry as families
 from post_training.quantization import layer_names, quantizers
+from post_training.quantization.formats.base import Linear
 
 # From a linear layer to a tensor of its weight's shape, [out, in].
 View = Callable[[Any], torch.Tensor]
 
 
 class StreamingExporter(GPTModelExporter):
-    """ModelOpt's exporter, one layer at a time. Every rank takes part in every method."""
+    """ModelOpt's exporter, one layer at a time. Every rank takes part in every method.
+
+    Attributes:
+        linears: how each linear of this rank's views is quantized, by its name in the files.
+    """
 
     _view: View | None = None
     _state_dict: Any
@@ -47,6 +53,7 @@ class StreamingExporter(GPTModelExporter):
         The original gives all of them the largest scale, which rounds the others' weights again.
         """
         super().__init__(model, *args, **kwargs)
+        self.linears: dict[str, Linear] = {}
         own = {n: rule for n, rule in self.rules.items() if n.startswith("quantized_experts.")}
         if own and any(layer_names.is_expert(name) for name, _ in quantizers.enabled(model)):
             names = {n.replace("quantized_", "local_"): rule for n, rule in own.items()}
@@ -138,6 +145,10 @@ class StreamingExporter(GPTModelExporter):
 
     def _take(self) -> Tensors:
         tensors, self._state_dict = self._state_dict, OrderedDict()
+        return self._named(tensors)
+
+    def _named(self, tensors: Tensors) -> Tensors:
+        """The tensors by the names that files have."""
         family = families.FAMILIES.get(self.arch)
         return {(family.stored_name(n) if family else n): t for n, t in tensors.items()}
 
@@ -151,9 +162,14 @@ class StreamingExporter(GPTModelExporter):
         family = families.FAMILIES.get(self.arch)
         return Dividing(family.divided(vars(self.model.config)) if family else {})
 
-    def _record_layer_quant_config(self, prefix: str, *described: Any) -> None:
+    def _record_layer_quant_config(self, prefix: str, form: Any, *more: Any) -> None:
+        """As the original; of a view, how the linear is quantized."""
         for part in self._dividing.modules(self._joining.module(prefix)):
-            super()._record_layer_quant_config(part, *described)
+            if self._view is None:
+                super()._record_layer_quant_config(part, form, *more)
+            elif form is not None:
+                (name,) = self._named({f"{part}weight": torch.empty(0)})
+                self.linears[name.removesuffix(".weight")] = form
 
     def _record_excluded_module(self, prefix: str) -> None:
         """Of experts in one tensor, engines ask for the layer that has them, ``experts``."""
@@ -211,7 +227,7 @@ class StreamingExporter(GPTModelExporter):
 
     def _get_quantized_state(
         self, module: Any, dtype: Any = None, prefix: str = ""
-    ) -> tuple[Tensors, str | None, int]:
+    ) -> tuple[Tensors, Any, int]:
         """Packs the weights that the forward pass used, so that what was scored is exported.
 
         The original divides the unrounded weight in bf16, which rounds twice; and any other
@@ -222,10 +238,12 @@ class StreamingExporter(GPTModelExporter):
             state = self._get_weight_bias(module, torch.float32)
             if "weight" in state:
                 state["weight"] = self._view(module)
-            scale = calibrated_scale(getattr(module, "input_quantizer", None))
-            if scale is not None:
-                state["input_scale"] = scale
-            return state, None, 0
+            scales = {"input_scale": calibrated_scale(getattr(module, "input_quantizer", None))}
+            of_weight = getattr(module, "weight_quantizer", None)
+            if isinstance(of_weight, SequentialQuantizer):
+                scales["weight_scale_2"] = calibrated_scale(of_weight[-1])
+            state.update({name: each for name, each in scales.items() if each is not None})
+            return state, quantizers.linear_of(module), 0
         state, quantization, block_size = super()._get_quantized_state(module, dtype, prefix)
         if "weight_scale" in state:
             state["weight"] = fake_quantized(module)
@@ -237,6 +255,11 @@ class StreamingExporter(GPTModelExporter):
                 state["weight_scale_2"],
             )
         return state, quantization, block_size
+
+    def _get_weight_scales(self, state: Any, quantization: str | None) -> tuple[Any, Any]:
+        """As the original; of a view the scales stay among what is written beside each part."""
+        found: tuple[Any, Any] = (None, None)
+        return found if self._view is not None else super()._get_weight_scales(state, quantization)
 
     def _self_attention_scaling(self, module: Any, prefix: str, **options: Any) -> None:
         if self._view is None:

@@ -27,7 +27,8 @@ def server(target: str, *, simulated: bool) -> str:
 def choose(asked: str | None, source: Source) -> str:
     """The engine of ``--target``, or the one that ``quantize`` was told, or the first."""
     recorded = (source.manifest or {}).get("quantization") or {}
-    return asked or str(recorded.get("target") or engines.DEFAULT)
+    known = recorded.get("target")  # by the version that quantized it
+    return asked or (known if known in engines.TARGETS else engines.DEFAULT)
 
 
 def check(source: Source, target: str) -> None:

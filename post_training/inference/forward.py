@@ -29,6 +29,7 @@ def run(
     context: StaticInferenceContext | None = None,
     features: list[torch.Tensor] | None = None,
     labels: torch.Tensor | None = None,
+    hidden: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Run this rank's stage. Logits on the last one, None on the others.
 
@@ -43,6 +44,7 @@ def run(
         features: on the last stage the hidden states that an attached draft is fed with are
             appended, one tensor [s, b, hidden] for each of its auxiliary layers, in order.
         labels: int64 [b, s]; the result is then the cross entropy of each, float32 [b, s].
+        hidden: what the first layer is given in place of the embedded ids, [s, b, hidden].
 
     Raises:
         UsageError: if the result is not finite; on the last stage alone, which ends the others.
@@ -89,6 +91,7 @@ def run(
             input_ids,
             position_ids.expand(batch, -1),
             mask,
+            decoder_input=hidden,
             labels=labels,
             inference_context=context,
             runtime_gather_output=labels is None,

@@ -11,10 +11,11 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
+from post_training.common import forms
 from post_training.common.errors import UsageError
-from post_training.models import transformer_fields
+from post_training.models import architecture_form, transformer_fields
 
 # Fields of TransformerConfig that belong to the model. All others say how it is run or trained.
 TRANSFORMER_FIELDS = frozenset(
@@ -53,6 +54,10 @@ _FREQUENCIES = {"no_rope_freq", "linear_attention_freq"}
 REQUIRED = ("num_layers", "hidden_size", "num_attention_heads")
 POSITION_EMBEDDINGS = ("rope", "mrope", "yarn", "relative", "learned_absolute", "none")
 MODEL_TYPES = ("GPTModel", "HybridModel", "MambaModel")
+
+
+class _Form(TypedDict, total=False):
+    transformer: dict[str, Any]
 
 
 class Difference(NamedTuple):
@@ -96,7 +101,7 @@ class Architecture:
     rope_scaling_factor: float = 8.0
     rope_parameters: dict[str, Any] | None = None
     yarn: dict[str, Any] | None = None
-    multipliers: dict[str, float] | None = None
+    multipliers: dict[str, float | bool] | None = None
     post_norms: bool = False
     pre_norms: bool = True
     full_width_qk_norms: bool = False
@@ -234,7 +239,11 @@ class Architecture:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Architecture:
-        """The architecture that a manifest holds; UsageError for missing or unknown values."""
+        """The architecture that a manifest holds; UsageError for values that are none."""
+        what = "the architecture in the manifest run.json"
+        remedy = "make the checkpoint again with this version"
+        forms.parse(content, dict[str, Any], what, remedy)
+        forms.parse(content, _Form, what, remedy)
         fields = dataclasses.fields(cls)
         required = {each.name for each in fields if each.default is dataclasses.MISSING}
         missing = sorted(required - content.keys())
@@ -244,11 +253,20 @@ class Architecture:
         )
         if missing or unknown:
             raise UsageError(
-                "the architecture in the manifest run.json",
+                what,
                 f"missing: {', '.join(missing) or '-'}; unknown: {', '.join(unknown) or '-'}",
-                "make the checkpoint again with this version",
+                remedy,
             )
-        return cls(**content)
+        found = cls(**content)  # as it is: a form makes floats of integers
+        found.check(what, remedy)
+        return found
+
+    def check(self, what: str, remedy: str = "compare it with the original") -> None:
+        """UsageError unless values have their types, and sizes that a model may have."""
+        own = {name: getattr(self, name) for name in OWN_FIELDS}
+        forms.parse({**own, "transformer": self.transformer}, type(self), what, remedy)
+        architecture_form.check_transformer(self.transformer, what, remedy)
+        architecture_form.check_sizes({**self.transformer, **own}, what, remedy)
 
 
 OWN_FIELDS = tuple(f.name for f in dataclasses.fields(Architecture) if f.name != "transformer")

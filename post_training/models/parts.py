@@ -33,14 +33,21 @@ class Part:
 def of(model: Any) -> list[Part]:
     """The parts of a model on one pipeline stage, in the order in which data passes them."""
     layers = model.decoder.layers
-    # A tied output layer multiplies by the embedding's weight, which comes along.
-    tied = model.share_embeddings_and_output_weights
-    last = ("embedding", "output_layer") if tied else ("output_layer",)
     return [
         Part(_with(model, ("embedding",), (), first=True)),
         *(Part(_with(model, (), (layer,)), layer) for layer in layers),
-        Part(_with(model, last, (), last=True)),
+        Part(_with(model, ("output_layer",), (), last=True)),
     ]
+
+
+def end_of(model: Any) -> Any:
+    """What follows the last layer, as a model that is given hidden states (``decoder_input``).
+
+    A tied output layer multiplies by the embedding's weight, which comes along.
+    """
+    tied = model.share_embeddings_and_output_weights
+    names = ("embedding", "output_layer") if tied else ("output_layer",)
+    return _with(model, names, (), first=True, last=True)
 
 
 def _with(
@@ -85,6 +92,18 @@ def materialize(module: torch.nn.Module, device: torch.device | None = None) -> 
 def release(module: torch.nn.Module) -> None:
     """Give the memory of all tensors back; scales of quantizers go too."""
     _change(module, lambda t: t.to("meta"))
+
+
+def share(one: torch.nn.Module, other: torch.nn.Module) -> None:
+    """Give ``other``, which has the same modules and more, the tensors of ``one``."""
+    for name, module in one.named_modules():
+        there: Any = other.get_submodule(name)
+        for mine, its in (
+            (module._parameters, there._parameters),
+            (module._buffers, there._buffers),
+        ):
+            for key, tensor in mine.items():
+                dict.__setitem__(its, key, tensor)
 
 
 def default_device() -> torch.device:

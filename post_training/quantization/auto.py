@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -92,9 +93,18 @@ def search(
         "effective_bits": float(best["constraints"]["effective_bits"]),
         "satisfied": bool(best.get("is_satisfied", True)),
         "layers": {
-            name.removesuffix(".quant_recipe"): str(v) for name, v in best["recipe"].items()
+            name.removesuffix(".quant_recipe"): _shown(str(recipe), options, choice)
+            for name, recipe in best["recipe"].items()
         },
     }
+
+
+def _shown(recipe: str, options: QuantizeOptions, choice: Choice) -> str:
+    """The format's name, where ModelOpt shows its number among those that are not its own."""
+    found = re.match(r"CUSTOM_(\d+)(?=\()", recipe)
+    if found is None or isinstance(choice, Recipe):
+        return recipe
+    return options.auto.formats[int(found[1])].name + recipe[found.end() :]
 
 
 @contextlib.contextmanager

@@ -17,9 +17,9 @@ from tqdm import tqdm
 from post_training.common.errors import UsageError
 from post_training.data.calibration_data import CalibrationData
 from post_training.distributed.collectives import from_all_ranks
-from post_training.inference import forward, generation
+from post_training.inference import forward, generation, layerwise
 from post_training.inference.batching import Batching
-from post_training.quantization import expert_reach, experts, layerwise, maxima, quantizers
+from post_training.quantization import expert_reach, experts, maxima, quantizers
 from post_training.quantization.layer_names import first_names, global_name
 
 logger = logging.getLogger("post_training")

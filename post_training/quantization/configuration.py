@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from modelopt.torch.quantization import config as modelopt_config
+from modelopt.torch.quantization.algorithms import estimate_quant_compression
 from modelopt.torch.quantization.config import QuantizeConfig
 
 from post_training.quantization import layer_names, recipes
@@ -107,8 +108,15 @@ def _with_megatron_names(entries: list[Config]) -> Iterator[Config]:
 
 
 def for_search(name: str) -> Config | str:
-    """A format for ModelOpt's search: its name, which the result shows, if it means the same."""
+    """A format for ModelOpt's search: its name, which the result shows, if it means the same.
+
+    ModelOpt counts a weight's code alone for most formats; with its scale there is more to store.
+    """
     config = named(name)
+    linear = formats.FORMATS[name].linear
+    bits = formats.WEIGHTS[linear.weight].bits if linear else 16.0
+    if abs(16 * estimate_quant_compression(QuantizeConfig(**config)) - bits) > 1e-6:
+        config["effective_bits"] = bits
     return name if config == getattr(modelopt_config, name, None) else config
 
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from post_training.common.errors import UsageError
 from post_training.distributed.collectives import from_all_ranks
-from post_training.inference import forward, generation
+from post_training.inference import forward, generation, layerwise
 from post_training.quantization import (
     calibration,
     expert_reach,
@@ -40,7 +40,6 @@ from post_training.quantization import (
     gptq_checks,
     gptq_rounding,
     layer_names,
-    layerwise,
     quantizers,
     scale_rounding,
 )

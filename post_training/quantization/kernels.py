@@ -42,8 +42,10 @@ def refusal(
     engine = engines.TARGETS[target]
     support = engine.algorithms.get(algorithm, Support())
     rows, columns = support.multiples
-    if of_experts and not support.experts:
-        why = f"{engine.name} does not read experts in {algorithm}"
+    if of_experts and support.expert_multiples:
+        rows, columns = support.expert_multiples
+    if of_experts and (unread := engines.experts_refusal(algorithm, target)):
+        why = unread
     elif of_experts and inputs < support.expert_inputs:
         why = (
             f"{shown} has {inputs} inputs; {engine.name} computes experts in {algorithm} correctly "

@@ -7,6 +7,7 @@ its own here, so that every layer gets what it gets in the whole model, bit for 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Sequence
@@ -18,9 +19,9 @@ from megatron.core.inference.utils import InferenceMode
 
 from post_training.common.errors import UsageError
 from post_training.distributed.collectives import from_all_ranks
-from post_training.inference import forward, generation
+from post_training.inference import forward, generation, layerwise
 from post_training.inference.batching import Batching
-from post_training.quantization import layerwise
+from post_training.quantization import quantizers
 from post_training.quantization.calibration import Calibration
 
 logger = logging.getLogger("post_training")
@@ -81,7 +82,10 @@ class LayerCalibration(Calibration):
         Raises:
             UsageError: on every rank, if they are not finite.
         """
+        self._pass_through()
         self._module = self._begun = None
+        if self.layer == 0:
+            self.place()  # there may be several passes now
         finite = all(bool(each.sum(dtype=torch.float32).isfinite()) for each in self.states)
         if not all(from_all_ranks(finite)):
             raise UsageError(
@@ -90,6 +94,17 @@ class LayerCalibration(Calibration):
                 "give --bf16 or --fp32; if it is in one of them already, compare the conf with the "
                 "model's config.json",
             )
+
+    def _pass_through(self) -> None:
+        """Make the passes that calibration left out, of a layer without what needs data."""
+        with contextlib.ExitStack() as stack:
+            for _, quantizer in quantizers.enabled(self._module):
+                quantizer.disable()
+                stack.callback(quantizer.enable)
+            while self._passes_done < len(self.states) and not self.single:
+                self._into = self._next_pass()
+                self._run(self._module, self._rows(), self.batching)
+            self._into = None
 
     def __call__(self, model: torch.nn.Module) -> None:
         self._into = self._next_pass()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from post_training.checkpoints.source import Source
 from post_training.common.errors import UsageError
 from post_training.quantization.options import Choice, QuantizeOptions, is_search
 
 _WHOLE = "leave --layerwise out where the model fits into memory"
 
 
-def check(options: QuantizeOptions, choice: Choice, source: Source) -> None:
+def check(options: QuantizeOptions, choice: Choice) -> None:
     """Raise UsageError for what needs the whole model, or writes another thing than an export."""
     sizes = options.parallel
     # By what the command line says: why not, and what to do instead.
@@ -43,12 +42,6 @@ def check(options: QuantizeOptions, choice: Choice, source: Source) -> None:
             "--layerwise with a search of formats",
             "it compares losses of the whole model",
             f"choose one format, or {_WHOLE}",
-        )
-    if source.is_checkpoint:
-        raise UsageError(
-            f"--layerwise with --load {options.load}",
-            "layers are read from a Hugging Face folder",
-            "name the model's folder in HF_MODEL_CKPT, without MLM_MODEL_CKPT",
         )
 
 

@@ -5,7 +5,6 @@ A name of the table, a recipe file, or ``auto``; and whether the result could be
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 
 from post_training.common.errors import UsageError
@@ -16,7 +15,7 @@ from post_training.data.options import CalibrationOptions
 from post_training.inference.smoke_generation import SmokeOptions
 from post_training.models.architecture import Architecture
 from post_training.quantization import (
-    gptq_checks,
+    format_checks,
     kernels,
     layer_names,
     model_checks,
@@ -27,7 +26,7 @@ from post_training.quantization.engines import registry as engines
 from post_training.quantization.expert_options import ExpertOptions
 from post_training.quantization.formats import exportable
 from post_training.quantization.formats import registry as formats
-from post_training.quantization.formats.base import AWQ, GPTQ, NO_KV_CACHE, Format
+from post_training.quantization.formats.base import NO_KV_CACHE, Format
 from post_training.quantization.recipes import Recipe
 from post_training.quantization.search_options import AutoQuantizeOptions
 
@@ -170,7 +169,7 @@ def check(options: QuantizeOptions, choice: Choice, architecture: Architecture |
         UsageError: naming the flag, its value and the reason.
     """
     if options.export_kv_cache_quant == "nvfp4_rotate":
-        _require_hadamard("--export-kv-cache-quant nvfp4_rotate")
+        format_checks.require_hadamard("--export-kv-cache-quant nvfp4_rotate")
     if architecture is not None:
         in_format, method = NO_KV_CACHE, ""
         if isinstance(choice, Format):
@@ -222,26 +221,14 @@ def _check_format(
 
 
 def _check_runs(options: QuantizeOptions, choice: Format, what: str) -> None:
-    """Refuse a format that ModelOpt cannot calibrate, or not save, in this layout."""
-    if choice.broken:
-        raise UsageError(what, choice.broken, "choose another format (docs/formats.md)")
-    if choice.kv == "nvfp4_rotate" and options.allow_unexportable:
-        _require_hadamard(what)
-    ranks, replicas = options.parallel.tensor, options.parallel.data
-    if ranks > 1 and choice.linear and formats.WEIGHTS[choice.linear.weight].stored_block_scales:
-        raise exportable.unsavable(what, ranks)
-    if ranks > 1 and options.packed and formats.packs_by_rank(choice.weight):
-        raise exportable.unpackable(what, ranks)
-    if choice.method == GPTQ:
-        synced = options.experts.sync_expert_weight_amax
-        gptq_checks.check(what, options.parallel, packed=options.packed, synced=synced)
-    if choice.method in ("local_hessian", *AWQ) and replicas > 1:
-        raise UsageError(
-            f"{what} with DP={replicas}",
-            "ModelOpt adds up neither Hessians nor losses of the replicas, whose scales would "
-            "differ",
-            "set DP=1; PP may be larger",
-        )
+    format_checks.check(
+        choice,
+        what,
+        options.parallel,
+        packed=options.packed,
+        synced=options.experts.sync_expert_weight_amax,
+        allow_unexportable=options.allow_unexportable,
+    )
 
 
 def _verdict(options: QuantizeOptions, choice: Format) -> exportable.Verdict:
@@ -273,21 +260,12 @@ def _check_layers(
         )
 
 
-def _require_hadamard(what: str) -> None:
-    if importlib.util.find_spec("fast_hadamard_transform") is None:
-        raise UsageError(
-            what,
-            "ModelOpt rotates with the package fast_hadamard_transform, which is not installed",
-            "install it (it needs CUDA), or use fp8 or nvfp4",
-        )
-
-
 def _check_search(options: QuantizeOptions, architecture: Architecture | None) -> None:
     what = f"--auto-quantize-formats {','.join(options.auto.auto_quantize_formats)}"
     what += " --weight-only" if options.weight_only else ""
     for row in options.auto.formats:
         _check_runs(options, row, what)
-    search_options.check(
+    found = search_options.check(
         options.auto,
         what,
         kv_cache=options.export_kv_cache_quant,
@@ -295,6 +273,10 @@ def _check_search(options: QuantizeOptions, architecture: Architecture | None) -
         target=options.target,
         allow_unexportable=options.allow_unexportable,
     )
-    if architecture is not None:
-        for row in options.auto.formats:
-            _check_layers(options, row, what, architecture)
+    if architecture is None:
+        return
+    for row in options.auto.formats:
+        _check_layers(options, row, what, architecture)
+    if found.exportable and not options.allow_unexportable:
+        values, left_out = architecture.resolved(), options.left_out
+        kernels.check(what, found.quant_algo, values, options.target, left_out=left_out)

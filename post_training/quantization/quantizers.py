@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from modelopt.torch.quantization.nn import SequentialQuantizer, TensorQuantizer
 
 from post_training.distributed.collectives import from_all_ranks
-from post_training.quantization import fused_rows, kernels
+from post_training.quantization import fused_rows, kernels, layer_names
 from post_training.quantization.engines import registry as engines
 from post_training.quantization.formats import exportable
 from post_training.quantization.formats import registry as formats
@@ -184,7 +184,8 @@ def judge_model(
     output = getattr(model, "output_layer", None) if tied else None
     tied_output = output is not None and linear_of(output) is not None
     unread = next(filter(None, refused), "")
-    gathered = from_all_ranks((linears, *_kv_format(model), tied_output, unread))
+    experts = any(layer_names.is_expert(f"{name}.") for name, form in forms.items() if form)
+    gathered = from_all_ranks((linears, *_kv_format(model), tied_output, unread, experts))
     if any(each[3] for each in gathered):
         found = Verdict(reason="the output layer is quantized, and the embedding shares its weight")
     else:
@@ -194,7 +195,9 @@ def judge_model(
             attention=any(each[2] for each in gathered),
             target=target,
         )
-        unread = next((each[4] for each in gathered if each[4]), "")
+        if any(each[5] for each in gathered):  # a mixture may be read without them alone
+            unread = engines.experts_refusal(found.quant_algo, target)
+        unread = next((each[4] for each in gathered if each[4]), unread)
         found = Verdict(reason=unread) if found.exportable and unread else found
     if required and not found.exportable:
         raise exportable.unexportable("the quantized model", found)
@@ -209,6 +212,9 @@ def require_savable(model: torch.nn.Module, *, packed: bool) -> None:
     mine = sorted(used.intersection(static))
     if size > 1 and any(from_all_ranks(mine)):
         raise exportable.unsavable(", ".join(mine) or "stored block scales", size)
+    twice = [row.name for row in formats.WEIGHTS.values() if row.parts]
+    if packed and any(from_all_ranks(sorted(used.intersection(twice)))):
+        raise exportable.packed_twice("the quantized model")
     by_rank = sorted(filter(formats.packs_by_rank, used))
     if size > 1 and packed and any(from_all_ranks(by_rank)):
         raise exportable.unpackable(", ".join(by_rank) or "a scale a row", size)

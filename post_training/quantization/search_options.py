@@ -11,6 +11,7 @@ from post_training.config.flags import flag
 from post_training.quantization.formats import exportable
 from post_training.quantization.formats import registry as formats
 from post_training.quantization.formats.base import FOLDED_METHODS, GPTQ, Format
+from post_training.quantization.formats.exportable import Verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +83,8 @@ def check(
     weight_only: bool,
     target: str,
     allow_unexportable: bool,
-) -> None:
-    """Raise UsageError for formats or bits that a search cannot have.
+) -> Verdict:
+    """Refuse formats or bits that a search cannot have.
 
     Args:
         what: names the formats in a message.
@@ -91,6 +92,9 @@ def check(
         weight_only: inputs stay in 16 bits.
         target: engine that is to read the export.
         allow_unexportable: formats that no engine reads side by side are let pass.
+
+    Returns:
+        What a result that has all the formats is exported as.
     """
     rows = auto.formats
     changing = [row.name for row in rows if row.method in (*FOLDED_METHODS, GPTQ)]
@@ -113,3 +117,4 @@ def check(
             f"these formats need between {least:g} and 16 bits a weight, scales included",
             "give a number in between",
         )
+    return found

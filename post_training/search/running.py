@@ -142,18 +142,18 @@ class Runner:
             on_first_rank(checkpoint.keep)
         candidate = Candidate("model", source, named, self.session, open_export, _model=model)
         text, read = judging.judge_text(self.options.text, [candidate, self.reference])
-        plain = 32 if options.precision == "fp32" else 16
-        bits = result.reached.bits_per_weight(plain)[1]
+        parameters = result.reached.to_json()["parameters"]
         if self.counts_exactly:
             size = stored_bytes(model, source, options, self.session, target=options.target)
         else:
-            size = round(bits / 8 * result.reached.to_json()["parameters"])
+            plain = 32 if options.precision == "fp32" else 16
+            size = round(result.reached.bits_per_weight(plain)[1] / 8 * parameters)
         found = Result(
             trial,
             bytes=size,
             plain_bytes=self.plain_bytes,
             exact=self.counts_exactly,
-            bits_per_weight=round(bits, 4),
+            bits_per_weight=round(8 * size / parameters, 4),
             text=text,
             layers=(result.search or {}).get("layers"),
         )

@@ -14,7 +14,7 @@ from post_training.data.prompts import Dialogue
 from post_training.inference.answered import CONTEXT, LENGTH, STOP, TOOL_CALLS, Answered
 from post_training.inference.options import SamplingOptions
 from post_training.servers.client import Client, MalformedError, RefusedError
-from post_training.servers.identity import Server
+from post_training.servers.identity import TENSORRT_LLM, Server
 
 logger = logging.getLogger("post_training")
 
@@ -54,7 +54,8 @@ def plain_sampling(server: Server, sampling: SamplingOptions) -> dict[str, Any]:
     """
     if server.engine is None:
         return {"top_k": sampling.top_k} if sampling.top_k else {}
-    return {"top_k": sampling.top_k or -1, "repetition_penalty": 1.0, "min_p": 0.0}
+    every = 0 if server.engine == TENSORRT_LLM else -1  # how the engine spells "all tokens"
+    return {"top_k": sampling.top_k or every, "repetition_penalty": 1.0, "min_p": 0.0}
 
 
 @dataclass

@@ -87,6 +87,18 @@ class Client:
         """A completion of text or tokens, in a ``form``."""
         return await self._ask(self._api.completions.with_raw_response.create, form, extra, body)
 
+    async def native(self, path: str, form: Any, body: Mapping[str, Any]) -> Any:
+        """POST to a path of the server's own API, for an answer in a ``form``."""
+        api = self._api.with_options(base_url=self.address.root)
+        try:
+            content = await api.post(path, cast_to=object, body=dict(body))
+        except Exception as error:
+            raise self.explained(error) from error
+        try:
+            return forms.parse(content, form, "", "")
+        except UsageError as error:
+            raise MalformedError(self.address, f"in its answer {error.cause}") from error
+
     async def _ask(
         self, create: Any, form: Any, extra: Mapping[str, Any], body: Mapping[str, Any]
     ) -> Any:
@@ -106,7 +118,7 @@ class Client:
         try:
             content = json.loads(text)
         except ValueError as error:
-            cause = f"it answered no JSON: {redaction.hide(text)[:100]!r}"
+            cause = f"it answered no JSON: {redaction.hide(text[:100])!r}"
             raise MalformedError(self.address, cause) from error
         try:
             found = forms.parse(content, form, "", "")
@@ -174,7 +186,7 @@ class MalformedError(UsageError):
 
     def __init__(self, address: Address, cause: str) -> None:
         remedy = "give the address of an OpenAI-compatible API, which usually ends in /v1"
-        super().__init__(f"server {address.shown}", cause, remedy)
+        super().__init__(f"server {address.shown}", redaction.hide(cause), remedy)
 
 
 def unreachable(address: Address, error: BaseException, tries: int = 1) -> UsageError:

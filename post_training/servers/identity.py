@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from urllib.parse import urlsplit
 
 from post_training.common import forms, redaction
 from post_training.common.errors import UsageError, suggest
-from post_training.config.server_options import KEY, Address
+from post_training.config.server_options import KEY, Address, ServerOptions
 from post_training.servers.client import MalformedError, RefusedError, message_in, unreachable
 
 if TYPE_CHECKING:
@@ -63,8 +64,10 @@ class Server:
         return f"{self.model} on {self.address.shown} ({engine})"
 
 
-def find(address: Address, model: str | None) -> Server:
+def find(address: Address, model: str | None, *, preferred: str | None = None) -> Server:
     """The server at an address, and the ``model`` there, or its only one.
+
+    ``preferred`` is taken where it has that and others.
 
     Raises:
         UsageError: if it is not there, refuses the key, has no such model, or several and none is
@@ -80,7 +83,9 @@ def find(address: Address, model: str | None) -> Server:
     by_name = {each["id"]: each for each in listed}
     engine = next((each.get("owned_by") for each in listed), None)
     engine = engine if engine in _ENGINES else None
-    if model is None:
+    if model is None and preferred in by_name:
+        model = preferred
+    elif model is None:
         model = _only(address, list(by_name))
     elif model not in by_name and engine is not None:
         raise UsageError(
@@ -92,6 +97,12 @@ def find(address: Address, model: str | None) -> Server:
     described = _described(address, engine)
     version = described.get("version")
     return Server(address, model, engine, version and str(version), positions, described)
+
+
+def report_name(serving: ServerOptions) -> str:
+    """What a report about a server's model is called by."""
+    host = urlsplit(serving.address.shown).netloc.replace(":", "_")
+    return serving.server_model or host
 
 
 def get(address: Address, url: str) -> Response:

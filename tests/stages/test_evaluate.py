@@ -13,11 +13,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import served
 import tools
 import torch
 from questions import FEW_SHOTS, write_questions
+from served_model import ServedModel
 
+import evaluate
 from post_training.common import validity
+from post_training.common.errors import UsageError
 from post_training.evaluation.harness_options import HarnessOptions
 
 WINDOW, STRIDE, NEW = 96, 40, 32
@@ -184,6 +188,64 @@ def test_word_problems_are_answered_as_by_transformers(setting, reports):
         assert answers == expected
         said |= set(answers)
     assert len(said) > 2
+
+
+def test_servers_give_the_same_figures(setting, reports):
+    """One as vLLM and one as SGLang, against the models that the stage loads."""
+    tokenizer, output = tools.byte_tokenizer(), setting.work / "served.json"
+    of_model, of_reference = (
+        ServedModel(each, tokenizer) for each in (setting.model, setting.reference)
+    )
+    sglang = {"/v1/models": served.models("tiny", owner="sglang")}
+    more = (
+        *("--pretrained-model-path", setting.work / "model", "--evaluate-output", output),
+        *("--fraction", 0.3, "--gsm8k-limit", 1, "--max-drop", 1.0, "--server-concurrency", 2),
+    )
+    with (
+        served.scripted(of_model.post) as server,
+        served.scripted(of_reference.post, sglang) as other,
+    ):
+        words = (*flags(setting, output, *more), "--reference", other.url)
+        found = served.run(evaluate.STAGE, "--server", server.url, *words)
+        for refused in (("--max-kl", 1.0), ("--weights-only",), ("--reference", setting.work)):
+            with pytest.raises(UsageError, match=f"{refused[0]}.* with --server"):
+                served.run(evaluate.STAGE, "--server", server.url, *words, *refused)
+        before = setting.work / "before.json"
+        recorded = {
+            "stage": "evaluate",
+            "inputs": [each for each in found["inputs"] if each["role"] in ("questions", "text")],
+            "measures": {"mmlu": {"model": found["measures"]["mmlu"]["reference"]}},
+            "text": {**found["text"], "model": found["text"]["reference"]},
+        }
+        before.write_text(json.dumps(recorded))
+        again = (*words, "--gsm8k-dataset", "", "--reference", before)
+        compared = served.run(evaluate.STAGE, "--server", server.url, *again)
+        with pytest.raises(UsageError, match=r"before\.json\n.*mmlu had few_shots 2, and has 1"):
+            served.run(evaluate.STAGE, "--server", server.url, *again, "--few-shots", 1)
+        of_model.echoes = False
+        with pytest.raises(UsageError, match=r"--text with --server.*\n.*Echo is not compatible"):
+            served.run(evaluate.STAGE, "--server", server.url, *words)
+    local = reports["TP=1"]
+    for role in ("model", "reference"):
+        assert found["text"][role] == {
+            "loss": pytest.approx(local["text"][role]["loss"], rel=1e-5),
+            "perplexity": pytest.approx(local["text"][role]["perplexity"], rel=1e-4),
+            "interval_95": pytest.approx(local["text"][role]["interval_95"], rel=1e-4),
+        }
+        theirs, ours = ({n: e[role] for n, e in r["measures"].items()} for r in (local, found))
+        assert ours["mmlu"]["answers"] == {
+            subject: letters[:3] for subject, letters in theirs["mmlu"]["answers"].items()
+        }
+        for name in ("gsm8k_strict", "gsm8k_flexible"):
+            assert ours[name]["answers"] == theirs[name]["answers"][:1]
+    ratio = local["text"]["difference"]["perplexity_ratio"]
+    assert found["text"]["difference"]["perplexity_ratio"] == pytest.approx(ratio, rel=1e-5)
+    assert "kl" not in found["text"]
+    assert compared["measures"]["mmlu"]["difference"] == found["measures"]["mmlu"]["difference"]
+    assert compared["text"]["reference"] == found["text"]["reference"]
+    assert found["measures"]["mmlu"]["difference"]["mcnemar_p"] <= 1
+    assert found["reference_server"]["engine"] == "sglang"
+    assert json.loads(output.read_text())["flipped"]["rows"] == found["flipped"]["rows"]
 
 
 def test_broken_bounds_end_with_code_1_and_the_figures(setting, reports):

@@ -19,8 +19,10 @@ import pytest
 import served
 import tools
 import torch
+from questions import write_questions
 
 import generate
+import mmlu
 from post_training.common import redaction, resumable_jsonl
 from post_training.common.errors import UsageError
 from post_training.common.manifest import Manifest
@@ -200,6 +202,12 @@ def test_a_server_gives_the_same_rows(setting, outputs):
         top_k = (*model, *words, *SAMPLED, "--overwrite")
         with pytest.raises(UsageError, match=r"HTTP 422: Unexpected fields.*top_k"):
             served.run(generate.STAGE, "--server", url, *top_k)
+        (setting.work / "questions").mkdir()
+        questions = write_questions(setting.work / "questions")
+        asked = ("--mmlu-dataset", questions, "--tokenizer-model", setting.folder)
+        asked += ("--mmlu-output", setting.work / "mmlu.json")
+        with pytest.raises(UsageError, match=r"no log probabilities.*prompt must be a string"):
+            served.run(mmlu.STAGE, "--server", url, *model, *asked)
     local, found = read(outputs / "greedy.jsonl"), read(output)
     alike = [row for row in found if row["metadata"]["index"] not in (4, 5)]
     assert alike == [row for row in local if row["metadata"]["index"] != 4]

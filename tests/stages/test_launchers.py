@@ -154,12 +154,37 @@ def test_nothing_but_the_word_dry_run_keeps_a_launcher_from_starting(environment
     assert "the layout has 1 process" in done.stderr
 
 
-def test_nothing_is_imported_from_the_current_folder(environment, tmp_path):
+@pytest.mark.parametrize("paths", ["", ":{}/a b", "{}/a b:", ".:x"])
+def test_nothing_is_imported_from_the_current_folder(environment, tmp_path, paths):
+    """Even if PYTHONPATH names it: an empty entry, of a variable that was not set, does."""
     (tmp_path / "json.py").write_text("open('ran', 'w')")
     (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "a b").mkdir()
+    (tmp_path / "a b" / "sitecustomize.py").write_text("open('named', 'w')")
     environment |= {"MLM_MODEL_CKPT": str(tmp_path), "PYTHONSAFEPATH": "1"}
+    environment["PYTHONPATH"] = paths.format(tmp_path)
     bash(ROOT / "finetune.sh", "Qwen/Qwen3-0.6B", cwd=tmp_path, **environment, code=2)
     assert not (tmp_path / "ran").exists()
+    assert (tmp_path / "named").exists() == ("a b" in paths)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "cause"),
+    [
+        ("PYTHONHOME", "/nonexistent", "it does not start: "),
+        ("PYTHONUTF8", "2", "invalid PYTHONUTF8"),
+        ("TQDM_NCOLS", "wide", "ValueError: invalid literal for int() with base 10: 'wide'"),
+        ("PYTHON", "without packages", "it has no safetensors, "),
+    ],
+)
+def test_an_interpreter_that_cannot_run_the_stages_is_named(
+    environment, tmp_path, variable, value, cause
+):
+    if variable == "PYTHON":
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "v"], check=True)
+        value = str(tmp_path / "v" / "bin" / "python")
+    done = bash("convert.sh", "Qwen/Qwen3-0.6B", **{**environment, variable: value}, code=2)
+    assert cause in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ largest logit, question by question. The byte-level tokenizer has the blank befo
 token of its own.
 """
 
+import copy
 import json
 import subprocess
 import sys
@@ -12,13 +13,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import served
 import tools
 import torch
 from questions import FEW_SHOTS, SUBJECTS, write_questions
+from served_model import ServedModel
 
+import mmlu
 from post_training.cli.stage import make_plan
 from post_training.common.errors import UsageError
-from post_training.evaluation import mmlu, mmlu_data, mmlu_prompts
+from post_training.evaluation import mmlu_asked, mmlu_data, mmlu_prompts
 
 LAYOUTS = {
     "TP=1": (1, ()),
@@ -95,6 +99,67 @@ def test_every_layout_gives_the_same_answers(reports, layout):
         assert reports[layout][key] == reports["TP=1"][key]
 
 
+SERVERS = {
+    "vllm": ({}, {"owner": "vllm"}),
+    "names": ({"most": 5}, {"owner": "someone"}),
+    "echo alone": ({"most": 1}, {"owner": "vllm"}),
+    "sglang": ({"most": 0, "echoes": False}, {"owner": "sglang"}),
+}
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_a_server_gives_the_same_answers(setting, reports, kind):
+    """Letters among the most probable tokens, by number or by name; else each by itself."""
+    how, models = SERVERS[kind]
+    served_model = ServedModel(setting.model, tools.byte_tokenizer(), **how)
+    report = setting.work / f"{kind}.json"
+    words = ("--tokenizer-model", setting.folder, "--mmlu-dataset", setting.questions)
+    words += ("--few-shots", FEW_SHOTS, "--mmlu-output", report, "--server-concurrency", 2)
+    words += ("--fraction", 0.3)  # three of a subject's seven questions
+    pages = {"/v1/models": served.models("tiny", **models)}
+    with served.scripted(served_model.post, pages) as server:
+        found = served.run(mmlu.STAGE, "--server", server.url, *words)
+    assert found["answers"] == {
+        subject: letters[:3] for subject, letters in reports["TP=1"]["answers"].items()
+    }
+    assert found["total"] == 9
+    assert found["server"]["model"] == "tiny"
+    assert json.loads(report.read_text()) == found
+
+
+@pytest.mark.parametrize(
+    ("how", "tokenizer", "expected"),
+    [
+        ({"most": 0, "echoes": False}, None, r"no log probabilities.*greater than.*\n.*vLLM"),
+        ({"most": 5, "echoes": False}, None, "MMLU's question 1 with --server"),
+        ({"broken": True}, None, "a log probability is nan: the model's logits are not finite"),
+        ({}, "other", r"it makes \d+ tokens of a text of which the server makes \d+"),
+    ],
+)
+def test_what_a_server_cannot_score_is_refused(setting, how, tokenizer, expected):
+    other = copy.deepcopy(tools.byte_tokenizer())
+    if tokenizer:
+        other.add_tokens(["multiple choice"])
+    served_model = ServedModel(setting.model, other, **how)
+    if "most" in how:  # no letter is among so few
+        letters = [other.encode(letter)[0] for letter in "ABCD"]
+        inner = served_model.logprobs
+
+        def unlikely(ids):
+            rows = inner(ids).clone()
+            rows[:, letters] = -100.0
+            return rows
+
+        served_model.logprobs = unlikely
+    words = ("--tokenizer-model", setting.folder, "--mmlu-dataset", setting.questions)
+    words += ("--mmlu-output", setting.work / "never.json")
+    with (
+        served.scripted(served_model.post) as server,
+        pytest.raises(UsageError, match=expected),
+    ):
+        served.run(mmlu.STAGE, "--server", server.url, *words)
+
+
 def test_the_report_has_score_cost_and_origin(setting, reports):
     report = reports["TP=1"]
     assert (report["total"], report["few_shots"], report["fraction"]) == (21, FEW_SHOTS, 1.0)
@@ -124,8 +189,6 @@ def test_the_table_names_every_subject_and_the_average(reports, outputs):
 
 
 def test_the_report_lies_beside_the_model_by_default(setting, monkeypatch):
-    import mmlu
-
     def planned(model: object) -> Path:
         words = ["--pretrained-model-path", str(model), "--mmlu-dataset", str(setting.questions)]
         return make_plan(mmlu.STAGE, [*words, "--check"]).report
@@ -167,7 +230,7 @@ def test_the_check_imports_no_torch(setting):
 
 
 def test_a_blank_of_its_own_belongs_to_the_prompt():
-    found = mmlu.answer_tokens(tools.byte_tokenizer())
+    found = mmlu_asked.answer_tokens(tools.byte_tokenizer())
     tokenizer = tools.byte_tokenizer()
     assert tokenizer.decode(found.bridge) == " "
     assert [tokenizer.decode([token]) for token in found.ids] == ["A", "B", "C", "D"]
@@ -176,7 +239,7 @@ def test_a_blank_of_its_own_belongs_to_the_prompt():
 def test_letters_with_their_blank_are_compared_where_they_are_one_token():
     tokenizer = tools.byte_tokenizer()
     tokenizer.add_tokens([" A", " B", " C", " D"])
-    found = mmlu.answer_tokens(tokenizer)
+    found = mmlu_asked.answer_tokens(tokenizer)
     assert found.bridge == []
     assert [tokenizer.decode([token]) for token in found.ids] == [" A", " B", " C", " D"]
 
@@ -185,11 +248,11 @@ def test_a_tokenizer_that_cuts_letters_is_refused():
     tokenizer = tools.byte_tokenizer()
     tokenizer.add_tokens([": A"])
     with pytest.raises(UsageError, match="the letters are not single tokens"):
-        mmlu.answer_tokens(tokenizer)
+        mmlu_asked.answer_tokens(tokenizer)
 
 
 def test_shared_length_is_what_all_sequences_begin_with():
-    assert mmlu.shared_length([[1, 2, 3, 9], [1, 2, 4], [1, 2, 3]]) == 2
-    assert mmlu.shared_length([[1, 2], [1, 2, 3]]) == 2
-    assert mmlu.shared_length([[1], [2]]) == 0
-    assert mmlu.shared_length([]) == 0
+    assert mmlu_asked.shared_length([[1, 2, 3, 9], [1, 2, 4], [1, 2, 3]]) == 2
+    assert mmlu_asked.shared_length([[1, 2], [1, 2, 3]]) == 2
+    assert mmlu_asked.shared_length([[1], [2]]) == 0
+    assert mmlu_asked.shared_length([]) == 0

@@ -11,8 +11,13 @@ from released_configs import DEEPSEEK_V3, LLAMA3_SCALING, RELEASED
 
 from post_training.common.errors import UsageError
 from post_training.config import model_description
-from post_training.models import parameter_count
-from post_training.models.architecture import Architecture
+from post_training.models import parameter_count, transformer_fields
+from post_training.models.architecture import (
+    MLA_FIELDS,
+    OWN_FIELDS,
+    TRANSFORMER_FIELDS,
+    Architecture,
+)
 from post_training.models.families.registry import from_huggingface
 
 QWEN3 = RELEASED["Qwen/Qwen3-0.6B"]
@@ -178,6 +183,37 @@ def test_a_manifest_of_another_version_is_refused():
         Architecture.from_json(
             {n: v for n, v in content.items() if n != "vocab_size"} | {"colour": 1}
         )
+
+
+OF_ANOTHER_TYPE = {"int": 0.5, "float": "1", "bool": 1, "str": 1, "choice": [], "numbers": "0,1"}
+
+
+@pytest.mark.parametrize("name", sorted(TRANSFORMER_FIELDS | MLA_FIELDS))
+def test_a_field_of_another_type_or_of_a_size_that_no_model_has_is_refused(name):
+    content = from_huggingface(QWEN3).to_json()
+    kind = transformer_fields.load()[name]["type"]
+    wrong = [OF_ANOTHER_TYPE[kind], {}, *((-1, 10**400) if kind == "int" else ())]
+    for value in wrong:
+        changed = {**content, "transformer": {**content["transformer"], name: value}}
+        with pytest.raises(UsageError, match=name):
+            Architecture.from_json(changed)
+
+
+@pytest.mark.parametrize(
+    "name", [each for each in OWN_FIELDS if each != "huggingface_architecture"]
+)
+def test_another_value_of_another_type_is_refused(name):
+    content = from_huggingface(QWEN3).to_json()
+    with pytest.raises(UsageError, match=name):
+        Architecture.from_json({**content, name: [{}]})
+
+
+def test_a_config_json_with_a_size_that_no_model_has_is_refused():
+    """A list with an entry for each would take all memory (pruning's choices of a width did)."""
+    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"):
+        found = from_huggingface({**QWEN3, key: 2**62})
+        with pytest.raises(UsageError, match="no model has more than"):
+            found.check("config.json")
 
 
 def test_differences_fill_in_megatron_cores_defaults():

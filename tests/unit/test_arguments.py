@@ -265,6 +265,8 @@ def expect_usage_error(capsys, *words: str, contains: list[str]) -> None:
         (["--moe-router-topk-limited-devices", "2"], ["--moe-router-topk-limited-devices\n"]),
         (["--moe-router-load-balancing-type", "none", "sinkhorn"], ["load-balancing", "computes"]),
         (["--moe-router-load-balancing-type", "sinkhorn"], ["load-balancing", "computes"]),
+        (["--moe-router-load-balancing-type", "quantile_balancing"], ["load-balancing", "known"]),
+        (["--moe-router-load-balancing-type", "aux_los"], ["load-balancing", "seq_aux_loss"]),
         (["--fp8-format", "e4m3"], ["--fp8 (--fp8-format)", "FP8", "quantize.sh"]),
         (["--fp4-format", "e2m1"], ["--fp4 (--fp4-format)", "quantize.sh"]),
         (["--config-logger-dir", "x"], ["--config-logger-dir\n", "pickled"]),

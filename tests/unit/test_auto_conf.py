@@ -21,6 +21,7 @@ NEEDS = {
     "extract_features": {"MLM_EXTRA_ARGS": "--output-dir features --seq-length 128"},
     "evaluate": {"MLM_EXTRA_ARGS": "--text org/text"},
     "mmlu": {},
+    "search": {"MLM_EXTRA_ARGS": "--text org/text --max-kl 1"},
     "validate": {},
     "export": {},
 }

@@ -348,8 +348,10 @@ def test_an_output_is_valid_as_long_as_every_input_is_what_it_was(tmp_path, monk
         path.write_text(path.name)
     # A training run that was resumed with other data has both.
     assert is_valid({**described["data"], "sha256": "0"}, described["data"])
+    assert validity.gone_inputs(output) == []
     data.unlink()
     assert is_valid(described["data"])
+    assert validity.gone_inputs(output) == [str(data)]
 
 
 def test_a_folder_of_somebody_else_is_not_taken_for_what_a_killed_run_left(tmp_path):
@@ -375,12 +377,12 @@ def test_a_file_of_somebody_else_is_not_taken_for_rows_of_a_run(tmp_path):
             resumable_jsonl.check(tmp_path / "answers.jsonl", {}, overwrite=overwrite)
 
 
-@pytest.mark.parametrize("name", ["../run.json", "/etc/passwd", "weights"])
+@pytest.mark.parametrize("name", ["../run.json", "/etc/passwd", "weights", "x" * 300])
 def test_a_manifest_names_the_files_of_its_folder_once(name, tmp_path):
     content = manifest.read(own_output(tmp_path / "run"))
     content["outputs"].append({"file": name, "bytes": 1})
     files.write_json(tmp_path / "run" / manifest.FILE, manifest.sealed(content))
-    with pytest.raises(UsageError, match=r"outside of its folder|an output twice"):
+    with pytest.raises(UsageError, match=r"outside of its folder|an output twice|that no file has"):
         manifest.read(tmp_path / "run")
 
 

@@ -9,7 +9,7 @@ import torch
 
 from post_training.export.decoders.registry import DECODERS, SCALES
 from post_training.quantization.engines import registry as engines
-from post_training.quantization.engines.base import MIXED
+from post_training.quantization.engines.base import MIXED, MIXED_COMPRESSED
 
 
 def decode(algorithm, stored, **scales):
@@ -18,7 +18,7 @@ def decode(algorithm, stored, **scales):
 
 
 def test_every_algorithm_that_an_engine_reads_has_a_decoder():
-    assert set(engines.algorithms()) - {MIXED} <= set(DECODERS)
+    assert set(engines.algorithms()) - {MIXED, MIXED_COMPRESSED} <= set(DECODERS)
     assert {"weight_scale", "weight_scale_2", "input_scale"} <= SCALES
 
 

@@ -9,7 +9,14 @@ import pytest
 
 from post_training.common.errors import UsageError
 from post_training.data import text_windows
-from post_training.evaluation import evaluation_report, gates, harness_options, intervals
+from post_training.evaluation import (
+    evaluation_report,
+    gates,
+    harness_options,
+    intervals,
+    recorded_reference,
+)
+from post_training.evaluation.answers import Answer, Measure, paired
 from post_training.evaluation.gates import GateOptions
 from post_training.evaluation.intervals import Paired
 
@@ -125,3 +132,21 @@ def test_tasks_that_leave_no_room_for_the_question_are_refused():
     harness_options.require_room(1024, 1024)
     with pytest.raises(UsageError, match="an answer of 1,025 tokens"):
         harness_options.require_room(1024, 1025)
+
+
+def test_a_recorded_reference_is_judged_as_it_was():
+    """GSM8K's answers, which are a list; numbers may be spelled otherwise than the right ones."""
+    expected = ["1,200", "7", "3"]
+    mine = [Answer(str(i), "q", each, "7", each == "7") for i, each in enumerate(expected)]
+    details = {"few_shots": 2, "max_new_tokens": 9, "answers": ["7"] * 3}
+    of_reference = {"few_shots": 2, "max_new_tokens": 9, "answers": ["$1200", "8", "3."]}
+    content = {"measures": {"gsm8k_strict": {"model": of_reference}}}
+    asked = [Measure("gsm8k_strict", mine, details)]
+    (found,) = recorded_reference.measures(content, asked, "before.json")
+    assert [each.right for each in found.answers] == [True, False, True]
+    assert paired(asked[0], found).difference == pytest.approx(-1 / 3)
+    of_reference["answers"] = ["8"]
+    with pytest.raises(UsageError, match="had 1 questions, and has 3"):
+        recorded_reference.measures(content, asked, "before.json")
+    with pytest.raises(UsageError, match="it has no mmlu"):
+        recorded_reference.measures(content, [Measure("mmlu", [], {})], "before.json")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from post_training.checkpoints.finite import describe_not_finite
+from post_training.checkpoints.finite import check_model, describe_not_finite
+from post_training.common.errors import UsageError
 
 FORMATS = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
 
@@ -35,3 +36,17 @@ def test_integers_and_meta_tensors_are_left_out():
         is None
     )
     assert describe_not_finite([]) is None
+
+
+@pytest.mark.parametrize("name", ["weight_quantizer._amax", "k_bmm_quantizer._scale"])
+def test_a_maximum_or_a_scale_is_not_negative(name):
+    model = torch.nn.Module()
+    model.linear = torch.nn.Module()
+    model.linear.weight_quantizer = torch.nn.Module()
+    model.linear.k_bmm_quantizer = torch.nn.Module()
+    quantizer, _, kind = name.partition(".")
+    getattr(model.linear, quantizer).register_buffer(kind, torch.tensor([1.0, 0.0]))
+    check_model(model, "checkpoint")
+    getattr(getattr(model.linear, quantizer), kind)[1] = -1
+    with pytest.raises(UsageError, match=f"linear.{name} is negative"):
+        check_model(model, "checkpoint")

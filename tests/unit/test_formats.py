@@ -117,7 +117,7 @@ EXPORTED = {
     "MXFP4_MLP_WEIGHT_ONLY_CFG": "W4A16_MXFP4",
 }
 REFUSED = {
-    "W4A8_AWQ_BETA_CFG": "W4A8_FP8_AWQ_CFG has none",
+    "W4A8_AWQ_BETA_CFG": "TensorRT-LLM would",
     "NVFP4_SVDQUANT_DEFAULT_CFG": "low-rank",
     "NVFP4_MLP_WEIGHT_ONLY_CFG": "blocks of 32",
     "W4A8_MXFP4_FP8_CFG": "MXFP4 with inputs",
@@ -146,7 +146,7 @@ def test_every_exportable_algorithm_has_engines_and_gpus():
         for target in engines.TARGETS
     ]
     algorithms = {each.quant_algo for each in found if each.exportable}
-    assert algorithms | {"MIXED_PRECISION"} == set(engines.algorithms())
+    assert algorithms | {"MIXED_PRECISION", "MIXED_COMPRESSED_TENSORS"} == set(engines.algorithms())
     for algorithm in algorithms:
         names, gpus = engines.describe(algorithm)
         assert names
@@ -279,7 +279,8 @@ def test_every_engine_names_the_version_and_file_that_was_read():
     for engine in engines.ENGINES:
         assert engine.version
         assert engine.loader.endswith(".py")
-        assert engine.mixes <= set(engine.algorithms)
+        for name, inside in engine.mixtures.items():
+            assert {name, *inside} <= set(engine.algorithms)
         for support in engine.algorithms.values():
             assert {*support.native, *support.weights_alone} <= set(GENERATIONS)
             assert support.verified

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import numpy
 import pytest
 import tools
+from tokenizers import normalizers
 
 from post_training.common.errors import UsageError
 from post_training.data import conversation_data, text_data
@@ -54,13 +56,36 @@ def test_a_second_run_reads_what_the_first_packed(kind, source, tmp_path):
     assert again == first
 
 
-def test_another_length_or_file_is_packed_anew(kind, source, tmp_path):
+def test_another_length_file_or_tokenizer_is_packed_anew(kind, source, tmp_path):
     prepare(kind, source, tmp_path)
     prepare(kind, source, tmp_path, length=LENGTH // 2)
     file = Path(source.files[0])
-    file.write_text(file.read_text() * 2)
+    times = file.stat()
+    file.write_text(file.read_text().replace("1", "7"))  # of the same size
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     prepare(kind, source, tmp_path)
-    assert len(list(tmp_path.glob("*/data.json"))) == 3
+    other = tools.chat_tokenizer()
+    other.backend_tokenizer.normalizer = normalizers.Lowercase()
+    kind.prepare(source, other, LENGTH, 20, tmp_path)
+    assert len(list(tmp_path.glob("*/data.json"))) == 4
+
+
+@pytest.mark.parametrize("damage", ["a bit", "cut short", "no description"])
+def test_packed_data_that_is_damaged_is_packed_again(kind, source, tmp_path, damage, caplog):
+    _, first = prepare(kind, source, tmp_path)
+    (description,) = tmp_path.glob("*/data.json")
+    ids = description.with_name("train_ids.npy")
+    content = ids.read_bytes()
+    if damage == "a bit":
+        ids.write_bytes(content[:-4] + bytes([content[-4] ^ 1]) + content[-3:])
+    elif damage == "cut short":
+        ids.write_bytes(content[: len(content) // 2])
+    else:
+        description.write_text("[1]")
+    _, again = prepare(kind, source, tmp_path)
+    assert again == first
+    assert ids.read_bytes() == content
+    assert "packed again" in caplog.text
 
 
 def test_the_files_that_were_read_are_recorded_and_may_not_change_meanwhile(

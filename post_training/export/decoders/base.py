@@ -38,6 +38,16 @@ class Decoder:
     block: int | None = None
     zero_scales: bool = False
 
+    def weight(self, read: Read, module: str) -> torch.Tensor:
+        """The weight of a linear, float32 [out, in]; ValueError if it is not stored so."""
+        packed = read(f"{module}.{self.stored}")
+        if packed.dim() != 2:
+            raise ValueError(f"{module} is stored with the shape {tuple(packed.shape)}")
+        try:
+            return self.decode(read, module, packed)
+        except (IndexError, RuntimeError) as error:  # of scales that fit no row or block
+            raise ValueError(f"{module} cannot be decoded: {error}") from error
+
 
 def require_dtype(what: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
     """Raise ValueError for a tensor of another dtype."""

@@ -14,6 +14,8 @@ from post_training.export.decoders.mx import times_powers
 from post_training.export.decoders.nvfp4 import E2M1
 
 METHOD = "compressed-tensors"
+MIXED = "MIXED_COMPRESSED_TENSORS"  # our name for several in one model
+_MIXTURE = "mixed-precision"
 _FIXED = {"symmetric": True, "dynamic": False}
 _ROWS = {**_FIXED, "type": "int", "strategy": "channel"}
 _BYTES = {**_ROWS, "num_bits": 8}
@@ -39,26 +41,41 @@ def described(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: for a configuration that is none of those that are exported.
     """
-    groups = config.get("config_groups") or {}
-    if len(groups) != 1:
-        raise ValueError(f"{len(groups)} config_groups instead of one")
-    (group,) = groups.values()
-    weights, inputs = dict(group.get("weights") or {}), group.get("input_activations")
-    if weights.get("group_size") in (-1, None):  # both say that the scale is the whole row's
-        weights.pop("group_size", None)
-    found = next((n for n, form in _ALGORITHMS.items() if _says(form, weights, inputs)), None)
-    if found is None or group.get("targets") != ["Linear"]:
-        raise ValueError("config_groups are none that is exported")
-    if {config.get("format"), group.get("format")} != {_ALGORITHMS[found][0]}:
+    groups = [*(config.get("config_groups") or {}).values()]
+    found = [_algorithm(group) for group in groups]
+    said: dict[str, Any]
+    if len(groups) == 1:
+        said = {"quant_algo": found[0]}
+        forms, names = {_ALGORITHMS[found[0]][0]}, groups[0].get("targets")
+        is_right = names == ["Linear"]
+    else:
+        pairs = [(n, how) for g, how in zip(groups, found, strict=True) for n in g["targets"]]
+        listed = {name: {"quant_algo": how} for name, how in pairs}
+        said = {"quant_algo": MIXED, "quantized_layers": listed}
+        forms = {_MIXTURE}
+        # Names of linears alone: a class of them, or a pattern, would be looked for in their order.
+        is_right = len(listed) == len(pairs) > 0 and all("." in n and ":" not in n for n in listed)
+    if not is_right or {config.get("format")} != forms:
         raise ValueError(f"config_groups are none that is exported: the format of {found}")
     cache = config.get("kv_cache_scheme")
     if cache is not None and not _is(_CACHE, cache):
         raise ValueError("kv_cache_scheme is none that is exported")
     return {
-        "quant_algo": found,
+        **said,
         "exclude_modules": config.get("ignore") or [],
         "kv_cache_quant_algo": None if cache is None else "FP8",
     }
+
+
+def _algorithm(group: Mapping[str, Any]) -> str:
+    """What a group of linears is exported as."""
+    weights, inputs = dict(group.get("weights") or {}), group.get("input_activations")
+    if weights.get("group_size") in (-1, None):  # both say that the scale is the whole row's
+        weights.pop("group_size", None)
+    found = next((n for n, form in _ALGORITHMS.items() if _says(form, weights, inputs)), None)
+    if found is None or group.get("format") != _ALGORITHMS[found][0]:
+        raise ValueError(f"config_groups are none that is exported: {found or group}")
+    return found
 
 
 def _says(form: Any, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> bool:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 # In order of age.
 GENERATIONS = ("Ampere", "Ada", "Hopper", "Blackwell")
 MIXED = "MIXED_PRECISION"
+MIXED_COMPRESSED = "MIXED_COMPRESSED_TENSORS"  # of several in that layout
 # Written in the layout of compressed-tensors, not in ModelOpt's.
 COMPRESSED_TENSORS = frozenset(
     (
         *("INT8_W8A8", "INT8_PER_CHANNEL_PER_TOKEN", "INT8_W8A16"),
         *("INT4_W4A16", "INT4_W4A8", "MXFP4", "W4A16_MXFP4"),
+        MIXED_COMPRESSED,
     )
 )
 READ = "read in the loader's source"
@@ -35,6 +37,7 @@ class Support:
             those of multi-latent attention.
         experts: whether linears of experts may have it too.
         multiples: what kernels need of a linear: outputs and inputs divisible by these.
+        expert_multiples: the same of experts, where their kernel needs another.
         separate: whether q, k, v and gate, up must each be such multiples, not what is fused.
     """
 
@@ -48,6 +51,7 @@ class Support:
     special: bool = True
     experts: bool = True
     multiples: tuple[int, int] = (1, 1)
+    expert_multiples: tuple[int, int] | None = None
     separate: bool = False
 
     def on(self, generation: str) -> str:
@@ -71,7 +75,7 @@ class Engine:
         algorithms: ``quant_algo`` of ``hf_quant_config.json`` -> how it runs.
         stored_as: what it reads instead of another layout of the same numbers: the other's name
             -> its own.
-        mixes: algorithms that it reads side by side in one model.
+        mixtures: what is exported with several algorithms in one model -> those that it reads so.
         kv_caches: ``kv_cache_quant_algo`` that it reads.
         compressed_kv_caches: those that it reads in the layout of compressed-tensors.
         last_layer: whether a draft may read the output of the model's last layer.
@@ -84,11 +88,16 @@ class Engine:
     loader: str
     algorithms: Mapping[str, Support]
     stored_as: Mapping[str, str] = field(default_factory=dict)
-    mixes: frozenset[str] = frozenset()
+    mixtures: Mapping[str, frozenset[str]] = field(default_factory=dict)
     kv_caches: frozenset[str] = frozenset()
     compressed_kv_caches: frozenset[str] = frozenset()
     last_layer: bool = True
     not_modelopt: Mapping[str, str] = field(default_factory=dict)
+
+    def mixture(self, algorithms: Collection[str]) -> str:
+        """What several algorithms in one model are exported as; empty if it does not read them."""
+        found = (name for name, inside in self.mixtures.items() if inside.issuperset(algorithms))
+        return next(found, "")
 
     def version_of(self, algorithm: str) -> str:
         """The version whose loader reads the algorithm."""

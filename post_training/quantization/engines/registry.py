@@ -61,6 +61,15 @@ def refusal(algorithm: str, target: str, kv_cache: str = "") -> str:
     return ""
 
 
+def experts_refusal(algorithm: str, target: str) -> str:
+    """Why an engine does not read experts so; empty if it does."""
+    engine = TARGETS[target]
+    if algorithm not in engine.algorithms or engine.algorithms[algorithm].experts:
+        return ""
+    loader = engine.loader_of(algorithm).rpartition("/")[2]
+    return f"{engine.name} does not read experts in {algorithm} as exported here ({loader})"
+
+
 def describe(algorithm: str) -> tuple[str, str]:
     """The engines that read an algorithm, and the GPUs that run it; empty if none does."""
     readers = [engine for engine in ENGINES if algorithm in engine.algorithms]

@@ -20,10 +20,19 @@ TENSORRT_LLM = Engine(
         "W4A16_AWQ": Support(
             native=GENERATIONS, experts=False, multiples=(64, 128), kv_cache=False, special=False
         ),
+        # Kernels that multiply FP8 exist for Hopper and, from CUDA 12.4 on, for Ada
+        # (fpA_intB_gemm_template.h, CutlassFpAIntBGemmRunner.dispatch_to_arch).
+        "W4A8_AWQ": Support(
+            native=("Ada", "Hopper"),
+            experts=False,
+            multiples=(64, 128),
+            kv_cache=False,
+            special=False,
+        ),
         MIXED: Support(loader="tensorrt_llm/_torch/model_config.py"),
     },
     # ModelOpt's layout: its reader of compressed-tensors takes INT8 for FP8.
     stored_as={"INT8_W8A16": "W8A16", "INT4_W4A16": "W4A16_AWQ"},
-    mixes=frozenset(("FP8", "NVFP4")),
+    mixtures={MIXED: frozenset(("FP8", "NVFP4"))},
     kv_caches=frozenset(("FP8", "NVFP4")),
 )

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from post_training.common.errors import UsageError
 from post_training.quantization.engines import registry as engines
-from post_training.quantization.engines.base import MIXED
 from post_training.quantization.formats.base import NO_KV_CACHE, Format, Linear
 from post_training.quantization.formats.registry import KV_CACHES, WEIGHTS
 
@@ -68,10 +67,11 @@ def judge(
             "quantized"
         )
     engine = engines.TARGETS[target]
-    if len(algorithms) > 1 and not algorithms <= engine.mixes:
-        mixture = ", ".join(sorted(algorithms))
-        return Verdict(reason=f"{engine.name} does not mix {mixture}")
-    name = MIXED if len(algorithms) > 1 else next(iter(algorithms), "")
+    name = next(iter(algorithms), "")
+    if len(algorithms) > 1:
+        name = engine.mixture(algorithms)
+    if algorithms and not name:
+        return Verdict(reason=f"{engine.name} does not mix {', '.join(sorted(algorithms))}")
     refused = engines.refusal(name, target, cache.exported_as)
     if refused:
         return Verdict(reason=refused)
@@ -142,4 +142,13 @@ def unpackable(what: str, tensor_size: int) -> UsageError:
         f"{what} --compress with TP={tensor_size}",
         "ModelOpt packs each rank's part of a row with a scale of its own, which no other TP loads",
         "set TP=1, or leave --compress out; PP may be larger",
+    )
+
+
+def packed_twice(what: str) -> UsageError:
+    """The error for weights with scales of blocks and one of the whole matrix (``--compress``)."""
+    return UsageError(
+        f"{what} --compress",
+        "ModelOpt packs weights that are rounded twice so that no checkpoint of them loads",
+        "leave --compress out: the export packs them",
     )

@@ -54,8 +54,9 @@ INTEGER = FormatFamily(
             parts=("int4_block", "fp8"),
             bits=4.125,
             block_size=128,
-            refused="vLLM reads no scale of a whole matrix beside those of INT4; "
-            "W4A8_FP8_AWQ_CFG has none",
+            bf16_scales=True,
+            exported_as={"fp8": "W4A8_AWQ"},
+            refused="the scale of a whole matrix is for inputs in FP8; INT4_AWQ_CFG has none",
         ),
     ),
     formats=(
