@@ -135,6 +135,14 @@ def test_a_key_that_is_absent_or_null_means_what_it_means_to_transformers(family
         assert found.differences(families.from_huggingface(filled)) == [], key
 
 
+def test_a_null_in_place_of_true_is_refused(family):
+    """transformers takes it for false, and not for the default."""
+    for key, default in family.defaults.items():
+        if default is True:
+            with pytest.raises(UsageError, match=f"{key} = null"):
+                families.from_huggingface(family.tiny_config(**{key: None}))
+
+
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_type": "llama3"}
 

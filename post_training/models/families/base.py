@@ -149,6 +149,9 @@ class Family:
 
     def _filled(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """``config`` without its nulls, and with the family's defaults."""
+        for key, default in self.defaults.items():
+            if default is True and config.get(key, default) is None:
+                refuse(f"{key} = null", "it is true where it is absent, and null counts as false")
         derived = {key for key in _DERIVED if config.get(key, 0) is None}
         defaults = {k: v for k, v in self.defaults.items() if k not in derived}
         return {**defaults, **{k: v for k, v in config.items() if v is not None}}

@@ -201,6 +201,7 @@ FAMILIES = (
             "num_experts_per_tok": 4,
             "moe_intermediate_size": 64,
             "moe_shared_expert_intermediate_size": 96,
+            "moe_latent_size": 64,  # of Nemotron 3 Super and Ultra
             "routed_scaling_factor": 2.5,
             "n_group": 4,
             "topk_group": 2,
