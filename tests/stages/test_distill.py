@@ -196,7 +196,7 @@ REFUSED = {
     "student as teacher": (("--teacher", "STUDENT"), "", "it is the student", "before pruning"),
     "unknown field": ((), "skip_loss: true", "skip_loss", "Did you mean: skip_lm_loss"),
     "no YAML": ((), "a: [", "it is not YAML in line", "field: value"),
-    "temperature": ((), "logit_kl_temperature: 0", "logit_kl_temperature = 0", "positive"),
+    "temperature": ((), "logit_kl_temperature: 0", "logit_kl_temperature 0", "positive"),
     "top-k": ((), "logit_kl_topk: 100000", "logit_kl_topk = 100000", "512 tokens"),
     "unknown loss": ((), "intermediate_layer_pairs: [[a, b, cosin]]", "cosin", "cosine"),
     "layer": (
