@@ -187,7 +187,7 @@ def exported(tmp_path_factory):
     root = tmp_path_factory.mktemp("compressed")
     ids = tools.tokens()
     text = tools.write_texts(root / "text.jsonl")
-    one, two, last = [], [], []
+    one, two, stages, last = [], [], [], []
     for family, changes in MODELS.items():
         tools.random_model(root / family, family, **{**SIZES, **changes})
         for name in (name for each, name in EXPORTS if each == family):
@@ -210,16 +210,14 @@ def exported(tmp_path_factory):
                 two.append(("quantize", (*flags, *tp, "--save", split)))
                 folder = root / f"{name} TP2 hf"
                 last.append(("export", ("--load", split, "--fp32", "--export-dir", folder)))
-    # As users have it: everything in bf16. In larger passes products round by the threads' number,
-    # on which AWQ's choice between two factors of the same error then depends.
+    # As users have it: everything in bf16.
     for name in IN_BF16:
         flags = (
             *("--pretrained-model-path", root / "qwen3", "--export-quant-cfg", name),
-            *("--calib-batch-size", 1),
             *("--calib-dataset-path-or-name", text, "--calib-size", 8, "--skip-generate"),
             *("--calib-max-sequence-length", 64, "--save", root / f"{name} bf16"),
         )
-        two.append(("quantize", (*flags, "--pipeline-model-parallel-size", 2)))
+        stages.append(("quantize", (*flags, "--pipeline-model-parallel-size", 2)))
         one.append(("quantize", (*flags, "--save", root / f"{name} whole")))
         kinds = ["bf16", "whole"]
         if name not in POWERS:
@@ -236,11 +234,13 @@ def exported(tmp_path_factory):
             *("--leave-out", "model.layers.1.*.down_proj", "*.0.*.k_proj"),
             *("--calib-max-sequence-length", 64, "--save", root / f"{name} left out"),
         )
-        two.append(("quantize", (*flags, "--pipeline-model-parallel-size", 2)))
+        stages.append(("quantize", (*flags, "--pipeline-model-parallel-size", 2)))
         folder = root / f"{name} left out hf"
         last.append(("export", ("--load", root / f"{name} left out", "--export-dir", folder)))
     tools.run_stages(*one)
     tools.run_stages(*two, processes=2)
+    # Processes of their own: AWQ goes on to ask the ranks of the first layout in a process.
+    tools.run_stages(*stages, processes=2)
     tools.run_stages(*last)
     logits = {key: tools.read_logits(root / f"{' '.join(key)} logits") for key in EXPORTS}
     return root, ids, logits
