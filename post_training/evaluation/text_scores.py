@@ -70,7 +70,7 @@ def score(
     columns = 1 if reference is None else 5
     device = forward.device_of(models[0])
     found = torch.zeros(len(windows), columns, dtype=torch.float64, device=device)
-    rank, size, group = generation.data_parallel()
+    rank, size, _ = generation.data_parallel()
     for indices in list(_batches(models, windows, batch_size))[rank::size]:
         sums = _score_batch(models, [windows[i] for i in indices], device)
         rows = torch.tensor(indices, device=device)
@@ -78,10 +78,7 @@ def score(
         found[rows] = forward.from_last_stage(sums, shape, torch.float64)
         if progress is not None:
             progress(len(indices))
-    if size > 1:
-        torch.distributed.all_reduce(found, group=group)
-    tokens = torch.tensor([window.scored for window in windows], dtype=torch.float64)
-    return TextScores(tokens, *found.cpu().unbind(dim=1))
+    return _of_all_ranks(found, windows)
 
 
 @torch.no_grad()
@@ -98,7 +95,7 @@ def score_by_layers(
     columns = 1 if reference is None else 5
     device = parts.default_device()
     found = torch.zeros(len(windows), columns, dtype=torch.float64, device=device)
-    rank, size, group = generation.data_parallel()
+    rank, size, _ = generation.data_parallel()
     mine = list(_batches([each.model for each in layered], windows, batch_size))[rank::size]
     inputs = [_padded([windows[i] for i in some], device)[0] for some in mine]
     # As ``forward.run``, which does so where logits are asked for.
@@ -111,6 +108,12 @@ def score_by_layers(
         found[torch.tensor(indices, device=device)] = sums
         if progress is not None:
             progress(len(indices))
+    return _of_all_ranks(found, windows)
+
+
+def _of_all_ranks(found: torch.Tensor, windows: Sequence[Window]) -> TextScores:
+    """The rows of all replicas, zero where another has them; a collective call."""
+    _, size, group = generation.data_parallel()
     if size > 1:
         torch.distributed.all_reduce(found, group=group)
     tokens = torch.tensor([window.scored for window in windows], dtype=torch.float64)

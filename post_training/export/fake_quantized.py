@@ -46,8 +46,8 @@ def fake_quantized(module: Any) -> torch.Tensor:
 def _without_compiling() -> Iterator[None]:
     """In the block FP8 is rounded by PyTorch unless ModelOpt's kernel is loaded already.
 
-    Both compute the same bits (tensor_quant_gpu_fp8.cu, ``_fp8_eager``). To round each weight once,
-    as an export does, is a matter of seconds; to compile the kernel takes a minute.
+    By their sources (tensor_quant_gpu_fp8.cu, ``_fp8_eager``) both compute the same bits. To round
+    each weight once, as an export does, takes seconds, and to compile the kernel a minute.
     """
     if hasattr(get_cuda_ext_fp8, "extension"):
         yield

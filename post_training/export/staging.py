@@ -1,8 +1,8 @@
 """Tensors between a GPU and memory that the operating system may move.
 
 The driver copies such memory through a buffer of its own with one core, which also meets every new
-page: 2 GB/s where the bus carries 50. Here a locked buffer takes the bus's part, and all cores copy
-between it and the memory.
+page: 9.4 GB took 5.6 s on an H100, far below what the bus carries. Here a locked buffer takes the
+bus's part, and all cores copy between it and the memory.
 """
 
 from __future__ import annotations
